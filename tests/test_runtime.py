@@ -1,0 +1,81 @@
+"The runtime on machines that are not at hand: a T4, an A100, a broken driver, a Colab machine outside its kernel."
+import html, json, subprocess, sys, types
+
+import pytest
+
+from colab_gpt2.runtime import check_runtime, in_colab, pick_precision
+
+
+def fake_gpu(monkeypatch, name, memory, capability):
+    properties = types.SimpleNamespace(name=name, total_memory=memory, major=capability[0], minor=capability[1])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device=None: properties)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)  # as on a T4: by emulation
+
+
+def no_gpu(monkeypatch, answer=lambda: False):
+    monkeypatch.setattr("torch.cuda.is_available", answer)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+
+
+@pytest.mark.parametrize("name, memory, capability, dtype, scaler", [
+    ("Tesla T4", 15_828_320_256, (7, 5), "fp16", True), ("Tesla V100-SXM2-16GB", 16_935_682_048, (7, 0), "fp16", True),
+    ("NVIDIA A100-SXM4-40GB", 42_297_786_368, (8, 0), "bf16", False), ("NVIDIA L4", 23_573_757_952, (8, 9), "bf16", False)])
+def test_gpus(monkeypatch, name, memory, capability, dtype, scaler):
+    fake_gpu(monkeypatch, name, memory, capability)
+    runtime = check_runtime()
+    assert (runtime.device, runtime.device_name, runtime.device_memory, runtime.advice) == ("cuda", name, memory, "")
+    assert (runtime.precision.dtype, runtime.precision.scaler) == (dtype, scaler)
+    assert pick_precision("cuda") == runtime.precision
+    assert name in runtime._repr_html_()
+
+
+def test_no_gpu_in_colab_says_what_to_click(monkeypatch):
+    no_gpu(monkeypatch)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260801")
+    runtime = check_runtime()
+    assert (runtime.colab, runtime.device, runtime.device_memory) == ("subprocess", "cpu", None)
+    assert "Runtime → Change runtime type → T4 GPU → Save" in runtime.advice
+    assert html.escape(runtime.advice) in runtime._repr_html_()
+
+
+def test_kernel_is_told_from_subprocess(monkeypatch):
+    shell = type("Shell", (), {"__module__": "google.colab._shell"})()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260801")
+    assert in_colab() == "kernel"
+
+
+def test_broken_driver_goes_on_on_the_cpu(monkeypatch):
+    def broken(): raise RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment\nand more")
+    no_gpu(monkeypatch, broken)
+    runtime = check_runtime()
+    assert (runtime.device, runtime.precision.scaler) == ("cpu", False) and runtime.precision.dtype in ("bf16", "fp32")
+    assert "torch said: CUDA unknown error" in runtime.advice and "and more" not in runtime.advice
+
+
+def test_gpu_that_cannot_be_asked_goes_on_on_the_cpu(monkeypatch):
+    fake_gpu(monkeypatch, "Tesla T4", 1, (7, 5))
+    def fails(device=None): raise RuntimeError("CUDA error: out of memory")
+    monkeypatch.setattr("torch.cuda.get_device_properties", fails)
+    assert check_runtime().device == "cpu"
+
+
+def test_older_torch_without_capabilities_reads_the_flags(monkeypatch):
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    monkeypatch.setattr("colab_gpt2.runtime.cpu_flags", lambda: {"avx512_bf16"})
+    assert pick_precision("cpu").dtype == "bf16"
+    monkeypatch.setattr("colab_gpt2.runtime.cpu_flags", set)
+    assert pick_precision("cpu").dtype == "fp32"
+
+
+def test_to_dict_is_json_and_the_disk_is_that_of_the_path(tmp_path):
+    runtime = check_runtime(tmp_path/"not"/"there")
+    assert json.loads(json.dumps(runtime.to_dict()))["disk"] == runtime.disk > runtime.disk_free > 0
+    assert {"python", "torch", "transformers", "colab-gpt2"} <= set(runtime.versions)
+
+
+def test_module_imports_no_torch():
+    code = "import sys, colab_gpt2.runtime; print([m for m in ('torch', 'transformers', 'datasets', 'IPython') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
