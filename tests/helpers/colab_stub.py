@@ -1,0 +1,30 @@
+"""Fixtures around tests/google_colab_stub. A test imports the ones that it uses: `from helpers.colab_stub import colab, stub`."""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+STUB = Path(__file__).parents[1]/"google_colab_stub"
+SOURCE = STUB/"src"
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    "google.colab._stub, freshly imported, with the folder `tmp_path/drive-backing` behind the Drive; this process is not on Colab."
+    for name in ("COLAB_RELEASE_TAG", "TBE_EPHEM_CREDS_ADDR", "TBE_RUNTIME_ADDR", "COLAB_STUB_FAULTS", "COLAB_STUB_SECRETS"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLAB_STUB_DRIVE", str(tmp_path/"drive-backing"))
+    monkeypatch.syspath_prepend(str(SOURCE))
+    from google.colab import _stub, drive
+    yield _stub
+    drive._unmount()
+    _stub.faults.set(**vars(_stub.Faults()))
+    for name in [n for n in sys.modules if n == "google.colab" or n.startswith("google.colab.")]: del sys.modules[name]
+    if "google" in sys.modules: vars(sys.modules["google"]).pop("colab", None)
+
+
+@pytest.fixture
+def colab(stub, tmp_path):
+    "A cell of a Colab notebook: `.mountpoint` is where to mount, `.backing` the folder behind the Drive, `.stub` the switches."
+    (tmp_path/"content").mkdir()
+    with stub.pretend(): yield SimpleNamespace(stub=stub, faults=stub.faults, mountpoint=tmp_path/"content"/"drive", backing=tmp_path/"drive-backing")
