@@ -154,7 +154,7 @@ def receive(url, part, progress=True):
             for piece in answer.iter_content(1 << 16): bar.update(f.write(piece))
     if part.stat().st_size < total: raise Retry(f"broke off after {human_bytes(part.stat().st_size)} of {human_bytes(total)}")
 
-# %% ../nbs/02_data.ipynb #94b1db2a
+# %% ../nbs/02_data.ipynb #35b1bfc4
 def persist(url, part, tries=4, wait=0.5, progress=True):
     "`receive` until it is whole, at most `tries` times, with pauses of `wait` seconds, then twice that, and so on. True if a part was there to go on from."
     resumed = False
@@ -162,7 +162,7 @@ def persist(url, part, tries=4, wait=0.5, progress=True):
         resumed |= part.exists()
         try: receive(url, part, progress)
         except (Retry, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
-            unreachable = isinstance(e, requests.ConnectionError)  # most likely there is no network: not worth waiting long
+            unreachable = isinstance(e, requests.ConnectionError) and not part.exists()  # most likely there is no network: not worth waiting long
             if attempt == (min(tries, 2) if unreachable else tries): raise ConnectionError(str(e) if isinstance(e, Retry) else "could not be reached" if unreachable else "broke off") from e
             time.sleep(max(getattr(e, "wait", 0), wait * 2 ** (attempt - 1)))
         except requests.RequestException as e: raise ConnectionError(f"cannot be asked ({e})") from e
