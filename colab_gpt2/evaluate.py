@@ -61,9 +61,9 @@ def windows(tokens: int, context: int, stride: int):
         yield end - length, end - done
         done = end
 
-# %% ../nbs/06_evaluate.ipynb #e8e06106
+# %% ../nbs/06_evaluate.ipynb #07e6b00c
 def logits_batch(scored: int, length: int, vocabulary: int, gpu: bool) -> int:
-    "How many windows to a batch keep the fp32 logits of `scored` positions under 256 MB (1 GB on a GPU) and the inputs, `length` each, under 16,384 tokens."
+    "How many windows to a batch, at least one, keep the fp32 logits of `scored` positions under 256 MB (1 GB on a GPU) and the inputs, `length` each, under 16,384 tokens."
     return max(1, min((1_000_000_000 if gpu else 256_000_000) // (4 * scored * vocabulary), 16_384 // length))
 
 # %% ../nbs/06_evaluate.ipynb #8c694693

@@ -1,5 +1,5 @@
 "Perplexity agrees with a slow, obvious loop, measures everything once and leaves the model as it was."
-import math
+import importlib, math
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -90,7 +90,7 @@ def test_a_model_without_logits_to_keep(small, make_blocks):
 def test_logits_stay_small(small, make_blocks, monkeypatch):
     shapes = []
     hook = small.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
-    monkeypatch.setattr("colab_gpt2.evaluate.logits_batch", lambda *args: 2)
+    monkeypatch.setattr(importlib.import_module("colab_gpt2.evaluate"), "logits_batch", lambda *args: 2)
     perplexity(small, make_blocks(np.zeros(60, int)), stride=4, progress=False)
     hook.remove()
     assert shapes[0] == (1, 16, 60) and {s[:2] for s in shapes[1:-1]} <= {(2, 4), (1, 4)}
