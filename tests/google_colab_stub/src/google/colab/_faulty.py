@@ -10,10 +10,11 @@ import time
 from google.colab import _stub
 
 real_open = io.open
-real = {}  # what was replaced in `os`; empty while nothing is
+LOOK, LIST, CHANGE, BOTH = "stat access", "listdir scandir", "mkdir rmdir unlink remove truncate ftruncate chmod utime", "rename replace link"
+real = {name: getattr(os, name) for name in f"open read write fsync sendfile statvfs {LOOK} {LIST} {CHANGE} {BOTH}".split() if hasattr(os, name)}
 handles = {}  # descriptor -> (path on the Drive, (device, inode)), for files opened while the hooks are in
 FILE_FAULTS = ("full", "quota", "read_only", "io_error", "disconnected", "truncated", "corrupted", "slow")
-state = {"suspended": False, "mountpoint": None, "readonly": False}
+state = {"suspended": False, "mountpoint": None, "readonly": False, "hooked": False}
 
 
 @contextlib.contextmanager
@@ -170,22 +171,18 @@ def os_statvfs(path):
 
 
 def hooks():
-    table = {name: hooked(name, kind) for kind, names in {
-        "look": "stat access", "list": "listdir scandir", "read": "read", "write": "fsync",
-        "change": "mkdir rmdir unlink remove truncate ftruncate chmod utime"}.items() for name in names.split()}
-    table |= {name: hooked(name, "change", paths=2) for name in ("rename", "replace", "link")}
+    table = {name: hooked(name, kind) for kind, names in {"look": LOOK, "list": LIST, "read": "read", "write": "fsync", "change": CHANGE}.items() for name in names.split()}
+    table |= {name: hooked(name, "change", paths=2) for name in BOTH.split()}
     table |= {"open": os_open, "write": os_write, "sendfile": os_sendfile, "statvfs": os_statvfs}
-    return {name: function for name, function in table.items() if hasattr(os, name)}
+    return {name: function for name, function in table.items() if name in real}
 
 
-def replace(name, function):
+def put(name, function):
     "Put `function` in the place of `os.name`, also in the sets that say what it can do (shutil.copystat asks them)."
-    before = getattr(os, name)
     for able in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks, os.supports_effective_ids):
-        if before in able: able.add(function)
+        if real[name] in able: able.add(function)
     setattr(os, name, function)
     in_pathlib(name, function)
-    return before
 
 
 def in_pathlib(name, function):
@@ -198,13 +195,9 @@ def install_or_remove():
     "Put the hooks in when a Drive is mounted or a file fault is on; take them out when neither is."
     default = _stub.Faults()
     wanted = state["mountpoint"] is not None or any(getattr(_stub.faults, name) != getattr(default, name) for name in FILE_FAULTS)
-    if wanted and not real:
-        for name, function in hooks().items(): real[name] = replace(name, function)
-        builtins.open = io.open = faulty_open
-        in_pathlib("open", faulty_open)
-    elif not wanted and real:
-        for name, function in real.items(): replace(name, function)
-        builtins.open = io.open = real_open
-        in_pathlib("open", real_open)
-        real.clear()
-        handles.clear()
+    if wanted == state["hooked"]: return
+    for name, function in (hooks() if wanted else real).items(): put(name, function)
+    builtins.open = io.open = faulty_open if wanted else real_open
+    in_pathlib("open", builtins.open)
+    handles.clear()
+    state["hooked"] = wanted
