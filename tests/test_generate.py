@@ -1,0 +1,212 @@
+"Generation against transformers' own, and at its edges: half characters, stop strings, contexts that are full, bad input."
+import random, warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from colab_gpt2.generate import Request, Sampling, TextPieces, candidates, encode_prompt, evaluating, generate, penalise, stream
+from colab_gpt2.model import load_model, load_tokenizer
+
+PROMPT = " = Toronto Raptors = \n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(): return load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny(): return load_model("tiny").eval()
+
+
+@pytest.fixture(scope="module")
+def small():
+    "Random weights, the vocabulary of tiny, a context of 32: its texts are full of half characters."
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=8192, bos_token_id=0, eos_token_id=0))
+
+
+def theirs(model, tokenizer, prompt, new, **options):
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0, **options)
+    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, " = Toronto Raptors = ", "The  city\n\n was", "日本"])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_is_that_of_transformers(tiny, tokenizer, prompt, penalty):
+    sample, = generate(tiny, prompt, tokenizer=tokenizer, top_k=1, repetition_penalty=penalty, max_new_tokens=25)
+    assert sample.text == theirs(tiny, tokenizer, prompt, 25, repetition_penalty=penalty)
+    assert str(sample) == prompt + sample.text
+
+
+def test_another_architecture(tokenizer):
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=8192, eos_token_id=0)).eval()
+    assert generate(llama, PROMPT, tokenizer=tokenizer, top_k=1, max_new_tokens=20)[0].text == theirs(llama, tokenizer, PROMPT, 20)
+
+
+def test_model_that_does_not_know_logits_to_keep(small, tokenizer):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.config = small, small.config
+        def get_input_embeddings(self): return self.inner.get_input_embeddings()
+        def forward(self, input_ids, past_key_values=None, use_cache=None): return self.inner(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+    options = dict(tokenizer=tokenizer, max_new_tokens=10, seed=1)
+    assert generate(Wrapped(), "a", **options) == generate(small, "a", **options)
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(0.7, 50, 1.0), (1.0, 0, 0.9), (1.3, 40, 0.5), (0.9, 0, 1.0), (1.0, 1, 1.0), (1.0, 99999, 0.01)])
+def test_filters_are_those_of_transformers(temperature, top_k, top_p):
+    torch.manual_seed(1)
+    logits, text = torch.randn(8, 5000) * 4, torch.randint(5000, (8, 300))
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, text, True)
+    expected = TemperatureLogitsWarper(temperature)(text, RepetitionPenaltyLogitsProcessor(1.2)(text, logits))
+    if top_k: expected = TopKLogitsWarper(top_k)(text, expected)
+    if top_p < 1: expected = TopPLogitsWarper(top_p)(text, expected)
+    scores, tokens = candidates(penalise(logits, seen, 1.2), Sampling(temperature, top_k, top_p))
+    got = torch.zeros_like(logits).scatter(1, tokens, scores.softmax(-1))
+    assert torch.equal(got > 0, expected > -torch.inf)
+    assert torch.allclose(got, expected.softmax(-1), atol=1e-6)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely(small, tokenizer):
+    ids = torch.tensor([tokenizer("The").input_ids])
+    probabilities = (small.eval()(ids).logits[0, -1] / 0.02).topk(5).values.softmax(-1)  # cold, so that the five differ
+    drawn = [s.text for s in generate(small, "The", tokenizer=tokenizer, max_new_tokens=1, temperature=0.02, top_k=5, samples=4000, seed=0)]
+    counts = sorted((drawn.count(text) / 4000 for text in set(drawn)), reverse=True)
+    assert counts == pytest.approx(sorted(probabilities.tolist(), reverse=True)[:len(counts)], abs=0.03)
+
+
+def test_seed_gives_the_same_text_and_leaves_the_global_generator_alone(small, tokenizer):
+    before = torch.get_rng_state()
+    ask = lambda **options: generate(small, "The", tokenizer=tokenizer, max_new_tokens=12, samples=3, **options)
+    first = ask(seed=5)
+    assert first == ask(seed=5) != ask(seed=6)
+    assert len({s.text for s in first}) == 3
+    unseeded = ask()
+    assert unseeded == ask(seed=unseeded[0].seed) != ask()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_stream_is_generate_in_pieces(small, tokenizer, seed):
+    options = dict(tokenizer=tokenizer, max_new_tokens=60, top_k=0, seed=seed)
+    whole, = generate(small, "The", **options)
+    pieces = list(stream(small, "The", **options))
+    assert "".join(pieces) == whole.text and all(pieces) and len(pieces) > 30
+    cut = random.Random(seed)
+    stops = [whole.text[at:at + cut.randint(1, 9)] for at in cut.sample(range(len(whole.text) - 9), 2)]
+    stopped, = generate(small, "The", stop=stops, **options)
+    assert stopped.stopped == "stop" and stopped.tokens <= whole.tokens
+    assert any(whole.text.startswith(stopped.text + s) for s in stops) and not any(s in stopped.text for s in stops)
+    assert "".join(stream(small, "The", stop=stops, **options)) == stopped.text
+
+
+def test_stop_string_across_tokens(small, tokenizer):
+    whole, = generate(small, "The", tokenizer=tokenizer, max_new_tokens=40, seed=2)
+    stop = whole.text[20:32]
+    assert len(tokenizer(stop).input_ids) > 1
+    for given in (stop, [stop], ("never in it\0", stop)):
+        stopped = generate(small, "The", tokenizer=tokenizer, max_new_tokens=40, seed=2, stop=given)[0]
+        assert (stopped.text, stopped.stopped) == (whole.text[:whole.text.find(stop)], "stop")
+
+
+def test_real_text_with_the_real_tokenizer_comes_back_whole(shared):
+    gpt2 = load_tokenizer(str(shared/"data"/"gpt2-tokenizer"))
+    text = (shared/"data"/"wikitext-2-raw"/"wiki.valid.raw").read_text(encoding="utf-8")[:20_000] + "日本語 🦖 naïve"
+    pieces = TextPieces(gpt2, [])
+    got = [pieces.push([i]) for i in gpt2(text, verbose=False).input_ids]
+    assert "".join(got) + pieces.finish() == text
+    assert not any("\ufffd" in piece for piece in got)
+
+
+def test_end_of_text_ends_only_its_own_sample(small, tokenizer):
+    options = dict(tokenizer=tokenizer, max_new_tokens=30, samples=4, seed=3)
+    whole = generate(small, "The", **options)
+    with evaluating(small): ids = torch.cat(list(Request(small, "The", tokenizer, 30, 3, 4, (), None).steps()), 1).tolist()
+    small.generation_config.eos_token_id = [0, ids[0][10]]
+    try: ended = generate(small, "The", **options)
+    finally: small.generation_config.eos_token_id = 0
+    assert (ended[0].stopped, ended[0].tokens) == ("end", ids[0].index(ids[0][10]))
+    assert whole[0].text.startswith(ended[0].text) and len(ended[0].text) < len(whole[0].text)
+    assert any(s.stopped == "length" and s == w for s, w in zip(ended[1:], whole[1:]))
+
+
+def test_250_tokens_though_the_context_is_32(small, tokenizer):
+    samples = generate(small, "The", tokenizer=tokenizer, seed=1, samples=2)
+    assert [(s.tokens, s.stopped) for s in samples] == [(250, "length")] * 2
+
+
+def test_long_prompt_is_cut_from_the_left(small, tokenizer):
+    long = "a b c d e f g " * 20 + "the end"
+    with pytest.warns(UserWarning, match="context is 32: only its last 31 are used") as caught: sample, = generate(small, long, tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    assert caught[0].filename == __file__  # the warning points at the caller
+    kept = tokenizer.decode(tokenizer(long).input_ids[-31:])
+    assert generate(small, kept, tokenizer=tokenizer, max_new_tokens=5, top_k=1)[0].text == sample.text
+    assert sample.prompt == long
+
+
+def test_empty_prompt_starts_from_the_end_of_text_token(small, tokenizer):
+    with pytest.warns(UserWarning, match="prompt is empty"): sample, = generate(small, "", tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    assert sample.prompt == "" and sample.tokens == 5
+    with pytest.warns(UserWarning, match="prompt is empty") as caught: pieces = stream(small, "", tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    assert "".join(pieces) == sample.text and caught[0].filename == __file__
+
+
+def test_the_prompt_is_taken_as_typed(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for prompt in (" = Toronto Raptors = ", "  two  spaces \n\n", " ", "\t"): assert tokenizer.decode(encode_prompt(prompt, tokenizer, 512), clean_up_tokenization_spaces=False) == prompt
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(temperature=0), "temperature is 0; .* For the likeliest token each time use top_k=1"), (dict(temperature=-1), "temperature is -1"),
+    (dict(temperature=float("nan")), "temperature is nan"), (dict(temperature=float("inf")), "temperature is inf"),
+    (dict(top_p=0), "top_p is 0"), (dict(top_p=2), "top_p is 2"), (dict(top_p=float("nan")), "top_p is nan"),
+    (dict(top_k=-1), "top_k is -1"), (dict(top_k=1.5), "top_k is 1.5"), (dict(repetition_penalty=0), "repetition_penalty is 0"),
+    (dict(samples=0), "samples is 0"), (dict(max_new_tokens=0), "max_new_tokens is 0"), (dict(max_new_tokens=-5), "max_new_tokens is -5"),
+    (dict(seed=-1), "seed is -1"), (dict(seed="x"), "seed is 'x'"), (dict(stop=""), "one character or more"), (dict(stop=["a", ""]), "one character or more"),
+    (dict(stop=[3]), "stop has 3"), (dict(prompt=7), "prompt is 7"), (dict(tokenizer=None), "pass tokenizer=")])
+def test_bad_input_gets_a_line(small, tokenizer, wrong, words):
+    options = {"prompt": "The", "tokenizer": tokenizer, "max_new_tokens": 2, **wrong}
+    with pytest.raises(ValueError, match=words) as error: generate(small, **options)
+    assert "\n" not in str(error.value)
+    if "samples" in wrong: return
+    with pytest.raises(ValueError, match=words): stream(small, **options)  # at the call, before a piece is read
+
+
+def test_tokenizer_of_another_model(small, shared):
+    with pytest.raises(ValueError, match="do not belong together"): generate(small, "The", tokenizer=str(shared/"data"/"gpt2-tokenizer"))
+
+
+def test_damaged_weights_are_named(tokenizer):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=16, vocab_size=8192))
+    with torch.no_grad(): model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="logits are NaN"): generate(model, "The", tokenizer=tokenizer)
+
+
+def test_training_mode_comes_back(small, tokenizer):
+    small.train()
+    small.transformer.drop.eval()
+    modes = [m.training for m in small.modules()]
+    generate(small, "The", tokenizer=tokenizer, max_new_tokens=2)
+    assert [m.training for m in small.modules()] == modes
+    pieces = stream(small, "The", tokenizer=tokenizer)
+    next(pieces)
+    assert not small.training and torch.is_grad_enabled()
+    pieces.close()  # as a reader does who has seen enough
+    assert [m.training for m in small.modules()] == modes
+    assert all(p.requires_grad for p in small.parameters())
+
+
+def test_a_name_is_loaded(tokenizer, tiny):
+    assert generate("tiny", PROMPT, max_new_tokens=3, seed=1, device="cpu") == generate(tiny, PROMPT, tokenizer="tiny", max_new_tokens=3, seed=1)
+
+
+def test_sample_shows_its_prompt_and_escapes_both(small, tokenizer):
+    html = generate(small, "<script> & co", tokenizer=tokenizer, max_new_tokens=3, seed=9)[0]._repr_html_()
+    assert "<b>&lt;script&gt; &amp; co</b>" in html and "seed 9" in html and "3 new tokens" in html
