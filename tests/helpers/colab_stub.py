@@ -1,5 +1,5 @@
 """Fixtures around tests/google_colab_stub. A test imports the ones that it uses: `from helpers.colab_stub import colab, stub`."""
-import sys
+import os, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +7,11 @@ import pytest
 
 STUB = Path(__file__).parents[1]/"google_colab_stub"
 SOURCE = STUB/"src"
+
+
+def environment(**variables):
+    "The variables for a subprocess that is to find the stub."
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")])), **variables}
 
 
 @pytest.fixture

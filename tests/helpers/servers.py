@@ -72,7 +72,7 @@ class Hub(Server):
         self.repos[kind, name] = dict(files)
 
     def answer(self, request, path, body):
-        found = re.fullmatch(r"/api/(models|datasets)/(.+?)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?", path)
+        found = re.fullmatch(r"/api/(models|datasets)/([^/]+(?:/[^/]+)??)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?", path)
         if found: return self.api(request, body, *found.groups())
         found = re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path)
         if found: return self.resolve(request, "datasets" if found[1] else "models", *found.groups()[1:])

@@ -1,0 +1,138 @@
+"load_dataset and from_pretrained as they are, against a small Hub on 127.0.0.1. Each case is a process of its own, with an empty cache."
+import hashlib, io, json, os, subprocess, sys, zipfile
+
+import pytest
+
+from colab_gpt2.data import WIKITEXT
+from colab_gpt2.model import TINY
+from helpers.servers import Hub
+
+LINES = {"train": [" \n", " = One = \n", " \n", " Some text . \n"] * 50, "validation": [" \n", " = Two = \n", " \n", " Größe . \n"], "test": [" \n", " = Three = \n"]}
+TEXTS = {split: "".join(lines) for split, lines in LINES.items()}
+SHAS = {split: hashlib.sha256(text.encode()).hexdigest() for split, text in TEXTS.items()}
+NAME = "wikitext-2-raw-v1"
+
+
+def dataset(lines):
+    "The files of Salesforce/wikitext with these lines, as the Hub has them: a card that names the splits, and parquet."
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    card = f"---\nconfigs:\n- config_name: {NAME}\n  data_files:\n" + "".join(f"  - split: {s}\n    path: {NAME}/{s}-*\n" for s in lines) + "---\n"
+    files = {"README.md": card.encode()}
+    for split, texts in lines.items():
+        memory = io.BytesIO()
+        parquet.write_table(arrow.table({"text": ["" if t == " \n" else t for t in texts]}), memory)
+        files[f"{NAME}/{split}-00000-of-00001.parquet"] = memory.getvalue()
+    return files
+
+
+def a_zip(texts):
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as z:
+        for split, text in texts.items(): z.writestr(f"wikitext-2-raw/wiki.{'valid' if split == 'validation' else split}.raw", text)
+    return memory.getvalue()
+
+
+START = """
+import json, sys
+from colab_gpt2.data import *
+result = {}
+def failing(f, *args, **kwargs):
+    try: return f(*args, **kwargs) and "no error"
+    except Exception as e: return f"{type(e).__name__}: {e}"
+"""
+
+
+@pytest.fixture
+def hub():
+    with Hub() as h: yield h
+
+
+@pytest.fixture
+def ask(hub, tmp_path):
+    "Run `code` against the Hub, or against a closed door; -> what it puts into `result`, as JSON knows it."
+    def run(code, endpoint=None):
+        proxies = {k: v for k, v in os.environ.items() if k.lower() not in ("http_proxy", "https_proxy", "all_proxy", "hf_hub_offline")}
+        env = {**proxies, "HF_ENDPOINT": endpoint or hub.url, "HF_HOME": str(tmp_path/"hf"), "XDG_CACHE_HOME": str(tmp_path/"cache"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        done = subprocess.run([sys.executable, "-c", f"{START}{code}\nprint('RESULT', json.dumps(result))"], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("RESULT"), done.stdout  # nothing else on stdout
+        return json.loads(done.stdout[6:]) | dict(stderr=done.stderr)
+    return run
+
+
+def corpus_code(files, zip_sha="", sources=("hf://datasets/Salesforce/wikitext", "hf://datasets/ggml-org/ci/w.zip")):
+    return (f"c = load_corpus({NAME!r}, sources={{{NAME!r}: Published({sources!r}, {zip_sha!r}, {files!r})}}, progress=False)\n"
+            "result |= c.to_dict() | dict(texts={s: c.path(s).read_bytes().decode() for s in SPLITS}, heavy='datasets' in sys.modules)")
+
+
+def test_wikitext_from_the_hub_is_the_published_file_and_stays(hub, ask):
+    hub.add("datasets", "Salesforce/wikitext", dataset(LINES))
+    result = ask(corpus_code(SHAS))
+    assert result["texts"] == TEXTS and result["sha256"] == SHAS and result["source"] == "hf://datasets/Salesforce/wikitext"
+    again = ask(corpus_code(SHAS), endpoint="http://127.0.0.1:9")
+    assert again["texts"] == TEXTS and again["heavy"] is False  # from the cache: no network, not even the library
+
+
+def test_wrong_text_on_the_hub_is_noticed_and_the_zip_there_serves(hub, ask, tmp_path):
+    hub.add("datasets", "Salesforce/wikitext", dataset({**LINES, "test": [" = Forged = \n"]}))
+    content = a_zip(TEXTS)
+    hub.add("datasets", "ggml-org/ci", {"w.zip": content})
+    result = ask(corpus_code(SHAS, hashlib.sha256(content).hexdigest()))
+    assert result["texts"] == TEXTS and result["source"] == "hf://datasets/ggml-org/ci/w.zip"
+    assert "/datasets/ggml-org/ci/resolve/main/w.zip" in hub.paths("GET")
+    assert os.listdir(tmp_path/"cache"/"colab_gpt2"/"corpora") == [NAME]
+
+
+def test_what_each_source_answered(hub, ask, tmp_path):
+    hub.add("datasets", "Salesforce/wikitext", dataset({**LINES, "test": [" = Forged = \n"]}))
+    sources = ("hf://datasets/Salesforce/wikitext", "hf://datasets/Salesforce/gone", "hf://datasets/ggml-org/ci/w.zip")
+    said = ask(f"result['said'] = failing(load_corpus, {NAME!r}, sources={{{NAME!r}: Published({sources!r}, '', {SHAS!r})}}, progress=False)")["said"]
+    assert said.startswith(f"ConnectionError: {NAME} could not be fetched: ") and "\n" not in said
+    assert "wikitext sent a text that is not the published one (SHA-256 of test); " in said
+    assert "gone answered with DatasetNotFoundError: " in said and "w.zip answered 404 Not Found. Without a network" in said
+    assert os.listdir(tmp_path/"cache"/"colab_gpt2"/"corpora") == []
+
+
+def test_the_real_splits_survive_the_way_through_the_hub(hub, ask, shared):
+    def lines(split): return [line + "\n" for line in (shared/"data"/"wikitext-2-raw"/f"wiki.{split}.raw").read_text(encoding="utf-8").split("\n")[:-1]]
+    hub.add("datasets", "Salesforce/wikitext", dataset({"train": LINES["train"], "validation": lines("valid"), "test": lines("test")}))
+    known = {s: WIKITEXT[NAME].files[s] for s in ("validation", "test")}
+    result = ask(corpus_code(known) + "\ndel result['texts']")
+    assert {s: result["sha256"][s] for s in known} == known
+
+
+MODEL_CODE = """
+from colab_gpt2.model import *
+import time
+began = time.monotonic()
+for name in ("gpt2", "owner/name"):
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    check_match(model, tokenizer)
+    result[name] = [model.num_parameters(), str(model.dtype), len(tokenizer)]
+result["config"] = load_config("owner/name").n_positions
+for name in ("owner/nmae", "owner/pickle", "gpt2-medium"):
+    result[name], result[name + " tokenizer"] = failing(load_model, name), failing(load_tokenizer, name)
+result["seconds"] = time.monotonic() - began
+"""
+
+
+def test_models_from_the_hub_then_from_its_cache(hub, ask):
+    files = {f: (TINY/f).read_bytes() for f in os.listdir(TINY)}
+    parameters = json.loads(files["config.json"])
+    for name in ("openai-community/gpt2", "owner/name"): hub.add("models", name, files)
+    hub.add("models", "owner/pickle", {f: b for f, b in files.items() if f != "model.safetensors"} | {"pytorch_model.bin": b"cos\nsystem\n"})
+    online = ask(MODEL_CODE)
+    for name in ("gpt2", "owner/name"): assert online[name][1:] == ["torch.float32", parameters["vocab_size"]]
+    assert online["config"] == parameters["n_positions"]
+    assert online["owner/nmae"].startswith("ValueError: There is no model 'owner/nmae' on the Hub") and "There is no model" in online["owner/nmae tokenizer"]
+    assert "There is no model 'openai-community/gpt2-medium'" in online["gpt2-medium"]
+    assert online["owner/pickle"].startswith("ValueError: owner/pickle has its weights as pytorch_model.bin, a pickle") and "pytorch_model.bin" not in " ".join(hub.paths("GET"))
+    assert all("\n" not in said for said in online.values() if isinstance(said, str) and said != online["stderr"])
+    assert "LOAD REPORT" not in online["stderr"] and "Loading weights" not in online["stderr"]
+
+    asked = len(hub.log)
+    offline = ask(MODEL_CODE, endpoint="http://127.0.0.1:9")
+    assert len(hub.log) == asked
+    assert [offline[k] for k in ("gpt2", "owner/name", "config")] == [online[k] for k in ("gpt2", "owner/name", "config")]
+    assert offline["gpt2-medium"] == "ConnectionError: The Hub gave no answer and openai-community/gpt2-medium is not in the cache. Without a network these work: 'tiny', or the folder of a model."
+    assert offline["seconds"] < 20
