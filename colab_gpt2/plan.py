@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTEXT_BYTES', 'PRECISIONS', 'PEAKS', 'CORE_PEAKS', 'SHARE', 'Shape', 'shape_of', 'count_parameters',
-           'count_on_meta', 'memory_terms', 'forecast_memory', 'flops_per_token', 'expected_speed', 'Plan', 'plan_rows',
-           'fitting_micro_batches', 'memory_limit', 'count_steps', 'what_to_lower', 'choose_batch', 'plan_run',
-           'check_block_size', 'check_run', 'expected_time']
+           'count_on_meta', 'attention_dropout', 'memory_terms', 'forecast_memory', 'flops_per_token', 'expected_speed',
+           'Plan', 'plan_rows', 'needed', 'fitting_micro_batches', 'memory_limit', 'count_steps', 'what_to_lower',
+           'choose_batch', 'plan_run', 'check_block_size', 'check_run', 'expected_time']
 
 # %% ../nbs/09_plan.ipynb #add97d2a
 import math
@@ -14,20 +14,21 @@ from dataclasses import dataclass
 
 from .core import Record, check_number, human_bytes, human_time, nearest
 
-# %% ../nbs/09_plan.ipynb #3b872d67
+# %% ../nbs/09_plan.ipynb #423c10b5
 @dataclass(frozen=True)
 class Shape(Record):
     "The numbers of a config that cost memory and time."
     layers: int
     width: int
+    heads: int
     vocabulary: int
     context: int
 
-# %% ../nbs/09_plan.ipynb #97f16d61
+# %% ../nbs/09_plan.ipynb #a2341595
 def shape_of(config) -> Shape:
     "The shape of a transformers config; GPT-2's own names (n_layer, n_embd, n_positions) are mapped by transformers."
     text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
-    return Shape(text.num_hidden_layers, text.hidden_size, text.vocab_size, text.max_position_embeddings)
+    return Shape(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.vocab_size, text.max_position_embeddings)
 
 # %% ../nbs/09_plan.ipynb #060ceb00
 def count_parameters(config) -> int:
@@ -50,13 +51,19 @@ def count_on_meta(config) -> int:
 # %% ../nbs/09_plan.ipynb #347bef0f
 CONTEXT_BYTES = 500_000_000  # assumed: what CUDA, or Python with torch on a CPU, holds before any tensor
 
+# %% ../nbs/09_plan.ipynb #325a2cf7
+def attention_dropout(config) -> float:
+    "The probability of dropout inside attention, 0 where the config has none."
+    return getattr(config, "attn_pdrop", None) or getattr(config, "attention_dropout", None) or 0.0
+
 # %% ../nbs/09_plan.ipynb #c7eeb542
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-# %% ../nbs/09_plan.ipynb #00019d19
+# %% ../nbs/09_plan.ipynb #1fa3feba
 def memory_terms(
     config, *, micro_batch, block_size, precision="fp32",  # micro_batch blocks of block_size tokens at a time
     parameters=None,  # their number, if the config does not tell
+    device="cuda",  # or "cpu", "mps": where attention with dropout keeps its matrices
 ) -> dict:
     "Bytes of a stock model's training at its peak, by what they are for; an estimate, see `forecast_memory`."
     if precision not in PRECISIONS: raise ValueError(f"precision is {precision!r}.{nearest(precision, PRECISIONS)}")
@@ -64,25 +71,27 @@ def memory_terms(
     check_number("block_size", block_size, minimum=2, integer=True)
     shape, half = shape_of(config), precision != "fp32"
     P, V, C, tokens = count_parameters(config) if parameters is None else parameters, shape.vocabulary, shape.width, micro_batch * block_size
+    matrices = 12 * micro_batch * shape.layers * shape.heads * block_size**2 if device != "cuda" and attention_dropout(config) else 0
     return {"weights, gradients and AdamW's two moments": 16*P, "half-precision copies of the weights": 2*P if half else 0,
-            "activations": (69 if half else 138) * tokens * shape.layers * C, "logits and their loss": 14*tokens*V,
+            "activations": (69 if half else 138) * tokens * shape.layers * C, "attention matrices": matrices, "logits and their loss": 14*tokens*V,
             "the embedding's gradient in the making": 4*V*C, "torch itself": CONTEXT_BYTES}
 
-# %% ../nbs/09_plan.ipynb #0a7707d9
+# %% ../nbs/09_plan.ipynb #22ecbd90
 def forecast_memory(
-    config, *, micro_batch, block_size, precision="fp32", parameters=None,  # as in `memory_terms`
+    config, *, micro_batch, block_size, precision="fp32", parameters=None, device="cuda",  # as in `memory_terms`
 ) -> int:
-    """An estimate of the peak bytes of training with the stock model of transformers, B = micro_batch, T = block_size, P parameters, L layers of width C, V tokens:
+    """An estimate of the peak bytes of training with the stock model of transformers, B = micro_batch, T = block_size, P parameters, L layers of width C with H heads, V tokens:
 
     - 16·P: weights, gradients and AdamW's two moments, four bytes each
     - 2·P: the weights in half precision, which autocast keeps (not in fp32)
     - 69·B·T·L·C: activations saved for the backward pass (138 in fp32, every one twice as large)
+    - 12·B·L·H·T²: attention's matrices, only with attention dropout and not on CUDA
     - 14·B·T·V: logits in half precision and three copies in fp32 around the loss
     - 4·V·C: the tied embedding's second gradient, before it is added to the first
     - half a gigabyte for torch itself, an assumption
 
     ValueError for numbers below 1 (block_size: 2) and unknown precisions."""
-    return sum(memory_terms(config, micro_batch=micro_batch, block_size=block_size, precision=precision, parameters=parameters).values())
+    return sum(memory_terms(config, micro_batch=micro_batch, block_size=block_size, precision=precision, parameters=parameters, device=device).values())
 
 # %% ../nbs/09_plan.ipynb #c76f0687
 def flops_per_token(config, block_size) -> int:
@@ -135,10 +144,15 @@ def plan_rows(plan):
             ("batch", batch), ("steps", f"{plan.steps:,}"), ("time (estimate)", "unknown" if plan.seconds is None else human_time(plan.seconds)),
             ("precision", plan.precision), ("method", f"{plan.method}, {plan.optimizer}"), ("why", " ".join(plan.reasons))]
 
-# %% ../nbs/09_plan.ipynb #c8238298
+# %% ../nbs/09_plan.ipynb #022e6a1b
+def needed(config, runtime, micro_batch, block_size) -> int:
+    "`forecast_memory` on this runtime, in its precision."
+    return forecast_memory(config, micro_batch=micro_batch, block_size=block_size, precision=runtime.precision.dtype, device=runtime.device)
+
+# %% ../nbs/09_plan.ipynb #cecf4958
 def fitting_micro_batches(config, runtime, block_size, effective_batch_size, limit, longest=10.0):
     "The divisors of `effective_batch_size` that fit in `limit` bytes and, on a CPU, take at most `longest` seconds; ascending."
-    def fits(batch): return forecast_memory(config, micro_batch=batch, block_size=block_size, precision=runtime.precision.dtype) <= limit
+    def fits(batch): return needed(config, runtime, batch, block_size) <= limit
     def short(batch): return runtime.device != "cpu" or batch * block_size * flops_per_token(config, block_size) / expected_speed(runtime) <= longest
     divisors = [n for n in range(1, effective_batch_size + 1) if effective_batch_size % n == 0]
     return [n for n in divisors if fits(n) and (n == 1 or short(n))]
@@ -155,32 +169,32 @@ def count_steps(tokens, block_size, batch, num_train_epochs, max_steps) -> int:
     per_epoch = math.ceil(tokens // block_size / batch)
     return max_steps if max_steps > 0 else math.ceil(num_train_epochs * per_epoch)
 
-# %% ../nbs/09_plan.ipynb #163d7f23
-def what_to_lower(config, micro_batch, block_size, precision, limit) -> str:
+# %% ../nbs/09_plan.ipynb #3062b819
+def what_to_lower(config, runtime, micro_batch, block_size, limit) -> str:
     "One sentence: what makes a plan that is too large fit."
-    def fits(**kwargs): return forecast_memory(config, precision=precision, **kwargs) <= limit
-    if micro_batch > 1 and fits(micro_batch=1, block_size=block_size):
-        largest = max(n for n in range(1, micro_batch) if fits(micro_batch=n, block_size=block_size))
+    def fits(batch, size): return needed(config, runtime, batch, size) <= limit
+    if micro_batch > 1 and fits(1, block_size):
+        largest = max(n for n in range(1, micro_batch) if fits(n, block_size))
         return f"Lower per_device_train_batch_size to {largest}."
-    smaller = next((size for size in (512, 256, 128, 64) if size < block_size and fits(micro_batch=1, block_size=size)), None)
+    smaller = next((size for size in (512, 256, 128, 64) if size < block_size and fits(1, size)), None)
     if smaller: return f"Lower block_size to {smaller}, with per_device_train_batch_size 1."
     return "No smaller batch or block helps: choose a smaller model or a device with more memory."
 
-# %% ../nbs/09_plan.ipynb #16b47623
+# %% ../nbs/09_plan.ipynb #7563d6b9
 def choose_batch(config, runtime, block_size, effective_batch_size, given):
     "`(micro_batch, gradient_accumulation_steps, fits, sentence)`; a micro-batch that is `given` is respected, fitting or not."
-    limit, precision = memory_limit(runtime), runtime.precision.dtype
+    limit = memory_limit(runtime)
     possible = fitting_micro_batches(config, runtime, block_size, effective_batch_size, limit)
     micro = given or max(possible, default=1)
     accumulation = max(1, round(effective_batch_size / micro))
-    needed = forecast_memory(config, micro_batch=micro, block_size=block_size, precision=precision)
-    words = (f"A micro-batch of {micro} × {block_size} tokens needs about {human_bytes(needed)} in {precision}; "
+    peak = needed(config, runtime, micro, block_size)
+    words = (f"A micro-batch of {micro} × {block_size} tokens needs about {human_bytes(peak)} in {runtime.precision.dtype}; "
              f"the limit is {human_bytes(limit)}, 90% of {'the GPU' if runtime.device_memory else 'the free RAM'}.")
-    if needed > limit: words += f" It does not fit. {what_to_lower(config, micro, block_size, precision, limit)}"
+    if peak > limit: words += f" It does not fit. {what_to_lower(config, runtime, micro, block_size, limit)}"
     if micro * accumulation != effective_batch_size: words += f" The effective batch becomes {micro * accumulation} instead of {effective_batch_size}."
-    return micro, accumulation, needed <= limit, words
+    return micro, accumulation, peak <= limit, words
 
-# %% ../nbs/09_plan.ipynb #c3a2026d
+# %% ../nbs/09_plan.ipynb #ab792ba7
 def plan_run(
     config,  # of the model, a transformers config
     tokens,  # of the training text
@@ -194,12 +208,12 @@ def plan_run(
     block_size = check_block_size(config, block_size)
     check_run(tokens, effective_batch_size, per_device_train_batch_size, num_train_epochs, max_steps)
     micro, accumulation, fits, words = choose_batch(config, runtime, block_size, effective_batch_size, per_device_train_batch_size)
-    batch, parameters, precision = micro * accumulation, count_parameters(config), runtime.precision
+    batch = micro * accumulation
     steps = count_steps(tokens, block_size, batch, num_train_epochs, max_steps)
     seconds, time_words = expected_time(config, runtime, block_size, steps * batch)
-    peak = forecast_memory(config, micro_batch=micro, block_size=block_size, precision=precision.dtype, parameters=parameters)
-    reasons = (words, f"Precision {precision}.", f"{tokens:,} tokens are {tokens // block_size:,} blocks; that makes {steps:,} steps of {batch}.", time_words)
-    return Plan(fits, "full", peak, memory_limit(runtime), seconds, micro, accumulation, precision.dtype, "adamw_torch_fused", False, reasons, steps, block_size, parameters)
+    reasons = (words, f"Precision {runtime.precision}.", f"{tokens:,} tokens are {tokens // block_size:,} blocks; that makes {steps:,} steps of {batch}.", time_words)
+    return Plan(fits, "full", needed(config, runtime, micro, block_size), memory_limit(runtime), seconds, micro, accumulation, runtime.precision.dtype,
+                "adamw_torch_fused", False, reasons, steps, block_size, count_parameters(config))
 
 # %% ../nbs/09_plan.ipynb #20c01ce1
 def check_block_size(config, block_size) -> int:
