@@ -102,8 +102,8 @@ class Archive(Record):
     files: tuple  # the names in it
     def _rows(self): return [("file", self.path), ("size", human_bytes(self.bytes)), ("SHA-256", self.sha256), ("holds", ", ".join(self.files))]
 
-# %% ../nbs/10_archives.ipynb #73f4967d
-LEVEL = 1  # of gzip: weights hardly shrink. 5 million float32 drawn from N(0, 0.02) became 93.0% at level 1, 92.8% at level 9, in 13% less time
+# %% ../nbs/10_archives.ipynb #f9795d8a
+LEVEL = 1  # of gzip: weights hardly shrink. 5 million float32 drawn from N(0, 0.02) became 93.0% at level 1, 92.8% at level 9, in 12% less time
 
 # %% ../nbs/10_archives.ipynb #2b171962
 def write_archive(target, folder, names, bar):

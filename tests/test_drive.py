@@ -8,10 +8,7 @@ from colab_gpt2 import archives
 from colab_gpt2.archives import archive_model, extract_archive
 from colab_gpt2.core import sha256_of
 from colab_gpt2.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
-from helpers.colab_stub import SOURCE, colab, stub
-
-ROOT = Path(__file__).parents[1]
-
+from helpers.colab_stub import colab, environment, stub
 
 def tree(folder):
     "name -> content of all the files below `folder`; a temporary that was left would show."
@@ -141,7 +138,8 @@ EVIL = [(dict(name="/etc/evil"), "an absolute path"), (dict(name="../evil"), "a 
 @pytest.mark.parametrize("filtered", [True, False], ids=["with data_filter", "as before 3.10.12"])
 def test_evil_archives_write_nothing(tmp_path, monkeypatch, fields, reason, filtered):
     if not filtered: monkeypatch.delattr(tarfile, "data_filter", raising=False)
-    path = evil(tmp_path/"in"/"evil.tar.gz", **fields) if (tmp_path/"in").mkdir() is None else None
+    (tmp_path/"in").mkdir()
+    path = evil(tmp_path/"in"/"evil.tar.gz", **fields)
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=re.escape(f"{path} holds {fields['name']!r}, which is {reason}. Nothing was unpacked")): extract_archive(path, tmp_path/"in"/"new")
     assert tree(tmp_path) == before and os.listdir(tmp_path/"in") == ["evil.tar.gz"]
@@ -235,8 +233,7 @@ def test_in_a_subprocess_of_colab(stub, tmp_path):
     with stub.pretend():
         mount_drive(tmp_path/"drive")
         code = f"from colab_gpt2 import mount_drive; print(mount_drive({str(tmp_path/'drive')!r}))"
-        env = {**os.environ, "PYTHONPATH": str(SOURCE)}
-        assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == f"{tmp_path/'drive/MyDrive'}\n"
+        assert subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True).stdout == f"{tmp_path/'drive/MyDrive'}\n"
 
 
 def test_on_a_runtime_that_cannot_mount(stub, tmp_path, monkeypatch):

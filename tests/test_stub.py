@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.colab_stub import SOURCE, STUB, colab, stub
+from helpers.colab_stub import SOURCE, STUB, colab, environment, stub
 
 API = Path(__file__).parents[2]/"shared"/"colab"/"api.json"
 needs_api = pytest.mark.skipif(not API.exists(), reason="shared/colab/api.json is not beside the checkout")
@@ -19,8 +19,7 @@ def named(name):
 
 def python(code, **env):
     "stdout of `code` in a process of its own that finds the stub."
-    env = {**os.environ, "PYTHONPATH": str(SOURCE), **env}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], env=environment(**env), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -248,8 +247,8 @@ with _stub.pretend():
     except OSError as e: print(e.errno)
     print(userdata.get("HF_TOKEN"))
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(SOURCE),
-        "COLAB_STUB_DRIVE": str(tmp_path/"backing"), "COLAB_STUB_FAULTS": '{"full": 4096}', "COLAB_STUB_SECRETS": '{"HF_TOKEN": "hf_x"}'})
+    env = environment(COLAB_STUB_DRIVE=str(tmp_path/"backing"), COLAB_STUB_FAULTS='{"full": 4096}', COLAB_STUB_SECRETS='{"HF_TOKEN": "hf_x"}')
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert out.stdout.splitlines() == ["Mounted at drive", str(errno.ENOSPC), "hf_x"], out.stderr
     assert (tmp_path/"backing/MyDrive/a").stat().st_size == 4096
 
