@@ -9,8 +9,8 @@ __all__ = ['log', 'SPLITS', 'TITLE', 'USER_AGENT', 'TIMEOUT', 'LONGEST_WAIT', 'L
            'from_hub', 'Published', 'wikitext', 'bring', 'fetch', 'to_wikitext', 'python_docs', 'starts', 'cuts',
            'cut_text', 'load_text', 'from_parquet', 'load_folder', 'load_files', 'load_corpus']
 
-# %% ../nbs/02_data.ipynb #ed71bd66
-import codecs, contextlib, email.utils, errno, json, logging, os, platform, re, shutil, stat, tempfile, time, warnings, zipfile
+# %% ../nbs/02_data.ipynb #eff7d38f
+import codecs, contextlib, email.utils, errno, hashlib, json, logging, os, platform, re, shutil, stat, tempfile, time, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -378,7 +378,7 @@ def from_parquet(files, folder, progress=True):
         if "text" not in (r.column_names or ()): raise ValueError(f"{files[s][0]} has no column 'text'; it has {', '.join(r.column_names or ['none'])}.")
     return {s: write_rows(rows[s], folder/f"{s}.txt") for s in files}
 
-# %% ../nbs/02_data.ipynb #a538ec50
+# %% ../nbs/02_data.ipynb #3b967c95
 def load_folder(folder, root, progress=True):
     "The Corpus of a folder in WikiText's layout (or with such a folder in it), or of one with train-*.parquet and the like."
     for place in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
@@ -388,7 +388,7 @@ def load_folder(folder, root, progress=True):
         rows = {s: sorted(place.glob(f"{s}-*.parquet")) for s in SPLITS}
         if rows := {s: paths for s, paths in rows.items() if paths}:
             key = "".join(sha256_of(p) for paths in rows.values() for p in paths).encode()
-            kept = root/f"{folder.resolve().name}-{zipfile.crc32(key):08x}"
+            kept = root/f"{folder.resolve().name}-{hashlib.sha256(key).hexdigest()[:16]}"
             return recall(kept) or store(kept, folder.resolve().name, place, lambda stage: from_parquet(rows, stage, progress))
     raise FileNotFoundError(f"{folder} holds no corpus: wiki.train.raw, wiki.valid.raw and wiki.test.raw, or train-*.parquet and the like, are looked for.")
 

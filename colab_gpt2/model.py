@@ -7,11 +7,12 @@ __all__ = ['TINY', 'MODELS', 'WEIGHTS', 'TOKENIZERS', 'gpt2_parameters', 'ModelI
            'quiet', 'explain', 'loading', 'ready', 'load_tokenizer', 'load_config', 'new_model', 'load_model',
            'model_context', 'check_match']
 
-# %% ../nbs/04_model.ipynb #ea3081f8
-import contextlib, json
+# %% ../nbs/04_model.ipynb #ded54dd3
+import contextlib, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig
@@ -65,9 +66,9 @@ def locate(name):
     if "/" not in text: raise ValueError(f"Unknown model {text!r}.{nearest(text, MODELS)} A folder or a Hub id 'owner/name' serves too.")
     return text
 
-# %% ../nbs/04_model.ipynb #36b45acc
+# %% ../nbs/04_model.ipynb #18941f3f
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 
 def check_files(place, files, *needs):
     "Raise FileNotFoundError unless the names `files` at `place` have one of each of `needs` (tuples of names)."
@@ -76,25 +77,32 @@ def check_files(place, files, *needs):
         raise ValueError(f"{place} has its weights as {pickles[0]}, a pickle, which can run any code when it is loaded. Save the model with safetensors first.")
     if missing: raise FileNotFoundError(f"{place} holds no whole {'tokenizer' if TOKENIZERS in missing else 'model'}: {', '.join(' or '.join(n[:2]) for n in missing)} is missing.")
 
-# %% ../nbs/04_model.ipynb #e139e1b7
-def from_cache(hub_id, cache_dir=None):
-    "The folder in Hugging Face's cache where `hub_id` lies; ConnectionError if it was never fetched."
+# %% ../nbs/04_model.ipynb #8d97766d
+def from_cache(hub_id, cache_dir=None, *needs):
+    "The folder in Hugging Face's cache where `hub_id` lies, with one of each of `needs`; ConnectionError if that was never fetched."
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(hub_id, local_files_only=True, cache_dir=cache_dir))
-    except FileNotFoundError as e: raise ConnectionError(f"The Hub gave no answer and {hub_id} is not in the cache. Without a network these work: 'tiny', or the folder of a model.") from e
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True, cache_dir=cache_dir))
+        check_files(folder, [p.name for p in folder.iterdir()], *needs)
+    except FileNotFoundError as e: raise ConnectionError(f"The Hub gave no answer and {hub_id} is not whole in the cache. Without a network these work: 'tiny', or the folder of a model.") from e
+    return folder
 
-# %% ../nbs/04_model.ipynb #6acc5b9f
+# %% ../nbs/04_model.ipynb #f802b425
 @contextlib.contextmanager
 def quiet():
-    "Hold back transformers' messages below errors, and its bars, for a while."
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    "Hold back transformers' messages below errors, and its bars, for a while; the Hub's bars of downloads stay as they are."
+    logging, hub = transformers.utils.logging, huggingface_hub.utils
+    level, bars, downloads = logging.get_verbosity(), logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    def show(bars): (logging.enable_progress_bar if bars else logging.disable_progress_bar)()  # switches the Hub's bars too
+    def show_downloads(): (hub.enable_progress_bars if downloads else hub.disable_progress_bars)()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # an environment variable has the last word
+        logging.set_verbosity_error(), show(False), show_downloads()
     try: yield
     finally:
-        logging.set_verbosity(level)
-        if bars: logging.enable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")
+            logging.set_verbosity(level), show(bars), show_downloads()
 
 # %% ../nbs/04_model.ipynb #e69fc479
 def explain(error, place):
@@ -121,11 +129,11 @@ def loading(place):
         if isinstance(e, OSError) and e.errno: raise
         raise explain(e, str(place)) from e
 
-# %% ../nbs/04_model.ipynb #2ec46100
+# %% ../nbs/04_model.ipynb #175d344d
 def ready(name, cache_dir, *needs):
     "Where to load `name` from: a folder, or a Hub id when the Hub answers. Its files are there: one of each of `needs`."
     place = locate(name)
-    if isinstance(place, str) and not hub_reachable(): place = from_cache(place, cache_dir)
+    if isinstance(place, str) and not hub_reachable(): return from_cache(place, cache_dir, *needs)
     if isinstance(place, Path): files = [p.name for p in place.iterdir()]
     else:
         from huggingface_hub import list_repo_files

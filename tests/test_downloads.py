@@ -12,7 +12,8 @@ TEXTS = {"train": " \n = One = \n \n Some text . \n" * 50, "valid": " \n = Two =
 
 
 @pytest.fixture
-def mirror():
+def mirror(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with Mirror({"/a.bin": CONTENT}) as m: yield m
 
 

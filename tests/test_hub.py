@@ -134,5 +134,5 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
     offline = ask(MODEL_CODE, endpoint="http://127.0.0.1:9")
     assert len(hub.log) == asked
     assert [offline[k] for k in ("gpt2", "owner/name", "config")] == [online[k] for k in ("gpt2", "owner/name", "config")]
-    assert offline["gpt2-medium"] == "ConnectionError: The Hub gave no answer and openai-community/gpt2-medium is not in the cache. Without a network these work: 'tiny', or the folder of a model."
+    assert offline["gpt2-medium"] == "ConnectionError: The Hub gave no answer and openai-community/gpt2-medium is not whole in the cache. Without a network these work: 'tiny', or the folder of a model."
     assert offline["seconds"] < 20

@@ -23,7 +23,8 @@ class Server:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 path = unquote(urlsplit(self.path).path)
                 owner.log.append((self.command, path, dict(self.headers)))
-                owner.answer(self, path, body)
+                try: owner.answer(self, path, body)
+                except ConnectionError: self.close_connection = True  # the client has heard enough and hung up
             do_GET = do_HEAD = do_POST = any
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
