@@ -34,7 +34,7 @@ def titles(path):
             if blank and (found := TITLE.fullmatch(line)): yield found[1]
             blank = not line.strip()
 
-# %% ../nbs/02_data.ipynb #07f4e031
+# %% ../nbs/02_data.ipynb #ab03214b
 @dataclass(frozen=True)
 class Corpus(Record):
     "Up to three UTF-8 text files, where they come from, and the SHA-256 and the size in bytes of each."
@@ -48,7 +48,8 @@ class Corpus(Record):
 
     def path(self, split):
         "The file of `split`; ValueError if this corpus has none."
-        if split not in self.bytes: raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.bytes)}.{nearest(split, SPLITS) if split not in SPLITS else ''}")
+        if split not in self.bytes:
+            raise ValueError(f"{self.name} has no split {split!r}; it has {', '.join(self.bytes)}.{nearest(split, SPLITS) if split not in SPLITS else ''}")
         return getattr(self, split)
 
     def articles(self, split="train"):
@@ -125,7 +126,7 @@ def retry_after(header):
     try: return max(0., email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     except ValueError: return 0.  # neither of the two forms of RFC 9110: as if it were not there
 
-# %% ../nbs/02_data.ipynb #868a04ff
+# %% ../nbs/02_data.ipynb #b7ccd3c3
 def check_answer(answer, start):
     "Raise unless `answer` holds the bytes from `start` on or all of them: Retry where another try may help, else ConnectionError."
     said = f"answered {answer.status_code} {answer.reason}"
@@ -134,7 +135,8 @@ def check_answer(answer, start):
         if wait > LONGEST_WAIT: raise ConnectionError(f"{said} and asks to wait {wait:.0f} s")
         raise Retry(said, wait)
     if answer.status_code == 416: raise Retry(said)
-    if answer.status_code == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"): raise ConnectionError(f"{said} with another part than the one asked for")
+    if answer.status_code == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        raise ConnectionError(f"{said} with another part than the one asked for")
     if answer.status_code not in (200, 206): raise ConnectionError(said)
 
 # %% ../nbs/02_data.ipynb #5531bfd0
@@ -190,15 +192,16 @@ def split_of(filename):
     found = LAYOUT.fullmatch(filename)
     return found and {"valid": "validation"}.get(found[1], found[1])
 
-# %% ../nbs/02_data.ipynb #838872a0
+# %% ../nbs/02_data.ipynb #cbc90fc3
 def check_members(archive):
     "Raise ValueError if a member of a zip would land outside its folder, or is a link."
     for member in archive.infolist():
         path = PurePosixPath(member.filename.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]: raise ValueError(f"{archive.filename} is refused: its member {member.filename!r} lies outside its folder.")
+        if path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", str(path)):
+            raise ValueError(f"{archive.filename} is refused: its member {member.filename!r} lies outside its folder.")
         if stat.S_ISLNK(member.external_attr >> 16): raise ValueError(f"{archive.filename} is refused: its member {member.filename!r} is a link.")
 
-# %% ../nbs/02_data.ipynb #6dc535b6
+# %% ../nbs/02_data.ipynb #793080e6
 def unzip(path, folder, progress=True):
     "Unpack the splits in the zip `path` into `folder` -> (split -> path). Anything else in it is left alone."
     try:
@@ -206,7 +209,8 @@ def unzip(path, folder, progress=True):
             check_members(archive)
             members = [(split_of(PurePosixPath(m.filename).name), m) for m in archive.infolist()]
             members = [(s, m) for s, m in members if s]
-            if len({s for s, _ in members}) < len(members) or not members: raise ValueError(f"{path} holds {len(members)} files of WikiText's layout; wiki.train.raw, wiki.valid.raw and wiki.test.raw, once each, are looked for.")
+            if len({s for s, _ in members}) < len(members) or not members:
+                raise ValueError(f"{path} holds {len(members)} files of WikiText's layout; wiki.train.raw, wiki.valid.raw and wiki.test.raw, once each, are looked for.")
             check_space(folder, sum(m.file_size for _, m in members), f"Unpacking {path}")
             for s, member in tqdm(members, desc="unpack", unit="file", disable=not progress):
                 with archive.open(member) as source, open(folder/PurePosixPath(member.filename).name, "wb") as f: shutil.copyfileobj(source, f, 1 << 20)
@@ -401,7 +405,7 @@ def load_files(train_file, eval_file, root, hold_out=True):
     if len(set(corpus.sha256.values())) < len(corpus.sha256): warnings.warn(f"{train_file} and {eval_file} hold the same text: its perplexity will tell nothing about new text.", stacklevel=3)
     return corpus
 
-# %% ../nbs/02_data.ipynb #4ddf3af2
+# %% ../nbs/02_data.ipynb #db92a963
 PYTHON_DOCS = "python-docs"
 
 def load_corpus(
@@ -427,7 +431,8 @@ def load_corpus(
         return recall(kept) or store(kept, name, f"the language reference of Python {platform.python_version()}", python_docs)
     path = Path(name).expanduser()
     if path.is_dir(): return load_folder(path, root, progress)
-    if not path.exists() and "/" not in str(name) and path.suffix not in (".txt", ".zip"): raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{nearest(name, [*sources, PYTHON_DOCS])}")
+    if not path.exists() and "/" not in str(name) and path.suffix not in (".txt", ".zip"):
+        raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{nearest(name, [*sources, PYTHON_DOCS])}")
     if path.suffix == ".zip" and path.exists():
         kept = root/f"{path.stem}-{sha256_of(path)[:16]}"
         return recall(kept) or store(kept, path.stem, path, lambda stage: unzip(path, stage, progress))

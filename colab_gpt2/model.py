@@ -54,7 +54,7 @@ MODELS = {info.name: info for info in (
     ModelInfo("distilgpt2", "distilbert/distilgpt2", 6, 768, 12),
 )}
 
-# %% ../nbs/04_model.ipynb #ed06b3ac
+# %% ../nbs/04_model.ipynb #dd253990
 def locate(name):
     "The Path of a folder, or the Hub id as a string, that `name` stands for; ValueError or FileNotFoundError if it can be neither."
     text = str(name)
@@ -62,11 +62,12 @@ def locate(name):
     folder = Path(text).expanduser()
     if folder.is_dir(): return folder
     if folder.exists(): raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
-    if isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1: raise FileNotFoundError(f"There is no folder {text}. Give a model's folder, a Hub id such as 'owner/name', or one of {', '.join(MODELS)}.")
+    if isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1:
+        raise FileNotFoundError(f"There is no folder {text}. Give a model's folder, a Hub id such as 'owner/name', or one of {', '.join(MODELS)}.")
     if "/" not in text: raise ValueError(f"Unknown model {text!r}.{nearest(text, MODELS)} A folder or a Hub id 'owner/name' serves too.")
     return text
 
-# %% ../nbs/04_model.ipynb #18941f3f
+# %% ../nbs/04_model.ipynb #2676487b
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 
@@ -75,16 +76,18 @@ def check_files(place, files, *needs):
     missing = [names for names in needs if not set(names) & set(files)]
     if WEIGHTS in missing and (pickles := sorted(f for f in files if f.endswith(".bin"))):
         raise ValueError(f"{place} has its weights as {pickles[0]}, a pickle, which can run any code when it is loaded. Save the model with safetensors first.")
-    if missing: raise FileNotFoundError(f"{place} holds no whole {'tokenizer' if TOKENIZERS in missing else 'model'}: {', '.join(' or '.join(n[:2]) for n in missing)} is missing.")
+    if missing:
+        raise FileNotFoundError(f"{place} holds no whole {'tokenizer' if TOKENIZERS in missing else 'model'}: {', '.join(' or '.join(n[:2]) for n in missing)} is missing.")
 
-# %% ../nbs/04_model.ipynb #8d97766d
+# %% ../nbs/04_model.ipynb #07581302
 def from_cache(hub_id, cache_dir=None, *needs):
     "The folder in Hugging Face's cache where `hub_id` lies, with one of each of `needs`; ConnectionError if that was never fetched."
     from huggingface_hub import snapshot_download
     try:
         folder = Path(snapshot_download(hub_id, local_files_only=True, cache_dir=cache_dir))
         check_files(folder, [p.name for p in folder.iterdir()], *needs)
-    except FileNotFoundError as e: raise ConnectionError(f"The Hub gave no answer and {hub_id} is not whole in the cache. Without a network these work: 'tiny', or the folder of a model.") from e
+    except FileNotFoundError as e:
+        raise ConnectionError(f"The Hub gave no answer and {hub_id} is not whole in the cache. Without a network these work: 'tiny', or the folder of a model.") from e
     return folder
 
 # %% ../nbs/04_model.ipynb #f802b425
@@ -104,7 +107,7 @@ def quiet():
             warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")
             logging.set_verbosity(level), show(bars), show_downloads()
 
-# %% ../nbs/04_model.ipynb #e69fc479
+# %% ../nbs/04_model.ipynb #e43fdb17
 def explain(error, place):
     "The one-line exception for `error`, which came up while `place` was loaded."
     chain = [error]
@@ -112,9 +115,12 @@ def explain(error, place):
     kinds = {type(e).__name__ for e in chain}
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), kinds)
     if "GatedRepoError" in kinds: return PermissionError(f"{place} asks for permission on the Hub: accept its terms there and log in with `hf auth login`.")
-    if "RepositoryNotFoundError" in kinds: return ValueError(f"There is no model {place!r} on the Hub (or it is private), and no folder of that name. By name there are {', '.join(MODELS)}.")
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}: return ConnectionError(f"The Hub broke off while {place} was fetched. Try again; without a network these work: 'tiny', or the folder of a model.")
-    if "EntryNotFoundError" in kinds or "RemoteEntryNotFoundError" in kinds or "does not appear to have" in str(error): return FileNotFoundError(f"{place} lacks a file that a model needs: {first}")
+    if "RepositoryNotFoundError" in kinds:
+        return ValueError(f"There is no model {place!r} on the Hub (or it is private), and no folder of that name. By name there are {', '.join(MODELS)}.")
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}:
+        return ConnectionError(f"The Hub broke off while {place} was fetched. Try again; without a network these work: 'tiny', or the folder of a model.")
+    if "EntryNotFoundError" in kinds or "RemoteEntryNotFoundError" in kinds or "does not appear to have" in str(error):
+        return FileNotFoundError(f"{place} lacks a file that a model needs: {first}")
     if kinds & {"SafetensorError", "JSONDecodeError"}: return ValueError(f"{place} is damaged: {first}")
     return ValueError(f"{place} cannot be loaded as a causal language model: {first}")
 
@@ -169,7 +175,7 @@ def new_model(config, seed=None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
-# %% ../nbs/04_model.ipynb #639725ba
+# %% ../nbs/04_model.ipynb #9f0cd541
 def load_model(
     name="gpt2",  # one of MODELS, a Hub id "owner/name", or a folder
     *,
@@ -187,8 +193,10 @@ def load_model(
     place = ready(name, cache_dir, ("config.json",), WEIGHTS)
     given = dict(config=load_config(config, cache_dir)) if config else {}
     with loading(place):
-        model, report = AutoModelForCausalLM.from_pretrained(place, **given, cache_dir=cache_dir, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    if report["missing_keys"]: raise ValueError(f"{place} lacks {len(report['missing_keys'])} of its weights, such as {sorted(report['missing_keys'])[0]}: it is no whole checkpoint of a {type(model).__name__}.")
+        model, report = AutoModelForCausalLM.from_pretrained(place, **given, cache_dir=cache_dir, dtype=torch.float32, use_safetensors=True,
+                                                             trust_remote_code=False, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{place} lacks {len(report['missing_keys'])} of its weights, such as {sorted(report['missing_keys'])[0]}: it is no whole checkpoint of a {type(model).__name__}.")
     return model
 
 # %% ../nbs/04_model.ipynb #c0d18c2e
