@@ -1,0 +1,195 @@
+"The command of 2020 as it was typed, in processes of their own; and what it says where it cannot go on."
+import json, os, shlex, signal, subprocess, sys, time
+
+import pytest
+
+COMMAND = ("--output_dir=output --model_type=gpt2 --model_name_or_path=tiny --do_train --train_data_file=wikitext-2-raw/wiki.train.raw "
+           "--do_eval --eval_data_file=wikitext-2-raw/wiki.test.raw --per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2")
+MODULE = [sys.executable, "-m", "colab_gpt2.run_language_modeling"]
+
+
+def environment(folder):
+    "No Hub behind 127.0.0.1:9, and caches of its own."
+    return {**os.environ, "XDG_CACHE_HOME": str(folder/"cache"), "HF_HOME": str(folder/"hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+def run(folder, flags, **options):
+    return subprocess.run([*MODULE, *shlex.split(flags)], cwd=folder, env=environment(folder), text=True, capture_output=True, timeout=300, **options)
+
+
+def results(path): return {key: float(value) for key, value in (line.split(" = ") for line in path.read_text().splitlines())}
+
+
+def real_or_made():
+    "(text to train on, text to measure on) of one article, so that little training helps: WikiText-2's second of the validation split where that is beside the checkout, else of its shape."
+    from conftest import ROOT
+    real = ROOT.parent/"shared"/"data"/"wikitext-2-raw"/"wiki.valid.raw"
+    made = "".join(f" = Article {i} = \n \n The tide of day {i} came in at {i % 12} o'clock and went out again . \n \n" for i in range(400))
+    text = real.read_text(encoding="utf-8") if real.exists() else made
+    return text[9000:14000] + text[17000:22000], text[14000:17000]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Where the tutorial's user stands: the text is in wikitext-2-raw."
+    root = tmp_path_factory.mktemp("tutorial")
+    (root/"wikitext-2-raw").mkdir()
+    for name, text in zip(("train", "test"), real_or_made()): (root/"wikitext-2-raw"/f"wiki.{name}.raw").write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tutorial(folder):
+    return run(folder, COMMAND)
+
+
+def test_the_tutorials_command(folder, tutorial):
+    assert tutorial.returncode == 0, tutorial.stderr
+    assert tutorial.stdout == ""
+    for line in ("--per_gpu_train_batch_size=1 → per_device_train_batch_size=1, gradient_accumulation_steps=1: 1 block to a step", "--save_steps=-1 → save_steps=-1",
+                 "--model_type=gpt2 → nothing: the model's own config says what it is", "***** Eval results *****"):
+        assert line in tutorial.stderr.splitlines()
+    files = {p.name for p in (folder/"output").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "eval_results_lm.txt", "finetune.json"} <= files
+    assert not any(name.startswith(("checkpoint-", ".")) for name in files)
+    lines = (folder/"output"/"eval_results_lm.txt").read_text().splitlines()
+    assert lines[0].startswith("perplexity = ")
+    told = json.loads((folder/"output"/"finetune.json").read_text())
+    assert float(lines[0].split(" = ")[1]) == told["perplexity_after"]["value"] < told["perplexity_before"]["value"]
+    assert told["steps"] == 2 * (told["train_tokens"] // 512)  # a block is a step
+    assert told["perplexity_after"]["split"] == "wiki.test.raw" and told["perplexity_after"]["stride"] == 512
+
+
+@pytest.fixture
+def command(folder, tmp_path, monkeypatch, capsys):
+    "The same in this process, which has torch already: -> (exit code, what it said)."
+    from colab_gpt2.run_language_modeling import main
+    monkeypatch.chdir(folder)
+    def call(flags):
+        code = main(shlex.split(flags) + [f"--cache_dir={tmp_path/'cache'}", "--disable_tqdm"])
+        out, err = capsys.readouterr()
+        assert out == "" and "Traceback" not in err
+        return code, err
+    return call
+
+
+def test_its_output_is_refused_then_gone_on_from(command, folder, tutorial):
+    before = {p.name: p.stat().st_mtime_ns for p in (folder/"output").iterdir()}
+    again = COMMAND.replace("=tiny", "=output/")
+    code, said = command(again)
+    assert code == 1 and "--output_dir=output is not empty. Give --overwrite_output_dir" in said.splitlines()[-1]
+    assert {p.name: p.stat().st_mtime_ns for p in (folder/"output").iterdir()} == before
+    reached = results(folder/"output"/"eval_results_lm.txt")["perplexity"]
+    code, said = command(again + " --overwrite_output_dir --max_steps=2")
+    assert code == 0, said
+    told = json.loads((folder/"output"/"finetune.json").read_text())
+    assert told["perplexity_before"]["value"] == pytest.approx(reached, rel=1e-6)
+    assert told["steps"] == 2
+
+
+TRAIN = "--model_name_or_path=tiny --do_train --train_data_file=wikitext-2-raw/wiki.train.raw --block_size=64 --per_gpu_train_batch_size=2"
+EVALUATE = "--do_eval --eval_data_file=wikitext-2-raw/wiki.test.raw"
+
+
+def test_only_measuring(command, tmp_path):
+    code, said = command(f"--output_dir={tmp_path/'a'} --model_name_or_path=tiny {EVALUATE} --block_size=128")
+    assert code == 0, said
+    assert [p.name for p in (tmp_path/"a").iterdir()] == ["eval_results_lm.txt"]
+    assert results(tmp_path/"a"/"eval_results_lm.txt").keys() == {"perplexity", "stride", "tokens"}
+
+
+def test_only_training_measures_the_text_itself_and_says_so(command, tmp_path):
+    code, said = command(f"--output_dir={tmp_path/'a'} {TRAIN} --max_steps=2")
+    assert code == 0, said
+    assert "says nothing about new text" in said
+    assert not (tmp_path/"a"/"eval_results_lm.txt").exists()
+    told = json.loads((tmp_path/"a"/"finetune.json").read_text())
+    assert told["perplexity_after"]["split"] == "start of wiki.train.raw (trained on)"
+
+
+def test_from_scratch_with_a_tokenizer_of_another_size(command, tmp_path):
+    from transformers import GPT2Config
+    GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=64).save_pretrained(tmp_path/"shape")
+    code, said = command(f"--output_dir={tmp_path/'a'} --model_type=gpt2 --config_name={tmp_path/'shape'} --tokenizer_name=tiny --do_train "
+                         f"--train_data_file=wikitext-2-raw/wiki.train.raw {EVALUATE} --max_steps=2 --learning_rate=1e-3")
+    assert code == 0, said
+    assert "the new model has 8192 embeddings" in said
+    assert 7000 < json.loads((tmp_path/"a"/"finetune.json").read_text())["perplexity_before"]["value"] < 9500  # it knows nothing: about the vocabulary's size
+
+
+def test_checkpoints_are_watched_measured_and_gone_on_from(command, tmp_path):
+    flags = f"--output_dir={tmp_path/'a'} {TRAIN} {EVALUATE}"
+    code, said = command(f"{flags} --max_steps=4 --save_steps=2 --learning_rate=1e-3 --evaluate_during_training --logging_steps=2 --eval_all_checkpoints")
+    assert code == 0, said
+    assert "step 2: perplexity = " in said and "step 4: perplexity = " in said
+    found = results(tmp_path/"a"/"eval_results_lm.txt")
+    assert found["perplexity_4"] == pytest.approx(found["perplexity"], rel=1e-4) and found["perplexity_2"] > found["perplexity_4"]
+    code, said = command(f"{flags} --max_steps=6 --should_continue --overwrite_output_dir")
+    assert code == 0, said
+    told = json.loads((tmp_path/"a"/"finetune.json").read_text())
+    assert told["steps"] == 6 and told["resumed_from"].endswith("checkpoint-4")
+    code, said = command(f"{flags.replace('=tiny', '=' + str(tmp_path/'a'/'checkpoint-2'))} --max_steps=6 --overwrite_output_dir")
+    assert code == 2 and "the newest whole checkpoint there is" in said and (tmp_path/"a"/"checkpoint-2").exists()
+
+
+def test_half_a_checkpoint_is_not_gone_on_from(command, tmp_path):
+    (tmp_path/"a"/"checkpoint-3").mkdir(parents=True)
+    (tmp_path/"a"/"checkpoint-3"/"model.safetensors").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="checkpoint-3 is not whole"):
+        code, said = command(f"--output_dir={tmp_path/'a'} {TRAIN} --should_continue")
+    assert code == 2 and "--should_continue: there is no whole checkpoint" in said
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder, tmp_path):
+    words = shlex.split(f"--output_dir={tmp_path/'a'} {TRAIN} --num_train_epochs=50 --save_steps=-1")
+    with subprocess.Popen([*MODULE, *words], cwd=folder, env=environment(folder), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        said = ""
+        while "fine-tuning" not in said and process.poll() is None: said += process.stderr.read(1)
+        while "step" not in said.rpartition("fine-tuning")[2] and process.poll() is None: said += process.stderr.read(1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, said + rest
+    assert "saved in" in rest and rest.strip().endswith("the same again with --should_continue.")
+    assert len(list((tmp_path/"a").glob("checkpoint-*"))) == 1
+
+
+@pytest.mark.parametrize("name, content, words", [("missing", None, "does not exist"), ("empty", b"", "empty"), ("binary", b"a\0b", "binary, not text"), ("latin", "é".encode("latin-1") * 9, "UTF-8")])
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_bad_texts(command, tmp_path, name, content, words, which):
+    if content is not None: (tmp_path/name).write_bytes(content)
+    code, said = command(f"--output_dir={tmp_path/'a'} {TRAIN} {EVALUATE} --{which}_data_file={tmp_path/name}")
+    assert code == 1 and words in said.splitlines()[-1] and name in said.splitlines()[-1]
+    assert not list((tmp_path/"a").iterdir())
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    ("--block_size=513", 1, "the model's context is 512 tokens"), ("--model_name_or_path=tinny", 1, "Did you mean 'tiny'?"), ("--output_dir=wikitext-2-raw/wiki.test.raw", 1, "is a file"),
+    ("--mlm", 2, "--mlm: GPT-2 reads from left to right"), ("--model_type=bert", 2, "--model_type=bert: bert is not trained to read from left to right"),
+    ("--local_rank=0", 2, "torchrun"), ("--learning_rate=nan", 2, "learning_rate is nan"), ("--num_train_epochs=0", 2, "num_train_epochs is 0"), ("--per_gpu_train_batch_size=0", 2, "per_gpu_train_batch_size=0: the batch size is 0")])
+def test_bad_flags(command, tmp_path, flags, code, words):
+    said = command(f"--output_dir={tmp_path/'a'} {TRAIN} {flags}")
+    assert said[0] == code and words in said[1].splitlines()[-1]
+    assert not (tmp_path/"a").exists() or not list((tmp_path/"a").iterdir())
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--lerning_rate=1e-4", "Did you mean '--learning_rate'?"), ("--do_train", "--output_dir is missing"), ("--output_dir=a", "--do_train is missing"), ("--output_dir=a --do_train", "--train_data_file is missing"),
+    ("--output_dir=a --do_eval", "--eval_data_file is missing"), ("--output_dir=a --do_eval --eval_data_file=b", "--model_name_or_path is missing"), ("--seed", "expected one argument"), ("--seed=x", "invalid int value")])
+def test_bad_usage_is_one_line_and_nothing_is_loaded(tmp_path, flags, words):
+    result = run(tmp_path, flags)
+    assert result.returncode == 2 and result.stdout == ""
+    assert words in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_quick_and_shows_every_flag(tmp_path):
+    code = ("import sys; from colab_gpt2.run_language_modeling import FLAGS, make_parser; text = make_parser().format_help(); "
+            "assert all(f'--{name}' in text for name in FLAGS) and 'Example:' in text; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_cuda_hides_the_gpu(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert command(f"--output_dir={tmp_path/'a'} --model_name_or_path=tiny {EVALUATE} --no_cuda --block_size=513")[0] == 1
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
