@@ -77,10 +77,11 @@ def type_of(value, given):
     if value != "gpt2": raise ValueError("the shape of a new model is known for gpt2 only; give --config_name for another.")
     return {"model": "gpt2", "from_scratch": True}, "random weights in the shape of gpt2"
 
-# %% ../nbs/16_run_language_modeling.ipynb #4f0cd772
+# %% ../nbs/16_run_language_modeling.ipynb #7465ae6f
 def start_of(value, given):
     "`--model_name_or_path`: weights by name or folder, or the checkpoint to go on from."
     path = Path(value)
+    value = value.rstrip("/") or value  # "output/" is a folder, and no Hub id
     inside = path.name.startswith("checkpoint-") and path.resolve().parent == Path(given["output_dir"]).resolve()
     if not (inside and "do_train" in given): return {"model": value}, f"model={value}"
     newest = newest_checkpoint(given["output_dir"])
@@ -441,20 +442,23 @@ def write_results(output_dir, results):
     with replacing(Path(output_dir)/"eval_results_lm.txt") as file: file.write_text("".join(f"{line}\n" for line in lines))
     print("***** Eval results *****", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
 
-# %% ../nbs/16_run_language_modeling.ipynb #f6d91d8c
+# %% ../nbs/16_run_language_modeling.ipynb #f8daae4d
 def watcher(job, config):
     "A TrainerCallback that shows the perplexity on the way."
     from tqdm import tqdm
     from transformers import TrainerCallback
     from colab_gpt2.blocks import tokenize_file
     from colab_gpt2.evaluate import perplexity
+    from colab_gpt2.finetune import pick_run_precision
+    from colab_gpt2.runtime import check_runtime
+    settings = dict(stride=config.eval_stride, precision=pick_run_precision(config, check_runtime()).precision.dtype, progress=False)
 
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
             self.blocks = tokenize_file(config.eval_file, processing_class, config.block_size, split=Path(config.eval_file).name, cache_dir=config.cache_dir, progress=False)
 
         def show(self, state, model):
-            tqdm.write(f"step {state.global_step}: perplexity = {perplexity(model, self.blocks, stride=config.eval_stride, progress=False).value}", file=sys.stderr)
+            tqdm.write(f"step {state.global_step}: perplexity = {perplexity(model, self.blocks, **settings).value}", file=sys.stderr)
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if job.watch_every and state.global_step % job.watch_every == 0: self.show(state, model)
@@ -481,11 +485,11 @@ def work(job) -> dict:
     write_results(config.output_dir, results)
     return results
 
-# %% ../nbs/16_run_language_modeling.ipynb #c473f427
+# %% ../nbs/16_run_language_modeling.ipynb #a4b25ca0
 def end(error, code) -> int:
     "Say `error` in one line on stderr; -> the exit code."
     words = " ".join(str(error).split()) or type(error).__name__
-    print(f"run_language_modeling: {words.replace(' resume', ' --should_continue')}", file=sys.stderr)
+    print(f"run_language_modeling: {words.replace('with resume.', 'with --should_continue.')}", file=sys.stderr)
     return code
 
 # %% ../nbs/16_run_language_modeling.ipynb #d4ae4bff

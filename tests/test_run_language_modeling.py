@@ -26,7 +26,7 @@ def real_or_made():
     real = ROOT.parent/"shared"/"data"/"wikitext-2-raw"/"wiki.valid.raw"
     made = "".join(f" = Article {i} = \n \n The tide of day {i} came in at {i % 12} o'clock and went out again . \n \n" for i in range(400))
     text = real.read_text(encoding="utf-8") if real.exists() else made
-    return text[9000:14000] + text[17000:22000], text[14000:17000]
+    return text[9000:12500] + text[14500:18000], text[12500:14500]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_bad_texts(command, tmp_path, name, content, words, which):
 
 
 @pytest.mark.parametrize("flags, code, words", [
-    ("--block_size=513", 1, "the model's context is 512 tokens"), ("--model_name_or_path=tinny", 1, "Did you mean 'tiny'?"), ("--output_dir=wikitext-2-raw/wiki.test.raw", 1, "is a file"),
+    ("--block_size=513", 1, "the model's context is 512 tokens"), ("--model_name_or_path=tinny", 1, "Did you mean 'tiny'?"), ("--model_name_or_path=output-2/", 1, "Unknown model 'output-2'"), ("--output_dir=wikitext-2-raw/wiki.test.raw", 1, "is a file"),
     ("--mlm", 2, "--mlm: GPT-2 reads from left to right"), ("--model_type=bert", 2, "--model_type=bert: bert is not trained to read from left to right"),
     ("--local_rank=0", 2, "torchrun"), ("--learning_rate=nan", 2, "learning_rate is nan"), ("--num_train_epochs=0", 2, "num_train_epochs is 0"), ("--per_gpu_train_batch_size=0", 2, "per_gpu_train_batch_size=0: the batch size is 0")])
 def test_bad_flags(command, tmp_path, flags, code, words):
