@@ -149,7 +149,7 @@ def check_comparable(before: Perplexity, after: Perplexity):
     if before.count != after.count:
         raise ValueError(f"Perplexities of other texts or tokenizers do not compare: {before.count:,} {before.unit}s before, {after.count:,} after. Measure both alike.")
 
-# %% ../nbs/06_evaluate.ipynb #3136e3a3
+# %% ../nbs/06_evaluate.ipynb #e8dac32c
 @dataclass(frozen=True)
 class ReportCard(Record):
     "Perplexities of one text at several strides and in every unit, and maybe those of the model before it was tuned."
@@ -175,6 +175,10 @@ class ReportCard(Record):
         head = ["split", "unit", "stride", "context"] + (["before", "after", "after / before"] if self.before else ["perplexity"])
         values = [[f"{old.value:.2f}", f"{new.value:.2f}", f"{ratio:.3f}"] for old, new, ratio in zip(self.before, self.rows, self.ratios)] or [[f"{p.value:.2f}"] for p in self.rows]
         return [head] + [[p.split or "–", f"per {p.unit}", f"{p.stride}", f"{p.context}", *v] for p, v in zip(self.rows, values)]
+
+    def _rows(self):
+        return [(f"{p.split or 'text'}, per {p.unit}, stride {p.stride}", (f"{old.value:.2f} → " if old else "") + f"{p.value:.2f}")
+                for p, old in itertools.zip_longest(self.rows, self.before)]
 
     def _repr_html_(self):
         rows = ["".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in row) for cell, row in zip(itertools.chain(["th"], itertools.repeat("td")), self.table())]

@@ -113,6 +113,7 @@ def main():
     parser.add_argument("articles", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--start", type=Path, help="go on from the weights in this folder, with a new schedule and a new --seed")
     parser.add_argument("--batch", type=int, default=8, help="blocks of 512 tokens a step")
     parser.add_argument("--muon-lr", type=float, default=4e-3)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
@@ -135,6 +136,7 @@ def main():
 
     held_tokens = tokenize(tokenizer, [fill_unknown(a, rare, random.Random(-1)) for a in held])
     model = new_model(args.seed)
+    if args.start: model.load_state_dict(GPT2LMHeadModel.from_pretrained(args.start).float().state_dict())
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 60) * min(1, 1.25 * (1 - s / args.steps)))
                   for o in optimizers(model, args.muon_lr, args.adam_lr)]
     print(json.dumps(dict(parameters=model.num_parameters(), articles=len(kept), rare=len(rare),

@@ -1,0 +1,32 @@
+# `make demo` and `make test` set up what they need: a virtual environment in .venv, with the versions of constraints-dev.txt.
+PYTHON ?= python3
+SOURCES := settings.ini setup.py pyproject.toml
+
+.PHONY: demo test test-colab sync clean
+
+.venv/ready: $(SOURCES) constraints-dev.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -c constraints-dev.txt -e '.[dev]'
+	touch $@
+
+.venv-colab/ready: $(SOURCES) constraints-colab.txt
+	$(PYTHON) -m venv .venv-colab
+	.venv-colab/bin/python -m pip install -q -c constraints-colab.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/ready
+	.venv/bin/colab-gpt2 demo --overwrite-output-dir
+
+test: .venv/ready
+	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest
+
+# The same suite on Colab's versions of everything but torch and Python.
+test-colab: .venv-colab/ready
+	PATH="$(CURDIR)/.venv-colab/bin:$$PATH" .venv-colab/bin/python -m pytest
+
+# Before a commit: clean the notebooks, export the package, make the README from nbs/index.ipynb.
+sync: .venv/ready
+	PATH="$(CURDIR)/.venv/bin:$$PATH" sh -c "nbdev_clean && nbdev_export && python tools/readme.py"
+
+clean:
+	rm -rf .venv .venv-colab build dist demo-output demo-output.tar.gz

@@ -1,0 +1,12 @@
+"Each notebook is one case, run by the command that its readers would run."
+from pathlib import Path
+
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1]/"nbs").rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(notebook, shell):
+    ran = shell("nbdev_test", "--path", notebook, "--do_print", cwd=notebook.parents[1])
+    assert ran.returncode == 0 and "Success" in ran.stdout, ran.stdout + ran.stderr

@@ -1,0 +1,146 @@
+"What holds the project together: notebooks and package in step, the order of the rooms, thin edges, a light import, honest requirements."
+import ast, configparser, importlib, json, re, shutil, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import colab_gpt2
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+SETTINGS = configparser.ConfigParser(delimiters=["="])
+SETTINGS.read(ROOT/"settings.ini", encoding="utf-8")
+
+
+def module_of(notebook):
+    source = "".join("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
+    return re.search(r"#\| default_exp (\w+)", source)[1]
+
+
+def imports_of(module):
+    "(dotted name, is it at module level) of every import in an exported module."
+    tree = ast.parse((ROOT/"colab_gpt2"/f"{module}.py").read_text(encoding="utf-8"))
+    top = {id(n) for n in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from ((a.name, id(node) in top) for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            home = ".".join(filter(None, ["colab_gpt2" if node.level else "", node.module]))
+            if home == "colab_gpt2": yield from ((f"colab_gpt2.{a.name}", id(node) in top) for a in node.names if not a.name.startswith("__"))
+            else: yield home, id(node) in top
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for part in ("nbs", "colab_gpt2") for p in (folder/part).rglob("*")
+            if p.suffix in (".ipynb", ".py")} | {Path("README.md"): (folder/"README.md").read_bytes()}
+
+
+def test_clean_export_and_readme_change_nothing(tmp_path, shell):
+    for name in ("nbs", "colab_gpt2", "tools", "settings.ini", "README.md"):
+        copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
+        copy(ROOT/name, tmp_path/name)
+    before = files_of(tmp_path)
+    for words in (["nbdev_clean"], ["nbdev_export"], [sys.executable, "tools/readme.py"]):
+        ran = shell(*words)
+        assert ran.returncode == 0, ran.stderr
+    after = files_of(tmp_path)
+    assert [str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p)] == []
+
+
+def test_notebooks_keep_no_widget_state():
+    assert [n.name for n in NOTEBOOKS if "widgets" in json.loads(n.read_text(encoding="utf-8"))["metadata"]] == []
+
+
+def test_a_room_imports_only_lower_rooms():
+    order = [module_of(n) for n in NOTEBOOKS]
+    assert len(order) > 10
+    for i, module in enumerate(order):
+        for name, _ in imports_of(module):
+            if name.startswith("colab_gpt2."): assert name.split(".")[1] in order[:i], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("package, homes", [("google", {"runtime", "drive", "widgets"}), ("ipywidgets", {"widgets"}),
+                                            ("matplotlib", {"plots"}), ("typer", {"cli"}), ("nbdev", set()), ("fastcore", set())])
+def test_edges_are_thin(package, homes):
+    for module in map(module_of, NOTEBOOKS):
+        for name, at_top in imports_of(module):
+            if name.split(".")[0] == package: assert module in homes and not (package == "google" and at_top), f"{module} imports {name}"
+
+
+def test_every_import_is_a_requirement():
+    declared = {Requirement(r).name.replace("-", "_") for r in SETTINGS["DEFAULT"]["requirements"].split()}
+    provided = declared | set(sys.stdlib_module_names) | {"colab_gpt2", "google", "IPython", "huggingface_hub"}  # the Hub's client comes with transformers
+    for module in map(module_of, NOTEBOOKS):
+        assert {n.split(".")[0] for n, _ in imports_of(module)} <= provided, module
+
+
+def test_every_public_name_can_be_imported():
+    for name, module in colab_gpt2._HOME.items():
+        assert getattr(colab_gpt2, name) is getattr(importlib.import_module(f"colab_gpt2.{module}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'finetuna'"): colab_gpt2.finetuna
+
+
+def test_a_function_named_as_its_module_stays_a_function(shell):
+    for first in ("import colab_gpt2.finetune", "from colab_gpt2.finetune import FinetuneResult", "pass"):
+        ran = shell(sys.executable, "-c", f"{first}\nfrom colab_gpt2 import finetune, generate\nassert callable(finetune) and callable(generate)")
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_import_is_light(shell):
+    loaded = shell(sys.executable, "-c", "import sys, colab_gpt2, colab_gpt2.cli; print([m for m in ('torch', 'transformers', 'datasets', 'numpy', 'IPython') if m in sys.modules])")
+    assert loaded.stdout.strip() == "[]", loaded.stdout + loaded.stderr
+
+
+def test_help_is_quick(shell):
+    def seconds():
+        started = time.perf_counter()
+        assert shell("colab-gpt2", "--help").returncode == 0
+        return time.perf_counter() - started
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def unmet(constraints):
+    "Our requirements that a list of `name==version` lines does not satisfy."
+    versions = dict(line.split("==") for line in constraints.read_text().splitlines() if "==" in line and not line.startswith("#"))
+    versions = {k.lower().replace("_", "-"): v for k, v in versions.items()}
+    return [r for r in SETTINGS["DEFAULT"]["requirements"].split()
+            if not ((q := Requirement(r)).name in versions and q.specifier.contains(versions[q.name], prereleases=True))]
+
+
+def test_requirements_leave_colab_as_it_is(shared):
+    for image in ("constraints-2026.08.txt", "constraints-2026.07.txt"): assert unmet(shared/"colab"/image) == [], image
+
+
+def test_requirements_fit_the_second_environment():
+    assert unmet(ROOT/"constraints-colab.txt") == []
+
+
+def test_no_package_that_colab_pins_is_constrained():
+    pinned = {"google-auth", "ipykernel", "ipyparallel", "ipython", "pandas", "jupyter-server", "portpicker", "requests", "tornado"}
+    for r in map(Requirement, SETTINGS["DEFAULT"]["requirements"].split()):
+        assert r.name not in pinned or not r.specifier, r
+
+
+def test_wheel_in_an_environment_of_its_own(tmp_path, shell):
+    "The wheel alone runs the demo's code, away from the checkout; what it depends on is lent by this environment."
+    built = shell(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path/"wheel", copy_of_project(tmp_path))
+    assert built.returncode == 0, built.stderr
+    wheel = next((tmp_path/"wheel").glob("*.whl"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path/"env"], check=True)
+    python = tmp_path/"env"/"bin"/"python"
+    site = Path(shell(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip())
+    shell(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel)
+    lent = importlib.import_module("torch").__file__
+    (site/"lent.pth").write_text(str(Path(lent).parents[1]))
+    ran = shell(python, "-c", "from colab_gpt2.cli import main; main()", "demo", "--max-steps", "2", "--block-size", "32", "--max-new-tokens", "4", "--json", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["model"] == "tiny"
+    where = shell(python, "-c", "import colab_gpt2; print(colab_gpt2.__file__)", cwd=tmp_path).stdout.strip()
+    assert Path(where).parent == site/"colab_gpt2" and (site/"colab_gpt2"/"py.typed").exists()
+
+
+def copy_of_project(tmp_path):
+    "The project's files without what a build leaves behind."
+    target = tmp_path/"project"
+    shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "*.egg-info", "__pycache__", "demo-output*"))
+    return target
