@@ -12,7 +12,8 @@ _MODULES = dict(
     generate="Sample generate stream",
     config="FinetuneConfig",
     plan="Plan forecast_memory plan_run",
-    drive="Archive Copy archive_model extract_archive mount_drive copy_verified save_to_drive restore_from_drive",
+    archives="Archive archive_model extract_archive",
+    drive="Copy mount_drive copy_verified save_to_drive restore_from_drive",
     finetune="FinetuneResult Interrupted finetune",
     steps="RunResult check fetch plan evaluate archive save run demo bench",
 )

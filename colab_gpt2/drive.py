@@ -7,12 +7,12 @@ __all__ = ['DAY', 'NOTE', 'FLUSHED', 'Copy', 'discard', 'discard_leftovers', 'wr
            'drive_path', 'transfer', 'copy_verified', 'mount_error', 'my_drive', 'drive_folder', 'mount_drive',
            'flush_drive', 'save_to_drive', 'find_archive', 'restore_from_drive']
 
-# %% ../nbs/10_drive.ipynb #fbf7ee99
+# %% ../nbs/10_drive.ipynb #1fc2eabd
 import contextlib, errno, hashlib, logging, os, socket, stat, sys, tarfile, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .archives import Archive, archive_model, byte_bar, empty_folder, explained, extract_archive, refusal
+from .archives import Archive, byte_bar, empty_folder, explained, extract_archive, refusal
 from .core import Record, check_number, check_space, human_bytes, human_time, nearest, sha256_of
 from .runtime import in_colab
 

@@ -7,8 +7,8 @@ __all__ = ['TINY', 'MODELS', 'WEIGHTS', 'TOKENIZERS', 'gpt2_parameters', 'ModelI
            'quiet', 'explain', 'loading', 'ready', 'load_tokenizer', 'load_config', 'new_model', 'load_model',
            'model_context', 'check_match']
 
-# %% ../nbs/04_model.ipynb #ded54dd3
-import contextlib, json, warnings
+# %% ../nbs/04_model.ipynb #5de91b95
+import contextlib, warnings
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -6,10 +6,9 @@
 __all__ = ['DEMO', 'check', 'fetch', 'plan', 'fetch_for', 'evaluate', 'archive', 'save', 'save_or_say_why', 'RunResult', 'run',
            'demo', 'Bench', 'bench']
 
-# %% ../nbs/12_steps.ipynb #d0867d27
+# %% ../nbs/12_steps.ipynb #4251e129
 import tempfile, time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from .config import FinetuneConfig, changed
 from .core import Record, human_bytes

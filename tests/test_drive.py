@@ -1,5 +1,5 @@
 "Archives and Drive: every fault, the line that the user reads, and what is left on disk."
-import errno, io, json, os, re, shutil, signal, subprocess, sys, tarfile, threading, time, tracemalloc
+import errno, io, json, os, re, shutil, subprocess, sys, tarfile, threading, time, tracemalloc
 from pathlib import Path
 
 import pytest
