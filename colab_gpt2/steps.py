@@ -53,10 +53,10 @@ def evaluate(model="gpt2-tuned", config: FinetuneConfig | None = None, *, progre
     blocks = held_out_blocks(config, fetch_for(config, progress), tokenizer, model_context(loaded), progress)
     return report_card(loaded, blocks, precision=runtime.precision.dtype, progress=progress)
 
-# %% ../nbs/12_steps.ipynb #d4151785
+# %% ../nbs/12_steps.ipynb #d91b6475
 def archive(folder="gpt2-tuned", path=None, *, progress=True) -> Record:
     "Pack the model in `folder` into one file, `FOLDER.tar.gz` unless `path` says otherwise: an `Archive`."
-    from colab_gpt2.drive import archive_model
+    from colab_gpt2.archives import archive_model
     return archive_model(folder, path or f"{str(folder).rstrip('/')}.tar.gz", progress=progress)
 
 # %% ../nbs/12_steps.ipynb #a35d9423
