@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'ADVICE', 'LEFT_OUT', 'LEVEL', 'explained', 'byte_bar', 'check_weights', 'missing_parts', 'check_model',
-           'model_files', 'Archive', 'write_archive', 'archive_model', 'refusal', 'plain_members', 'reading_archive',
-           'empty_folder', 'filling', 'unpack', 'extract_archive']
+           'model_files', 'Archive', 'write_archive', 'check_archive_path', 'archive_model', 'refusal', 'plain_members',
+           'reading_archive', 'empty_folder', 'filling', 'unpack', 'extract_archive']
 
 # %% ../nbs/10_archives.ipynb #06e123ca
 import contextlib, errno, fnmatch, gzip, json, os, shutil, tarfile, tempfile, zlib
@@ -56,15 +56,15 @@ def check_weights(path):
     if size != expected: raise ValueError(f"{path} is half written or damaged: its {human_bytes(size)} do not match its own header. Save the model again.")
     return path
 
-# %% ../nbs/10_archives.ipynb #87ad675d
+# %% ../nbs/10_archives.ipynb #e85fea7e
 def missing_parts(folder):
     "What `folder` lacks of a model, in words."
-    missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(folder.glob(pattern))]
+    missing = [pattern for pattern in ("config.json", "*.safetensors") if not any(p.name[0] != "." for p in folder.glob(pattern))]
     index = folder/"model.safetensors.index.json"
     shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
     return missing + sorted({name for name in shards if not (folder/name).exists()})
 
-# %% ../nbs/10_archives.ipynb #00e1b6b4
+# %% ../nbs/10_archives.ipynb #41f2eca0
 def check_model(folder):
     "`folder`, if it holds a model; FileNotFoundError, NotADirectoryError or ValueError (damaged weights) if not."
     folder = Path(folder)
@@ -74,18 +74,19 @@ def check_model(folder):
         checkpoints = sorted(p.name for p in folder.glob("checkpoint-*"))
         hint = f" It has {checkpoints[-1]}: resume the training." if checkpoints else ""
         raise FileNotFoundError(f"{folder} holds no whole model: it has no {' and no '.join(missing)}.{hint} Give the output folder of a finished fine-tuning.")
-    for path in sorted(folder.glob("*.safetensors")): check_weights(path)
+    for path in sorted(folder.glob("[!.]*.safetensors")): check_weights(path)
     return folder
 
-# %% ../nbs/10_archives.ipynb #d7b274b4
-LEFT_OUT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", ".*.part", "*.tar.gz")
+# %% ../nbs/10_archives.ipynb #2e2bf3a1
+LEFT_OUT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "*.tar.gz", "*.tgz")
 
-# %% ../nbs/10_archives.ipynb #77b009e4
+# %% ../nbs/10_archives.ipynb #f8131b91
 def model_files(folder, checkpoints=False):
-    "The names of the files in `folder`, sorted; without `checkpoints` neither checkpoint-*/ nor what `LEFT_OUT` matches. A link counts as the file behind it; links to folders are left out."
+    "The names of the files in `folder`, sorted; nothing hidden (named with a dot), and without `checkpoints` neither checkpoint-*/ nor what `LEFT_OUT` matches. A link counts as the file behind it; links to folders are left out."
     def stop(error): raise error  # os.walk would pass over a folder that it cannot read
     names = []
     for root, folders, files in os.walk(folder, onerror=stop):
+        folders[:], files = ([n for n in some if not n.startswith(".")] for some in (folders, files))
         if not checkpoints:
             folders[:] = [f for f in folders if not fnmatch.fnmatch(f, "checkpoint-*")]
             files = [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in LEFT_OUT)]
@@ -116,15 +117,22 @@ def write_archive(target, folder, names, bar):
                 member.size = os.fstat(f.fileno()).st_size
                 tar.addfile(member, CallbackIOWrapper(bar.update, f, "read"))
 
-# %% ../nbs/10_archives.ipynb #4871c834
+# %% ../nbs/10_archives.ipynb #9d05d10c
+def check_archive_path(path, overwrite=False) -> Path:
+    "`path`, if an archive can be written there: IsADirectoryError if it is a folder, ValueError unless it ends in .tar.gz or .tgz, FileExistsError if it exists and not `overwrite`."
+    path = Path(path)
+    if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder; name a file, such as {path/'gpt2-tuned.tar.gz'}.")
+    if not path.name.lower().endswith((".tar.gz", ".tgz")): raise ValueError(f"{path} is no name for an archive: it must end in .tar.gz or .tgz, such as {path.name}.tar.gz.")
+    if os.path.lexists(path) and not overwrite: raise FileExistsError(f"{path} exists. Give another path, or overwrite=True to replace it.")
+    return path
+
+# %% ../nbs/10_archives.ipynb #af85bd68
 def archive_model(folder, path="gpt2-tuned.tar.gz", *,
                   checkpoints=False,  # also pack checkpoint-*/ and the optimizer's state?
-                  overwrite=True,  # replace an archive that is there?
+                  overwrite=False,  # replace a file that is there?
                   progress=True) -> Archive:
-    "Pack the model in `folder` into `path`, a .tar.gz whose bytes depend on the files alone (and on the zlib that packs them); an old archive stands until the new one is whole."
-    folder, path = check_model(folder), Path(path)
-    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder; name a file, such as {path/'gpt2-tuned.tar.gz'}.")
-    if path.exists() and not overwrite: raise FileExistsError(f"{path} exists. Give another name, or overwrite=True.")
+    "Pack the model in `folder` into `path`, a .tar.gz whose bytes depend on the files alone (and on the zlib that packs them); an old archive stands until the new one is whole. Errors of `check_model` and `check_archive_path`."
+    folder, path = check_model(folder), check_archive_path(path, overwrite)
     with explained(f"Packing {folder} into {path}"):
         names = [n for n in model_files(folder, checkpoints) if not (path.exists() and path.samefile(folder/n))]
         total = sum((folder/n).stat().st_size for n in names)

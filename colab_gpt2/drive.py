@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['DAY', 'NOTE', 'FLUSHED', 'Copy', 'discard', 'discard_leftovers', 'write_synced', 'copy_once', 'retried', 'is_folder',
-           'drive_path', 'transfer', 'copy_verified', 'mount_error', 'my_drive', 'drive_folder', 'mount_drive',
-           'flush_drive', 'save_to_drive', 'find_archive', 'restore_from_drive']
+           'drive_path', 'make_folder', 'transfer', 'copy_verified', 'mount_error', 'my_drive', 'drive_folder',
+           'mount_drive', 'flush_drive', 'save_to_drive', 'find_archive', 'restore_from_drive']
 
-# %% ../nbs/10_drive.ipynb #1fc2eabd
+# %% ../nbs/10_drive.ipynb #04d5bba8
 import contextlib, errno, hashlib, logging, os, socket, stat, sys, tarfile, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .archives import Archive, byte_bar, empty_folder, explained, extract_archive, refusal
+from .archives import ADVICE, Archive, byte_bar, empty_folder, explained, extract_archive, refusal
 from .core import Record, check_number, check_space, human_bytes, human_time, nearest, sha256_of
 from .runtime import in_colab
 
-# %% ../nbs/10_drive.ipynb #2dcaf15b
+# %% ../nbs/10_drive.ipynb #f01e97e7
 @dataclass(frozen=True)
 class Copy(Record):
     "A file that was copied and read back."
@@ -24,7 +24,7 @@ class Copy(Record):
     bytes: int
     sha256: str  # of what was read back, in hex
     seconds: float
-    note: str = ""  # what the reading back does not prove
+    note: str = ""  # what was there before, and what the reading back does not prove
     def _rows(self): return [("file", self.path), ("size", human_bytes(self.bytes)), ("SHA-256", self.sha256), ("took", human_time(self.seconds)), ("note", self.note)]
 
 # %% ../nbs/10_drive.ipynb #3c5e07e0
@@ -103,22 +103,33 @@ def drive_path(path):
         return Path(above, spelling, *path.parts[i + 1:])
     return path
 
-# %% ../nbs/10_drive.ipynb #8ebfebaa
+# %% ../nbs/10_drive.ipynb #d2e43e10
+def make_folder(folder):
+    "Make `folder` and what is missing above it; an OSError that `ADVICE` does not know becomes one line, its class and errno stay."
+    try: os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        if e.errno in ADVICE: raise  # for `explained`, and for `retried`
+        error = type(e)(f"The folder {folder} cannot be made ({e.strerror}). Name another folder to save in.")
+        error.errno = e.errno
+        raise error from e
+
+# %% ../nbs/10_drive.ipynb #9956680f
 def transfer(source, destination, progress):
     "One attempt of `copy_verified`: (SHA-256, note)."
-    if os.path.isfile(destination) and os.stat(destination).st_size == source.stat().st_size:
+    old = os.stat(destination).st_size if os.path.isfile(destination) else None  # bytes
+    if old == source.stat().st_size:
         sha256 = sha256_of(source)
         if sha256_of(destination) == sha256: return sha256, "It was there already, the same byte for byte."
-    os.makedirs(destination.parent, exist_ok=True)
+    make_folder(destination.parent)
     check_space(destination.parent, source.stat().st_size, f"Copying {source.name}")
     discard_leftovers(destination)
-    return copy_once(source, destination, progress), ""
+    return copy_once(source, destination, progress), "" if old is None else f"It replaced a file of the same name with other content ({human_bytes(old)})."
 
-# %% ../nbs/10_drive.ipynb #e839e936
+# %% ../nbs/10_drive.ipynb #25236623
 def copy_verified(source, destination, *,
                   attempts=3, wait=1.0,  # tries on errno 5 and 107, and seconds before the second one
                   progress=True) -> Copy:
-    "Copy a file, to Drive or anywhere, and read it back; a file of the same size and SHA-256 that is there already stays as it is. OSError if it does not arrive: then `destination` stands as it was."
+    "Copy a file, to Drive or anywhere, and read it back; a file of the same size and SHA-256 that is there already stays as it is, another is replaced, and the note of the result says which. OSError if it does not arrive: then `destination` stands as it was."
     start, source, destination = time.monotonic(), drive_path(source), drive_path(destination)
     check_number("attempts", attempts, minimum=1, integer=True)
     check_number("wait", wait, minimum=0)
@@ -145,14 +156,14 @@ def my_drive(mountpoint):
     "The user's Drive below `mountpoint`, in either spelling, or None when nothing is mounted there."
     return next((Path(mountpoint, s) for s in ("MyDrive", "My Drive") if is_folder(Path(mountpoint, s))), None)
 
-# %% ../nbs/10_drive.ipynb #99507947
+# %% ../nbs/10_drive.ipynb #b58d22eb
 def drive_folder(folder, make=False):
     "`folder`, or the `MyDrive` that is in it; outside Colab, `make` it when it is missing."
     folder = drive_path(folder)
-    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; name a folder to save in.")
+    if os.path.exists(folder) and not os.path.isdir(folder): raise NotADirectoryError(f"{folder} is a file; name a folder to save in.")
     if make and not in_colab():
-        with explained(f"Making {folder}"): folder.mkdir(parents=True, exist_ok=True)
-    if not folder.exists(): raise FileNotFoundError(f"There is no folder {folder}. {'Run mount_drive() in a cell first' if in_colab() else 'Make it first'}, or name another.")
+        with explained(f"Making {folder}"): make_folder(folder)
+    if not is_folder(folder): raise FileNotFoundError(f"There is no folder {folder}. {'Run mount_drive() in a cell first' if in_colab() else 'Make it first'}, or name another.")
     return my_drive(folder) or folder
 
 # %% ../nbs/10_drive.ipynb #343fc23b
@@ -185,12 +196,12 @@ def flush_drive():
 NOTE = "Read back whole, but from this machine: Drive uploads in the background and may fail without a word. Look for it on drive.google.com before you close the runtime, or save with flush=True."
 FLUSHED = "Read back whole, then flushed and unmounted; mount_drive() brings Drive back. Colab reported no error, which is not proof: look for it on drive.google.com."
 
-# %% ../nbs/10_drive.ipynb #e6d5ed40
+# %% ../nbs/10_drive.ipynb #1817f449
 def save_to_drive(archive, folder="colab-gpt2", *,
                   drive=None,  # the folder to save below; default: `mount_drive()`
                   flush=False,  # wait for the upload, and unmount?
                   progress=True) -> Copy:
-    "Copy an `Archive`, or any file, to `folder` on Drive and read it back. What that does not prove is in the note of the result."
+    "Copy an `Archive`, or any file, to `folder` on Drive and read it back. What that does not prove is in the note of the result, and that it replaced another file of its name, if it did."
     source = Path(getattr(archive, "path", archive))
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
     if refusal(tarfile.TarInfo(str(folder))): raise ValueError(f"folder is {str(folder)!r}; it must be a path inside Drive, such as 'colab-gpt2'.")

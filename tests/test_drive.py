@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from colab_gpt2 import archives
-from colab_gpt2.archives import archive_model, extract_archive
+from colab_gpt2.archives import archive_model, check_archive_path, extract_archive
 from colab_gpt2.core import sha256_of
 from colab_gpt2.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
 from helpers.colab_stub import colab, environment, stub
@@ -77,7 +77,7 @@ def test_a_link_to_a_file_is_packed_as_the_file(model, tmp_path):
 
 def test_packed_inside_its_own_folder(model):
     first = archive_model(model, model/"gpt2-tuned.tar.gz", progress=False)
-    assert archive_model(model, model/"gpt2-tuned.tar.gz", progress=False) == first
+    assert archive_model(model, model/"gpt2-tuned.tar.gz", overwrite=True, progress=False) == first
     assert first.files == ("config.json", "model.safetensors")
 
 
@@ -87,6 +87,35 @@ def test_no_model_no_archive(model, tmp_path, name, line):
     (tmp_path/"a.tar.gz").write_text("old")
     with pytest.raises(FileNotFoundError, match=re.escape(f"{model} {line} Give the output folder of a finished fine-tuning.")): archive_model(model, tmp_path/"a.tar.gz")
     assert tree(tmp_path)["a.tar.gz"] == b"old"
+
+
+@pytest.mark.parametrize("name, overwrite, kind, line", [
+    ("notes.tar.gz", False, FileExistsError, "{} exists. Give another path, or overwrite=True to replace it."),
+    ("dangling.tgz", False, FileExistsError, "{} exists. Give another path, or overwrite=True to replace it."),
+    ("notes.txt", True, ValueError, "{} is no name for an archive: it must end in .tar.gz or .tgz, such as notes.txt.tar.gz."),
+    ("output/model.safetensors", True, ValueError, "{} is no name for an archive: it must end in .tar.gz or .tgz, such as model.safetensors.tar.gz."),
+    ("output", True, IsADirectoryError, "{0} is a folder; name a file, such as {0}/gpt2-tuned.tar.gz.")])
+def test_no_file_is_replaced_unasked(model, tmp_path, name, overwrite, kind, line):
+    for known in ("notes.tar.gz", "notes.txt"): (tmp_path/known).write_text("a year of notes")
+    (tmp_path/"dangling.tgz").symlink_to(tmp_path/"elsewhere")
+    before = tree(tmp_path)
+    for action in (lambda: check_archive_path(tmp_path/name, overwrite), lambda: archive_model(model, tmp_path/name, overwrite=overwrite, progress=False)):
+        with pytest.raises(kind) as e: action()
+        assert str(e.value) == line.format(tmp_path/name) and tree(tmp_path) == before and (tmp_path/"dangling.tgz").is_symlink()
+
+
+def test_replaced_when_that_is_said(archive, model, tmp_path):
+    (tmp_path/"b.tgz").write_text("old")
+    assert archive_model(model, tmp_path/"b.tgz", overwrite=True, progress=False).sha256 == archive.sha256 == sha256_of(tmp_path/"b.tgz")
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_leftovers_of_a_killed_save_are_not_packed(archive, model, tmp_path, checkpoints):
+    for name in (".saving.abc", "samples/.saving.def"): make_model(model/name, 1000)
+    os.truncate(model/".saving.abc"/"model.safetensors", 10)
+    for name in (".DS_Store", "._model.safetensors"): (model/name).write_text("x")
+    again = archive_model(model, tmp_path/"b.tar.gz", checkpoints=checkpoints, progress=False)
+    assert again.files == ("config.json", "model.safetensors") and again.sha256 == archive.sha256
 
 
 def test_half_written_model_is_not_packed(model, tmp_path):
@@ -99,7 +128,7 @@ def test_half_written_model_is_not_packed(model, tmp_path):
                                          (dict(io_error=True), "an input/output error (errno 5)"), (dict(quota=1000), "has 0 B free")])
 def test_archive_that_cannot_be_written(colab, model, my_drive, fault, line):
     (my_drive/"a.tar.gz").write_text("old")
-    with colab.faults(**fault), pytest.raises(OSError, match=re.escape(line)) as e: archive_model(model, my_drive/"a.tar.gz", progress=False)
+    with colab.faults(**fault), pytest.raises(OSError, match=re.escape(line)) as e: archive_model(model, my_drive/"a.tar.gz", overwrite=True, progress=False)
     assert f"Packing {model} into {my_drive/'a.tar.gz'}" in str(e.value) and "\n" not in str(e.value)
     assert tree(my_drive) == {"a.tar.gz": b"old"}
 
@@ -107,7 +136,7 @@ def test_archive_that_cannot_be_written(colab, model, my_drive, fault, line):
 def test_progress_is_on_stderr_and_can_be_turned_off(model, tmp_path, capsys):
     archive_model(model, tmp_path/"a.tar.gz", progress=False)
     assert capsys.readouterr() == ("", "")
-    archive = archive_model(model, tmp_path/"a.tar.gz")
+    archive = archive_model(model, tmp_path/"a.tar.gz", overwrite=True)
     copy_verified(archive.path, tmp_path/"b.tar.gz")
     out, err = capsys.readouterr()
     assert out == "" and "packing a.tar.gz: 100%" in err and "copying a.tar.gz: 100%" in err
@@ -372,6 +401,26 @@ def test_save_and_restore_on_colab(colab, archive, model, tmp_path, monkeypatch)
     assert os.listdir(colab.mountpoint) == []
     assert tree(restore_from_drive("gpt2-tuned.tar.gz", tmp_path/"back", progress=False)) == tree(model)
     assert tree(restore_from_drive(colab.mountpoint/"My Drive/colab-gpt2/gpt2-tuned.tar.gz", tmp_path/"back-2", progress=False)) == tree(model)
+
+
+def test_the_note_says_what_was_replaced(colab, archive, my_drive, old):
+    saved = save_to_drive(archive, drive=my_drive, progress=False)
+    assert saved.path == old and saved.note.startswith("It replaced a file of the same name with other content (3 B). Read back whole, but from this machine")
+    changed = bytearray(old.read_bytes())
+    changed[-1] ^= 1
+    old.write_bytes(changed)  # of the same size
+    assert "It replaced a file" in save_to_drive(archive, drive=my_drive, progress=False).note
+    assert "replaced" not in save_to_drive(archive, drive=my_drive, progress=False).note
+    old.unlink()
+    assert "replaced" not in save_to_drive(archive, drive=my_drive, progress=False).note
+
+
+@pytest.mark.parametrize("drive, folder, line", [("/proc/xx", "f", "The folder /proc/xx cannot be made (No such file or directory)."), ("/proc", "xx", "The folder /proc/xx cannot be made (No such file or directory)."),
+                                                 ("{}/" + 300 * "x", "f", "cannot be made (File name too long)."), ("{}", 300 * "x", "cannot be made (File name too long).")])
+def test_a_folder_that_cannot_be_made(archive, tmp_path, drive, folder, line):
+    if drive.startswith("/proc") and not sys.platform.startswith("linux"): pytest.skip("only Linux has a /proc in which nobody can make a folder")
+    with pytest.raises(OSError) as e: save_to_drive(archive, folder, drive=drive.format(tmp_path), progress=False)
+    assert str(e.value).endswith(f"{line} Name another folder to save in.") and str(e.value).startswith("The folder ") and "\n" not in str(e.value) and e.value.errno
 
 
 def test_flush_that_fails(colab, archive, my_drive):
