@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'SPLITS', 'TITLE', 'WIKITEXT', 'PYTHON_DOCS', 'titles', 'Corpus', 'check_text', 'measure', 'recall', 'store',
-           'write_rows', 'hub_reachable', 'bars', 'from_hub', 'Published', 'wikitext', 'bring', 'fetch', 'to_wikitext',
+           'write_rows', 'hub_trouble', 'bars', 'from_hub', 'Published', 'wikitext', 'bring', 'fetch', 'to_wikitext',
            'python_docs', 'starts', 'cuts', 'cut_text', 'load_text', 'from_parquet', 'load_folder', 'load_files',
            'load_corpus']
 
@@ -115,14 +115,14 @@ def write_rows(rows, path):
             for text in batch["text"]: f.write(text if text.endswith("\n") else (text or " ") + "\n")
     return path
 
-# %% ../nbs/02_data.ipynb #fbb2a6ab
-def hub_reachable():
-    "Whether the Hub (HF_ENDPOINT, if that is set) answers at all, and offline mode is off."
+# %% ../nbs/02_data.ipynb #2ad8d266
+def hub_trouble() -> str:
+    "Why the Hub (HF_ENDPOINT, if that is set) cannot be used now, such as 'answers 503 Service Unavailable'; '' if it can."
     from huggingface_hub import constants
-    if constants.HF_HUB_OFFLINE: return False
-    try: requests.head(constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
-    except requests.RequestException: return False
-    return True
+    if constants.HF_HUB_OFFLINE: return "gave no answer"
+    try: answer = requests.head(constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
+    except requests.RequestException: return "gave no answer"
+    return f"answers {answer.status_code} {answer.reason}".rstrip() if answer.status_code == 429 or answer.status_code >= 500 else ""
 
 # %% ../nbs/02_data.ipynb #dc92332f
 @contextlib.contextmanager
@@ -135,10 +135,10 @@ def bars(progress):
     finally:
         if not were_hidden: datasets.enable_progress_bars()
 
-# %% ../nbs/02_data.ipynb #b6c94a34
+# %% ../nbs/02_data.ipynb #0f39d948
 def from_hub(repository, name, folder, suffix, progress=True):
     "The three splits of configuration `name` of a dataset on the Hub as files in `folder`; ConnectionError if they are not to be had."
-    if not hub_reachable(): raise ConnectionError("gave no answer")
+    if trouble := hub_trouble(): raise ConnectionError(trouble)
     from datasets import load_dataset
     try:
         with bars(progress): rows = load_dataset(repository, name)

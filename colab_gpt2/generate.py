@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'penalise', 'candidates', 'decode', 'forward', 'first_step', 'draw', 'held_back', 'TextPieces', 'resolve',
-           'encode_prompt', 'end_tokens', 'stop_strings', 'evaluating', 'Request', 'Sample', 'generate', 'collect',
-           'stream', 'stream_pieces']
+           'encode_prompt', 'end_tokens', 'stop_strings', 'Request', 'Sample', 'generate', 'collect', 'stream',
+           'stream_pieces']
 
-# %% ../nbs/07_generate.ipynb #1ed52728
-import contextlib, html, inspect, secrets, warnings
+# %% ../nbs/07_generate.ipynb #150daf87
+import html, secrets, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .core import Record, check_number
+from .evaluate import evaluation_mode, keeps_logits
 from .model import check_match, load_model, load_tokenizer, model_context
 
 # %% ../nbs/07_generate.ipynb #712dc860
@@ -74,10 +75,10 @@ def decode(
         yield feed
         if cache.get_seq_length() >= context: feed, cache = tokens[:, end + 1 - context//2:end + 1], None
 
-# %% ../nbs/07_generate.ipynb #a60cf6f7
+# %% ../nbs/07_generate.ipynb #439483d5
 def forward(model, ids, cache):
     "fp32 logits (batch, vocabulary) of the position after `ids` (batch, tokens), and the cache that now holds them."
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}  # the others are never looked at
+    last = {"logits_to_keep": 1} if keeps_logits(model) else {}  # the others are never looked at
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
     return out.logits[:, -1].float(), out.past_key_values
 
@@ -190,16 +191,6 @@ def stop_strings(stop) -> tuple:
     if wrong: raise ValueError(f"stop has {wrong[0]!r}; a stop string is text of one character or more.")
     return stops
 
-# %% ../nbs/07_generate.ipynb #f59fdaa6
-@contextlib.contextmanager
-def evaluating(model):
-    "The model in evaluation mode; each module's own mode is put back at the end."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try: yield model
-    finally:
-        for module, mode in modes: module.training = mode
-
 # %% ../nbs/07_generate.ipynb #6cb2e11f
 class Request:
     "A checked request: model, tokenizer, prompt ids, stop conditions, and `steps`, the decode loop with a random generator of its own."
@@ -235,7 +226,7 @@ class Sample(Record):
         return (f"<pre style='white-space:pre-wrap'><b>{html.escape(self.prompt)}</b>{html.escape(self.text)}</pre>"
                 f"<small>{self.tokens} new tokens, {why}; seed {self.seed}</small>")
 
-# %% ../nbs/07_generate.ipynb #7cdf6720
+# %% ../nbs/07_generate.ipynb #c49f8276
 def generate(
     model="gpt2",  # a loaded model, or a name or folder for `load_model`
     prompt=" = Toronto Raptors = \n",
@@ -251,7 +242,7 @@ def generate(
     A text may be longer than the model's context: when that is full, the last half of it is read again and the text goes on.
     The same seed gives the same text on the same device, and the global random state stays as it was. ValueError for a setting out of range."""
     request = Request(model, prompt, tokenizer, max_new_tokens, seed, samples, stop, device, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    with evaluating(request.model): texts = collect(request, progress)
+    with evaluation_mode(request.model): texts = collect(request, progress)
     return [Sample(prompt, text, pieces.tokens, request.seed, pieces.stopped) for text, pieces in texts]
 
 # %% ../nbs/07_generate.ipynb #7c892fa9
@@ -277,11 +268,11 @@ def stream(
     request = Request(model, prompt, tokenizer, max_new_tokens, seed, 1, stop, device, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     return stream_pieces(request)
 
-# %% ../nbs/07_generate.ipynb #04cf787a
+# %% ../nbs/07_generate.ipynb #09c34692
 def stream_pieces(request):
     "The pieces that are not empty, one token at a time."
     pieces = request.pieces()
-    with evaluating(request.model):
+    with evaluation_mode(request.model):
         for step in request.steps():
             if piece := pieces.push(step[0].tolist()): yield piece
             if pieces.stopped: break

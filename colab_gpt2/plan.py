@@ -8,11 +8,12 @@ __all__ = ['CONTEXT_BYTES', 'PRECISIONS', 'PEAKS', 'CORE_PEAKS', 'SHARE', 'Shape
            'Plan', 'plan_rows', 'needed', 'fitting_micro_batches', 'memory_limit', 'count_steps', 'what_to_lower',
            'choose_batch', 'plan_run', 'check_block_size', 'check_run', 'expected_time']
 
-# %% ../nbs/09_plan.ipynb #add97d2a
+# %% ../nbs/09_plan.ipynb #4c308cac
 import math
 from dataclasses import dataclass
 
 from .core import Record, check_number, human_bytes, human_time, nearest
+from .model import model_context
 
 # %% ../nbs/09_plan.ipynb #423c10b5
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Shape(Record):
     vocabulary: int
     context: int
 
-# %% ../nbs/09_plan.ipynb #a2341595
+# %% ../nbs/09_plan.ipynb #18395d78
 def shape_of(config) -> Shape:
     "The shape of a transformers config; GPT-2's own names (n_layer, n_embd, n_positions) are mapped by transformers."
     text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
-    return Shape(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.vocab_size, text.max_position_embeddings)
+    return Shape(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.vocab_size, model_context(text))
 
 # %% ../nbs/09_plan.ipynb #060ceb00
 def count_parameters(config) -> int:

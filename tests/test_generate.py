@@ -7,7 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from colab_gpt2.generate import Request, Sampling, TextPieces, candidates, encode_prompt, evaluating, generate, penalise, stream
+from colab_gpt2.evaluate import evaluation_mode
+from colab_gpt2.generate import Request, Sampling, TextPieces, candidates, encode_prompt, generate, penalise, stream
 from colab_gpt2.model import load_model, load_tokenizer
 
 PROMPT = " = Toronto Raptors = \n"
@@ -127,7 +128,7 @@ def test_real_text_with_the_real_tokenizer_comes_back_whole(shared):
 def test_end_of_text_ends_only_its_own_sample(small, tokenizer):
     options = dict(tokenizer=tokenizer, max_new_tokens=30, samples=4, seed=3)
     whole = generate(small, "The", **options)
-    with evaluating(small): ids = torch.cat(list(Request(small, "The", tokenizer, 30, 3, 4, (), None).steps()), 1).tolist()
+    with evaluation_mode(small): ids = torch.cat(list(Request(small, "The", tokenizer, 30, 3, 4, (), None).steps()), 1).tolist()
     small.generation_config.eos_token_id = [0, ids[0][10]]
     try: ended = generate(small, "The", **options)
     finally: small.generation_config.eos_token_id = 0

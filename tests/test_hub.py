@@ -136,3 +136,32 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
     assert [offline[k] for k in ("gpt2", "owner/name", "config")] == [online[k] for k in ("gpt2", "owner/name", "config")]
     assert offline["gpt2-medium"] == "ConnectionError: The Hub gave no answer and openai-community/gpt2-medium is not whole in the cache. Without a network these work: 'tiny', or the folder of a model."
     assert offline["seconds"] < 20
+
+
+BUSY_CODE = """
+from colab_gpt2.model import *
+import time
+began = time.monotonic()
+result["said"] = [failing(load, "owner/name") for load in (load_model, load_tokenizer)]
+result["seconds"] = time.monotonic() - began
+"""
+
+
+@pytest.mark.parametrize("refusals, said", [
+    ({"/": 503}, "The Hub answers 503 Service Unavailable and owner/name is not whole in the cache. Without a network these work: 'tiny', or the folder of a model."),
+    ({"/api": 429}, "The Hub answers 429 Too Many Requests for owner/name. Try again later; without it these work: 'tiny', the folder of a model, or what was fetched before.")])
+def test_a_hub_that_is_down_or_busy_is_named_and_the_cache_serves(hub, ask, refusals, said):
+    hub.add("models", "owner/name", {f: (TINY/f).read_bytes() for f in os.listdir(TINY)})
+    hub.refusals = refusals
+    assert ask(BUSY_CODE)["said"] == [f"ConnectionError: {said}"] * 2
+    hub.refusals = {}
+    assert ask(BUSY_CODE)["said"] == ["no error"] * 2
+    hub.refusals = refusals
+    cached = ask(BUSY_CODE)
+    assert cached["said"] == ["no error"] * 2 and cached["seconds"] < 30
+
+
+def test_wikitext_from_a_hub_that_is_down(hub, ask):
+    hub.refusals = {"/": 503}
+    said = ask(f"result['said'] = failing(load_corpus, {NAME!r}, sources={{{NAME!r}: Published(('hf://datasets/Salesforce/wikitext',), '', {SHAS!r})}}, progress=False)")["said"]
+    assert "wikitext answers 503 Service Unavailable. Without a network these work" in said

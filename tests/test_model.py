@@ -2,9 +2,12 @@
 import json
 
 import pytest, torch
-from transformers import AutoTokenizer, GPT2Config, GPTNeoXConfig, T5Config
+from transformers import AutoTokenizer, BloomConfig, GPT2Config, GPTNeoXConfig, T5Config
 
+from colab_gpt2.generate import generate
 from colab_gpt2.model import MODELS, TINY, check_match, load_model, load_tokenizer, model_context, new_model
+from colab_gpt2.plan import plan_run
+from colab_gpt2.runtime import check_runtime
 
 SMALL = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=100)
 
@@ -69,6 +72,21 @@ def test_other_causal_models_serve_and_others_do_not(tmp_path):
     assert model_context(load_model(tmp_path/"neox")) == 48
     with pytest.raises(ValueError, match="T5Config cannot be loaded as a causal language model") as e: load_model("tiny", from_scratch=True, config=T5Config())
     assert "\n" not in str(e.value)
+
+
+def test_a_model_that_sets_no_limit_to_its_context(tmp_path):
+    bloom = new_model(BloomConfig(vocab_size=MODELS["tiny"].vocabulary, hidden_size=32, n_layer=2, n_head=2), seed=0)
+    bloom.save_pretrained(tmp_path/"bloom"), load_tokenizer("tiny").save_pretrained(tmp_path/"bloom")
+    model = load_model(tmp_path/"bloom")
+    assert plan_run(model.config, 10_000, check_runtime(tmp_path)).block_size == model_context(model) == 2048
+    ids = torch.randint(MODELS["tiny"].vocabulary, (1, 64))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(2):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward(), optimizer.step(), optimizer.zero_grad()
+    assert losses[1] < losses[0]
+    sample, = generate(tmp_path/"bloom", " = Toronto Raptors = \n", max_new_tokens=20, seed=0, device="cpu")
+    assert sample.tokens == 20 or sample.stopped == "end"
 
 
 def test_new_weights_follow_the_seed_and_nothing_else():

@@ -67,12 +67,15 @@ class Hub(Server):
     def __init__(self):
         super().__init__()
         self.repos = {}
+        self.refusals = {}  # beginning of a path -> the status that it gets: '/' is a Hub that is down
 
     def add(self, kind, name, files):
         "Serve `files` (path -> bytes) as the repository `name` of `kind` ('models' or 'datasets')."
         self.repos[kind, name] = dict(files)
 
     def answer(self, request, path, body):
+        refused = next((status for start, status in self.refusals.items() if path.startswith(start)), None)
+        if refused: return send(request, refused)
         found = re.fullmatch(r"/api/(models|datasets)/([^/]+(?:/[^/]+)??)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?", path)
         if found: return self.api(request, body, *found.groups())
         found = re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path)
