@@ -69,12 +69,13 @@ LIMITS = dict(
     save_total_limit=dict(minimum=1, integer=True), eval_stride=dict(minimum=1, integer=True),
     max_new_tokens=dict(minimum=1, integer=True))
 
-# %% ../nbs/08_config.ipynb #fc78b00c
+# %% ../nbs/08_config.ipynb #897f1437
 def check_config(config):
     "Raise a ValueError for the first value of `config` that no run could use."
     for name, rule in LIMITS.items():
         if getattr(config, name) is not None: check_number(name, getattr(config, name), **rule)
     for f in fields(config):
+        if getattr(config, f.name) == "": raise ValueError(f"{f.name} is empty; leave it out, or give a value.")
         choices, chosen = f.metadata.get("choices"), getattr(config, f.name)
         if choices and chosen not in choices: raise ValueError(f"{f.name} is {chosen!r}.{nearest(chosen, choices)}")
     for name in ("max_steps", "save_steps"):

@@ -106,16 +106,63 @@ def test_text_that_cannot_be_used(shell, own, tmp_path, name, content, said):
 
 
 @pytest.mark.parametrize("flags, code, said", [
-    (("--block-size", "100000"), 1, "the model's context is 512"), (("--block-size", "1"), 2, "block_size is 1"), (("--num-train-epochs", "0"), 2, "num_train_epochs is 0"),
-    (("--learning-rate", "nan"), 2, "learning_rate is nan"), (("--learning-rate", "-1"), 2, "learning_rate is -1"), (("--max-steps", "0"), 2, "max_steps is 0"),
-    (("--effective-batch-size", "-4"), 2, "effective_batch_size is -4"), (("--seed", "x"), 2, "valid integer"), (("--model", "gtp2-medium"), 1, "gpt2-medium"),
+    (("--block-size", "100000"), 1, "the model's context is 512"), (("--block-size", "1"), 2, "--block-size is 1"), (("--num-train-epochs", "0"), 2, "--num-train-epochs is 0"),
+    (("--learning-rate", "nan"), 2, "--learning-rate is nan"), (("--learning-rate", "-1"), 2, "--learning-rate is -1"), (("--max-steps", "0"), 2, "--max-steps is 0"),
+    (("--effective-batch-size", "-4"), 2, "--effective-batch-size is -4"), (("--seed", "x"), 2, "valid integer"), (("--model", "gtp2-medium"), 1, "gpt2-medium"),
     (("--dataset", "wikitext-2-rw-v1"), 1, "wikitext-2-raw-v1"), (("--eval-split", "tset"), 2, "Did you mean 'test'?"),
     (("--no-such-flag",), 2, "--no-such-flag"), (("--lerning-rate", "1"), 2, "--learning-rate"), (("--trainer-arg", "adam_bet2=1"), 1, "adam_beta2"),
-    (("--precision", "fp16"), 1, "slower than fp32"), (("--eval-stride", "1000"), 1, "stride")])
+    (("--precision", "fp16"), 1, "slower than fp32"), (("--eval-stride", "1000"), 1, "stride"),
+    (("--train-file", ""), 2, "train"), (("--trainer-arg", "output_dir=x"), 1, "which the run sets itself"), (("--trainer-arg", "optim=addam"), 1, "optim")])
 def test_values_that_cannot_be_used(shell, own, tmp_path, flags, code, said):
     if "--dataset" in flags: own = ()
     refused(shell("colab-gpt2", "finetune", *QUICK, *own, *flags), code, said)
     assert not any((tmp_path/"out").glob("*"))
+
+
+@pytest.mark.parametrize("flags, code, said", [(("--temperature", "0"), 2, "top_k=1"), (("--top-p", "0"), 2, "top_p is 0"), (("--top-p", "2"), 2, "top_p is 2"),
+                                               (("--max-new-tokens", "0"), 1, "max_new_tokens is 0"), (("--model", "out"), 1, "out")])
+def test_generate_refuses(shell, flags, code, said):
+    refused(shell("colab-gpt2", "generate", "--model", "tiny", *flags), code, said.replace("max_new_tokens", "--max-new-tokens"))
+
+
+def test_archive_and_save_refuse(shell, tmp_path):
+    (tmp_path/"out").mkdir()
+    refused(shell("colab-gpt2", "archive", "--folder", "out"), 1, "out")
+    (tmp_path/"a.tar.gz").write_bytes(b"mine")
+    refused(shell("colab-gpt2", "save", "--archive", "a.tar.gz"), 1, "Drive")
+    refused(shell("colab-gpt2", "bench", "--steps", "0"), 1, "steps is 0")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "a.tar.gz"}
+
+
+def test_run_looks_at_the_archive_first_and_fails_for_a_drive_that_was_asked_for(shell, own, tmp_path):
+    (tmp_path/"out.tar.gz").write_bytes(b"mine")
+    refused(shell("colab-gpt2", "run", *QUICK, *own), 1, "out.tar.gz")
+    assert (tmp_path/"out.tar.gz").read_bytes() == b"mine" and not (tmp_path/"out").exists()
+    (tmp_path/"file").write_text("no folder")
+    ran = shell("colab-gpt2", "run", *QUICK, *own, "--max-steps", "2", "--archive-path", "new.tar.gz", "--drive", "file", "--json")
+    assert ran.returncode == 1 and "not on the Drive" in ran.stderr, ran.stderr
+    assert json.loads(ran.stdout)["drive"]["why"] and (tmp_path/"new.tar.gz").exists()
+
+
+def test_nothing_is_deleted_that_was_not_written(shell, own, tmp_path):
+    "Checkpoints go when the next run has begun, not when it is refused; what is not ours stays."
+    assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
+    (tmp_path/"out"/"checkpoint-3").mkdir()
+    (tmp_path/"out"/"checkpoint-3"/"notes.txt").write_text("mine")
+    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--overwrite-output-dir", "--trainer-arg", "foo=1"), 1, "foo")
+    assert (tmp_path/"out"/"checkpoint-2"/"model.safetensors").exists()
+    assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "3", "--overwrite-output-dir").returncode == 0
+    assert (tmp_path/"out"/"checkpoint-3.before"/"notes.txt").read_text() == "mine"
+    assert not (tmp_path/"out"/"checkpoint-2").exists() and (tmp_path/"out"/"checkpoint-3"/"whole.json").exists()
+
+
+def test_resume_needs_the_same_run(shell, own, tmp_path):
+    assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
+    weights = (tmp_path/"out"/"model.safetensors").read_bytes()
+    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume", "--block-size", "32"), 1, "is of another run")
+    shutil.rmtree(tmp_path/"out"/"checkpoint-2")
+    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume"), 1, "no whole checkpoint")
+    assert (tmp_path/"out"/"model.safetensors").read_bytes() == weights
 
 
 def test_output_folder_that_is_taken(shell, own, tmp_path):

@@ -132,7 +132,7 @@ def test_wheel_in_an_environment_of_its_own(tmp_path, shell):
     shell(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel)
     lent = importlib.import_module("torch").__file__
     (site/"lent.pth").write_text(str(Path(lent).parents[1]))
-    ran = shell(python, "-c", "from colab_gpt2.cli import main; main()", "demo", "--max-steps", "2", "--block-size", "32", "--max-new-tokens", "4", "--json", cwd=tmp_path)
+    ran = shell(python, site/"bin"/"colab-gpt2", "demo", "--max-steps", "2", "--block-size", "32", "--max-new-tokens", "4", "--json", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["model"] == "tiny"
     where = shell(python, "-c", "import colab_gpt2; print(colab_gpt2.__file__)", cwd=tmp_path).stdout.strip()

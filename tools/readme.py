@@ -21,6 +21,7 @@ def rendered(cell):
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown": return source
     if source.startswith("#| hide"): return ""
+    if not cell["outputs"]: raise SystemExit(f"A cell of nbs/index.ipynb was not run, README would lack what it prints: {source.splitlines()[0]}")
     return "\n\n".join([fenced(source, "python"), *printed(cell)])
 
 

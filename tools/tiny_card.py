@@ -62,7 +62,7 @@ def main():
         blocks = tokenize_file(args.folder/name, tokenizer, model.config.n_positions, split=split)
         rows += report_card(model, blocks).rows
     c = model.config
-    machine = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, fp32"
+    machine = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}, fp32"
     (HERE/"README.md").write_text(CARD.format(
         parameters=model.num_parameters(), layers=c.n_layer, width=c.n_embd, heads=c.n_head, context=c.n_positions, vocabulary=c.vocab_size,
         training=args.training, machine=machine, rows="\n".join(f"| {p.split} | {p.unit} | {p.stride} | {p.value:.2f} |" for p in rows),
