@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'saving_folder', 'disk_full_said', 'save_model', 'list_files', 'write_manifest', 'read_manifest',
-           'find_checkpoints', 'publish']
+           'sort_checkpoints', 'find_checkpoints', 'publish']
 
-# %% ../nbs/10_checkpoints.ipynb #6b7450d5
-import contextlib, errno, json, os, re, shutil, tempfile, warnings
+# %% ../nbs/10_checkpoints.ipynb #ccc53ae6
+import contextlib, errno, json, os, re, shutil, tempfile
 from pathlib import Path
 
 from .model import quiet
@@ -54,20 +54,25 @@ def write_manifest(folder, identity):
     "List the files of a complete checkpoint, with the `identity` (names to plain values) of its run."
     (Path(folder)/MANIFEST).write_text(json.dumps(dict(files=list_files(folder), run=identity)))
 
-# %% ../nbs/10_checkpoints.ipynb #7d05b272
+# %% ../nbs/10_checkpoints.ipynb #aa310a80
 def read_manifest(folder) -> dict | None:
     "The manifest of a checkpoint that holds every file it lists, each in its full size; else None."
-    try: manifest = json.loads((Path(folder)/MANIFEST).read_text())
-    except (OSError, ValueError): return None
-    return manifest if manifest["files"].items() <= list_files(folder).items() else None
+    try:
+        manifest = json.loads((Path(folder)/MANIFEST).read_text())
+        return manifest if manifest["files"].items() <= list_files(folder).items() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None  # not there, cut short, or of some other make
 
-# %% ../nbs/10_checkpoints.ipynb #2c6d9e8f
+# %% ../nbs/10_checkpoints.ipynb #b4bab866
+def sort_checkpoints(output_dir):
+    "(the whole checkpoints in `output_dir`, those that are not), each oldest first."
+    named = sorted((int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)))
+    whole = [path for _, path in named if read_manifest(path)]
+    return whole, [path for _, path in named if path not in whole]
+
+# %% ../nbs/10_checkpoints.ipynb #62ab7142
 def find_checkpoints(output_dir) -> list[Path]:
-    "The whole checkpoints in `output_dir`, oldest first; a warning names each one that is not."
-    named = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    for _, path in named:
-        if not read_manifest(path): warnings.warn(f"{path} is not whole and is passed over.", stacklevel=2)
-    return [path for _, path in sorted(named) if read_manifest(path)]
+    "The whole checkpoints in `output_dir`, oldest first."
+    return sort_checkpoints(output_dir)[0]
 
 # %% ../nbs/10_checkpoints.ipynb #afcf4980
 def publish(folder, place):

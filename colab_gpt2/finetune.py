@@ -8,7 +8,7 @@ __all__ = ['check_output_dir', 'BlockTrainer', 'Meter', 'Bar', 'StopOnInterrupt'
            'checkpoint_to_resume', 'load_finished', 'pick_run_precision', 'check_room', 'train_model', 'pick_split',
            'training_blocks', 'held_out_blocks', 'plan_training', 'finetune']
 
-# %% ../nbs/11_finetune.ipynb #6fedb85b
+# %% ../nbs/11_finetune.ipynb #d89bd625
 import contextlib, difflib, errno, inspect, json, math, shutil, signal, statistics, sys, tempfile, threading, time, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from .blocks import tokenize_file
-from .checkpoints import disk_full_said, find_checkpoints, publish, read_manifest, save_model, saving_folder, write_manifest
+from .checkpoints import disk_full_said, find_checkpoints, publish, read_manifest, save_model, saving_folder, sort_checkpoints, write_manifest
 from .config import FinetuneConfig, changed, pick_block_size, pick_learning_rate
 from .core import Record, check_space, human_bytes, human_time, replacing
 from .data import load_corpus
@@ -29,7 +29,7 @@ from .model import check_match, load_model, load_tokenizer, model_context, quiet
 from .plan import Plan, plan_run
 from .runtime import Precision, Runtime, check_runtime
 
-# %% ../nbs/11_finetune.ipynb #b3180f64
+# %% ../nbs/11_finetune.ipynb #85386443
 def check_output_dir(config) -> Path:
     """`config.output_dir`, made if need be. NotADirectoryError for a file, PermissionError where nothing can be written, FileExistsError for
     a folder with something in it, unless `overwrite_output_dir` is set, or `resume` and there is a whole checkpoint to go on from."""
@@ -41,8 +41,9 @@ def check_output_dir(config) -> Path:
     except OSError as e: raise PermissionError(f"output_dir {path} cannot be written to ({e.strerror}); choose another folder.") from e
     if config.resume or config.overwrite_output_dir:
         for left in path.glob(".saving.*"): shutil.rmtree(left)  # of a run that was killed while it saved
-    taken = any(path.iterdir())
-    if taken and config.resume and not find_checkpoints(path):
+    taken, (whole, broken) = any(path.iterdir()), sort_checkpoints(path)
+    for checkpoint in broken if config.resume else (): warnings.warn(f"{checkpoint} is not whole and is passed over.", stacklevel=3)
+    if taken and config.resume and not whole:
         raise FileNotFoundError(f"output_dir {path} holds no whole checkpoint to go on from; set overwrite_output_dir to start over, or choose another folder.")
     if taken and not (config.resume or config.overwrite_output_dir):
         raise FileExistsError(f"output_dir {path} is not empty; set resume to go on from its newest checkpoint, overwrite_output_dir to start over, or choose another folder.")
@@ -301,7 +302,7 @@ def plan_training(config, shape, blocks, runtime) -> Plan:
     if not plan.fits: warnings.warn(plan.reasons[0], stacklevel=3)
     return plan
 
-# %% ../nbs/11_finetune.ipynb #1fa10f1c
+# %% ../nbs/11_finetune.ipynb #1d7cda04
 def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=True, **changes) -> FinetuneResult:
     """Fine-tune a model on a text as `config` (or the defaults) with `changes` says; save it, and measure it before and after.
 
@@ -309,6 +310,7 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     started, config = time.perf_counter(), changed(config, **changes)
     check_trainer_args(config)
     output_dir = check_output_dir(config)
+    config = replace(config, output_dir=str(output_dir))
     runtime = pick_run_precision(config, check_runtime(output_dir))
     corpus = load_corpus(config.dataset, train_file=config.train_file, eval_file=config.eval_file, cache_dir=config.cache_dir, progress=progress)
     tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
@@ -329,7 +331,7 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     after, sample_after = measure()
     result = FinetuneResult(
         model=config.model, parameters=model.num_parameters(), dataset=corpus.name, train_tokens=train.tokens, perplexity_before=before,
-        perplexity_after=after, steps=trainer.state.global_step, epochs=trainer.state.epoch or 0., output_dir=str(output_dir),
+        perplexity_after=after, steps=trainer.state.global_step, epochs=trainer.state.epoch or 0., output_dir=config.output_dir,
         tokens_per_second=trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), samples=dict(before=sample_before, after=sample_after),
         losses=trainer.meter.losses, resumed_from=resumed_from and str(resumed_from), plan=plan, config=config, runtime=runtime, seconds=time.perf_counter() - started)
     with replacing(output_dir/"finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))

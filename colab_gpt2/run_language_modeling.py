@@ -178,11 +178,12 @@ def watcher(job, config):
 
     return Watcher()
 
-# %% ../nbs/16_run_language_modeling.ipynb #b8115bd4
+# %% ../nbs/16_run_language_modeling.ipynb #5bd82156
 def work(job) -> dict:
     "Train and measure as `job` says; -> what `eval_results_lm.txt` holds, empty without --do_eval."
     check_folder(job)
-    from colab_gpt2.finetune import find_checkpoints, finetune
+    from colab_gpt2.checkpoints import find_checkpoints
+    from colab_gpt2.finetune import finetune
     with tempfile.TemporaryDirectory() as folder:
         config = side_by_side(with_shape(with_texts(job, folder), folder))
         callbacks = [] if job.watch_every is None else [watcher(job, config)]

@@ -106,8 +106,8 @@ def run(config: FinetuneConfig | None = None, *, archive_path=None, drive=None, 
     saved = save_or_say_why(packed.path, drive_folder, drive, progress)
     return RunResult(finetuned, packed, saved, time.perf_counter() - started)
 
-# %% ../nbs/12_steps.ipynb #a69b4f3f
-DEMO = FinetuneConfig(model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=2, block_size=256,
+# %% ../nbs/12_steps.ipynb #078e0c88
+DEMO = FinetuneConfig(model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=2, block_size=256, learning_rate=5e-4,
                       prompt=" = Strings = \n \n A string is", max_new_tokens=60)
 
 # %% ../nbs/12_steps.ipynb #5953484d

@@ -103,7 +103,7 @@ def batches(make_stream, batch, rng):
 def save(model, tokenizer, out, half):
     "Weights as safetensors (in half precision for the wheel), config and tokenizer."
     kept = copy.deepcopy(model)
-    kept.config.update(dict(resid_pdrop=0.1, embd_pdrop=0.1, use_cache=True))  # for fine-tuning on a small text over several epochs
+    kept.config.use_cache = True
     (kept.half() if half else kept).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
