@@ -86,13 +86,13 @@ def start_of(value, given):
         raise ValueError(f"the newest whole checkpoint there is {newest}. Go on from that, or give another --output_dir.")
     return {"model": value, "resume": True}, f"model={value}, resume=True: it goes on where that checkpoint was saved"
 
-# %% ../nbs/16_flags.ipynb #94744088
+# %% ../nbs/16_flags.ipynb #83eb9228
 def newest_checkpoint(output_dir) -> Path:
     "The newest whole checkpoint in `output_dir`; ValueError where there is none."
-    from colab_gpt2.checkpoints import find_checkpoints
-    found = find_checkpoints(output_dir)
-    if not found: raise ValueError(f"there is no whole checkpoint in {output_dir}.")
-    return found[-1]
+    from colab_gpt2.checkpoints import sort_checkpoints
+    whole, broken = sort_checkpoints(output_dir)
+    if not whole: raise ValueError(f"there is no whole checkpoint in {output_dir}{''.join(f'; {p.name} is not whole' for p in broken)}.")
+    return whole[-1]
 
 # %% ../nbs/16_flags.ipynb #e10cbee8
 def go_on(value, given):

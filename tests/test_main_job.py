@@ -108,7 +108,7 @@ def test_text_that_cannot_be_used(shell, own, tmp_path, name, content, said):
 @pytest.mark.parametrize("flags, code, said", [
     (("--block-size", "100000"), 1, "the model's context is 512"), (("--block-size", "1"), 2, "--block-size is 1"), (("--num-train-epochs", "0"), 2, "--num-train-epochs is 0"),
     (("--learning-rate", "nan"), 2, "--learning-rate is nan"), (("--learning-rate", "-1"), 2, "--learning-rate is -1"), (("--max-steps", "0"), 2, "--max-steps is 0"),
-    (("--effective-batch-size", "-4"), 2, "--effective-batch-size is -4"), (("--seed", "x"), 2, "valid integer"), (("--model", "gtp2-medium"), 1, "gpt2-medium"),
+    (("--effective-batch-size", "-4"), 2, "--effective-batch-size is -4"), (("--seed", "x"), 2, "valid int"), (("--model", "gtp2-medium"), 1, "gpt2-medium"),
     (("--dataset", "wikitext-2-rw-v1"), 1, "wikitext-2-raw-v1"), (("--eval-split", "tset"), 2, "Did you mean 'test'?"),
     (("--no-such-flag",), 2, "--no-such-flag"), (("--lerning-rate", "1"), 2, "--learning-rate"), (("--trainer-arg", "adam_bet2=1"), 1, "adam_beta2"),
     (("--precision", "fp16"), 1, "slower than fp32"), (("--eval-stride", "1000"), 1, "stride"),
