@@ -173,7 +173,7 @@ def evaluate(config):
 
 command(evaluate, FinetuneConfig(model="gpt2-tuned"))
 
-# %% ../nbs/15_cli.ipynb #edcbe800
+# %% ../nbs/15_cli.ipynb #6baf5015
 @command
 def generate(prompt: Annotated[str, typer.Option(help="the text to go on from, taken as typed")] = " = Toronto Raptors = \n",
              model: Annotated[str, typer.Option(help="a name, a Hub id or a folder")] = "gpt2-tuned",
@@ -192,7 +192,9 @@ def generate(prompt: Annotated[str, typer.Option(help="the text to go on from, t
     try: Sampling(**sampling)
     except ValueError as e: raise typer.BadParameter(str(e)) from None
     options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=tuple(stop or ()), **sampling)
-    if as_json or samples != 1: return dict(samples=made) if (made := generate(model, prompt, samples=samples, **options)) and as_json else made
+    if as_json or samples != 1:
+        made = generate(model, prompt, samples=samples, **options)
+        return dict(samples=made) if as_json else made
     if seed is None:
         options["seed"] = random.randrange(2**31)
         typer.echo(f"note: seed {options['seed']}", err=True)
