@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-colab sync clean
+.PHONY: demo test test-colab bench sync clean
 
 .venv/ready: $(SOURCES) constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -17,12 +17,19 @@ SOURCES := settings.ini setup.py pyproject.toml
 demo: .venv/ready
 	.venv/bin/colab-gpt2 demo --overwrite-output-dir
 
+# Two processes with a thread each: a suite of many small models gains nothing by more threads.
 test: .venv/ready
-	PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest -n 2
 
 # The same suite on Colab's versions of everything but torch and Python.
 test-colab: .venv-colab/ready
-	PATH="$(CURDIR)/.venv-colab/bin:$$PATH" .venv-colab/bin/python -m pytest
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv-colab/bin:$$PATH" .venv-colab/bin/python -m pytest -n 2
+
+# Every benchmark of a CPU, one after the other, on a machine that does nothing else; then the table of all results.
+bench: .venv/ready
+	failed=0; for question in training equality packing sampling forecast; do \
+		.venv/bin/python benchmarks/$$question.py --device cpu || failed=1; done; \
+	.venv/bin/python benchmarks/table.py || failed=1; exit $$failed
 
 # Before a commit: clean the notebooks, export the package, make the README from nbs/index.ipynb.
 sync: .venv/ready

@@ -153,8 +153,8 @@ def disk(path):
     usage = shutil.disk_usage(folder)
     return usage.total, usage.free
 
-# %% ../nbs/01_runtime.ipynb #27a05edc
-PACKAGES = ("colab-gpt2", "torch", "transformers", "datasets", "accelerate", "ipywidgets")
+# %% ../nbs/01_runtime.ipynb #7601506c
+PACKAGES = ("colab-gpt2", "torch", "transformers", "datasets", "accelerate", "ipywidgets", "peft", "bitsandbytes")  # the last two may be there: a plan asks
 
 # %% ../nbs/01_runtime.ipynb #fc9b5365
 def versions(packages=PACKAGES) -> dict:

@@ -1,11 +1,12 @@
-"Cutting a text never changes a token, memory does not grow with it, and what is on disk is whole or as it was."
-import io, json, random, resource, subprocess, sys
+"Cutting a text never changes a token, memory does not grow with it, and what is on disk is whole, or as it was, or gone on with."
+import errno, hashlib, io, json, random, resource, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
+import numpy as np, pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer
 import colab_gpt2
-from colab_gpt2.blocks import Encoder, cut_pattern, read_pieces, tokenize_file
+from colab_gpt2 import blocks as blocks_module
+from colab_gpt2.blocks import Encoder, cut_pattern, read_segments, tokenize_file
 
 DATA = Path(__file__).parents[1]/"../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not on this machine")
@@ -20,22 +21,26 @@ def tokenizer(request): return AutoTokenizer.from_pretrained(TINY if request.par
 @pytest.fixture(scope="module")
 def encoder(tokenizer): return Encoder(tokenizer)
 
+def ids_of(encoder, segments): return np.frombuffer(encoder(segments), encoder.dtype).tolist()
+
 def in_pieces(encoder, text, size):
-    "The ids of all pieces of `text`, and how many pieces there were."
-    pieces = list(read_pieces(io.StringIO(text, newline=""), encoder.cut, size))
-    assert "".join(pieces) == text
-    assert sum(len(p.split()) for p in pieces) == len(text.split())
-    return [i for ids in encoder(pieces) for i in ids], len(pieces)
+    "The ids of `text` read `size` characters at a time, and how many segments there were."
+    pieces = list(read_segments(io.StringIO(text, newline=""), encoder.cut, size))
+    segments = [s for piece in pieces for s in piece]
+    assert "".join(segments) == text and all(segments)
+    assert sum(len(s.split()) for s in segments) == len(text.split())
+    return [i for piece in pieces for i in ids_of(encoder, piece)], len(segments)
 
 NASTY = ["a  b", "a \n\n b", "\n\t\n x\t\ty", "it's  'tis we'll  'll\n's 're", "a\r\n\r\nb\rc", "\xa0 \xa0a \xa0\n\xa0b", "a\x1c b\x1c\n c \x1c\x1d x",
          "\u3000\u3000中文字。\n\u3000\u3000第二段 日本語\u3000かな", "😀 😀\n👩‍👩‍👧  e\u0301 \u0301x", "x<|endoftext|> y  <|endoftext|>  z \n<|endoftext|>\n", " <|endoftext|", "<  |endof text|>",
-         "a \u180e b\u200b \u200bc \u2028d\u2029 e \x85f", "1 2  3\n4 ½ Ⅷ ²  _x", " ", "\n", "\n\n\n", " a", "a ", "\ufeffa \ufeffb", "\U00010400 \U0001d7d8 \u2160"]
+         "a \u180e b\u200b \u200bc \u2028d\u2029 e \x85f", "1 2  3\n4 ½ Ⅷ ²  _x", " ", "\n", "\n\n\n", " a", "a ", "\ufeffa \ufeffb", "\U00010400 \U0001d7d8 \u2160",
+         "".join(map(chr, range(1, 160))), " ".join(map(chr, range(1, 160))), " " * 5000 + "x" + "\n" * 5000, "a" * 5000 + " " + "é" * 5000, "\t \n" * 3000 + "<", "😀" * 2000]
 
 @pytest.mark.parametrize("text", NASTY)
 def test_a_cut_changes_no_token(tokenizer, encoder, text):
     for whole in (text, text * 3, "b " + text + " c"):
         expected = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        for size in (1, 2, 3, 5): assert in_pieces(encoder, whole, size)[0] == expected
+        for size in (1, 2, 3, 5, 1 << 18): assert in_pieces(encoder, whole, size)[0] == expected
 
 def test_a_cut_changes_no_token_of_random_texts(encoder):
     chance, cuts = random.Random(0), 0
@@ -43,21 +48,27 @@ def test_a_cut_changes_no_token_of_random_texts(encoder):
     for _ in range(1500):
         text = "".join(chance.choices(parts, k=chance.randint(1, 40)))
         ids, pieces = in_pieces(encoder, text, chance.randint(1, 12))
-        assert ids == encoder([text])[0], ascii(text)
+        assert ids == encoder.encode([text])[0], ascii(text)
         cuts += pieces - 1
     assert cuts > 1500  # else the test shows nothing
 
 @needs_data
-def test_a_cut_changes_no_token_of_a_real_text(tmp_path):
-    path, tokenizer = DATA/"wikitext-2-raw/wiki.valid.raw", AutoTokenizer.from_pretrained(DATA/"gpt2-tokenizer")
-    text, encoder = path.read_bytes().decode(), Encoder(tokenizer)
-    expected, = encoder([text])
-    assert len(expected) == 249_887  # as published with the data
-    for size in (20, 1000): assert in_pieces(encoder, text, size)[0] == expected
+@pytest.mark.parametrize("name, tokens, blocks_of_1024", [("wikitext-2-raw/wiki.valid.raw", 249_887, 244), ("wikitext-2-raw/wiki.test.raw", None, None),
+                                                          ("wikitext-2-articles/articles.unk.txt", None, None)])
+def test_a_cut_changes_no_token_of_a_real_text(tmp_path, name, tokens, blocks_of_1024):
+    path, tokenizer = DATA/name, AutoTokenizer.from_pretrained(DATA/"gpt2-tokenizer")
+    text = path.read_bytes().decode()
+    expected = np.asarray(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, "uint16")
     blocks = tokenize_file(path, tokenizer, 1024, cache_dir=tmp_path, progress=False)
-    assert blocks.stream.tolist() == expected and blocks.dtype == "uint16" and blocks.vocabulary_size == 50257
-    assert (len(blocks), blocks.words, blocks.bytes) == (244, len(text.split()), 1_146_846)
-    assert blocks.sha256 == "4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7"
+    assert np.array_equal(blocks.stream, expected) and blocks.dtype == "uint16" and blocks.vocabulary_size == 50257
+    assert (blocks.words, blocks.bytes, blocks.sha256) == (len(text.split()), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    if tokens: assert (blocks.tokens, len(blocks)) == (tokens, blocks_of_1024)  # as published with the data
+
+@needs_data
+@pytest.mark.parametrize("size, memory", [(20, 1 << 20), (1000, 100), (1 << 18, 0)])
+def test_neither_the_size_of_a_piece_nor_what_is_remembered_changes_a_token(size, memory):
+    text, encoder = (DATA/"wikitext-2-raw/wiki.test.raw").read_bytes().decode()[:200_000], Encoder(AutoTokenizer.from_pretrained(DATA/"gpt2-tokenizer"), memory)
+    assert in_pieces(encoder, text, size)[0] == encoder.encode([text])[0]
 
 @pytest.mark.parametrize("token", [AddedToken("<a>", lstrip=True), AddedToken("<a>", rstrip=True), AddedToken("<a>", single_word=True), AddedToken("New York")])
 def test_tokens_that_reach_beyond_themselves_are_not_cut_at(tiny, token):
@@ -70,6 +81,11 @@ def test_tokens_that_reach_beyond_themselves_are_not_cut_at(tiny, token):
                                     dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}), dict(pre_tokenizer=None)])
 def test_other_tokenizers_get_the_text_in_one_go(tiny, change):
     assert cut_pattern(Tokenizer.from_str(json.dumps(json.loads(tiny.backend_tokenizer.to_str()) | change))) is None
+
+def test_a_tokenizer_that_throws_dice_remembers_nothing(tiny):
+    backend = Tokenizer.from_str(tiny.backend_tokenizer.to_str())
+    backend.model.dropout = 0.5
+    assert cut_pattern(backend) is None
 
 def test_a_tokenizer_in_python_and_a_large_vocabulary(tiny, tmp_path):
     (tmp_path/"a.txt").write_text("héllo  wörld\n" * 3, encoding="utf-8")
@@ -122,6 +138,143 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
         with pytest.raises(OSError, match="tokens of .*a.txt could not be written to .*cache/tokens: .*Free some space or choose another cache_dir."): tokenize_file(path, tiny, 8, **options)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {f.name: f.read_bytes() for f in blocks.path.parent.iterdir()} == old
+
+# A run that ends before its time. The text has a byte order mark, characters of several bytes and \r\n, so that a wrong place to go on from shows.
+
+JOB = """
+import sys, time
+from transformers import AutoTokenizer
+from colab_gpt2 import blocks
+tokenizer_folder, cache, text, pieces = sys.argv[1:]  # pieces: how many to encode before it hangs
+blocks.EVERY, call, encoded = 1, blocks.Encoder.__call__, []
+def slowly(self, segments):
+    if len(encoded) == int(pieces): time.sleep(600)
+    encoded.append(sum(map(len, segments)))
+    return call(self, segments)
+blocks.Encoder.__call__ = slowly
+print("ready", flush=True)
+blocks.tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 64, cache_dir=cache, progress=False)
+print(sum(encoded), flush=True)
+"""
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory):
+    "A text of eight pieces; -> its path."
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghié中", k=chance.randint(2, 9))) for _ in range(3000)]
+    path = tmp_path_factory.mktemp("texts")/"long.txt"
+    path.write_bytes(("\ufeff" + "\ufeff\r\n".join(" ".join(chance.choices(words, k=40)) for _ in range(7500))).encode())
+    return path
+
+@pytest.fixture(scope="module")
+def expected(long_text, tiny):
+    "The SHA-256 of its ids, tokenised in one go by the tokenizer itself."
+    return hashlib.sha256(np.asarray(tiny(long_text.read_bytes().decode("utf-8-sig"), verbose=False)["input_ids"], "uint16").tobytes()).hexdigest()
+
+@pytest.fixture
+def job(tmp_path, long_text):
+    "Start JOB on `long_text`: -> the process, which ends with the test."
+    started = []
+    def start(pieces=-1):
+        command = [sys.executable, "-c", JOB, TINY, tmp_path/"cache", long_text, pieces]
+        started.append(subprocess.Popen([str(w) for w in command], stdout=subprocess.PIPE, text=True))
+        return started[-1]
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def suffixes(cache): return sorted(f.suffix for f in (cache/"tokens").iterdir())
+
+def wait_for_entry(cache, above=0, seconds=120):
+    "The counts of the journal, as soon as they are of more than `above` bytes of text."
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for journal in (cache/"tokens").glob("*.journal"):
+            if (counts := json.loads(journal.read_text()))["bytes"] > above: return counts
+        time.sleep(0.02)
+    raise AssertionError(f"no entry of more than {above} bytes in {seconds} s")
+
+@pytest.fixture
+def encoded(monkeypatch):
+    "How many characters this process encodes, piece by piece."
+    sizes, call = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, segments: (sizes.append(sum(map(len, segments))), call(self, segments))[1])
+    return sizes
+
+def test_a_killed_run_is_gone_on_with(tiny, tmp_path, long_text, expected, job, encoded):
+    cache, done = tmp_path/"cache", 0
+    for _ in range(2):  # killed, gone on with, killed again
+        process = job(pieces=2)
+        entry = wait_for_entry(cache, above=done)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        entry = wait_for_entry(cache)  # it may have made one more
+        assert entry["bytes"] > done and suffixes(cache) == [".journal", ".part"]
+        done = entry["bytes"]
+    with open(next((cache/"tokens").glob("*.part")), "ab") as part: part.write(b"torn")  # ids that came after the entry
+    blocks = tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
+    assert digest(blocks.path) == expected and suffixes(cache) == [".ids", ".json"]
+    text = long_text.read_bytes().decode("utf-8-sig")
+    assert (blocks.words, blocks.bytes, blocks.tokens) == (len(text.split()), len(text.encode()), blocks.path.stat().st_size // 2)
+    assert sum(encoded) == len(text.encode()[done:].decode()) < len(text)  # not from the beginning
+
+def interrupted(tiny, cache, long_text, monkeypatch, error, every=1):
+    "Tokenise `long_text` until `error` comes with the fourth piece; -> the error that the caller sees."
+    calls, call = [], Encoder.__call__
+    def failing(self, segments):
+        calls.append(1)
+        if len(calls) == 4: raise error
+        return call(self, segments)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "__call__", failing)
+        patch.setattr(blocks_module, "EVERY", every)
+        with pytest.raises(type(error)) as e: tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
+    return e.value
+
+def changed(**values): return lambda part, journal: journal.write_text(json.dumps(json.loads(journal.read_text()) | values))
+
+SPOIL = {"part too short": lambda part, journal: part.write_bytes(part.read_bytes()[:1000]), "no part": lambda part, journal: part.unlink(),
+         "half a journal": lambda part, journal: journal.write_text('{"tok'), "another text": changed(text_sha256="0"), "another tokenizer": changed(tokenizer_sha256="0")}
+
+@pytest.mark.parametrize("how", SPOIL)
+def test_what_the_journal_cannot_vouch_for_is_done_again(tiny, tmp_path, long_text, expected, monkeypatch, encoded, how):
+    interrupted(tiny, tmp_path, long_text, monkeypatch, KeyboardInterrupt())
+    SPOIL[how](*(next((tmp_path/"tokens").glob(f"*.{suffix}")) for suffix in ("part", "journal")))
+    encoded.clear()
+    assert digest(tokenize_file(long_text, tiny, 64, cache_dir=tmp_path, progress=False).path) == expected
+    assert sum(encoded) == len(long_text.read_bytes().decode("utf-8-sig")) and suffixes(tmp_path) == [".ids", ".json"]
+
+def test_without_an_entry_an_interrupted_run_leaves_nothing(tiny, tmp_path, long_text, monkeypatch):
+    interrupted(tiny, tmp_path, long_text, monkeypatch, KeyboardInterrupt(), every=1 << 26)
+    assert suffixes(tmp_path) == []
+
+def test_a_full_disk_leaves_what_is_done(tiny, tmp_path, long_text, expected, monkeypatch, encoded):
+    error = interrupted(tiny, tmp_path, long_text, monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    assert str(error).endswith("No space left on device. Free some space or choose another cache_dir. What is done stays, and the next run goes on from there.")
+    assert suffixes(tmp_path) == [".journal", ".part"]
+    encoded.clear()
+    assert digest(tokenize_file(long_text, tiny, 64, cache_dir=tmp_path, progress=False).path) == expected
+    assert sum(encoded) < len(long_text.read_bytes().decode("utf-8-sig"))
+
+def test_two_processes_do_the_work_once(tmp_path, long_text, expected, job):
+    both = [job(), job()]
+    said = [process.communicate(timeout=120)[0].split() for process in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert sum(int(words[-1]) for words in said) == len(long_text.read_bytes().decode("utf-8-sig"))
+    assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected and suffixes(tmp_path/"cache") == [".ids", ".json"]
+
+def test_who_waits_goes_on_where_the_killed_one_stopped(tmp_path, long_text, expected, job):
+    first = job(pieces=3)
+    wait_for_entry(tmp_path/"cache")
+    second = job()
+    assert second.stdout.readline() == "ready\n"
+    with pytest.raises(subprocess.TimeoutExpired): second.wait(timeout=2)  # the first one, alive, holds the part
+    first.kill()
+    assert int(second.communicate(timeout=120)[0]) < len(long_text.read_bytes().decode("utf-8-sig"))
+    assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected and suffixes(tmp_path/"cache") == [".ids", ".json"]
 
 PEAK = """
 import resource, sys

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, BloomConfig, GPT2Config, GPTNeoXConfig, 
 
 from colab_gpt2.generate import generate
 from colab_gpt2.model import MODELS, TINY, check_match, load_model, load_tokenizer, model_context, new_model
-from colab_gpt2.plan import plan_run
+from colab_gpt2.plan import TextSize, plan_run
 from colab_gpt2.runtime import check_runtime
 
 SMALL = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=100)
@@ -78,7 +78,7 @@ def test_a_model_that_sets_no_limit_to_its_context(tmp_path):
     bloom = new_model(BloomConfig(vocab_size=MODELS["tiny"].vocabulary, hidden_size=32, n_layer=2, n_head=2), seed=0)
     bloom.save_pretrained(tmp_path/"bloom"), load_tokenizer("tiny").save_pretrained(tmp_path/"bloom")
     model = load_model(tmp_path/"bloom")
-    assert plan_run(model.config, 10_000, check_runtime(tmp_path)).block_size == model_context(model) == 2048
+    assert model_context(model) == 2048 and plan_run(model, TextSize(10_000, 2048, ""), check_runtime(tmp_path)).parameters == model.num_parameters()
     ids = torch.randint(MODELS["tiny"].vocabulary, (1, 64))
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for _ in range(2):

@@ -1,0 +1,171 @@
+"That the engine computes what the stock model computes, in each precision, and that each way of training leaves a stock checkpoint."
+import copy, gc, importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, TrainerCallback
+
+from colab_gpt2.finetune import finetune
+from colab_gpt2.loss import linear_cross_entropy
+from colab_gpt2.model import load_model, new_model
+from colab_gpt2.tune import tune_model
+
+CONFIG = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, vocab_size=203, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+
+
+def losses(rows, dtype, width=24, vocabulary=203, chunk_size=16, multiple=1):
+    "(loss, d hidden, d weight) of the chunked loss and of the plain one on the same half-precision numbers, the plain one in fp32."
+    torch.manual_seed(rows)
+    hidden, weight, labels = torch.randn(rows, width, dtype=dtype), torch.randn(vocabulary, width) * 0.3, torch.randint(vocabulary, (rows,))
+    labels[::7] = -100
+    found = []
+    for plain in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if plain: loss = F.cross_entropy(h.float() @ w.to(dtype).float().T, labels)
+        else:
+            with torch.autocast("cpu", dtype): loss = linear_cross_entropy(h, w, labels, chunk_size=chunk_size, multiple=multiple)
+        assert loss.dtype == torch.float32
+        loss.backward()
+        found.append((loss.detach(), h.grad.float(), w.grad))
+        assert h.grad.dtype == dtype and w.grad.dtype == torch.float32
+    return found
+
+
+def error(a, b): return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
+@pytest.mark.parametrize("rows, multiple", [(16, 1), (37, 8), (5, 64)])
+def test_half_precision_is_as_near_as_its_rounding(dtype, bound, rows, multiple):
+    ours, plain = losses(rows, dtype, multiple=multiple)
+    assert abs(ours[0] - plain[0]) < bound * plain[0]
+    for a, b in zip(ours[1:], plain[1:]): assert error(a, b) < bound
+
+
+def test_fp16_under_a_gradient_scaler_that_starts_at_65536():
+    torch.manual_seed(0)
+    rows, vocabulary = 4096, 1001
+    hidden, weight, labels = torch.randn(rows, 32), torch.randn(vocabulary, 32), torch.randint(vocabulary, (rows,))
+    labels[:3000] = 7  # a text that says one thing over and over: its row of the weight adds up
+    hidden[:, 0] *= 100
+    parameter, scaler = nn.Parameter(weight.clone()), torch.amp.GradScaler("cpu", init_scale=65536.)
+    optimizer = torch.optim.SGD([parameter], lr=1.)
+    h = hidden.half().requires_grad_()
+    with torch.autocast("cpu", torch.float16): loss = linear_cross_entropy(h, parameter, labels)
+    scaler.scale(loss).backward()
+    assert torch.isfinite(loss) and torch.isfinite(h.grad).all() and torch.isfinite(parameter.grad).all()
+    scaler.step(optimizer), scaler.update()
+    assert scaler.get_scale() == 65536  # no step was skipped
+    plain = weight.half().float().requires_grad_()
+    F.cross_entropy(hidden.half().float() @ plain.T, labels).backward()
+    assert error(weight - parameter.detach(), plain.grad) < 0.005
+
+
+def test_several_losses_before_one_backward_pass():
+    model, ids = new_model(CONFIG, seed=0).train(), torch.randint(203, (4, 32))
+    other = copy.deepcopy(model)
+    tune_model(model)
+    (model(input_ids=ids[:2], labels=ids[:2]).loss + model(input_ids=ids[2:], labels=ids[2:]).loss).backward()
+    (other(input_ids=ids[:2], labels=ids[:2]).loss + other(input_ids=ids[2:], labels=ids[2:]).loss).backward()
+    for a, b in zip(model.parameters(), other.parameters()): torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def train(model, steps, precision, batches):
+    "Losses of some AdamW steps."
+    optimizer, seen = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), []
+    model.train()
+    for ids in batches[:steps]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): loss = model(input_ids=ids, labels=ids).loss
+        loss.backward(), optimizer.step(), optimizer.zero_grad()
+        seen.append(loss.item())
+    return seen
+
+
+@pytest.mark.parametrize("precision, bound", [("fp32", 1e-4), ("bf16", 5e-3)])
+def test_twenty_steps_lose_what_the_stock_model_loses(precision, bound):
+    stock = new_model(CONFIG, seed=0)
+    tuned, batches = copy.deepcopy(stock), [torch.randint(203, (4, 32)) for _ in range(20)]
+    tune_model(tuned)
+    ours, theirs = (train(model, 20, precision, batches) for model in (tuned, stock))
+    assert max(abs(a - b) / b for a, b in zip(ours, theirs)) < bound
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for name, word in (("train", "day"), ("eval", "night")):
+        (folder/f"{name}.txt").write_text("".join(f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n" for i in range(60)))
+    return folder
+
+
+def run(text, output_dir, **changes):
+    options = dict(model="tiny", train_file=str(text/"train.txt"), eval_file=str(text/"eval.txt"), block_size=64, max_steps=8, learning_rate=5e-4,
+                   prompt="The", max_new_tokens=4, cache_dir=str(text/"cache"), output_dir=str(output_dir), precision="fp32", progress=False)
+    return finetune(**{**options, **changes})
+
+
+@pytest.mark.parametrize("changes", [dict(tune=False), dict(gradient_checkpointing=True), dict(per_device_train_batch_size=2), dict(torch_compile=True)], ids=lambda c: next(iter(c)))
+def test_every_way_of_training_gives_the_same_model(text, tmp_path, changes):
+    plain, other = run(text, tmp_path/"plain"), run(text, tmp_path/"other", **changes)
+    assert other.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
+    assert [e["loss"] for e in other.losses] == pytest.approx([e["loss"] for e in plain.losses], rel=1e-4)
+    assert plain.plan.source == other.plan.source == "probe"
+    for (name, a), b in zip(load_model(str(tmp_path/"plain")).state_dict().items(), load_model(str(tmp_path/"other")).state_dict().values()):
+        assert (a - b).abs().max() < 1e-4, name
+
+
+def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_path):
+    whole = run(text, tmp_path/"whole", method="lora", learning_rate=5e-3)
+    assert whole.plan.method == "lora" and whole.perplexity_after.value < 0.9 * whole.perplexity_before.value
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path/"whole")
+    assert type(saved).__name__ == "GPT2LMHeadModel" and saved.num_parameters() == whole.parameters
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4: raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, callbacks=[Stop()])
+    resumed = run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, resume=True)
+    assert resumed.resumed_from.endswith("checkpoint-3") and resumed.steps == 8
+    for a, b in zip(load_model(str(tmp_path/"whole")).parameters(), load_model(str(tmp_path/"broken")).parameters()): assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="its method was lora of rank 16, now it is full"): run(text, tmp_path/"broken", learning_rate=5e-3, resume=True)
+
+
+def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch):
+    plain = run(text, tmp_path/"plain")
+    module, calls = importlib.import_module("colab_gpt2.trainer"), []
+    tune = module.tune_model
+
+    def tuned(model, **options):
+        tune(model, **options)
+        forward = model.forward
+        def scarce(*args, input_ids=None, **kwargs):
+            if model.training: calls.append(len(input_ids))
+            if len(calls) > 6 and len(input_ids) > 2 and model.training: raise torch.OutOfMemoryError("pretended")  # not yet when the step is probed
+            return forward(*args, input_ids=input_ids, **kwargs)
+        model.forward = scarce
+
+    monkeypatch.setattr(module, "tune_model", tuned)
+    with pytest.warns(UserWarning, match="Not enough memory for 4 blocks at once; the step is taken with 2"): scarce = run(text, tmp_path/"scarce")
+    assert scarce.steps == plain.steps and calls[:2] == [8, 8] and max(calls[-8:]) == 2
+    assert scarce.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
+
+
+def test_the_collector_works_again_after_a_run(text, tmp_path):
+    run(text, tmp_path/"out")
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_no_checkpoint_is_made_of_lost_weights(text, tmp_path):
+    with pytest.raises(FloatingPointError, match="The loss became"):
+        run(text, tmp_path/"lost", learning_rate=1e20, save_steps=4, max_grad_norm=1e9)
+    assert not list((tmp_path/"lost").glob("checkpoint-*"))  # though logging_steps is 10
+
+
+def test_a_run_goes_on_where_compiling_fails(text, tmp_path, monkeypatch):
+    def broken(model, inputs): raise RuntimeError("no compiler")
+    monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=broken)))
+    with pytest.warns(UserWarning, match="torch.compile failed"): result = run(text, tmp_path/"out", torch_compile=True, max_steps=2)
+    assert result.steps == 2 and not result.plan.torch_compile
