@@ -1,0 +1,53 @@
+"""Does ours learn what the stock Trainer learns? The same weights, blocks and settings, no dropout: the losses of the same steps, in fp32 and in
+half precision."""
+from harness import alternate, compare, report, tell
+from task import (device_environment, half_precision, load_blocks, make_config, measure, our_trainer, parser, settle, side_command, stock_model,
+                  stock_trainer)
+
+BARS = {"fp32": 1e-4, "bf16": 5e-3, "fp16": 5e-3}  # relative difference of the last loss
+SAME = dict(learning_rate=5e-5, weight_decay=0.01, warmup_steps=2, lr_scheduler_type="linear", max_grad_norm=1.0, logging_steps=1)
+
+
+def train_side(options) -> dict:
+    "One side in this process, `who` in `precision`; the loss of every step is logged."
+    who, precision = options.side.split("-")
+    tokenizer, blocks = load_blocks(options)
+    config = make_config(options, blocks.vocabulary_size, dropout=False)
+    if who == "ours":
+        trainer, _, train = our_trainer(options, config, tokenizer, blocks, precision=precision, **SAME)
+        found, plan = measure(options, trainer, options.batch, train)
+        return {**found, "plan": plan}
+    model, half = stock_model(config, options.seed), {} if precision == "fp32" else {precision: True}
+    model.loss_type = "ForCausalLM"  # unset, as in GPT2LMHeadModel, transformers 5.23 divides a block's loss by T, not by the T-1 tokens predicted
+    trainer = stock_trainer(options, model, blocks, per_device_train_batch_size=1, gradient_accumulation_steps=options.batch, **SAME, **half)
+    return measure(options, trainer, options.batch, trainer.train)[0]
+
+
+def furthest(ours, stock) -> int:
+    "The step, from 0, whose two losses differ most in proportion."
+    return max(range(len(stock)), key=lambda n: abs(ours[n] / stock[n] - 1))
+
+
+def rows_of(results, precisions) -> list:
+    rows = []
+    for precision in precisions:
+        sides = dict(ours=f"ours-{precision}", peer=f"stock-{precision}")
+        ours, stock = (results[label][0]["losses"] for label in sides.values())
+        worst = furthest(ours, stock)
+        rows += [compare(f"loss at step {len(stock)}, {precision}", results, lambda run: run["losses"][-1], rule="within", bar=BARS[precision], **sides),
+                 compare(f"loss at step {worst + 1}, which differs most, {precision}", results, lambda run, worst=worst: run["losses"][worst], **sides)]
+    return rows
+
+
+def main():
+    options = parser(__doc__, steps=20, rounds=1, batch=2)
+    options.add_argument("--precisions", nargs="+", choices=BARS, help="default: fp32 and the half precision that the device is best at")
+    options = settle(options.parse_args())
+    if options.side: return tell(**train_side(options))
+    precisions = options.precisions or ["fp32", *half_precision(options)]
+    commands = {f"{who}-{precision}": side_command(__file__, options, f"{who}-{precision}") for precision in precisions for who in ("stock", "ours")}
+    results = alternate(commands, options.rounds, env=dict.fromkeys(commands, device_environment(options)))
+    report("equality", results, rows_of(results, precisions), commands=commands, device=options.device, folder=options.results, settings=SAME)
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,69 @@
+"""Everything on one CUDA GPU, with random weights and without a network: are the losses the stock Trainer's, how fast and in how much memory does it
+train, do the forecasts hold for all four sizes, would a T4 do, how fast does it sample. Each question is a program of its own; one that fails
+does not stop the others, and what was not asked, for want of time, is said."""
+import argparse, os, signal, subprocess, sys, time
+from pathlib import Path
+
+from harness import RESULTS
+from table import show
+from task import Formatter, SIZES, TEXT, TOKENIZER, words
+from training import PEERS
+
+HERE = Path(__file__).parent
+
+
+def questions(options) -> dict:
+    "title -> (program, its options), the most important first; `--quick` runs each side once, for fewer steps, and leaves the largest models out."
+    quick, sizes = options.quick, SIZES[:2] if options.quick else SIZES
+    common = dict(text=options.text, tokenizer=options.tokenizer, results=options.results, device="cuda")
+    return {
+        "equality": ("equality.py", dict(**common, batch=8, steps=20)),
+        "training": ("training.py", dict(**common, sides=[*PEERS, "ours", "ours-compiled"], batch=8, micro_batches=[8], steps=12 if quick else 30,
+                                         rounds=1 if quick else 2)),
+        "forecast": ("forecast.py", dict(**common, sizes=sizes, steps=5 if quick else 8)),
+        "rehearsal of a T4": ("forecast.py", dict(**common, t4=True, sizes=["gpt2-large"] if quick else ["gpt2-large", "gpt2-xl:lora"], steps=4)),
+        "sampling": ("sampling.py", dict(tokenizer=options.tokenizer, results=options.results, device="cuda", rounds=1 if quick else 2)),
+    }
+
+
+def ask(program, given, seconds) -> str:
+    "Run one program, its output shown, for at most `seconds`; -> '' or why there is no result. None of its sides outlives it: they would hold the GPU."
+    with subprocess.Popen([sys.executable, str(HERE/program), *words(given)], start_new_session=True) as process:
+        try: code = process.wait(seconds)
+        except subprocess.TimeoutExpired: return f"stopped after {seconds:.0f} s"
+        finally:
+            if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+    return f"failed with {code}" if code else ""
+
+
+def ask_all(asked, minutes) -> dict:
+    "Ask the questions in their order until the time is up: title -> '' or why there is no result."
+    until, outcome = time.monotonic() + 60 * minutes, {}
+    for title, (program, given) in asked.items():
+        left = until - time.monotonic()
+        print(f"\n{title}: {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
+        outcome[title] = ask(program, given, left) if left > 0 else f"skipped: the {minutes:g} minutes were over"
+    return outcome
+
+
+def parse(words=None):
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    options.add_argument("--quick", action="store_true", help="fewer rounds and steps, smaller models: it decides less")
+    options.add_argument("--minutes", type=float, default=9.0, help="ask nothing more after so long")
+    options.add_argument("--text", default=TEXT if TEXT.exists() else "python-docs", help="a UTF-8 text to train on, or python-docs")
+    options.add_argument("--tokenizer", default=TOKENIZER if TOKENIZER.exists() else "tiny", help="a folder, or tiny")
+    options.add_argument("--results", default=RESULTS, type=Path, help="folder for the JSON")
+    return options.parse_args(words)
+
+
+def main():
+    options = parse()
+    import torch
+    if not torch.cuda.is_available(): raise SystemExit("There is no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured.")
+    missing = {title: why for title, why in ask_all(questions(options), options.minutes).items() if why}
+    show(options.results, torch.cuda.get_device_name())
+    print("\n".join(f"{title}: {why}" for title, why in missing.items()) or "Every question was answered.")
+    sys.exit(any("failed" in why for why in missing.values()))
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,199 @@
+"What every benchmark of training does: GPT-2 with random weights learns from blocks of a text, by the stock Trainer or by ours."
+import argparse, statistics, sys, time
+from pathlib import Path
+
+from harness import RESULTS, ROOT
+
+DATA = ROOT.parent/"shared"/"data"  # beside a developer's checkout
+TEXT, TOKENIZER = DATA/"wikitext-2-raw"/"wiki.valid.raw", DATA/"gpt2-tokenizer"
+SIZES = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+LEFT_OUT = 2  # steps that warm up: caches, allocators, torch.compile
+
+
+# Options
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter): "Defaults are told, line ends of the description kept."
+
+
+def parser(doc, *, steps, rounds, batch=8) -> argparse.ArgumentParser:
+    "The options that all benchmarks of training share. A side gets all of them again."
+    options = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
+    add = options.add_argument
+    add("--size", default="gpt2", choices=[*SIZES, "toy"], help="a GPT-2 with random weights; toy only tries the program out")
+    add("--block-size", type=int, default=1024, help="tokens in a block")
+    add("--batch", type=int, default=batch, help="blocks in an optimizer step")
+    add("--steps", type=int, default=steps, help="optimizer steps of every run")
+    add("--rounds", type=int, default=rounds, help="how often every side runs, in turn with the others")
+    add("--text", default=TEXT, help="a UTF-8 text to train on, or python-docs")
+    add("--tokenizer", default=TOKENIZER, help="a folder, or tiny")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU if there is one")
+    add("--results", default=RESULTS, type=Path, help="folder for the JSON")
+    add("--seed", type=int, default=42, help="of the weights and of the order of the blocks")
+    add("--side", help=argparse.SUPPRESS)
+    return options
+
+
+def settle(options):
+    "Options that mean the same in any folder: paths whole, the device named. SystemExit with one line where a text, a tokenizer or a GPU is missing."
+    for name, known in (("text", "python-docs"), ("tokenizer", "tiny")):
+        if str(given := getattr(options, name, known)) == known: continue
+        if not Path(given).exists(): raise SystemExit(f"There is no {given}. Give --{name} a path, or {known}.")
+        setattr(options, name, Path(given).resolve())
+    options.results = options.results.resolve()
+    if options.device != "cpu":
+        import torch
+        if options.device == "cuda" and not torch.cuda.is_available(): raise SystemExit("There is no CUDA GPU here: torch.cuda.is_available() is False.")
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return options
+
+
+def words(values):
+    "A dict of options as the words of a command line; what is None or False is left out."
+    for name, value in values.items():
+        if value is None or value is False: continue
+        yield f"--{name.replace('_', '-')}"
+        if value is not True: yield from map(str, value if isinstance(value, list) else [value])
+
+
+def side_command(program, options, side, **changes) -> list:
+    "The command that runs one side of `program` with `options`, some of them changed."
+    return [sys.executable, str(Path(program).resolve()), *words({**vars(options), **changes, "side": side})]
+
+
+def device_environment(options) -> dict:
+    "What hides the GPU from a side that is to run on the CPU."
+    return {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
+
+
+# What is trained, and on what
+
+def load_blocks(options):
+    "`(tokenizer, Blocks)` of the text; made anew in every process."
+    from colab_gpt2.blocks import tokenize_file
+    from colab_gpt2.data import load_corpus
+    from colab_gpt2.model import load_tokenizer
+    tokenizer = load_tokenizer(options.tokenizer)
+    text = load_corpus("python-docs", progress=False).train if str(options.text) == "python-docs" else options.text
+    return tokenizer, tokenize_file(text, tokenizer, options.block_size, split="train", progress=False, minimum_blocks=options.batch)
+
+
+def make_config(options, vocabulary, dropout=True):
+    "The transformers config of `options.size`, with GPT-2's dropout or without. `toy` has the `vocabulary` of the text."
+    from colab_gpt2.model import load_config
+    from transformers import GPT2Config
+    none = {} if dropout else dict(attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)
+    if options.size == "toy":
+        return GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=options.block_size, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **none)
+    config = load_config(options.size)
+    config.update(none)
+    return config
+
+
+def stock_model(config, seed):
+    "The model as transformers makes it, in fp32."
+    import torch
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def half_precision(options) -> dict:
+    "TrainingArguments for the precision that the device is best at: `bf16`, `fp16`, or neither."
+    from colab_gpt2.runtime import pick_precision
+    best = pick_precision(options.device).dtype
+    return {} if best == "fp32" else {best: True}
+
+
+def stock_trainer(options, model, blocks, **arguments):
+    "transformers' own Trainer with its own defaults but for `arguments`; it saves, shows and reports nothing."
+    from transformers import Trainer, TrainingArguments, default_data_collator
+    given = TrainingArguments(output_dir="output", max_steps=options.steps, seed=options.seed, save_strategy="no", report_to="none",
+                              disable_tqdm=True, use_cpu=options.device == "cpu", **arguments)
+    return Trainer(model=model, args=given, train_dataset=blocks, data_collator=default_data_collator)
+
+
+def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtime, **changes):
+    """`(trainer, Plan, train)` as `colab_gpt2.finetune` makes them, planned for two epochs of the text, as by default, to be stopped after `options.steps`;
+    `train()` gives the Plan as the probe corrected it. `adapt` may change the Runtime, `changes` the FinetuneConfig."""
+    from dataclasses import replace
+    from colab_gpt2.config import FinetuneConfig
+    from colab_gpt2.finetune import plan_training, train_model
+    from colab_gpt2.model import load_model
+    from colab_gpt2.plan import pick_run_precision
+    from colab_gpt2.runtime import check_runtime
+    from colab_gpt2.trainer import make_trainer
+    whole = FinetuneConfig(effective_batch_size=options.batch, block_size=options.block_size, seed=options.seed, save_steps=-1, output_dir="output", **changes)
+    ours, runtime = replace(whole, max_steps=options.steps), adapt(pick_run_precision(whole, check_runtime()))
+    model = load_model(from_scratch=True, config=config, seed=options.seed).to(runtime.device)
+    plan = plan_training(whole, model, blocks, runtime)
+    trainer = make_trainer(ours, model, tokenizer, blocks, plan, runtime, progress=False)
+    return trainer, plan, lambda: train_model(ours, trainer, plan)
+
+
+# What is measured
+
+def make_clock(device):
+    "A TrainerCallback that notes when steps end; on a GPU by events on its own time line, since to ask it for the time would make it wait."
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self): self.moments = []
+
+        def note(self, args, state, control, **kwargs):
+            if device == "cuda":
+                self.moments.append(torch.cuda.Event(enable_timing=True))
+                self.moments[-1].record()
+            else: self.moments.append(time.perf_counter())
+
+        on_train_begin = on_step_end = note
+
+        def seconds(self) -> list:
+            "Of every step, from the end of the one before to its own."
+            pairs = list(zip(self.moments, self.moments[1:]))
+            if device != "cuda": return [b - a for a, b in pairs]
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1000 for a, b in pairs]
+    return Clock()
+
+
+def measure(options, trainer, blocks_per_step, train) -> tuple:
+    "`(found, what train() returned)`: the seconds of the steps, tokens a second over the median one, the losses that the Trainer logged, and the GPU's peak."
+    clock, tokens = make_clock(options.device), blocks_per_step * options.block_size
+    trainer.add_callback(clock)
+    if options.device == "cuda":
+        import torch
+        torch.cuda.reset_peak_memory_stats()
+    returned = train()
+    seconds, history = clock.seconds(), trainer.state.log_history
+    counted = seconds[LEFT_OUT:] or seconds
+    found = dict(step_seconds=seconds, seconds_per_step=statistics.median(counted), tokens_per_step=tokens,
+                 tokens_per_second=tokens / statistics.median(counted), losses=[entry["loss"] for entry in history if "loss" in entry],
+                 training_loss=next(entry["train_loss"] for entry in reversed(history) if "train_loss" in entry))
+    return found | (gpu_memory() if options.device == "cuda" else {}), returned
+
+
+def gpu_memory() -> dict:
+    "Bytes of the GPU: the most that tensors took at once, the most that torch's allocator held for them, and what is in use beside it, CUDA's own."
+    import torch
+    free, total = torch.cuda.mem_get_info()
+    return dict(gpu_peak_bytes=torch.cuda.max_memory_allocated(), gpu_reserved_bytes=torch.cuda.max_memory_reserved(),
+                gpu_context_bytes=total - free - torch.cuda.memory_reserved())
+
+
+def memory_field(options) -> str: return "gpu_peak_bytes" if options.device == "cuda" else "peak_bytes"
+
+
+def model_flops_utilisation(config, block_size, tokens_per_second, peak) -> float:
+    "MFU = tokens/s x (6·N + 12·L·C·T) / peak, N without the position embeddings; `peak` in FLOP/s."
+    from colab_gpt2.forecast import flops_per_token, shape_of
+    return tokens_per_second * flops_per_token(shape_of(config), block_size) / peak
+
+
+def gpu_peak(options) -> float | None:
+    "FLOP/s of the GPU in half precision by its data sheet; None on a CPU, or where the library does not know it."
+    if options.device == "cpu": return None
+    from colab_gpt2.forecast import device_of
+    from colab_gpt2.runtime import check_runtime
+    known = device_of(check_runtime())
+    return known and known.peak_half

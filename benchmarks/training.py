@@ -1,0 +1,82 @@
+"""How fast does GPT-2 learn, and in how much memory? Ours against three peers:
+
+tutorial        what the command of 2020 maps to: the stock Trainer's defaults, fp32, one block at a time
+stock           the stock Trainer in the device's best half precision, with as many blocks a step as ours, in the micro-batches that it is fastest with
+stock-compiled  the same with torch_compile
+
+ours is the default configuration; ours-compiled, which runs if asked for, has torch_compile on whatever the plan says."""
+import statistics
+
+from harness import alternate, compare, report, run_side, tell
+from task import (device_environment, gpu_peak, half_precision, load_blocks, make_config, measure, memory_field, model_flops_utilisation, our_trainer, parser,
+                  settle, side_command, stock_model, stock_trainer)
+
+COMPILED = {"stock": False, "stock-compiled": True}
+PEERS = ("tutorial", *COMPILED)
+
+
+def our_side(options, config, tokenizer, blocks) -> dict:
+    changes = dict(torch_compile=True) if options.side == "ours-compiled" else {}
+    trainer, _, train = our_trainer(options, config, tokenizer, blocks, **changes)
+    found, plan = measure(options, trainer, options.batch, train)
+    return {**found, "plan": plan}
+
+
+def peer_side(options, config, blocks) -> dict:
+    micro, parts = (1, 1) if options.side == "tutorial" else (options.micro_batch, options.batch // options.micro_batch)
+    faster = {} if options.side == "tutorial" else dict(torch_compile=COMPILED[options.side], **half_precision(options))
+    arguments = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=parts, **faster)
+    trainer = stock_trainer(options, stock_model(config, options.seed), blocks, **arguments)
+    found, _ = measure(options, trainer, micro * parts, trainer.train)
+    return {**found, "arguments": arguments}
+
+
+def train_side(options) -> dict:
+    "One side in this process: what `measure` found, how it was set, and the MFU."
+    tokenizer, blocks = load_blocks(options)
+    config = make_config(options, blocks.vocabulary_size)
+    found, peak = peer_side(options, config, blocks) if options.side in PEERS else our_side(options, config, tokenizer, blocks), gpu_peak(options)
+    return {**found, "mfu": peak and model_flops_utilisation(config, options.block_size, found["tokens_per_second"], peak)}
+
+
+def fastest_micro_batch(options, side, env) -> tuple:
+    "`(micro_batch, {micro_batch: tokens/s})`: each of `options.micro_batches` that divides the batch, tried for two counted steps of its own size."
+    possible = [n for n in options.micro_batches if options.batch % n == 0]
+    if not possible: raise SystemExit(f"None of --micro-batches {options.micro_batches} divides --batch {options.batch}.")
+    if len(possible) == 1: return possible[0], {}
+    tried = {n: run_side(side_command(__file__, options, side, micro_batch=n, batch=n, steps=4), env=env)["tokens_per_second"] for n in possible}
+    return max(tried, key=tried.get), tried
+
+
+def rows_of(options, results) -> list:
+    "The comparisons. The bars were set for GPT-2 124M on a CPU with two cores."
+    def bar(rule, value): return dict(rule=rule, bar=value) if (options.device, options.size) == ("cpu", "gpt2") else {}
+    def speed(label): return statistics.median(run["tokens_per_second"] for run in results[label])
+    rows, stock = [], sorted(set(results) & set(COMPILED), key=speed, reverse=True)
+    if "tutorial" in results:
+        rows += [compare("training, tokens/s", results, "tokens_per_second", "tutorial", **bar("at least", 3.0)),
+                 compare("peak memory of training", results, memory_field(options), "tutorial", **bar("at most", 0.55))]
+    for n, label in enumerate(stock):  # the bar is set against the better one
+        rows += [compare("training, tokens/s", results, "tokens_per_second", label, **(bar("at least", 2.0) if n == 0 else {})),
+                 compare("peak memory of training", results, memory_field(options), label)]
+        if results["ours"][0]["mfu"]: rows.append(compare("MFU", results, "mfu", label))
+        if "ours-compiled" in results: rows.append(compare("training compiled, tokens/s", results, "tokens_per_second", label, "ours-compiled"))
+    return rows
+
+
+def main():
+    options = parser(__doc__, steps=6, rounds=3)
+    options.add_argument("--sides", nargs="+", default=[*PEERS, "ours"], choices=(*PEERS, "ours", "ours-compiled"), help="ours always runs")
+    options.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4], help="micro-batches that the stock Trainer may choose from")
+    options.add_argument("--micro-batch", type=int, help="of one side")
+    options = settle(options.parse_args())
+    if options.side: return tell(**train_side(options))
+    env = device_environment(options)
+    chosen = {label: fastest_micro_batch(options, label, env) for label in COMPILED if label in options.sides}
+    commands = {label: side_command(__file__, options, label, micro_batch=chosen.get(label, (None,))[0]) for label in dict.fromkeys([*options.sides, "ours"])}
+    results = alternate(commands, options.rounds, env=dict.fromkeys(commands, env))
+    report("training", results, rows_of(options, results), commands=commands, device=options.device, folder=options.results,
+           micro_batches={label: dict(chosen=n, tried=tried) for label, (n, tried) in chosen.items()})
+
+
+if __name__ == "__main__": main()

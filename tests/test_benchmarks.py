@@ -1,0 +1,201 @@
+"The programs of benchmarks/: their arithmetic on made-up sides, and each of them once, on a model that takes seconds."
+import json, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1]/"benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from harness import alternate, compare, report, run_side, shown, summary
+import forecast, gpu, table, task, training
+
+TOY = ("--size", "toy", "--block-size", "32", "--batch", "2", "--text", "python-docs", "--tokenizer", "tiny", "--device", "cpu")
+
+
+def python(code): return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{code}"]
+
+
+def runs(*values): return [dict(value=v) for v in values]
+
+
+def test_a_summary_is_the_median_and_the_spread():
+    assert summary([3, 1, 2, 10]).to_dict() == dict(median=2.5, least=1, most=10, runs=4)
+
+
+def test_ratios_are_taken_pair_by_pair():
+    "A machine that turns four times slower in the second round changes both sides, and no ratio."
+    row = compare("speed", dict(ours=runs(300, 75, 330), peer=runs(100, 25, 100)), "value", "peer")
+    assert (row.ours.median, row.peer.median, row.ratio.median, row.ratio.least, row.ratio.most) == (300, 100, 3, 3, 3.3)
+    assert row.reached is None
+    with pytest.raises(ValueError): compare("speed", dict(ours=runs(1), peer=runs(1, 2)), "value", "peer")
+
+
+@pytest.mark.parametrize("rule, bar, ours, reached", [
+    ("at least", 3.0, 30, True), ("at least", 3.0, 29.9, False), ("at most", 0.55, 5.5, True), ("at most", 0.55, 5.51, False),
+    ("within", 0.05, 10.4, True), ("within", 0.05, 9.6, True), ("within", 0.05, 9.4, False), ("within", 0.05, 10.6, False)])
+def test_a_bar_is_reached_or_not(rule, bar, ours, reached):
+    assert compare("figure", dict(ours=runs(ours), peer=runs(10)), lambda run: run["value"], "peer", rule=rule, bar=bar).reached is reached
+
+
+def test_sides_run_in_turn_with_nothing_left_by_the_one_before(tmp_path):
+    order = tmp_path/"order"
+    def side(label): return python(f"""import os, pathlib
+from harness import tell
+left = [p for p in (*pathlib.Path().iterdir(), *pathlib.Path(os.environ['XDG_CACHE_HOME']).iterdir()) if p.name not in ('out', 'err')]
+pathlib.Path('file').write_text('x')
+open({str(order)!r}, 'a').write({label!r})
+print('not JSON')
+tell(left=len(left), label={label!r}, hidden=os.environ.get('HIDDEN'))""")
+    results = alternate(dict(a=side("a"), b=side("b")), rounds=2, env=dict(b=dict(HIDDEN="yes")))
+    assert order.read_text() == "abab"
+    assert [(run["label"], run["left"], run["hidden"]) for label in "ab" for run in results[label]] == [("a", 0, None)] * 2 + [("b", 0, "yes")] * 2
+    assert all(run["seconds"] > 0 and run["peak_bytes"] > 1e6 for label in "ab" for run in results[label])
+
+
+@pytest.mark.parametrize("code, words", [("sys.exit('the disk is full')", "ended with 1:\nthe disk is full"), ("print('half a line')", "half a line"),
+                                         ("print([1])", "did not end with a line of JSON"), ("", "did not end with a line of JSON")])
+def test_a_side_that_fails_says_why(code, words):
+    with pytest.raises(RuntimeError) as e: run_side(python(code))
+    assert words in str(e.value)
+
+
+def test_memory_of_a_side_and_of_its_children():
+    hold = "x = bytearray(60_000_000); time.sleep(0.6)"
+    run = run_side(python(f"""import subprocess, time
+from harness import tell
+child = subprocess.Popen([sys.executable, '-c', 'import time; {hold}'])
+{hold}
+child.wait(), tell()"""), tree=True)
+    assert 60e6 < run["peak_bytes"] < 115e6 < run["tree_peak_bytes"] < 230e6
+
+
+def test_a_report_can_be_read_back(tmp_path, capsys):
+    results = dict(ours=runs(1, 2), peer=runs(4, 4))
+    row = compare("peak memory", results, "value", "peer", rule="at most", bar=0.55)
+    path = report("a question", results, [row], commands=dict(ours=[sys.executable, str(BENCHMARKS/"x.py")]), folder=tmp_path, extra=float("nan"))
+    kept = json.loads(path.read_text())
+    assert {"question", "date", "command", "machine", "commands", "rows", "runs", "extra"} == set(kept)
+    assert {"device", "cpu", "cores", "ram", "gpu", "system", "versions", "revision", "environment"} == set(kept["machine"])
+    assert {"python", "torch", "transformers", "colab-gpt2"} <= set(kept["machine"]["versions"])
+    assert kept["runs"] == results and kept["commands"]["ours"] == "python benchmarks/x.py" and kept["rows"][0]["reached"] is True
+    assert table.row_from(kept["rows"][0]) == row
+    assert path.name.startswith("a-question-") and "a question" in capsys.readouterr().out
+    found = table.read_results(tmp_path)
+    assert list(found) == [kept["machine"]["device"]]
+    assert "| peak memory | 2 B | 4 B | peer | 0.375 | 0.25 to 0.5 | at most 0.55 | yes |" in table.markdown(found[kept["machine"]["device"]])
+
+
+def test_options_become_the_words_of_a_side():
+    assert list(task.words(dict(block_size=8, sides=["a", "b"], quick=True, slow=False, side=None, seed=0))) == "--block-size 8 --sides a b --quick --seed 0".split()
+
+
+def options(**changes): return SimpleNamespace(**{**dict(device="cpu", size="gpt2"), **changes})
+
+
+def measured(speed, memory, mfu=None): return dict(tokens_per_second=speed, peak_bytes=memory, gpu_peak_bytes=memory, mfu=mfu)
+
+
+def test_bars_of_training_are_against_the_tutorial_and_the_better_stock_trainer():
+    figures = {"tutorial": (100, 8e9), "stock": (140, 6e9), "stock-compiled": (160, 6e9), "ours": (320, 4e9)}
+    results = {label: [measured(*speed_and_memory)] for label, speed_and_memory in figures.items()}
+    rows = {(row.figure, row.peer_label): (row.ratio.median, row.bar, row.reached) for row in training.rows_of(options(), results)}
+    assert rows["training, tokens/s", "tutorial"] == (3.2, 3.0, True) and rows["peak memory of training", "tutorial"] == (0.5, 0.55, True)
+    assert rows["training, tokens/s", "stock-compiled"] == (2.0, 2.0, True) and rows["training, tokens/s", "stock"][1] is None
+    for other in (options(size="toy"), options(device="cuda")): assert all(row.rule is None for row in training.rows_of(other, results))
+    results["ours"][0]["mfu"], results["stock"][0]["mfu"], results["stock-compiled"][0]["mfu"] = 0.4, 0.1, 0.2
+    assert [row.ratio.median for row in training.rows_of(options(device="cuda"), results) if row.figure == "MFU"] == [2, 4]
+
+
+def forecast_run(**memory):
+    return dict(planned=dict(peak_bytes=90, seconds_per_step=None), probed=dict(peak_bytes=103, seconds_per_step=1.2), seconds_per_step=1.0, **memory)
+
+
+def test_a_forecast_is_held_against_the_process_or_the_whole_gpu():
+    rows = forecast.rows_of("gpt2", [forecast_run(peak_bytes=100)])
+    assert [(row.figure, row.ratio.median, row.reached) for row in rows] == [
+        ("peak memory of gpt2, forecast before", 0.9, None), ("peak memory of gpt2, forecast after the probe", 1.03, True),
+        ("seconds a step of gpt2, forecast after the probe", 1.2, False)]
+    on_gpu = forecast_run(peak_bytes=5000, gpu_peak_bytes=90, gpu_context_bytes=20, gpu_reserved_bytes=forecast.T4_CAP)
+    assert [row.peer.median for row in forecast.rows_of("gpt2", [on_gpu])][:2] == [110, 110]
+    rows = forecast.rows_of_t4("gpt2", [on_gpu])
+    assert [row.reached for row in rows] == [None, False, True] and not any("seconds" in row.figure for row in rows)
+
+
+def ask(shell, program, *words): return shell(sys.executable, BENCHMARKS/program, *words, timeout=500)
+
+
+def kept(tmp_path, question): return json.loads(next((tmp_path/"results").glob(f"{question}-*.json")).read_text())
+
+
+def test_training_end_to_end(shell, tmp_path):
+    ran = ask(shell, "training.py", *TOY, "--sides", "tutorial", "stock", "--micro-batches", "2", "--steps", "4", "--rounds", "1", "--results", "results")
+    assert ran.returncode == 0, ran.stderr
+    said = kept(tmp_path, "training")
+    assert [(row["figure"], row["peer_label"], row["bar"]) for row in said["rows"]] == [  # no bar was set for a toy
+        (figure, peer, None) for peer in ("tutorial", "stock") for figure in ("training, tokens/s", "peak memory of training")]
+    first = {label: runs[0] for label, runs in said["runs"].items()}
+    assert {label: run["tokens_per_step"] for label, run in first.items()} == {"tutorial": 32, "stock": 64, "ours": 64}
+    for run in first.values():
+        assert len(run["step_seconds"]) == 4 and run["tokens_per_second"] == pytest.approx(run["tokens_per_step"] / run["seconds_per_step"])
+        assert 8 < run["training_loss"] < 10 and run["peak_bytes"] > 1e8  # ln(8192) = 9.01
+    assert "tutorial" in ran.stdout and "round 1 of 1, ours" in ran.stderr
+
+
+def test_equality_end_to_end(shell, tmp_path):
+    ran = ask(shell, "equality.py", *TOY, "--precisions", "fp32", "--steps", "6", "--results", "results")
+    assert ran.returncode == 0, ran.stderr
+    said = kept(tmp_path, "equality")
+    ours, stock = (said["runs"][f"{who}-fp32"][0]["losses"] for who in ("ours", "stock"))
+    assert len(ours) == len(stock) == 6 and len(set(stock)) == 6
+    assert ours == pytest.approx(stock, rel=1e-4)
+    assert said["rows"][0]["figure"] == "loss at step 6, fp32" and said["rows"][0]["reached"]
+
+
+def test_forecast_end_to_end(shell, tmp_path):
+    ran = ask(shell, "forecast.py", *TOY, "--steps", "4", "--sizes", "toy", "toy:none", "--results", "results")
+    assert ran.returncode == 1 and "toy:none failed" in ran.stderr and "invalid choice: 'none'" in ran.stderr
+    said = kept(tmp_path, "forecast")
+    assert [(row["figure"], row["bar"]) for row in said["rows"]] == [
+        (f"{name} of toy, forecast {when}", bar if when == "after the probe" else None)
+        for name, bar in (("peak memory", 0.05), ("seconds a step", 0.1)) for when in ("before", "after the probe")]
+    assert said["runs"]["toy"][0]["plan_probed"]["source"] == "probe" and list(said["failed"]) == ["toy:none"]
+
+
+def test_mfu_is_the_stated_formula():
+    from transformers import GPT2Config
+    tokens_per_second, peak = 100_000, 989e12  # of an H100
+    assert task.model_flops_utilisation(GPT2Config(), 1024, tokens_per_second, peak) == pytest.approx(
+        tokens_per_second * (6*(124_439_808 - 1024*768) + 12*12*768*1024) / peak)
+
+
+@pytest.mark.parametrize("words, said", [(("--text", "nowhere.txt"), "There is no nowhere.txt. Give --text a path, or python-docs."),
+                                         (("--tokenizer", "none"), "There is no none. Give --tokenizer a path, or tiny.")])
+def test_a_missing_text_is_said_in_one_line(shell, words, said):
+    ran = ask(shell, "training.py", *TOY, *words)
+    assert (ran.returncode, ran.stdout, ran.stderr.strip()) == (1, "", said)
+
+
+def test_gpu_needs_a_gpu(shell):
+    ran = shell(sys.executable, BENCHMARKS/"gpu.py", CUDA_VISIBLE_DEVICES="")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.strip() == "There is no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured."
+
+
+def test_gpu_goes_on_after_a_failure_and_stops_in_time(tmp_path):
+    fails, hangs, works = tmp_path/"fails.py", tmp_path/"hangs.py", tmp_path/"works.py"
+    fails.write_text("import sys; sys.exit(3)")
+    works.write_text("import sys; sys.exit(sys.argv[1:] != ['--steps', '2'])")
+    hangs.write_text("import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")
+    started = time.monotonic()
+    outcome = gpu.ask_all({"a": (fails, {}), "b": (works, dict(steps=2)), "c": (hangs, {}), "d": (works, {})}, minutes=0.05)
+    assert outcome["a"] == "failed with 3" and outcome["b"] == "" and "stopped after" in outcome["c"] and outcome["d"] == "skipped: the 0.05 minutes were over"
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("title", gpu.questions(gpu.parse([])))
+@pytest.mark.parametrize("flags", [[], ["--quick"]])
+def test_gpu_asks_with_options_that_its_programs_take(shell, title, flags):
+    program, given = gpu.questions(gpu.parse(flags))[title]
+    helped = ask(shell, program, *task.words(given), "--help")
+    assert helped.returncode == 0, helped.stderr
