@@ -1,9 +1,6 @@
 r"""Pretrain the embedded model `tiny`, its tokenizer included, and write both to a folder.
 
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296 \
-        python tools/pretrain_tiny.py ARTICLES.txt OUT [--steps 2600]
-
-The variable is worth 30 to 40% of the speed on a Linux CPU: large tensors then reuse huge pages that are already mapped.
+    python tools/pretrain_tiny.py ARTICLES.txt OUT
 
 ARTICLES.txt is English text in WikiText's layout (` = Title = ` lines) with rare words as `<unk>`. Two choices follow
 from that. Each `<unk>` is replaced by a rare word drawn from the same text, because the model is used on raw text,
@@ -18,6 +15,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from colab_gpt2.runtime import pick_precision
+from colab_gpt2.tune import keep_freed_memory, tune_model
 
 TITLE = re.compile(r"(?m)^ = [^=].*[^=] = $")
 CONTEXT, VOCABULARY = 512, 8192
@@ -58,14 +58,19 @@ def tokenize(tokenizer, texts):
     return np.concatenate([np.array(e.ids, dtype=np.uint16) for e in tokenizer._tokenizer.encode_batch(texts)])
 
 
-def new_model(seed):
+def new_model(seed, dropout):
     torch.manual_seed(seed)
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=256, n_layer=6, n_head=4,
-                        activation_function="gelu_pytorch_tanh", resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.,
+                        activation_function="gelu_pytorch_tanh", resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=0.,
                         bos_token_id=0, eos_token_id=0, use_cache=False)
     model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"
+    tune_model(model)
     return model
+
+
+def half_precision():
+    "Autocast to bf16 where this CPU computes in it; the weights stay in fp32."
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=pick_precision("cpu").dtype == "bf16")
 
 
 def optimizers(model, muon_lr, adam_lr):
@@ -81,7 +86,7 @@ def mean_loss(model, tokens):
     "Mean cross-entropy in nats a token over full blocks of `tokens`."
     model.eval()
     blocks = torch.from_numpy(tokens[:len(tokens) // CONTEXT * CONTEXT].astype(np.int64)).view(-1, CONTEXT)
-    losses = [model(b, labels=b).loss.item() * len(b) for b in blocks.split(8)]
+    with half_precision(): losses = [model(b, labels=b).loss.item() * len(b) for b in blocks.split(8)]
     model.train()
     return sum(losses) / len(blocks)
 
@@ -101,9 +106,10 @@ def batches(make_stream, batch, rng):
 
 
 def save(model, tokenizer, out, half):
-    "Weights as safetensors (in half precision for the wheel), config and tokenizer."
+    """Weights as safetensors (in half precision for the wheel), config and tokenizer. The config has no dropout: what `tiny` is fine-tuned
+    on in a demonstration is read once or twice, too seldom to learn it by heart."""
     kept = copy.deepcopy(model)
-    kept.config.use_cache = True
+    kept.config.update(dict(use_cache=True, resid_pdrop=0., embd_pdrop=0.))
     (kept.half() if half else kept).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -112,15 +118,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("articles", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--start", type=Path, help="go on from the weights in this folder, with a new schedule and a new --seed")
-    parser.add_argument("--batch", type=int, default=8, help="blocks of 512 tokens a step")
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=4, help="blocks of 512 tokens a step")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the embeddings and the residual stream")
     parser.add_argument("--muon-lr", type=float, default=4e-3)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=250)
     args = parser.parse_args()
 
+    keep_freed_memory()
     rng = random.Random(args.seed)
     text = args.articles.read_text(encoding="utf-8")
     kept = [a for i, a in enumerate(articles(text)) if i % 50 != 0]
@@ -135,8 +142,7 @@ def main():
         return tokenize(tokenizer, [fill_unknown(a, rare, words) for a in order])
 
     held_tokens = tokenize(tokenizer, [fill_unknown(a, rare, random.Random(-1)) for a in held])
-    model = new_model(args.seed)
-    if args.start: model.load_state_dict(GPT2LMHeadModel.from_pretrained(args.start).float().state_dict())
+    model = new_model(args.seed, args.dropout)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 60) * min(1, 1.25 * (1 - s / args.steps)))
                   for o in optimizers(model, args.muon_lr, args.adam_lr)]
     print(json.dumps(dict(parameters=model.num_parameters(), articles=len(kept), rare=len(rare),
@@ -145,13 +151,13 @@ def main():
     feed = batches(stream, args.batch, rng)
     for step in range(1, args.steps + 1):
         epoch, block = next(feed)
-        loss = model(block, labels=block).loss
+        with half_precision(): loss = model(block, labels=block).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for s in schedulers:
             s.optimizer.step(); s.optimizer.zero_grad(); s.step()
         tokens += block.numel()
-        if not math.isfinite(loss.item()): raise SystemExit(f"The loss became {loss.item()} at step {step}: lower --muon-lr and --adam-lr.")
+        if step % 25 == 0 and not math.isfinite(loss.item()): raise SystemExit(f"The loss became {loss.item()} at step {step}: lower --muon-lr and --adam-lr.")
         if step % 25 == 0:
             print(json.dumps(dict(step=step, epoch=epoch, loss=round(loss.item(), 4), tokens_per_second=round(tokens / (time.perf_counter() - start)))), flush=True)
         if step % args.save_every == 0 or step == args.steps:
