@@ -8,7 +8,7 @@ __all__ = ['check_output_dir', 'FinetuneResult', 'Interrupted', 'said_in_one_lin
            'plan_training', 'finetune']
 
 # %% ../nbs/20_finetune.ipynb #a5ca4e7c
-import contextlib, errno, json, shutil, tempfile, time, warnings
+import contextlib, errno, functools, json, shutil, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers.trainer_callback import TrainerState
 
 from .blocks import tokenize_file
+from .callbacks import tell
 from .checkpoints import find_checkpoints, read_manifest, save_model, sort_checkpoints
 from .config import FinetuneConfig, changed, pick_block_size, pick_learning_rate
 from .core import Record, check_space, human_bytes, human_time, replacing
@@ -143,14 +144,17 @@ def settle_compiled(trainer, plan, around) -> Plan:
 # %% ../nbs/20_finetune.ipynb #21f15d24
 def train_model(config, trainer, plan, resumed_from=None) -> Plan:
     """Train the trainer's model in place, from the checkpoint `resumed_from` where there is one; -> the plan as a probed step corrected it.
-    `Interrupted` after Ctrl-C. Starting over removes the whole checkpoints of the run before."""
+    `Interrupted` after Ctrl-C. Starting over removes the whole checkpoints of the run before. Listeners hear "probing" and "training"."""
     if resumed_from and load_finished(trainer, resumed_from, plan.steps): return plan
     for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir else (): shutil.rmtree(path)
     if trainer.args.device.type == "cpu": keep_freed_memory()
     with said_in_one_line(config, plan), contextlib.ExitStack() as around:
         for manager in (trainer.stop.listening(), quiet(), contextlib.closing(trainer.bar), trainer.garbage.thawing()): around.enter_context(manager)
         if plan.recompute: around.enter_context(recomputing(trainer.model))
+        listeners = trainer.callback_handler.callbacks
+        tell(listeners, "on_stage", "probing", stop=trainer.stop)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
+        tell(listeners, "on_stage", "training", plan=plan)
         trainer.train(resume_from_checkpoint=resumed_from and str(resumed_from))
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the wrapper computes in half precision for ever after
     if trainer.stop.asked:
@@ -189,10 +193,11 @@ def plan_training(config, model, blocks, runtime) -> Plan:
 def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=True, **changes) -> FinetuneResult:
     """Fine-tune a model on a text as `config` (or the defaults) with `changes` says; save it, and measure it before and after.
 
-    `callbacks` are transformers' TrainerCallbacks. Raises what the parts raise, each in one line; `Interrupted` after Ctrl-C, with a checkpoint saved."""
+    `callbacks` are transformers' TrainerCallbacks; a `Listener` among them hears of the other stages too. Raises what the parts raise, each in one line; `Interrupted` after Ctrl-C, with a checkpoint saved."""
     started, config = time.perf_counter(), changed(config, **changes)
     check_trainer_args(config)
     output_dir = check_output_dir(config)
+    tell(callbacks, "on_stage", "loading")
     config = replace(config, output_dir=str(output_dir))
     runtime = pick_run_precision(config, check_runtime(output_dir))
     corpus = load_corpus(config.dataset, train_file=config.train_file, eval_file=config.eval_file, cache_dir=config.cache_dir, progress=progress)
@@ -206,16 +211,18 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     training_arguments(config, plan, runtime, model.num_parameters())  # what it refuses is said before anything slow
     resumed_from = checkpoint_to_resume(config, model, identify(config, train, plan))
 
-    def measure():
-        return (perplexity(model, held_out, stride=config.eval_stride, precision=plan.precision, progress=progress),
+    def measure(stage, **facts):
+        tell(callbacks, "on_stage", stage, **facts)
+        return (perplexity(model, held_out, stride=config.eval_stride, precision=plan.precision, progress=progress, watch=functools.partial(tell, callbacks, "on_measured")),
                 generate(model, config.prompt, tokenizer=tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=progress)[0])
 
-    before, sample_before = measure()
+    before, sample_before = measure("measuring before", plan=plan, resumed_from=resumed_from)
     trainer = make_trainer(config, model, tokenizer, train, plan, runtime, callbacks, progress)
     plan = train_model(config, trainer, plan, resumed_from)
     if plan.method == "lora": model = merge_adapters(trainer.model, load())
+    tell(callbacks, "on_stage", "saving")
     with said_in_one_line(config, plan): save_model(model, tokenizer, output_dir)
-    after, sample_after = measure()
+    after, sample_after = measure("measuring after")
     result = FinetuneResult(
         model=config.model, parameters=model.num_parameters(), dataset=corpus.name, train_tokens=train.tokens, perplexity_before=before,
         perplexity_after=after, steps=trainer.state.global_step, epochs=trainer.state.epoch or 0., output_dir=config.output_dir,

@@ -1,0 +1,109 @@
+"The pump in a real kernel: a click that is sent while a cell runs is handled in the middle of it, and the cells that wait keep their order."
+import time
+
+import pytest
+
+pytest.importorskip("jupyter_client")
+from jupyter_client.manager import start_new_kernel
+
+LOOP = """
+import time
+from colab_gpt2.pump import pump
+asked, steps = [], 0
+def loop():
+    global steps
+    print("looping", flush=True)
+    for steps in range(1, 201):
+        time.sleep(0.02)
+        pump()
+        if asked: break
+    print(f"ended after {steps} steps", flush=True)
+"""
+BUTTONS = """
+import ipywidgets as widgets
+stop, start, slider = widgets.Button(description="Stop"), widgets.Button(description="Start"), widgets.IntSlider()
+stop.on_click(lambda _: asked.append(True))
+start.on_click(lambda _: loop())
+slider.observe(lambda change: print("slider at", change["new"], flush=True), "value")
+print(stop.model_id, start.model_id, slider.model_id)
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def buttons(kernel):
+    said = run(kernel, LOOP + BUTTONS)
+    return dict(zip(("stop", "start", "slider"), said.split()))
+
+
+def listen(client, until, timeout=30):
+    "Messages of the kernel up to the first that `until` accepts, which is the last of the list."
+    heard, end = [], time.monotonic() + timeout
+    while not heard or not until(heard[-1]): heard.append(client.get_iopub_msg(timeout=max(end - time.monotonic(), 0.01)))
+    return heard
+
+
+def idle(message_id): return lambda m: m["msg_type"] == "status" and m["content"]["execution_state"] == "idle" and m["parent_header"].get("msg_id") == message_id
+
+
+def printed(messages, message_id=None):
+    return "".join(m["content"]["text"] for m in messages if m["msg_type"] == "stream" and message_id in (None, m["parent_header"]["msg_id"]))
+
+
+def run(client, code):
+    message_id = client.execute(code)
+    heard = listen(client, idle(message_id))
+    assert not [m["content"]["ename"] for m in heard if m["msg_type"] == "error"]
+    return printed(heard)
+
+
+def send(client, comm_id, data):
+    message = client.session.msg("comm_msg", dict(comm_id=comm_id, data=data))
+    client.shell_channel.send(message)
+    return message["header"]["msg_id"]
+
+
+def click(client, comm_id): return send(client, comm_id, dict(method="custom", content=dict(event="click")))
+
+
+def looping(message): return message["msg_type"] == "stream" and "looping" in message["content"]["text"]
+
+
+@pytest.mark.parametrize("where", ["a cell", "a callback"])
+def test_a_click_is_handled_in_the_middle_and_cells_wait(kernel, buttons, where):
+    running = kernel.execute("loop()") if where == "a cell" else click(kernel, buttons["start"])
+    listen(kernel, looping)
+    waiting = [kernel.execute(f"print('cell {n}:', steps)") for n in (1, 2)]
+    clicked = click(kernel, buttons["stop"])
+    heard = listen(kernel, idle(waiting[-1]))
+    said = printed(heard).splitlines()
+    steps = int(said[0].split()[2])
+    assert steps < 150, said  # of 200, the whole loop takes 4 s
+    assert said == [f"ended after {steps} steps", f"cell 1: {steps}", f"cell 2: {steps}"]
+    assert printed(heard, running) == f"ended after {steps} steps\n"  # the output belongs to its own cell again
+    order = [m["parent_header"]["msg_id"] for m in heard if m["msg_type"] == "status" and m["content"]["execution_state"] == "idle"]
+    assert order == [clicked, running, *waiting]
+
+
+def test_the_browser_hears_that_each_change_was_dealt_with(kernel, buttons):
+    "Else it would send no further change of that widget."
+    running = kernel.execute("loop()")
+    listen(kernel, looping)
+    changes = [send(kernel, buttons["slider"], dict(method="update", state=dict(value=n), buffer_paths=[])) for n in (7, 8)]
+    click(kernel, buttons["stop"])
+    heard = listen(kernel, idle(running))
+    said = printed(heard)
+    assert said.index("slider at 7") < said.index("slider at 8") < said.index("ended after")
+    for change in changes: assert any(idle(change)(m) for m in heard)
+
+
+def test_an_empty_pump_costs_little(kernel):
+    seconds = float(run(kernel, "from timeit import timeit\nfrom colab_gpt2.pump import pump\nprint(timeit(pump, number=1000) / 1000)"))
+    assert seconds < 1e-3, f"{seconds * 1e6:.0f} microseconds"  # a step of the smallest model takes some 100,000
