@@ -103,13 +103,16 @@ class FreezeGarbage(TrainerCallback):
 
 # %% ../nbs/18_callbacks.ipynb #37ea46b5
 class Listener(TrainerCallback):
-    "A callback that `finetune` also tells what stands around the training. Both methods do nothing until a subclass wants to know."
+    "A callback that `finetune` also tells what stands around the training. The methods do nothing until a subclass wants to know."
     def on_stage(self, stage, **facts):
         """`stage` begins: "loading", "measuring before", "probing", "training", "saving" or "measuring after". `facts` are what is new by then:
         plan and resumed_from at the measuring before, stop (the run's StopOnInterrupt) at the probing, plan again, as probed, at the training."""
 
-    def on_measured(self, done, total):
+    def on_measuring(self, done, total):
         "`done` of `total` tokens of the held-out text are scored. What this raises ends the run."
+
+    def on_measured(self, perplexity, sample):
+        "The held-out text is measured (a Perplexity) and a text generated (a Sample), before the training or after it."
 
 # %% ../nbs/18_callbacks.ipynb #47b8015d
 def tell(callbacks, event, *args, **kwargs):

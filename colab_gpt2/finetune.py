@@ -213,8 +213,10 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
 
     def measure(stage, **facts):
         tell(callbacks, "on_stage", stage, **facts)
-        return (perplexity(model, held_out, stride=config.eval_stride, precision=plan.precision, progress=progress, watch=functools.partial(tell, callbacks, "on_measured")),
-                generate(model, config.prompt, tokenizer=tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=progress)[0])
+        measured = (perplexity(model, held_out, stride=config.eval_stride, precision=plan.precision, progress=progress, watch=functools.partial(tell, callbacks, "on_measuring")),
+                    generate(model, config.prompt, tokenizer=tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=progress)[0])
+        tell(callbacks, "on_measured", *measured)
+        return measured
 
     before, sample_before = measure("measuring before", plan=plan, resumed_from=resumed_from)
     trainer = make_trainer(config, model, tokenizer, train, plan, runtime, callbacks, progress)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'check', 'fetch', 'plan', 'size_for_plan', 'corpus_for_plan', 'tokenizer_for_plan', 'fetch_for', 'evaluate',
-           'archive', 'archive_name', 'save', 'save_or_say_why', 'RunResult', 'run', 'demo', 'Bench', 'bench']
+           'archive', 'archive_name', 'save', 'save_or_say_why', 'RunResult', 'run', 'suggest', 'demo', 'Bench',
+           'bench']
 
 # %% ../nbs/21_steps.ipynb #2c5823a9
 import tempfile, time
@@ -138,6 +139,16 @@ def run(config: FinetuneConfig | None = None, *, archive_path=None, drive=None, 
 # %% ../nbs/21_steps.ipynb #078e0c88
 DEMO = FinetuneConfig(model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=2, block_size=256, learning_rate=5e-4,
                       prompt=" = Strings = \n \n A string is", max_new_tokens=60)
+
+# %% ../nbs/21_steps.ipynb #fd0a4950
+def suggest() -> tuple:
+    "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; where one is missing the demo's values, and a sentence that says so."
+    from colab_gpt2.data import hub_trouble
+    from colab_gpt2.runtime import find_device
+    small = replace(DEMO, output_dir=FinetuneConfig().output_dir)
+    if find_device()[0] == "cpu": return small, "There is no GPU here, so this starts with the small embedded model on Python's documentation: minutes instead of hours."
+    if trouble := hub_trouble(): return small, f"The Hub {trouble}, so this starts with the embedded model on Python's documentation, which need no network."
+    return FinetuneConfig(), ""
 
 # %% ../nbs/21_steps.ipynb #5953484d
 def demo(config: FinetuneConfig | None = None, **options) -> RunResult:
