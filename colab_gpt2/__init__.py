@@ -19,6 +19,12 @@ _MODULES = dict(
     drive="Copy mount_drive copy_verified save_to_drive restore_from_drive",
     finetune="FinetuneResult Interrupted finetune",
     steps="RunResult check fetch plan evaluate archive save run demo bench",
+    runtime_panel="RuntimePanel",
+    data_panel="DataPanel",
+    finetune_panel="FinetunePanel",
+    generate_panel="GeneratePanel",
+    drive_panel="DrivePanel",
+    app="app",
 )
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]

@@ -104,7 +104,7 @@ class Row:
     def mark(self, message):
         "`message` is what is wrong, `''` that nothing is."
         (self.widget.add_class if message else self.widget.remove_class)("cg-invalid")
-        shown = (f"<span class='cg-bad' role='alert'>⚠ {html.escape(message)}</span>" if message
+        shown = (f"<span class='cg-bad' role='alert'>⚠ {html.escape(message, quote=False)}</span>" if message
                  else f"<span class='cg-hint'>{html.escape(self.field.metadata.get('help', ''))}</span>")
         if self.hint.value != shown: self.hint.value = shown  # an equal value would be read out again
 
