@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-colab bench sync clean
+.PHONY: demo test test-colab test-browser bench sync clean
 
 .venv/ready: $(SOURCES) constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +14,19 @@ SOURCES := settings.ini setup.py pyproject.toml
 	.venv-colab/bin/python -m pip install -q -c constraints-colab.txt -e '.[dev]'
 	touch $@
 
+# For the tests in a browser: Jupyter's front ends into both environments, Debian's chromium onto this machine (as root).
+.venv/browser: .venv/ready
+	.venv/bin/python -m pip install -q -c constraints-dev.txt -e '.[browser]'
+	touch $@
+
+.venv-colab/browser: .venv-colab/ready
+	.venv-colab/bin/python -m pip install -q -c constraints-colab.txt -e '.[browser]'
+	touch $@
+
+/usr/bin/chromium:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null
+
 demo: .venv/ready
 	.venv/bin/colab-gpt2 demo --overwrite-output-dir
 
@@ -24,6 +37,10 @@ test: .venv/ready
 # The same suite on Colab's versions of everything but torch and Python.
 test-colab: .venv-colab/ready
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv-colab/bin:$$PATH" .venv-colab/bin/python -m pytest -n 2
+
+# The tutorial and its panels in three front ends, as a reader clicks through them; one after the other, since the times of clicks are measured.
+test-browser: .venv/browser .venv-colab/browser | /usr/bin/chromium
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/browser
 
 # Every benchmark of a CPU, one after the other, on a machine that does nothing else; then the table of all results.
 bench: .venv/ready

@@ -1,0 +1,57 @@
+"A notebook in a browser, as its reader has it before her."
+import time
+from dataclasses import dataclass
+
+import nbformat
+
+CLASSIC = dict(
+    ready=".kernel_idle_icon", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt",
+    scroller="#site")
+MODERN = dict(
+    ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", run_all=(".lm-MenuBar-item:has-text('Run')", ".lm-Menu-item[data-command='runmenu:run-all']"),
+    save="[data-command='docmanager:save']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt", scroller=".jp-WindowedPanel-outer")
+ALL_RAN = "selector => [...document.querySelectorAll(selector)].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))"
+
+
+@dataclass
+class Notebook:
+    "One notebook, opened by `server` in the playwright `page`; pictures go to the folder `shots`."
+    page: object
+    server: object
+    name: str
+    shots: object
+
+    def __post_init__(self):
+        self.at = CLASSIC if self.server.front_end.name == "notebook-6" else MODERN
+        self.complaints = []  # of the page's own scripts
+        self.page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
+
+    def open(self):
+        self.page.goto(self.server.url(self.name))
+        self.page.locator(self.at["ready"]).first.wait_for()
+        return self
+
+    def run_all(self):
+        for step in self.at["run_all"]: self.page.locator(step).first.click()
+
+    def wait_until_run(self, seconds):
+        "Until every code cell has its number. An error leaves those after it without."
+        self.page.wait_for_function(ALL_RAN, arg=self.at["prompt"], timeout=seconds * 1000)
+
+    def saved(self):
+        "The notebook as it is on the disk after a click on Save."
+        path, before = self.server.folder/self.name, (self.server.folder/self.name).stat().st_mtime_ns
+        self.page.locator(self.at["save"]).first.click()
+        end = time.monotonic() + 20
+        while path.stat().st_mtime_ns == before:
+            assert time.monotonic() < end, f"{path} was not saved in 20 s"
+            self.page.wait_for_timeout(100)
+        return nbformat.read(path, as_version=4)
+
+    def panel(self, title):
+        "The panel whose heading begins with `title`."
+        return self.page.locator(".cg-panel").filter(has=self.page.get_by_role("heading", name=title)).first
+
+    def picture(self, name, of=None):
+        "A screenshot of what is in sight, or of the locator `of`."
+        (of or self.page).screenshot(path=self.shots/f"{self.server.front_end.name}-{name}.png")
