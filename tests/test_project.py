@@ -36,12 +36,12 @@ def files_of(folder):
             if p.suffix in (".ipynb", ".py")} | {Path("README.md"): (folder/"README.md").read_bytes()}
 
 
-def test_clean_export_and_readme_change_nothing(tmp_path, shell):
+def test_clean_export_links_and_readme_change_nothing(tmp_path, shell):
     for name in ("nbs", "colab_gpt2", "tools", "settings.ini", "README.md"):
         copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
         copy(ROOT/name, tmp_path/name)
     before = files_of(tmp_path)
-    for words in (["nbdev_clean"], ["nbdev_export"], [sys.executable, "tools/readme.py"]):
+    for words in (["nbdev_clean"], ["nbdev_export"], [sys.executable, "tools/links.py"], [sys.executable, "tools/readme.py"]):
         ran = shell(*words)
         assert ran.returncode == 0, ran.stderr
     after = files_of(tmp_path)
@@ -49,7 +49,7 @@ def test_clean_export_and_readme_change_nothing(tmp_path, shell):
 
 
 def test_notebooks_keep_no_widget_state():
-    assert [n.name for n in NOTEBOOKS if "widgets" in json.loads(n.read_text(encoding="utf-8"))["metadata"]] == []
+    assert [n.name for n in (ROOT/"nbs").rglob("*.ipynb") if "widgets" in json.loads(n.read_text(encoding="utf-8"))["metadata"]] == []
 
 
 def test_a_room_imports_only_lower_rooms():

@@ -31,18 +31,22 @@ def shots():
     return SHOTS
 
 
-@pytest.fixture(params=FRONT_ENDS, ids=lambda f: f.name)
-def front_end(request): return request.param
-
-
-@pytest.fixture
-def opened(browser, front_end, shots, tmp_path):
-    "A function: open `notebook` in the front end, with a kernel of Colab's or a plain one; -> pages.Notebook."
+@pytest.fixture(scope="module", params=FRONT_ENDS, ids=lambda f: f.name)
+def opened(request, browser, shots, tmp_path_factory):
+    "A function: open `notebook` in one of the front ends; -> pages.Notebook."
     with contextlib.ExitStack() as stack:
-        def open(notebook, colab=False, width=1100, height=1000):
+        def open(notebook, width=1000, height=2000):
+            folder = tmp_path_factory.mktemp(request.param.name)
             context = stack.enter_context(browser.new_context(viewport=dict(width=width, height=height)))
             context.set_default_timeout(20_000)
-            (tmp_path/"notebooks").mkdir()
-            nbformat.write(notebook, tmp_path/"notebooks"/"tutorial.ipynb")
-            return Notebook(context.new_page(), stack.enter_context(serving(front_end, tmp_path, colab)), "tutorial.ipynb", shots).open()
+            (folder/"notebooks").mkdir()
+            nbformat.write(notebook, folder/"notebooks"/"tutorial.ipynb")
+            return Notebook(context.new_page(), stack.enter_context(serving(request.param, folder)), "tutorial.ipynb", shots).open()
         yield open
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What was measured, beneath the results: each test tells it by record_property."
+    told = [(report.nodeid, name, value) for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed") for name, value in report.user_properties]
+    if told: terminalreporter.section("measured")
+    for nodeid, name, value in told: terminalreporter.line(f"{nodeid.split('::')[1]}  {name}: {value}")

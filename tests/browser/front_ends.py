@@ -1,5 +1,5 @@
 "The three front ends that the tests open in a browser, and a server for each: in a folder of its own, on this machine only, ended by its process id."
-import contextlib, json, os, secrets, signal, socket, subprocess, time, urllib.request
+import contextlib, json, os, secrets, shutil, signal, socket, subprocess, time, urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,22 +54,20 @@ def free_port():
         return s.getsockname()[1]
 
 
-def environment(folder, front_end, colab):
-    "Variables for a server that knows nothing of this user's Jupyter, caches and pip; with `colab` its kernels believe that they are Colab's."
+def environment(folder, front_end):
+    "Variables for a server that knows nothing of this user's Jupyter, caches and pip, whose kernels believe that they are Colab's, without a network."
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "JUPYTER", "IPYTHON", "COLAB", "HF_", "PYTEST"))}
     places = {k: str(folder/v) for k, v in dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", IPYTHONDIR="ipython",
                                                 JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces", XDG_CACHE_HOME="cache").items()}
-    stub = dict(PYTHONPATH=str(STUB), COLAB_RELEASE_TAG="release-colab_stub", TBE_EPHEM_CREDS_ADDR="127.0.0.1:9", COLAB_STUB_DRIVE=str(folder/"drive-backing"),
-                JUPYTER_PATH=str(folder/"kernels-of-colab")) if colab else {}
-    # PIP_NO_INDEX: the install cell must be content with what is installed. HF_HUB_OFFLINE: as without a network.
-    return {**kept, **places, **stub, "PATH": f"{ROOT/front_end.environment/'bin'}{os.pathsep}{os.environ['PATH']}", "JUPYTER_TOKEN": secrets.token_hex(16),
-            "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    stub = dict(PYTHONPATH=str(STUB), COLAB_RELEASE_TAG="release-colab_stub", TBE_EPHEM_CREDS_ADDR="127.0.0.1:9", COLAB_STUB_DRIVE=str(folder/"drive"), JUPYTER_PATH=str(folder/"kernels"))
+    offline = dict(PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")  # the install cell must be content with what is installed
+    return {**kept, **places, **stub, **offline, "PATH": f"{front_end.python.parent}{os.pathsep}{os.environ['PATH']}", "JUPYTER_TOKEN": secrets.token_hex(16)}
 
 
 def write_kernel(folder, python):
     "The kernel `python3`, started by colab_kernel.py; `folder` is for JUPYTER_PATH."
     spec = dict(argv=[str(python), str(Path(__file__).with_name("colab_kernel.py")), "-f", "{connection_file}"], display_name="Python 3", language="python")
-    place = folder/"kernels"/"python3"
+    place = folder/"kernels"/"python3"  # as Jupyter wants it below each folder of JUPYTER_PATH
     place.mkdir(parents=True)
     (place/"kernel.json").write_text(json.dumps(spec))
 
@@ -104,17 +102,29 @@ def end(process, seconds=30):
 
 
 @contextlib.contextmanager
-def serving(front_end, folder, colab):
+def content(folder=Path("/content")):
+    "Colab's folder, made if need be, with no Drive mounted below it before or afterwards."
+    folder.mkdir(exist_ok=True)
+    mountpoint = folder/"drive"
+    if mountpoint.exists(): raise RuntimeError(f"{mountpoint} is there already. A Drive is mounted there and removed afterwards: remove it, if it is nobody's.")
+    try: yield
+    finally:
+        if mountpoint.exists(): shutil.rmtree(mountpoint)  # links to the folder behind the Drive
+
+
+@contextlib.contextmanager
+def serving(front_end, folder):
     "A running Server for the notebooks in `folder`/notebooks."
     if not front_end.python.exists(): raise RuntimeError(f"{front_end.python} is missing; `make test-browser` sets it up.")
     (folder/"notebooks").mkdir(parents=True, exist_ok=True)
-    write_kernel(folder/"kernels-of-colab", front_end.python)
+    write_kernel(folder/"kernels", front_end.python)
     write_settings(folder, front_end)
-    env, port = environment(folder, front_end, colab), free_port()
+    env, port = environment(folder, front_end), free_port()
     words = [front_end.python, "-m", "jupyter", front_end.command, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
     server = Server(front_end, folder/"notebooks", folder/"runtime", f"http://127.0.0.1:{port}", env["JUPYTER_TOKEN"], folder/"server.log")
-    with open(server.log, "w") as log: process = subprocess.Popen(words, cwd=server.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_until_up(process, server)
-        yield server
-    finally: end(process)
+    with content(), open(server.log, "w") as log:
+        process = subprocess.Popen(words, cwd=server.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until_up(process, server)
+            yield server
+        finally: end(process)

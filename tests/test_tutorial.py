@@ -1,0 +1,98 @@
+"The notebook that people open in Colab: its links, what it carries, Run all on a machine without GPU and network, and the Python that is folded beneath each panel."
+import configparser, json, os, re, shutil, sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+PATH = ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb"
+
+
+@pytest.fixture(scope="module")
+def notebook(): return nbformat.read(PATH, as_version=4)
+
+
+def markdown(notebook): return "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+
+
+def test_it_opens_in_colab_with_a_gpu(notebook):
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    address = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/".format(**settings["DEFAULT"]) + PATH.relative_to(ROOT).as_posix()
+    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
+    assert badge in notebook.cells[0].source and badge in (ROOT/"README.md").read_text(encoding="utf-8")
+    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
+    assert notebook.cells[0].source.splitlines()[2].startswith("> Runtime → Run all on a free T4")
+
+
+def test_links_follow_the_settings(tmp_path, shell):
+    for name in ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb", "tools/links.py", "settings.ini"):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/name, tmp_path/name)
+    settings = (tmp_path/"settings.ini").read_text()
+    for name in ("user", "repo", "branch"): settings = re.sub(rf"(?m)^{name} = .*", f"{name} = other-{name}", settings)
+    (tmp_path/"settings.ini").write_text(settings)
+    assert shell(sys.executable, "tools/links.py").returncode == 0
+    for name in ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb"):
+        text = (tmp_path/name).read_text(encoding="utf-8")
+        assert "https://colab.research.google.com/github/other-user/other-repo/blob/other-branch/nbs/tutorials/colab_gpt2.ipynb" in text
+        assert "git+https://github.com/other-user/other-repo" in text
+        assert "github.com/colab-gpt2/" not in text
+
+
+def test_it_is_small_and_carries_nothing_of_a_machine(notebook):
+    assert PATH.stat().st_size < 60_000
+    assert "widgets" not in notebook.metadata
+    assert [c.outputs for c in notebook.cells if c.cell_type == "code" and c.outputs] == []
+
+
+def test_each_step_is_a_short_cell_with_python_beneath(notebook):
+    "The install cell, then five cells with a panel; directly beneath each a fold."
+    code = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code"]
+    assert [re.findall(r"\w+Panel", notebook.cells[i].source)[0] for i in code[1:]] == ["RuntimePanel", "DataPanel", "FinetunePanel", "GeneratePanel", "DrivePanel"]
+    assert max(len(notebook.cells[i].source.splitlines()) for i in code) <= 6
+    for i in code[1:]: assert len(folded(notebook.cells[i + 1].source)) == 1
+
+
+def folded(source): return re.findall(r"<details><summary>The same in plain Python</summary>\n\n```python\n(.+?)\n```\n\n</details>", source, re.S)
+
+
+def printed(notebook):
+    "(cell, text) of everything that came out on stderr, and of every error."
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "error": yield cell.source, output.evalue
+            if output.output_type == "stream" and output.name == "stderr": yield cell.source, output.text
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    "A machine without network on which nothing was kept; pip is content with what is installed."
+    for name in [n for n in os.environ if n.startswith("PIP_")]: monkeypatch.delenv(name)
+    for name, text in dict(PIP_NO_INDEX="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(tmp_path/"cache"), JUPYTER_DATA_DIR=str(tmp_path/"jupyter"), IPYTHONDIR=str(tmp_path/"ipython")).items():
+        monkeypatch.setenv(name, text)
+
+
+def test_run_all(notebook, offline, tmp_path):
+    ran = NotebookClient(nbformat.from_dict(notebook), timeout=400, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert list(printed(ran)) == []
+    told = json.loads((tmp_path/"gpt2-tuned"/"finetune.json").read_text())
+    assert told["perplexity_after"]["value"] < told["perplexity_before"]["value"] / 10
+    archives = [p for p in tmp_path.rglob("gpt2-tuned.tar.gz")]
+    assert len(archives) == 2 and len({p.read_bytes() for p in archives}) == 1, archives  # here, and in the folder that stands for the Drive
+    kept = [o.data["text/html"] for c in ran.cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})]
+    assert any("<svg" in html for html in kept)  # the curve, for who reads the notebook where no kernel is
+
+
+def test_the_folded_python_runs(notebook, offline, monkeypatch, tmp_path):
+    "As it stands, but for the model and the text, which need a network, and the epochs, which need patience."
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(folded(markdown(notebook)))
+    for told, small in (('"gpt2"', '"tiny"'), ('"wikitext-2-raw-v1"', '"python-docs"'), ("num_train_epochs=2", "max_steps=2, block_size=32"),
+                        ("max_new_tokens=250", "max_new_tokens=5"), ('"colab-gpt2")', '"colab-gpt2", drive="drive")')):
+        assert told in code
+        code = code.replace(told, small)
+    exec(compile(code, "the folded Python", "exec"), {})
+    assert (tmp_path/"drive"/"colab-gpt2"/"by-hand.tar.gz").exists()
