@@ -40,7 +40,7 @@ def rows_of(results, precisions) -> list:
 
 
 def main():
-    options = parser(__doc__, steps=20, rounds=1, batch=2)
+    options = parser(__doc__, steps=20, rounds=1, batch=1)
     options.add_argument("--precisions", nargs="+", choices=BARS, help="default: fp32 and the half precision that the device is best at")
     options = settle(options.parse_args())
     if options.side: return tell(**train_side(options))

@@ -65,7 +65,7 @@ def rows_of(options, results) -> list:
 
 
 def main():
-    options = parser(__doc__, steps=6, rounds=3)
+    options = parser(__doc__, steps=5, rounds=3, batch=4)
     options.add_argument("--sides", nargs="+", default=[*PEERS, "ours"], choices=(*PEERS, "ours", "ours-compiled"), help="ours always runs")
     options.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2, 4], help="micro-batches that the stock Trainer may choose from")
     options.add_argument("--micro-batch", type=int, help="of one side")

@@ -118,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("articles", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=4, help="blocks of 512 tokens a step")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the embeddings and the residual stream")
     parser.add_argument("--muon-lr", type=float, default=4e-3)
