@@ -88,14 +88,24 @@ def alternate(
     sides,  # label -> command, as `run_side` takes it
     rounds=3, *, env=None,  # env: label -> variables of that side alone
     tree=False, progress=True,
+    failed=None,  # a dict that gets label -> why of the sides that fail; without it the first failure is raised
+    each_round=lambda results: None,  # called with what there is after every round, so that an end in mid-way loses one round only
 ) -> dict:
-    "Run all sides one after the other, `rounds` times over: label -> its results, in order. What the machine does meanwhile meets every side alike."
+    """Run all sides one after the other, `rounds` times over: label -> its results, in order. What the machine does meanwhile meets every side alike.
+    A side that fails does not run again, and has no results."""
     check_number("rounds", rounds, minimum=1, integer=True)
     results = {label: [] for label in sides}
     for n in range(rounds):
-        for label, command in sides.items():
-            results[label].append(run_side(command, env=(env or {}).get(label), tree=tree))
+        for label in list(results):
+            try: results[label].append(run_side(sides[label], env=(env or {}).get(label), tree=tree))
+            except RuntimeError as e:
+                if failed is None: raise
+                failed[label] = str(e)
+                del results[label]
+                print(f"{label} failed and is left out: {e}", file=sys.stderr)
+                continue
             if progress: print(f"round {n + 1} of {rounds}, {label}: {results[label][-1]['seconds']:.1f} s", file=sys.stderr)
+        each_round(results)
     return results
 
 

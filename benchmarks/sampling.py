@@ -1,6 +1,6 @@
 """How fast is sampling? Ours against model.generate: the same model, from one prompt as many samples of as many new tokens as batch, temperature 1 and
 top-k 50, in fp32, with a cache, from text to text. Nothing ends a text early."""
-import argparse, statistics, time
+import argparse, statistics, sys, time
 from pathlib import Path
 
 from harness import RESULTS, alternate, compare, report, tell
@@ -74,10 +74,18 @@ def row_of(options, results, model):
                    f"model.generate, {model}", f"ours, {model}", **(BAR if standard else {}))
 
 
+def default_models(options) -> list:
+    "tiny; on a GPU GPT-2 too, where its tokenizer is at hand."
+    if options.device != "cuda": return ["tiny"]
+    if str(options.tokenizer) != "tiny": return ["tiny", "gpt2"]
+    print("gpt2 is left out: its tokenizer is not at hand (--tokenizer FOLDER).", file=sys.stderr)
+    return ["tiny"]
+
+
 def main():
     options = settle(parser().parse_args())
     if options.side: return tell(**sample_side(options))
-    models = options.models or ["tiny", "gpt2"][:1 + (options.device == "cuda")]
+    models = options.models or default_models(options)
     commands = {f"{side}, {model}": side_command(__file__, options, side, models=[model]) for model in models for side in SIDES}
     results = alternate(commands, options.rounds, env=dict.fromkeys(commands, device_environment(options)))
     report("sampling", results, [row_of(options, results, model) for model in models], commands=commands, device=options.device, folder=options.results)
