@@ -106,7 +106,8 @@ class Costs(Record):
     last_lora: float = 6
     mask_cuda: float = 1  # derived, a dropout: CUDA keeps a mask of booleans, a CPU one of numbers in the precision of what it drops
     matrix: float = 12  # measured, an entry of a head's T×T matrix: attention with dropout keeps them everywhere but on CUDA
-    loss: float = 8  # measured, a logit of the chunk at work: itself and logsumexp's copy, both in fp32; the gradient of the chunk before is there too
+    loss: float = 8  # measured, a logit of the chunk at work: itself and its logarithm, both in fp32; the gradient of the chunk before is there too
+    loss_cuda_half: float = 6  # counted: there the logit stays in half precision
     loss_stock: float = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss; there is no chunk
     moments_8bit: int = 2  # a parameter: AdamW's two moments by bitsandbytes; the Trainer leaves those of embeddings in fp32
     context: int = 500_000_000  # in all, before any tensor: Python with the Trainer on a CPU (measured: 0.46 GB); assumed for CUDA
@@ -186,7 +187,8 @@ def after_forward(shape, recipe) -> dict:
 def at_loss(shape, recipe) -> dict:
     "Bytes when the loss is computed."
     first, before = recipe.tokens <= CHUNK_SIZE, 2 if recipe.half else 4  # no chunk before the first
-    logits = COSTS.loss*recipe.tokens if first else (COSTS.loss + before)*CHUNK_SIZE
+    at_work = COSTS.loss_cuda_half if recipe.half and recipe.device == "cuda" else COSTS.loss
+    logits = at_work*recipe.tokens if first else (at_work + before)*CHUNK_SIZE
     if not is_tuned(shape, recipe): first, logits = False, COSTS.loss_stock*recipe.tokens
     return {**after_forward(shape, recipe), "logits and their loss": logits*shape.vocabulary, "the embedding's gradient in the making": 0 if first else embedding_gradient(shape, recipe)}
 
@@ -217,7 +219,7 @@ def forecast_memory(
     - 4·P + 8·P: weights and AdamW's two moments, and 4·P of gradients where the step has an earlier part
     - 2·P: the weights in half precision, which autocast keeps
     - 36.1·B·T·L·C + 10·B·T·C: activations saved for the backward pass, and masks where the config has dropout
-    - 10·512·V: the chunk of logits at work, and 4·V·C for the output layer's gradient
+    - 8·512·V: the chunk of logits at work, and 4·V·C for the output layer's gradient
     - half a gigabyte for torch itself
 
     or what the backward pass needs, where that is more (`at_backward`, `at_end`); `Costs` says where each number comes from. A stock model takes 69·B·T·L·C and 14·B·T·V."""
@@ -238,7 +240,7 @@ class Device(Record):
 # %% ../nbs/12_forecast.ipynb #27ba0dae
 GiB = 2**30
 DEVICES = {
-    "T4": Device("T4", int(14.74*GiB), (7, 5), 65e12, 8.1e12, 320e9, 0.33),  # its 70 W sustain 24 TFLOP/s, 0.37, in products alone
+    "T4": Device("T4", int(14.74*GiB), (7, 5), 65e12, 8.1e12, 320e9, 0.25),  # its 70 W sustain 24 TFLOP/s, 0.37, in products alone, and these are two thirds of a step
     "L4": Device("L4", int(22.15*GiB), (8, 9), 121e12, 30.3e12, 300e9, 0.35),  # 72 W: as the T4
     "A100-40": Device("A100", int(39.56*GiB), (8, 0), 312e12, 19.5e12, 1555e9, 0.4),  # 0.5 compiled (Karpathy's 182k tokens/s of 124M); llm.c in CUDA: 0.63
     "A100-80": Device("A100", int(79.14*GiB), (8, 0), 312e12, 19.5e12, 2039e9, 0.4),
@@ -249,7 +251,7 @@ DEVICES = {
 }
 
 # %% ../nbs/12_forecast.ipynb #aa3ab6ad
-CORE = Device("a CPU core", 0, None, 180e9, 75e9, 10e9, 0.4)  # measured on an EPYC with avx512_bf16; the bandwidth is half a DDR4 channel's, assumed
+CORE = Device("a CPU core", 0, None, 180e9, 75e9, 10e9, 0.8)  # measured on an EPYC with avx512_bf16; the bandwidth is half a DDR4 channel's, assumed
 
 # %% ../nbs/12_forecast.ipynb #e39c8c92
 def device_of(runtime) -> Device | None:

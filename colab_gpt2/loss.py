@@ -7,6 +7,7 @@ __all__ = ['CHUNK_SIZE', 'FP16_FACTOR', 'padded', 'chunk_loss', 'LinearCrossEntr
 
 # %% ../nbs/06_loss.ipynb #b413b74a
 import torch
+from torch.autograd.function import once_differentiable
 
 # %% ../nbs/06_loss.ipynb #83b8e22a
 CHUNK_SIZE = 512  # rows: for GPT-2 0.15 GB, and large enough that adding up the weight's gradient costs less than 5% of the products
@@ -25,15 +26,16 @@ def chunk_loss(hidden, head, vocabulary, labels, ignore_index, factor=None):
     """The summed loss of a chunk in fp32 (fp64 for fp64) and, given a `factor`, the gradient of its logits times that, in half precision again.
 
     `hidden` (rows, width) and `head` (padded vocabulary, width) in the dtype of the product, `labels` (rows,)."""
-    logits = (hidden @ head.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits, exact = hidden @ head.T, torch.promote_types(hidden.dtype, torch.float32)
     logits[:, vocabulary:] = -torch.inf  # the rows that padded the head are no tokens
     counts = labels != ignore_index
     at = labels.where(counts, 0)[:, None]
-    total = logits.logsumexp(-1, keepdim=True)
-    loss = (total - logits.gather(1, at)).where(counts[:, None], 0).sum()
+    if not logits.is_cuda: logits = logits.to(exact)  # a CPU would make this copy inside log_softmax and hold all three
+    logits = logits.log_softmax(-1, dtype=exact)  # a GPU reads half precision and writes fp32 in one pass
+    loss = -logits.gather(1, at).where(counts[:, None], 0).sum()
     if factor is None: return loss, None
-    weights = counts[:, None].to(logits.dtype) * factor
-    return loss, logits.sub_(total).exp_().mul_(weights).scatter_add_(1, at, -weights).to(hidden.dtype)
+    weights = counts[:, None].to(exact) * factor
+    return loss, logits.exp_().mul_(weights).scatter_add_(1, at, -weights).to(hidden.dtype)
 
 # %% ../nbs/06_loss.ipynb #ce0bbe74
 FP16_FACTOR = 0.125
@@ -60,6 +62,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, from_above):
         (d_hidden, d_weight), scale = ctx.saved_tensors, from_above / ctx.factor
         if d_hidden is not None: d_hidden = (d_hidden.to(scale.dtype) * scale).to(ctx.dtypes[0])
