@@ -67,7 +67,7 @@ def missing_parts(folder):
 # %% ../nbs/15_archives.ipynb #41f2eca0
 def check_model(folder):
     "`folder`, if it holds a model; FileNotFoundError, NotADirectoryError or ValueError (damaged weights) if not."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.exists(): raise FileNotFoundError(f"There is no folder {folder}. Give the output folder of a finished fine-tuning.")
     if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; give the folder that holds the model.")
     if missing := missing_parts(folder):
@@ -120,7 +120,7 @@ def write_archive(target, folder, names, bar):
 # %% ../nbs/15_archives.ipynb #9d05d10c
 def check_archive_path(path, overwrite=False) -> Path:
     "`path`, if an archive can be written there: IsADirectoryError if it is a folder, ValueError unless it ends in .tar.gz or .tgz, FileExistsError if it exists and not `overwrite`."
-    path = Path(path)
+    path = Path(path).expanduser()
     if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder; name a file, such as {path/'gpt2-tuned.tar.gz'}.")
     if not path.name.lower().endswith((".tar.gz", ".tgz")): raise ValueError(f"{path} is no name for an archive: it must end in .tar.gz or .tgz, such as {path.name}.tar.gz.")
     if os.path.lexists(path) and not overwrite: raise FileExistsError(f"{path} exists. Give another path, or overwrite=True to replace it.")

@@ -7,25 +7,40 @@ __all__ = ['Meter', 'Bar', 'StopOnInterrupt', 'StopOnNaN', 'FreezeGarbage', 'Lis
 
 # %% ../nbs/18_callbacks.ipynb #2d352ce1
 import contextlib, gc, math, signal, statistics, sys, threading, time
+from collections import deque
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 # %% ../nbs/18_callbacks.ipynb #3fc62871
 class Meter(TrainerCallback):
-    "Seconds of every step and the logged losses."
-    def __init__(self): self.seconds, self.losses, self.started = [], [], None
+    "Seconds of every step on the device `device`, a name or a torch.device."
+    def __init__(self, device="cpu"): self.gpu, self.seconds, self.begun, self.running = torch.device(device).type == "cuda", [], None, deque()
 
-    def on_step_begin(self, args, state, control, **kwargs): self.started = time.perf_counter()
+    def moment(self):
+        if not self.gpu: return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def on_step_end(self, args, state, control, **kwargs): self.seconds.append(time.perf_counter() - self.started)
+    def on_step_begin(self, args, state, control, **kwargs): self.begun = self.moment()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in (logs or {}): self.losses.append({"step": state.global_step, "loss": float(logs["loss"])})
+    def on_step_end(self, args, state, control, **kwargs):
+        self.running.append((self.begun, self.moment()))
+        self.read()
 
-    def tokens_per_second(self, tokens_per_step):
-        "Training tokens over the median step, the first two left out: they warm caches up. None before there is a step."
-        counted = self.seconds[2:] or self.seconds
+    def read(self, wait=False):
+        "Take down the steps that the device has done; with `wait`, all of them."
+        if wait and self.running and self.gpu: self.running[-1][1].synchronize()
+        while self.running and (not self.gpu or self.running[0][1].query()):
+            begun, ended = self.running.popleft()
+            self.seconds.append(begun.elapsed_time(ended) / 1000 if self.gpu else ended - begun)
+
+    def tokens_per_second(self, tokens_per_step, newest=None):
+        "Training tokens over the median step, the first two left out: they warm caches up; or over that of the `newest` steps. None before a step is done."
+        if not newest: self.read(wait=True)
+        counted = (self.seconds[2:] or self.seconds)[-(newest or 0):]
         return tokens_per_step / statistics.median(counted) if counted else None
 
 # %% ../nbs/18_callbacks.ipynb #4f113ad1
@@ -37,8 +52,9 @@ class Bar(TrainerCallback):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step", file=sys.stderr, disable=not self.progress)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.bar.set_postfix(loss=f"{self.meter.losses[-1]['loss']:.3f}" if self.meter.losses else "?",
-                             tokens_per_second=f"{self.meter.tokens_per_second(self.tokens_per_step):,.0f}", refresh=False)
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
+        speed = self.meter.tokens_per_second(self.tokens_per_step, newest=20)
+        self.bar.set_postfix(loss="?" if loss is None else f"{loss:.3f}", tokens_per_second=f"{speed:,.0f}" if speed else "?", refresh=False)
         self.bar.update()
 
     def close(self):

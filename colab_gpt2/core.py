@@ -50,7 +50,7 @@ def check_number(name, value, minimum=None, maximum=None, above=None, integer=Fa
     if minimum is not None: rules.append(f"{minimum} or more")
     if maximum is not None: rules.append(f"{maximum} or less")
     kind = numbers.Integral if integer else numbers.Real
-    good = (isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    good = (isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, numbers.Integral) or math.isfinite(value))
             and (above is None or value > above) and (minimum is None or value >= minimum) and (maximum is None or value <= maximum))
     if not good: raise ValueError(f"{name} is {value!r}; it must be {', '.join(rules)}.{' ' + hint if hint else ''}")
     return value

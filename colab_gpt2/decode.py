@@ -47,7 +47,7 @@ def candidates(logits, sampling):
     `logits`: (batch, vocabulary). A score of -inf is a token that top-p took away."""
     size = logits.shape[-1]
     k = min(sampling.top_k or size, size)
-    if k == size and sampling.top_p == 1: return logits / sampling.temperature, torch.arange(size, device=logits.device).expand_as(logits)
+    if k == size and sampling.top_p == 1: return (logits - logits.amax(-1, keepdim=True)) / sampling.temperature, torch.arange(size, device=logits.device).expand_as(logits)
     scores, tokens = logits.topk(k)
     scores = (scores - scores[:, :1]) / sampling.temperature  # the likeliest at 0: no overflow at a tiny temperature
     if sampling.top_p < 1:
@@ -159,7 +159,7 @@ class GraphReader(GPT2Reader):
         self.at.fill_(self.length)
         self.graph.replay()
         self.length += 1
-        return self.recorded.float()
+        return self.recorded.to(torch.float32, copy=True)  # the graph writes the next ones to the same place
 
     def record(self, ids):
         "Capture `step` (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)."

@@ -193,7 +193,7 @@ def flush_drive():
     except Exception as e: raise OSError(f"Drive did not confirm its uploads ({type(e).__name__}: {e}). Look for your files on drive.google.com before you close the runtime.") from e
 
 # %% ../nbs/17_drive.ipynb #f2a1fcc8
-NOTE = "Read back whole, but from this machine: Drive uploads in the background and may fail without a word. Look for it on drive.google.com before you close the runtime, or save with flush=True."
+NOTE = "Read back whole, but from this machine: Drive uploads in the background and may fail without a word. Look for it on drive.google.com before you close the runtime."
 FLUSHED = "Read back whole, then flushed and unmounted; mount_drive() brings Drive back. Colab reported no error, which is not proof: look for it on drive.google.com."
 
 # %% ../nbs/17_drive.ipynb #1817f449

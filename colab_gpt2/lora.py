@@ -28,9 +28,14 @@ def add_adapters(
         return peft.get_peft_model(model.to(DTYPES[precision]), settings)
 
 # %% ../nbs/14_lora.ipynb #cbf0db77
-def merge_adapters(adapted, model):
-    "`model`, the untouched one in fp32, with the adapters of `adapted` added to its weights: merged into the rounded weights they would be rounded away."
+def merge_adapters(
+    adapted,  # what `add_adapters` gave, trained; its weights are emptied, so that there are never two models in memory
+    load,  # () -> the untouched model in fp32, in RAM
+):
+    "The model of `load` with the adapters of `adapted` added to its weights: merged into the rounded weights they would be rounded away."
     import peft
-    fresh = peft.get_peft_model(model, adapted.peft_config["default"])
-    peft.set_peft_model_state_dict(fresh, peft.get_peft_model_state_dict(adapted))
+    settings, adapters = adapted.peft_config["default"], {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(adapted).items()}
+    adapted.to("meta")
+    fresh = peft.get_peft_model(load(), settings)
+    peft.set_peft_model_state_dict(fresh, adapters)
     return fresh.merge_and_unload().eval()

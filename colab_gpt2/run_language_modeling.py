@@ -80,7 +80,7 @@ def not_given(given, changes) -> str:
 def check_folder(job):
     "Make the output folder, or say why not; one that is only measured into may hold what it likes."
     from colab_gpt2.finetune import check_output_dir
-    try: check_output_dir(job.config if job.train else replace(job.config, overwrite_output_dir=True))
+    try: check_output_dir(job.config if job.train else replace(job.config, resume=False, overwrite_output_dir=True))
     except FileExistsError:
         raise FileExistsError(f"--output_dir={job.config.output_dir} is not empty. Give --overwrite_output_dir to start over in it, --should_continue to go on from its newest checkpoint, or another folder.") from None
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'check', 'fetch', 'plan', 'size_for_plan', 'corpus_for_plan', 'tokenizer_for_plan', 'fetch_for', 'evaluate',
-           'archive', 'archive_name', 'save', 'save_or_say_why', 'RunResult', 'run', 'suggest', 'demo', 'Bench',
-           'bench']
+           'archive', 'archive_name', 'save', 'has_drive', 'open_drive', 'save_or_say_why', 'RunResult', 'run',
+           'suggest', 'demo', 'Bench', 'check_steps', 'bench']
 
 # %% ../nbs/21_steps.ipynb #2c5823a9
-import tempfile, time
+import tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def fetch_for(config, progress=True):
 
 # %% ../nbs/21_steps.ipynb #35edfe83
 def evaluate(model="gpt2-tuned", config: FinetuneConfig | None = None, *, progress=True, **changes) -> Record:
-    "Perplexity of `model` (a name or a folder) on the text of `config`, per token, word and byte and at two strides: a `ReportCard`."
+    "Perplexity of `model` (a name or a folder) on the text of `config`, per token, word and byte, at its `eval_stride` or at two strides: a `ReportCard`."
     from colab_gpt2.evaluate import report_card
     from colab_gpt2.finetune import held_out_blocks, pick_run_precision
     from colab_gpt2.model import check_match, load_model, load_tokenizer, model_context
@@ -81,7 +81,7 @@ def evaluate(model="gpt2-tuned", config: FinetuneConfig | None = None, *, progre
     tokenizer, loaded = load_tokenizer(config.tokenizer or model, cache_dir=config.cache_dir), load_model(model, cache_dir=config.cache_dir).to(runtime.device)
     check_match(loaded, tokenizer)
     blocks = held_out_blocks(config, fetch_for(config, progress), tokenizer, model_context(loaded), progress)
-    return report_card(loaded, blocks, precision=runtime.precision.dtype, progress=progress)
+    return report_card(loaded, blocks, strides=config.eval_stride and (config.eval_stride,), precision=runtime.precision.dtype, progress=progress)
 
 # %% ../nbs/21_steps.ipynb #7661410d
 def archive(folder="gpt2-tuned", path=None, *, overwrite=False, progress=True) -> Record:
@@ -90,7 +90,9 @@ def archive(folder="gpt2-tuned", path=None, *, overwrite=False, progress=True) -
     return archive_model(folder, path or archive_name(folder), overwrite=overwrite, progress=progress)
 
 # %% ../nbs/21_steps.ipynb #455558b2
-def archive_name(folder): return f"{str(folder).rstrip('/')}.tar.gz"
+def archive_name(folder) -> str:
+    "The archive of `folder`, beside it."
+    return f"{Path(folder).expanduser().absolute()}.tar.gz" if Path(folder).name in ("", "..") else f"{Path(folder)}.tar.gz"
 
 # %% ../nbs/21_steps.ipynb #a35d9423
 def save(archive="gpt2-tuned.tar.gz", folder="colab-gpt2", *, drive=None, progress=True) -> Record:
@@ -98,11 +100,25 @@ def save(archive="gpt2-tuned.tar.gz", folder="colab-gpt2", *, drive=None, progre
     from colab_gpt2.drive import save_to_drive
     return save_to_drive(archive, folder, drive=drive, progress=progress)
 
+# %% ../nbs/21_steps.ipynb #0a510d8c
+def has_drive(drive) -> bool:
+    "Whether there is a Drive, or the folder `drive` that stands for one."
+    from colab_gpt2.runtime import in_colab
+    return drive is not None or in_colab()
+
+# %% ../nbs/21_steps.ipynb #d3f361e0
+def open_drive(drive):
+    """Make the folder `drive`, or mount the Drive, before anything slow: whoever has to allow it sits there now, not in two hours. A named folder
+    that is none is an error; a Drive that does not mount is a warning, since the run can do without."""
+    from colab_gpt2.drive import drive_folder, mount_drive
+    if drive is not None: return drive_folder(drive, make=True)
+    try: return mount_drive()
+    except (OSError, RuntimeError, ValueError) as e: warnings.warn(f"{e} The run goes on without, and tries again at its end.", stacklevel=3)
+
 # %% ../nbs/21_steps.ipynb #143e1e0d
 def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     "`path` of the copy on the Drive, or None and `why`; `failed` is true where a Drive was there, or asked for, and has no copy."
-    from colab_gpt2.runtime import in_colab
-    if drive is None and not in_colab(): return dict(path=None, why="this is not Colab, and no folder was given to stand for a Drive", failed=False)
+    if not has_drive(drive): return dict(path=None, why="this is not Colab, and no folder was given to stand for a Drive", failed=False)
     try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
     except (OSError, RuntimeError, ValueError, NotImplementedError) as e: return dict(path=None, why=str(e), failed=True)
 
@@ -130,7 +146,9 @@ def run(config: FinetuneConfig | None = None, *, archive_path=None, drive=None, 
     from colab_gpt2.finetune import finetune
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir or config.resume
-    check_archive_path(archive_path or archive_name(config.output_dir), overwrite=again)
+    try: check_archive_path(archive_path or archive_name(config.output_dir), overwrite=again)
+    except FileExistsError as e: raise FileExistsError(f"{str(e).split('. ')[0]}. Set archive_path to another file, or overwrite_output_dir to replace it.") from None
+    if has_drive(drive): open_drive(drive)
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
     packed = archive(finetuned.output_dir, archive_path, overwrite=again, progress=progress)
     saved = save_or_say_why(packed.path, drive_folder, drive, progress)
@@ -170,12 +188,15 @@ class Bench(Record):
                 ("batch", f"{self.plan.micro_batch} × {self.plan.gradient_accumulation_steps} blocks of {self.plan.block_size} tokens, {self.plan.precision}"),
                 ("machine", f"{self.runtime.device_name}, {self.runtime.cores} cores")]
 
+# %% ../nbs/21_steps.ipynb #d968664f
+def check_steps(steps): check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
+
 # %% ../nbs/21_steps.ipynb #0f924c60
 def bench(config: FinetuneConfig | None = None, *, steps=8, progress=True, **changes) -> Bench:
     "Train for some steps and throw the result away: training tokens a second over the median step."
-    from colab_gpt2.finetune import make_trainer, pick_run_precision, plan_training, train_model, training_blocks
+    from colab_gpt2.finetune import Interrupted, make_trainer, pick_run_precision, plan_training, train_model, training_blocks
     from colab_gpt2.model import load_model, load_tokenizer, model_context
-    check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
+    check_steps(steps)
     config = changed(config or DEMO, **changes)
     runtime = pick_run_precision(config, check())
     model = load_model(config.model, from_scratch=config.from_scratch, seed=config.seed, cache_dir=config.cache_dir).to(runtime.device)
@@ -185,5 +206,6 @@ def bench(config: FinetuneConfig | None = None, *, steps=8, progress=True, **cha
     with tempfile.TemporaryDirectory() as scratch:
         short = replace(config, max_steps=steps, save_steps=-1, output_dir=scratch)
         trainer = make_trainer(short, model, tokenizer, blocks, planned, runtime, progress=progress)
-        train_model(short, trainer, planned)
+        try: train_model(short, trainer, planned)
+        except Interrupted: raise KeyboardInterrupt("stopped; nothing was measured, and nothing is kept") from None
     return Bench(config.model, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), trainer.state.global_step, planned, runtime)

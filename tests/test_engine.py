@@ -1,5 +1,5 @@
 "That the engine computes what the stock model computes, in each precision, and that each way of training leaves a stock checkpoint."
-import copy, gc, importlib
+import copy, gc, importlib, subprocess, sys
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_every_way_of_training_gives_the_same_model(text, tmp_path, changes):
     assert [e["loss"] for e in other.losses] == pytest.approx([e["loss"] for e in plain.losses], rel=1e-4)
     assert plain.plan.source == other.plan.source == "probe"
     for (name, a), b in zip(load_model(str(tmp_path/"plain")).state_dict().items(), load_model(str(tmp_path/"other")).state_dict().values()):
-        assert (a - b).abs().max() < 1e-4, name
+        assert error(a, b) < 1e-3, name  # a key's bias has no gradient but rounding, which AdamW makes steps of: single numbers differ
 
 
 def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_path):
@@ -162,6 +162,52 @@ def test_no_checkpoint_is_made_of_lost_weights(text, tmp_path):
     with pytest.raises(FloatingPointError, match="The loss became"):
         run(text, tmp_path/"lost", learning_rate=1e20, save_steps=4, max_grad_norm=1e9)
     assert not list((tmp_path/"lost").glob("checkpoint-*"))  # though logging_steps is 10
+
+
+def test_lost_weights_replace_no_good_model(text, tmp_path):
+    "Nothing is logged between the first step and the last, and no checkpoint is made."
+    run(text, tmp_path/"out", max_steps=2, save_steps=-1)
+    good = (tmp_path/"out"/"model.safetensors").read_bytes()
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        run(text, tmp_path/"out", learning_rate=1e30, max_steps=4, save_steps=-1, max_grad_norm=1e9, overwrite_output_dir=True)
+    assert (tmp_path/"out"/"model.safetensors").read_bytes() == good
+
+
+def test_speed_is_of_the_tokens_that_there_are(text, tmp_path):
+    "A batch that no text fills counts for what it is."
+    result = run(text, tmp_path/"out", effective_batch_size=4096, max_steps=4)
+    steps = [reason for reason in result.plan.reasons if "blocks;" in reason]
+    assert result.tokens_per_second < 50_000 and "4 steps of 4096" not in steps[0]
+
+
+REPLICA = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2Config
+from colab_gpt2.model import new_model
+from colab_gpt2.tune import tune_model
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+model = new_model(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.), seed=0)
+tune_model(model)
+parallel, ids = DistributedDataParallel(model.train()), torch.arange(4 * 16).view(4, 16) * 7 % 77
+with parallel.no_sync(): parallel(input_ids=ids[rank:rank + 1], labels=ids[rank:rank + 1]).loss.backward()
+parallel(input_ids=ids[2 + rank:3 + rank], labels=ids[2 + rank:3 + rank]).loss.backward()
+torch.save({name: p.grad for name, p in model.named_parameters()}, f"{store}-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_the_loss_under_ddp_with_accumulation(tmp_path):
+    "Two processes, two parts each: every one ends with the mean over processes of the sum over parts."
+    store = tmp_path/"store"
+    pair = [subprocess.Popen([sys.executable, "-c", REPLICA, str(rank), str(store)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    for process in pair: assert process.wait(timeout=120) == 0, process.stderr.read()
+    model = new_model(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.), seed=0).train()
+    ids = torch.arange(4 * 16).view(4, 16) * 7 % 77
+    (2 * model(input_ids=ids, labels=ids).loss).backward()
+    for rank in (0, 1):
+        for name, gradient in torch.load(f"{store}-{rank}.pt").items(): torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
 
 
 def test_a_run_goes_on_where_compiling_fails(text, tmp_path, monkeypatch):

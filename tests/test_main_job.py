@@ -107,12 +107,14 @@ def test_text_that_cannot_be_used(shell, own, tmp_path, name, content, said):
 
 @pytest.mark.parametrize("flags, code, said", [
     (("--block-size", "100000"), 1, "the model's context is 512"), (("--block-size", "1"), 2, "--block-size is 1"), (("--num-train-epochs", "0"), 2, "--num-train-epochs is 0"),
-    (("--learning-rate", "nan"), 2, "--learning-rate is nan"), (("--learning-rate", "-1"), 2, "--learning-rate is -1"), (("--max-steps", "0"), 2, "--max-steps is 0"),
+    (("--learning-rate", "nan"), 2, "--learning-rate is nan"), (("--seed", "1" + "0" * 400), 2, "4294967295 or less"), (("--learning-rate", "-1"), 2, "--learning-rate is -1"), (("--max-steps", "0"), 2, "--max-steps is 0"),
     (("--effective-batch-size", "-4"), 2, "--effective-batch-size is -4"), (("--seed", "x"), 2, "valid int"), (("--model", "gtp2-medium"), 1, "gpt2-medium"),
     (("--dataset", "wikitext-2-rw-v1"), 1, "wikitext-2-raw-v1"), (("--eval-split", "tset"), 2, "Did you mean 'test'?"),
     (("--no-such-flag",), 2, "--no-such-flag"), (("--lerning-rate", "1"), 2, "--learning-rate"), (("--trainer-arg", "adam_bet2=1"), 1, "adam_beta2"),
     (("--precision", "fp16"), 1, "slower than fp32"), (("--eval-stride", "1000"), 1, "stride"),
-    (("--train-file", ""), 2, "train"), (("--trainer-arg", "output_dir=x"), 1, "which the run sets itself"), (("--trainer-arg", "optim=addam"), 1, "optim")])
+    (("--train-file", ""), 2, "train"), (("--trainer-arg", "output_dir=x"), 1, "which the run sets itself"), (("--trainer-arg", "optim=addam"), 1, "optim"),
+    (("--trainer-arg", "adam_beta2=NaN"), 1, "--trainer-arg has adam_beta2=nan"), (("--trainer-arg", "adam_beta2=5"), 1, "--trainer-arg {'adam_beta2': 5}"),
+    (("--trainer-arg", "eval_strategy=epoch"), 1, "eval_strategy")])
 def test_values_that_cannot_be_used(shell, own, tmp_path, flags, code, said):
     if "--dataset" in flags: own = ()
     refused(shell("colab-gpt2", "finetune", *QUICK, *own, *flags), code, said)
@@ -120,7 +122,8 @@ def test_values_that_cannot_be_used(shell, own, tmp_path, flags, code, said):
 
 
 @pytest.mark.parametrize("flags, code, said", [(("--temperature", "0"), 2, "top_k=1"), (("--top-p", "0"), 2, "top_p is 0"), (("--top-p", "2"), 2, "top_p is 2"),
-                                               (("--max-new-tokens", "0"), 1, "max_new_tokens is 0"), (("--model", "out"), 1, "out")])
+                                               (("--max-new-tokens", "0"), 2, "max_new_tokens is 0"), (("--seed", "-1"), 2, "seed is -1"),
+                                               (("--samples", "0"), 2, "samples is 0"), (("--model", "out"), 1, "out")])
 def test_generate_refuses(shell, flags, code, said):
     refused(shell("colab-gpt2", "generate", "--model", "tiny", *flags), code, said.replace("max_new_tokens", "--max-new-tokens"))
 
@@ -129,17 +132,23 @@ def test_archive_and_save_refuse(shell, tmp_path):
     (tmp_path/"out").mkdir()
     refused(shell("colab-gpt2", "archive", "--folder", "out"), 1, "out")
     (tmp_path/"a.tar.gz").write_bytes(b"mine")
-    refused(shell("colab-gpt2", "save", "--archive", "a.tar.gz"), 1, "Drive")
-    refused(shell("colab-gpt2", "bench", "--steps", "0"), 1, "steps is 0")
+    refused(shell("colab-gpt2", "save", "--archive", "a.tar.gz"), 1, "Name a folder to save in instead: --drive FOLDER")
+    refused(shell("colab-gpt2", "bench", "--steps", "0"), 2, "steps is 0")
+    refused(shell("colab-gpt2", "plan", "--gpu", "X5"), 2, "known are T4")
+    refused(shell("colab-gpt2", "archive", "--folder", "out", "--path", "a.tar.gz"), 1, "out")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "a.tar.gz"}
 
 
 def test_run_looks_at_the_archive_first_and_fails_for_a_drive_that_was_asked_for(shell, own, tmp_path):
     (tmp_path/"out.tar.gz").write_bytes(b"mine")
-    refused(shell("colab-gpt2", "run", *QUICK, *own), 1, "out.tar.gz")
+    refused(shell("colab-gpt2", "run", *QUICK, *own), 1, "out.tar.gz exists. Set --archive-path to another file, or --overwrite-output-dir")
     assert (tmp_path/"out.tar.gz").read_bytes() == b"mine" and not (tmp_path/"out").exists()
     (tmp_path/"file").write_text("no folder")
-    ran = shell("colab-gpt2", "run", *QUICK, *own, "--max-steps", "2", "--archive-path", "new.tar.gz", "--drive", "file", "--json")
+    refused(shell("colab-gpt2", "run", *QUICK, *own, "--archive-path", "new.tar.gz", "--drive", "file"), 1, "file is a file")
+    assert not (tmp_path/"out").exists()  # nothing was trained for a Drive that is none
+    (tmp_path/"drive").mkdir()
+    (tmp_path/"drive"/"colab-gpt2").write_text("in the way")
+    ran = shell("colab-gpt2", "run", *QUICK, *own, "--max-steps", "2", "--archive-path", "new.tar.gz", "--drive", "drive", "--json")
     assert ran.returncode == 1 and "not on the Drive" in ran.stderr, ran.stderr
     assert json.loads(ran.stdout)["drive"]["why"] and (tmp_path/"new.tar.gz").exists()
 
@@ -193,7 +202,7 @@ def test_ctrl_c_saves_and_resume_goes_on(shell, own, tmp_path):
         out, _ = process.communicate(timeout=60)
     said = (tmp_path/"stderr").read_text()
     assert process.returncode == 130 and out == "" and "Traceback" not in said, said
-    assert "saved in out/checkpoint-" in said.strip().splitlines()[-1] and "resume" in said.strip().splitlines()[-1]
+    assert "saved in out/checkpoint-" in said.strip().splitlines()[-1] and said.strip().endswith("To go on: the same again with --resume.")
     step = int(next((tmp_path/"out").glob("checkpoint-*")).name.split("-")[1])
     half = tmp_path/"out"/f"checkpoint-{step + 5}"  # a copy that was cut short
     shutil.copytree(tmp_path/"out"/f"checkpoint-{step}", half)

@@ -128,6 +128,8 @@ def test_checkpoints_are_watched_measured_and_gone_on_from(command, tmp_path):
     assert code == 0, said
     told = json.loads((tmp_path/"a"/"finetune.json").read_text())
     assert told["steps"] == 6 and told["resumed_from"].endswith("checkpoint-4")
+    code, said = command(f"--output_dir={tmp_path/'a'} --model_name_or_path={tmp_path/'a'} {EVALUATE} --should_continue")
+    assert code == 0 and results(tmp_path/"a"/"eval_results_lm.txt")["perplexity"] > 0, said
     code, said = command(f"{flags.replace('=tiny', '=' + str(tmp_path/'a'/'checkpoint-2'))} --max_steps=6 --overwrite_output_dir")
     assert code == 2 and "the newest whole checkpoint there is" in said and (tmp_path/"a"/"checkpoint-2").exists()
 
