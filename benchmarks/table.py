@@ -29,10 +29,12 @@ def under(results) -> str:
     return "\n".join(f"{', '.join(questions)}: {said}" for said, questions in lines.items())
 
 
-def markdown(results) -> str:
+SHORT = ("figure", "peer is", "ratio", "bar")  # columns of README's table
+
+def markdown(results, columns=COLUMNS) -> str:
     "The rows of some results as a Markdown table."
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(printed_row(row_from(row)) for kept in results for row in kept["rows"])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [dict(zip(COLUMNS, printed_row(row_from(row)))) for kept in results for row in kept["rows"]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ("---",) * len(columns), *([row[c] for c in columns] for row in rows)))
 
 
 def show(folder=RESULTS, device=None):
@@ -44,11 +46,13 @@ def show(folder=RESULTS, device=None):
 def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--results", default=RESULTS, type=Path, help="folder of the JSON files")
-    options.add_argument("--markdown", action="store_true")
+    options.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    options.add_argument("--short", action="store_true", help="the same with README's columns")
     options = options.parse_args()
     found = read_results(options.results)
     if not found: raise SystemExit(f"There are no results in {options.results}; run a benchmark first.")
-    if options.markdown: print("\n\n".join(f"{device}\n\n{markdown(results)}" for device, results in found.items()))
+    columns = SHORT if options.short else COLUMNS
+    if options.markdown or options.short: print("\n\n".join(f"{device}\n\n{markdown(results, columns)}" for device, results in found.items()))
     else: show(options.results)
 
 

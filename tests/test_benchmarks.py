@@ -223,3 +223,13 @@ def test_gpu_asks_with_options_that_its_programs_take(shell, title, flags):
     program, given = gpu.questions(gpu.parse(flags))[title]
     helped = ask(shell, program, *task.words(given), "--help")
     assert helped.returncode == 0, helped.stderr
+
+
+def test_readme_shows_what_was_measured():
+    "Every row of the results that are kept stands in README, under the name of its machine."
+    readme = (BENCHMARKS.parent/"README.md").read_text(encoding="utf-8")
+    found = table.read_results()
+    assert found
+    for device, results in found.items():
+        assert device in readme
+        for row in table.markdown(results, table.SHORT).splitlines(): assert row in readme, row

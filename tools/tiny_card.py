@@ -29,8 +29,8 @@ and learnt from in minutes. It is no model to get facts, or sense, from.
 
 {training}
 
-It was trained by `tools/pretrain_tiny.py`, weights and tokenizer both, on 617 English Wikipedia articles (10.8 MB, WikiText's layout, rare
-words replaced), and on nothing else. The articles are Wikipedia's, under CC BY-SA 3.0 and GFDL; so is what is learnt from them, as far as
+`tools/pretrain_tiny.py` trains weights and tokenizer on English Wikipedia articles in WikiText's layout, rare words replaced, and on nothing
+else. The articles are Wikipedia's, under CC BY-SA 3.0 and GFDL; so is what is learnt from them, as far as
 that can be said of weights.
 
 ## Perplexity
@@ -54,7 +54,7 @@ Per word and per byte can be compared between models; per token only between mod
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--training", default="", help="a sentence on the run: steps, tokens, time, machine")
+    parser.add_argument("--training", default="", help="the run in a few sentences: articles, steps, tokens, time, machine")
     args = parser.parse_args()
     model, tokenizer = load_model("tiny"), load_tokenizer("tiny")
     rows = []
