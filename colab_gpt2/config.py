@@ -38,7 +38,7 @@ class FinetuneConfig(Record):
     effective_batch_size: int = value(8, "blocks in an optimizer step, however they are divided", label="Effective batch")
     per_device_train_batch_size: int | None = value(None, "blocks computed at once (default: what fits)", label="Blocks at once")
     gradient_accumulation_steps: int | None = value(None, "parts of a step (default: effective_batch_size over what fits)", label="Parts of a step")
-    learning_rate: float | None = value(None, "peak learning rate (default: 5e-5, or 2e-4 for a model of under 20 million parameters)")
+    learning_rate: float | None = value(None, "peak learning rate (default: 5e-5, or 1e-4 for a model of under 20 million parameters)")
     weight_decay: float = value(0.0, "AdamW's decay of the weights a step, relative to the learning rate")
     warmup_steps: float = value(0.05, "steps of rising learning rate; below 1, a share of all steps")
     lr_scheduler_type: str = value("linear", "course of the learning rate after the warm-up", choices=SCHEDULES, label="Schedule")
@@ -112,9 +112,9 @@ def changed(config, **changes) -> FinetuneConfig:
 # %% ../nbs/11_config.ipynb #5087b756
 def pick_learning_rate(config, parameters, method="full") -> float:
     """The peak learning rate: `config`'s own, else 5e-5 (the default of the 2020 script and of TrainingArguments since), else,
-    for a model of under 20 million `parameters`, 2e-4: small models need larger steps, and still larger ones harmed `tiny` on text like its own (dev/LOG.md).
+    for a model of under 20 million `parameters`, 1e-4: small models bear larger steps, and still larger ones harmed `tiny` on text like its own (dev/LOG.md).
     The adapters of LoRA get 2e-4, as in the paper's runs of GPT-2 (arXiv 2106.09685, table 11)."""
-    return config.learning_rate or (2e-4 if parameters < 20e6 or method == "lora" else 5e-5)
+    return config.learning_rate or (2e-4 if method == "lora" else 1e-4 if parameters < 20e6 else 5e-5)
 
 # %% ../nbs/11_config.ipynb #668ad414
 def pick_block_size(config, context) -> int:
