@@ -57,7 +57,7 @@ class FinetuneConfig(Record):
     save_total_limit: int | None = value(2, "how many checkpoints to keep", label="Checkpoints kept")
     eval_split: str = value("test", "the split that perplexity is measured on", choices=("test", "validation"), label="Measured on")
     eval_stride: int | None = value(None, "tokens that perplexity's window moves by (default: half of it)", label="Stride")
-    prompt: str = value(" = Toronto Raptors = \n", "the text that the samples before and after go on from")
+    prompt: str = value(" = Toronto Raptors = \n", "the text that the samples before and after go on from", lines=3)
     max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens")
     from_scratch: bool = value(False, "start from random weights of the model's shape")
     tokenizer: str | None = value(None, "another tokenizer than the model's own: a name or a folder")

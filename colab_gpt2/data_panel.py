@@ -99,7 +99,7 @@ class DataPanel(Panel):
         super().__init__(shared)
         known = [name for _, name in TEXTS]
         other = [] if self.config.dataset in known else [(self.config.dataset, self.config.dataset)]
-        self.choice = widgets.Dropdown(options=other + TEXTS, value=self.chosen(), description="Text", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
+        self.choice = widgets.Dropdown(options=other + TEXTS, value=self.chosen(), description="Text", style=dict(description_width="128px"), layout=widgets.Layout(width="520px", max_width="100%"))
         self.own = Form(shared, ["train_file", "eval_file"])
         self.blocks = Form(shared, ["block_size"])
         self.uploads = [widgets.FileUpload(description=text, accept=".txt,.md,text/plain", multiple=False, layout=widgets.Layout(width="auto")) for text in ("Upload a text", "Upload a held-out text")]
@@ -107,7 +107,7 @@ class DataPanel(Panel):
         self.view, self.fetch = widgets.HTML(), button("Fetch and look", self.start, primary=True)
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
         for upload, name in zip(self.uploads, self.own.rows): upload.observe(lambda change, name=name: self.receive(name, change["new"]), "value")
-        self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch), self.view)
+        self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch), self.status, self.view)
         if note: self.say(note, "ℹ")
 
     def chosen(self): return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset

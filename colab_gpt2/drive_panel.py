@@ -72,12 +72,12 @@ class DrivePanel(Panel):
         super().__init__(Values(DriveConfig(**values)))
         self.mounted = None
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
-        self.kept_there = widgets.Dropdown(options=[("nothing yet", None)], description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
+        self.kept_there = widgets.Dropdown(options=[("nothing yet", None)], index=0, description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
         self.target = Form(self.values, ["restore_to"])
         self.buttons = dict(mount=button("Mount", self.mount, tooltip="Mount the Drive and look what is there"), save=button("Pack and save", self.start, primary=True),
                             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
         self.quota, self.view = widgets.HTML(), widgets.HTML()
-        self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"]), self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
+        self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"]), self.status, self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
         if before: before.followers.append(lambda result: result and self.values.set(model=result.output_dir))
         if not in_colab(): self.say(f"This is not Colab, so the folder {self.config.drive} stands for the Drive.", "ℹ")
 

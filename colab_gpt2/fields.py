@@ -88,7 +88,7 @@ def write_typed(value) -> str:
 class Row:
     "A field's widget and, beside it, its help or what is wrong with its value."
     def __init__(self, f, value, edited, suggestions=()):
-        self.field, self.widget, self.hint = f, make_widget(f, value, suggestions), widgets.HTML()
+        self.field, self.widget, self.hint = f, make_widget(f, value, suggestions), widgets.HTML(layout=widgets.Layout(flex="1 1 240px", min_width="0"))
         self.box = widgets.HBox([self.widget, self.hint], layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
         self.mark("")
         self.widget.observe(lambda change: edited(), "value")

@@ -6,8 +6,9 @@
 __all__ = ['COUNTED', 'MAIN', 'ADVANCED', 'known_size', 'forecast', 'describe_plan', 'describe_folder', 'describe_result',
            'FinetunePanel', 'Probed']
 
-# %% ../nbs/30_finetune_panel.ipynb #925a7b6c
+# %% ../nbs/30_finetune_panel.ipynb #14f4ec09
 import html
+from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -20,7 +21,7 @@ from .finetune import Interrupted, finetune
 from .model import MODELS, load_config, model_context
 from .config import pick_block_size
 from .panel import Panel, button, folded, meter, row, take_values
-from .plan import estimate_text, plan_run, pick_run_precision
+from .plan import Plan, estimate_text, pick_run_precision, plan_run
 from .progress import Live, curves, describe_samples
 from .runtime import check_runtime
 from .snippets import as_python, as_shell, differing
@@ -89,14 +90,14 @@ class FinetunePanel(Panel):
     def __init__(self, before=None, **values):
         shared, note = take_values(before, values)
         super().__init__(shared)
-        self.live, self.known, self.runtime, self.running = None, {}, check_runtime(), False
+        self.live, self.known, self.runtime, self.running, self.probed = None, {}, check_runtime(), False, (None, None)
         self.form, self.more = Form(shared, MAIN, dict(model=MODELS)), Form(shared, ADVANCED)
         advanced = widgets.Accordion(children=[self.more.box], selected_index=None)
         advanced.set_title(0, "Advanced")
         self.text, self.plan, self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(5))
         self.buttons = dict(start=button("Start", self.start, primary=True), stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
                             save=button("Save now", self.save_now, tooltip="Save a checkpoint and go on"), sample=button("Sample now", self.sample_now, tooltip="Generate a text and go on"))
-        self.assemble(self.text, self.form.box, advanced, self.plan, row(*self.buttons.values()), self.progress, self.charts, self.samples)
+        self.assemble(self.text, self.form.box, advanced, self.plan, row(*self.buttons.values()), self.status, self.progress, self.charts, self.samples)
         if note: self.say(note, "ℹ")
 
     def python(self): return as_python("finetune", differing(self.config))
@@ -109,11 +110,17 @@ class FinetunePanel(Panel):
         if self.running: return
         text, refused = self.config.train_file or self.config.dataset, ""
         self.text.value = f"<span class='cg-hint' style='margin:0'>Text: <b>{html.escape(str(text))}</b>, chosen in the panel before this one</span>"
-        try: shown = describe_plan(forecast(self.config, self.runtime, self.known))
+        try: shown = describe_plan(self.foresee())
         except (ValueError, OSError) as e: refused = shown = f"<div class='cg-error' role='alert'>⚠ {html.escape(' '.join(str(e).split()))}</div>"
         there = describe_folder(self.config)
         self.plan.value = shown + (f"<p class='cg-note'>{html.escape(there)}</p>" if there else "")
         self.enable(start=not (self.values.problems or refused))
+
+    def foresee(self) -> Plan:
+        "The forecast; the measured plan of the last run where nothing but the way to start has changed since."
+        config, plan = self.probed
+        same = config and replace(self.config, resume=config.resume, overwrite_output_dir=config.overwrite_output_dir) == config
+        return plan if same else forecast(self.config, self.runtime, self.known)
 
     def enable(self, **able):
         "Switch on the buttons named; the others are off."
@@ -139,7 +146,7 @@ class FinetunePanel(Panel):
             self.values.set(resume=True, overwrite_output_dir=False)
             raise
         finally:
-            self.live.breathe(now=True)
+            self.live.end()
             self.running = False
             self.refresh()
         self.keep(describe_result(result, self.live))
@@ -171,6 +178,7 @@ class Probed(Listener):
 
     def on_stage(self, stage, plan=None, resumed_from=None, **facts):
         if plan: self.panel.plan.value = describe_plan(plan)
+        if plan and plan.source == "probe": self.panel.probed = self.panel.live.config, plan
         if resumed_from: self.panel.say(f"Going on from {resumed_from}.", "⏳")
 
     def on_save(self, args, state, control, **kwargs): self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.config.output_dir}.", "✓")

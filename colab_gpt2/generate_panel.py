@@ -79,7 +79,7 @@ class GeneratePanel(Panel):
         self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, before=MODELS))
         self.buttons = dict(start=button("Generate", self.start, primary=True), stop=button("Stop", self.stop))
         self.view = widgets.HTML()
-        self.assemble(self.form.box, row(*self.buttons.values()), self.view)
+        self.assemble(self.form.box, row(*self.buttons.values()), self.status, self.view)
         if before_this: self.come_after(before_this)
 
     def come_after(self, panel):

@@ -16,7 +16,7 @@ from .fields import Values
 from .plots import ACCENT
 from .steps import suggest
 
-# %% ../nbs/26_panel.ipynb #7ffa2c77
+# %% ../nbs/26_panel.ipynb #134206c7
 STYLE = f"""<style>
 .cg-panel {{ border: 1px solid rgba(128,128,128,.35); border-radius: 10px; padding: 14px 18px 16px; max-width: 980px; box-sizing: border-box; line-height: 1.5; overflow: visible; }}
 .cg-panel .widget-html-content, .cg-panel .jupyter-widgets {{ overflow: visible; }}
@@ -24,22 +24,24 @@ STYLE = f"""<style>
 .cg-panel .widget-label {{ text-align: left; }}
 .cg-title {{ font-size: 1.2em; font-weight: 650; margin: 0; }}
 .cg-lead, .cg-hint {{ opacity: .75; }}
-.cg-hint {{ font-size: .9em; margin-left: 8px; }}
+.cg-hint {{ display: block; font-size: .9em; margin-left: 8px; }}
 .cg-bad {{ margin-left: 8px; font-weight: 600; border-left: 3px solid #dc2626; padding-left: 8px; }}
 .cg-invalid input, .cg-invalid select, .cg-invalid textarea {{ outline: 2px solid #dc2626; }}
 .cg-note {{ border-left: 3px solid {ACCENT}; padding: 4px 12px; margin: 8px 0; }}
 .cg-error {{ border-left: 3px solid #dc2626; padding: 4px 12px; margin: 8px 0; }}
 .cg-panel pre, .cg-kept pre {{ background: rgba(128,128,128,.12); color: inherit; border: 0; border-radius: 6px; padding: 10px 12px; margin: 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92em; line-height: 1.45; }}
-.cg-panel .jupyter-button {{ border: 1px solid rgba(128,128,128,.6); border-radius: 6px; background: transparent; color: inherit; width: auto; min-width: 96px; padding: 0 16px; box-shadow: none; }}
+.cg-panel .jupyter-button {{ border: 1px solid rgba(128,128,128,.6); border-radius: 6px; background: transparent; color: inherit; width: auto; min-width: 96px; padding: 0 16px; margin: 2px 8px 2px 0; box-shadow: none; }}
 .cg-panel .jupyter-button.cg-primary {{ background: #1d4ed8; border-color: #1d4ed8; color: #fff; font-weight: 600; }}
 .cg-panel .jupyter-button:disabled {{ opacity: .45; }}
 .cg-panel .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 2px; }}
-.cg-meter {{ display: grid; grid-template-columns: 128px minmax(80px, 1fr) minmax(150px, auto); gap: 12px; align-items: center; max-width: 640px; margin: 4px 0; }}
+.cg-meter {{ display: grid; grid-template-columns: 128px minmax(80px, 1fr) minmax(150px, auto); gap: 12px; align-items: center; max-width: 760px; margin: 4px 0; }}
 .cg-track {{ height: 10px; border-radius: 5px; background: rgba(128,128,128,.25); overflow: hidden; }}
 .cg-fill {{ height: 100%; background: {ACCENT}; }}
 .cg-fill.cg-over {{ background: repeating-linear-gradient(45deg, #dc2626 0 6px, transparent 6px 10px); }}
 .cg-columns {{ display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }}
 .cg-columns > * {{ flex: 1 1 300px; min-width: 0; max-width: 460px; }}
+.cg-panel .lm-Collapse-header, .cg-panel .p-Collapse-header, .cg-panel .jupyter-widget-Collapse-header {{ background: transparent; color: inherit; border: 0; padding: 6px 0; }}
+.cg-panel .lm-Collapse-contents, .cg-panel .p-Collapse-contents, .cg-panel .jupyter-widget-Collapse-contents {{ background: transparent; color: inherit; border: 0; padding: 0; }}
 .cg-panel details {{ margin-top: 6px; }}
 .cg-panel summary {{ cursor: pointer; opacity: .75; }}
 </style>"""
@@ -78,9 +80,9 @@ class Panel:
         for name in ("cg-panel", self.mark): self.box.add_class(name)
 
     def assemble(self, *parts):
-        "Put the widgets `parts` into the box, in the order in which the keyboard reaches them."
+        "Put the widgets `parts` into the box, in the order in which the keyboard reaches them; what is said stands last, unless `status` is among them."
         head = widgets.HTML(f"{STYLE}<p class='cg-title' role='heading' aria-level='3'>{html.escape(self.title)}</p><span class='cg-lead'>{html.escape(self.lead)}</span>")
-        self.box.children = (head, *parts, self.status, self.code)
+        self.box.children = (head, *parts, *[widget for widget in (self.status, self.code) if widget not in parts])
         self.values.listeners.append(self.refresh)
         self.refresh()
 

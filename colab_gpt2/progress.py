@@ -41,7 +41,7 @@ def describe_samples(samples) -> str:
 class Live(Listener):
     "Shows a run by `show(progress=, charts=, samples=)`, HTML each, and obeys `stop()`, `save_now()` and `sample_now()` while it runs."
     STAGES = {"loading": "Loading the model and the text", "measuring before": "Measuring perplexity before", "probing": "Trying out a step", "training": "Training",
-              "saving": "Saving the model", "measuring after": "Measuring perplexity after"}
+              "saving": "Saving the model", "measuring after": "Measuring perplexity after", "over": "Over"}
 
     def __init__(self, config, show, pump=pump, every=0.5):
         self.config, self.show, self.pump, self.every = config, show, pump, every
@@ -72,17 +72,23 @@ class Live(Listener):
             self.drawn = time.perf_counter()
         self.spent += time.perf_counter() - began
 
+    def end(self):
+        "The run is over, whichever way: show it as it is."
+        self.stage = "over"
+        self.draw()
+
     def draw(self): self.show(progress=self.progress(), charts=curves(self.losses, self.measured, self.steps) if self.losses else "", samples=describe_samples(self.samples))
 
     def progress(self) -> str:
-        label = self.STAGES[self.stage] + (" · stopping after this step" if self.stopping else "")
+        label = self.STAGES[self.stage] + (" · stopping after this step" if self.stopping and self.stage != "over" else "")
         if self.stage.startswith("measuring"): return progress_bar(label, self.share, 1, f"{self.share:.0%} of the held-out text")
-        return progress_bar(label, self.step, self.steps, self.figures()) if self.stage == "training" and self.steps else progress_bar(label, 0, 1, "")
+        return progress_bar(label, self.step, self.steps, self.figures()) if self.stage in ("training", "over") and self.steps else progress_bar(label, 0, 1, "")
 
     def figures(self) -> str:
         "Step, time left, loss and speed in words."
         taken, seconds = self.step - self.first, time.perf_counter() - self.started
         parts = [f"step {self.step:,} of {self.steps:,}"]
+        if self.stage == "over": return " · ".join(parts)
         if taken: parts.append(f"{human_time(seconds / taken * (self.steps - self.step))} left")
         if self.losses: parts.append(f"loss {self.losses[-1][1]:.3f}")
         if taken and self.plan: parts.append(f"{taken * self.plan.micro_batch * self.plan.gradient_accumulation_steps * self.plan.block_size / seconds:,.0f} tokens/s")

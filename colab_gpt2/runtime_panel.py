@@ -44,7 +44,7 @@ def describe_runtime(runtime, used=None) -> str:
     kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, so the CPU"}[runtime.device]
     versions = ", ".join(f"{name} {version}" for name, version in runtime.versions.items())
     advice = f"<div class='cg-note'><b>What to click</b><br>{html.escape(runtime.advice)}</div>" if runtime.advice else ""
-    return (f"<p style='margin:4px 0'><b>{kind}: {html.escape(runtime.device_name)}</b>, {runtime.cores} CPU cores</p>{runtime_meters(runtime, used)}"
+    return (f"<p style='margin:4px 0'><b>{kind}: {html.escape(runtime.device_name)}</b>; CPU cores: {runtime.cores}</p>{runtime_meters(runtime, used)}"
             f"<p style='margin:4px 0'><b>Precision {html.escape(str(runtime.precision))}.</b></p>{advice}<p class='cg-lead' style='margin:4px 0'>{html.escape(versions)}</p>")
 
 # %% ../nbs/27_runtime_panel.ipynb #8e148116
@@ -55,7 +55,7 @@ class RuntimePanel(Panel):
     def __init__(self, **values):
         super().__init__(Values(CheckConfig(**values)))
         self.view = widgets.HTML()
-        self.assemble(self.view, row(button("Refresh", self.start, primary=True)))
+        self.assemble(self.view, self.status, row(button("Refresh", self.start, primary=True)))
 
     def python(self): return as_python("check_runtime", differing(self.config), "runtime")
 

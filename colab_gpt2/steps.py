@@ -163,7 +163,7 @@ def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; where one is missing the demo's values, and a sentence that says so."
     from colab_gpt2.data import hub_trouble
     from colab_gpt2.runtime import find_device
-    small = replace(DEMO, output_dir=FinetuneConfig().output_dir)
+    small = replace(DEMO, output_dir=FinetuneConfig().output_dir, logging_steps=2)  # its hundred steps make a curve of fifty points
     if find_device()[0] == "cpu": return small, "There is no GPU here, so this starts with the small embedded model on Python's documentation: minutes instead of hours."
     if trouble := hub_trouble(): return small, f"The Hub {trouble}, so this starts with the embedded model on Python's documentation, which need no network."
     return FinetuneConfig(), ""

@@ -1,0 +1,174 @@
+"The panels without a browser: what they show is what the library and the command line do, and a click is obeyed in the middle of a real run in a real kernel."
+import contextlib, os, re, shlex, signal, sys, types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import colab_gpt2
+from colab_gpt2.config import FinetuneConfig
+from colab_gpt2.snippets import as_python, as_shell, differing
+
+
+def page(n, word="tide"):
+    return "".join(f" = Article {i} = \n \n The {word} of day {i} came in at {i % 12} o'clock and went out again . \n \n" for i in range(n))
+
+
+@pytest.fixture
+def quick(tmp_path):
+    "A config of a run of twelve short steps."
+    (tmp_path/"train.txt").write_text(page(60))
+    (tmp_path/"eval.txt").write_text(page(30, "moon"))
+    return FinetuneConfig(model="tiny", train_file=str(tmp_path/"train.txt"), eval_file=str(tmp_path/"eval.txt"), block_size=64, max_steps=12, max_new_tokens=6,
+                          prompt="The tide", logging_steps=1, output_dir=str(tmp_path/"out"), cache_dir=str(tmp_path/"cache"))
+
+
+# The lines of Python and of shell that a panel shows make the very config that it holds.
+
+CONFIGS = [FinetuneConfig(), FinetuneConfig(model="tiny", dataset="python-docs", num_train_epochs=3, learning_rate=5e-4, prompt=' = "Strings" = \n \n It\'s', seed=7),
+           FinetuneConfig(train_file="my text.txt", resume=True, tune=False, torch_compile=False, gradient_checkpointing=True, optim="adamw_bnb_8bit",
+                          trainer_args={"adam_beta2": 0.95, "lr_scheduler_kwargs": {"num_cycles": 0.3}, "run_name": "a b"})]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_python_line_makes_the_config(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "colab_gpt2", types.SimpleNamespace(finetune=FinetuneConfig))
+    made = {}
+    exec(as_python("finetune", differing(config)), made)
+    assert made["result"] == config
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_shell_line_makes_the_config(config):
+    import typer
+    from colab_gpt2.cli import app, take_config
+    program, subcommand, *flags = shlex.split(as_shell("finetune", differing(config)).replace("\\\n", ""))
+    command = typer.main.get_command(app).commands[subcommand]
+    assert program == "colab-gpt2" and take_config(dict(command.make_context(subcommand, flags).params)) == config
+
+
+@pytest.mark.parametrize("panel", ["RuntimePanel", "DataPanel", "GeneratePanel", "DrivePanel"])
+def test_the_other_panels_name_flags_and_arguments_that_are_there(panel):
+    import inspect, typer
+    from colab_gpt2.cli import app
+    made = getattr(colab_gpt2, panel)()
+    for line in made.shell().replace("\\\n", "").strip().splitlines() if panel != "GeneratePanel" else [made.shell().replace("\\\n", "")]:
+        program, subcommand, *flags = shlex.split(line)
+        typer.main.get_command(app).commands[subcommand].make_context(subcommand, flags)
+    names = {name: (lambda name: lambda **given: inspect.signature(getattr(colab_gpt2, name)).bind(**given))(name) for name in re.findall(r"import (\w+)", made.python())}
+    code = re.sub(r"from colab_gpt2 import \w+", "", made.python())
+    assert names
+    exec(code, names)
+
+
+# Without a GPU, without a network, with one panel after the other
+
+def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
+    panel = colab_gpt2.FinetunePanel()
+    assert (panel.config.model, panel.config.dataset) == ("tiny", "python-docs") and "no GPU" in panel.said and not panel.buttons["start"].disabled
+    monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cuda", ""))
+    monkeypatch.setattr("colab_gpt2.data.hub_trouble", lambda: "")
+    assert colab_gpt2.DataPanel().config == FinetuneConfig()
+
+
+def test_two_panels_edit_one_config(quick):
+    text = colab_gpt2.DataPanel(quick)
+    training = colab_gpt2.FinetunePanel(text, seed=3)
+    text.blocks.rows["block_size"].widget.value = "32"
+    assert training.form.rows["block_size"].widget.value == "32" and training.config == text.config == replace(quick, block_size=32, seed=3)
+    text.own.rows["train_file"].widget.value = "nowhere.txt"
+    assert training.buttons["start"].disabled
+    text.choice.value = "python-docs"
+    assert not training.buttons["start"].disabled and "python-docs" in training.text.value
+
+
+# A run, and what may happen to it
+
+class At:
+    "A callback that does something at a step."
+    def __new__(cls, step, action):
+        from transformers import TrainerCallback
+        class Does(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == step: action()
+        return Does()
+
+
+def test_the_interrupt_button_is_stop_and_save(quick, capfd):
+    panel = colab_gpt2.FinetunePanel(quick)
+    assert panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))]) is None
+    assert panel.error is None and panel.said.startswith("Stopped at step 5 of 12") and (Path(quick.output_dir)/"checkpoint-5").is_dir()
+    assert panel.start().resumed_from.endswith("checkpoint-5")
+
+
+def test_an_error_in_the_middle_is_a_sentence_and_the_panel_goes_on(quick):
+    def fail(): raise OSError(28, "No space left on device")
+    panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
+    assert panel.start(callbacks=[At(4, fail)]) is None
+    assert "is full" in panel.said and "Kept: checkpoint-3" in panel.said and isinstance(panel.error, OSError) and not panel.buttons["start"].disabled
+    panel.values.set(resume=True)
+    assert panel.start().steps == 12 and panel.error is None
+
+
+def test_a_second_panel_waits_while_one_is_at_work(quick):
+    panel, other = colab_gpt2.FinetunePanel(quick), colab_gpt2.GeneratePanel(model="tiny")
+    assert panel.start(callbacks=[At(2, other.start)]) is not None
+    assert other.result is None and other.said == "3. Fine-tune is at work. Wait until it is done, or stop it."
+
+
+def test_pump_and_pictures_cost_under_two_percent(quick):
+    "A step of the smallest model is the hardest case: 48 blocks of 256 tokens take it some seconds."
+    Path(quick.train_file).write_text(page(4000))
+    panel = colab_gpt2.FinetunePanel(quick, block_size=256, effective_batch_size=16, max_steps=10)
+    result = panel.start()
+    share = panel.live.spent / result.seconds
+    assert share < 0.02, f"{share:.1%} of {result.seconds:.1f} s"
+
+
+# The Drive, with the stub of Colab
+
+def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
+    from colab_gpt2.model import TINY
+    monkeypatch.chdir(tmp_path)
+    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), restore_to=str(tmp_path/"back"))
+    assert panel.config.drive is None
+    saved = panel.start()
+    assert panel.error is None and "MyDrive" in str(saved.copy.path) and "look for it" in panel.view.value.lower()
+    assert (panel.restore()/"config.json").exists()
+
+
+# In a real kernel
+
+START = """
+from pathlib import Path
+from transformers import TrainerCallback
+from colab_gpt2 import FinetunePanel
+from colab_gpt2.config import FinetuneConfig
+class Says(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs): print("step", state.global_step, flush=True)
+panel = FinetunePanel({config!r}, max_steps=4000, save_steps=-1)
+display(panel)
+print(panel.buttons["stop"].model_id)
+"""
+
+
+def test_a_click_on_stop_is_obeyed_within_a_step_and_a_picture_stays(quick):
+    from jupyter_client.manager import start_new_kernel
+    from test_pump import click, idle, listen, printed, run
+    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)
+    try:
+        stop = run(client, START.format(config=quick)).split()[-1]
+        running = client.execute("panel.start(callbacks=[Says()]);")
+        listen(client, lambda m: m["msg_type"] == "stream" and "step 3" in m["content"]["text"], timeout=120)
+        click(client, stop)
+        heard = listen(client, idle(running), timeout=60)
+        last = int(re.findall(r"step (\d+)", "step 3 " + printed(heard))[-1])
+        assert run(client, "print(panel.said)").startswith(f"Stopped at step {last} of 4000; saved in")
+        kept = [m["content"]["data"]["text/html"] for m in heard if m["msg_type"] == "update_display_data"]
+        assert kept and "<svg" in kept[-1] and "Stopped at step" in kept[-1]
+        assert last < 50, "steps of some 50 ms: far more than one went by"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
