@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['names_of', 'divide', 'App', 'app']
 
-# %% ../nbs/33_app.ipynb #a7fd2353
+# %% ../nbs/33_app.ipynb #9f7dec4f
 from dataclasses import fields
 
 import ipywidgets as widgets
-from IPython.display import display
 
 from .config import FinetuneConfig
 from .core import nearest
@@ -17,6 +16,7 @@ from .data_panel import DataPanel
 from .drive_panel import DriveConfig, DrivePanel
 from .finetune_panel import FinetunePanel
 from .generate_panel import GenerateConfig, GeneratePanel
+from .panel import Shown
 from .runtime_panel import RuntimePanel
 
 # %% ../nbs/33_app.ipynb #a6897b81
@@ -33,9 +33,12 @@ def divide(values) -> tuple:
     return shares
 
 # %% ../nbs/33_app.ipynb #fc4a695f
-class App:
+class App(Shown):
     "Five panels: `runtime`, `data`, `finetune`, `generate`, `drive`; and `start()`, which does their work in this order, as far as it goes well."
+    title = "colab-gpt2"
+
     def __init__(self, **values):
+        super().__init__()
         tuning, generating, driving = divide(values)
         self.runtime, self.data = RuntimePanel(), DataPanel(**tuning)
         self.finetune = FinetunePanel(self.data)
@@ -57,8 +60,8 @@ class App:
             if panel.start() is None: return None
         return self.result
 
-    def _ipython_display_(self):
-        display({"application/vnd.jupyter.widget-view+json": dict(version_major=2, version_minor=0, model_id=self.box.model_id), "text/plain": "colab-gpt2 (five panels of widgets)"}, raw=True)
+    def leave_place(self):
+        "Each panel leaves its own picture."
         for panel in self.panels: panel.leave_place()
         if not self.runtime.result: self.runtime.start()
 

@@ -97,9 +97,7 @@ class DataPanel(Panel):
     def __init__(self, before=None, **values):
         shared, note = take_values(before, values)
         super().__init__(shared)
-        known = [name for _, name in TEXTS]
-        other = [] if self.config.dataset in known else [(self.config.dataset, self.config.dataset)]
-        self.choice = widgets.Dropdown(options=other + TEXTS, value=self.chosen(), description="Text", style=dict(description_width="128px"), layout=widgets.Layout(width="520px", max_width="100%"))
+        self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="Text", style=dict(description_width="128px"), layout=widgets.Layout(width="520px", max_width="100%"))
         self.own = Form(shared, ["train_file", "eval_file"])
         self.blocks = Form(shared, ["block_size"])
         self.uploads = [widgets.FileUpload(description=text, accept=".txt,.md,text/plain", multiple=False, layout=widgets.Layout(width="auto")) for text in ("Upload a text", "Upload a held-out text")]
@@ -111,6 +109,10 @@ class DataPanel(Panel):
         if note: self.say(note, "ℹ")
 
     def chosen(self): return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
+
+    def offered(self) -> list:
+        "The known texts; before them a folder or a file, if the config names one."
+        return [(name, name) for name in [self.config.dataset] if name not in dict(TEXTS).values()] + TEXTS
 
     def choose(self, name):
         "The user picked `name`: of a text of their own the file comes next."
@@ -133,6 +135,7 @@ class DataPanel(Panel):
         if self.chosen() == OWN and not self.config.train_file: missing.setdefault("train_file", "Upload a text, or type the path of one.")
         if missing != {name: said for name, said in self.values.problems.items() if name in self.own.rows}: return self.values.mark(missing, self.own.rows)
         for name, line in self.own.rows.items(): line.mark(missing.get(name, ""))
+        if self.chosen() not in dict(self.choice.options).values(): self.choice.options = self.offered()  # which selects the first, and that is it
         if self.choice.value != self.chosen(): self.choice.value = self.chosen()
         self.files.layout.display = "" if self.choice.value == OWN else "none"
         self.fetch.disabled = any(name in self.values.problems for name in ("train_file", "eval_file", "block_size"))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DriveConfig', 'Saved', 'archives_on', 'describe_saved', 'DrivePanel']
 
-# %% ../nbs/32_drive_panel.ipynb #0f2e3156
+# %% ../nbs/32_drive_panel.ipynb #495166c6
 import html
 from dataclasses import dataclass
 from pathlib import Path
 
 import ipywidgets as widgets
 
-from .archives import Archive, archive_model
+from .archives import Archive, archive_model, explained
 from .config import value
 from .core import Record, human_bytes
 from .drive import Copy, mount_drive, restore_from_drive, save_to_drive
@@ -103,9 +103,8 @@ class DrivePanel(Panel):
 
     def look(self) -> Path:
         self.mounted = mount_drive(self.config.drive)
-        size, free = disk(self.mounted)
+        with explained(f"Looking at {self.mounted}"): (size, free), there = disk(self.mounted), archives_on(self.mounted, self.config.folder)
         self.quota.value = meter("Drive", size - free, size, f"{human_bytes(free)} free of {human_bytes(size)}")
-        there = archives_on(self.mounted, self.config.folder)
         self.kept_there.options = there or [("nothing yet", None)]
         self.kept_there.value = self.kept_there.options[0][1]
         self.refresh()

@@ -1,5 +1,5 @@
 "The panels without a browser: what they show is what the library and the command line do, and a click is obeyed in the middle of a real run in a real kernel."
-import contextlib, os, re, shlex, signal, sys, types
+import re, shlex, signal, sys, types
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 import colab_gpt2
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.snippets import as_python, as_shell, differing
+from helpers.colab_stub import colab, stub
 
 
 def page(n, word="tide"):
@@ -73,6 +74,17 @@ def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
     assert colab_gpt2.DataPanel().config == FinetuneConfig()
 
 
+def test_a_text_that_was_fetched_is_counted(quick, monkeypatch):
+    import colab_gpt2.finetune_panel as module
+    text = colab_gpt2.DataPanel(quick)
+    monkeypatch.setattr(module, "COUNTED", 100)  # bytes: as if the text were a long one
+    training = colab_gpt2.FinetunePanel(text)
+    assert "an estimate from" in training.plan.value
+    monkeypatch.setattr(module, "COUNTED", 10**6)
+    text.start()
+    assert "an estimate from" not in training.plan.value and "counted by the model" in training.plan.value
+
+
 def test_two_panels_edit_one_config(quick):
     text = colab_gpt2.DataPanel(quick)
     training = colab_gpt2.FinetunePanel(text, seed=3)
@@ -132,8 +144,8 @@ def test_pump_and_pictures_cost_under_two_percent(quick):
 def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
     from colab_gpt2.model import TINY
     monkeypatch.chdir(tmp_path)
-    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), restore_to=str(tmp_path/"back"))
-    assert panel.config.drive is None
+    assert colab_gpt2.DrivePanel().config.drive is None  # the mounted one
+    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint), restore_to=str(tmp_path/"back"))
     saved = panel.start()
     assert panel.error is None and "MyDrive" in str(saved.copy.path) and "look for it" in panel.view.value.lower()
     assert (panel.restore()/"config.json").exists()
