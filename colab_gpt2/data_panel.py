@@ -116,9 +116,7 @@ class DataPanel(Panel):
 
     def choose(self, name):
         "The user picked `name`: of a text of their own the file comes next."
-        if name != OWN:
-            self.values.mark({}, self.own.rows)
-            self.values.set(dataset=name, train_file=None, eval_file=None)
+        if name != OWN: self.values.set(dataset=name, train_file=None, eval_file=None)
         elif not self.config.train_file: self.values.mark({"train_file": "Upload a text, or type the path of one."}, ["train_file"])
 
     def receive(self, name, value):
@@ -134,7 +132,6 @@ class DataPanel(Panel):
         if self.config.eval_file and not self.config.train_file: missing["train_file"] = "A held-out text needs a text to train on beside it."
         if self.chosen() == OWN and not self.config.train_file: missing.setdefault("train_file", "Upload a text, or type the path of one.")
         if missing != {name: said for name, said in self.values.problems.items() if name in self.own.rows}: return self.values.mark(missing, self.own.rows)
-        for name, line in self.own.rows.items(): line.mark(missing.get(name, ""))
         if self.chosen() not in dict(self.choice.options).values(): self.choice.options = self.offered()  # which selects the first, and that is it
         if self.choice.value != self.chosen(): self.choice.value = self.chosen()
         self.files.layout.display = "" if self.choice.value == OWN else "none"

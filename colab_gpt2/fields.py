@@ -18,9 +18,9 @@ class Values:
     def __init__(self, config): self.config, self.problems, self.listeners = config, {}, []
 
     def set(self, **changes):
-        "Change some fields; ValueError or TypeError, and no change, where the config refuses."
+        "Change some fields, with which nothing is wrong then; ValueError or TypeError, and no change, where the config refuses."
         self.config = replace(self.config, **changes)
-        self.tell()
+        self.mark({}, changes)
 
     def mark(self, problems, names):
         "`problems` (name -> message) are all that is wrong with the fields `names`."
@@ -48,13 +48,13 @@ def read_typed(f, typed):
 
 # %% ../nbs/25_fields.ipynb #0ee4a32c
 def find_problems(config, given) -> dict:
-    "What is wrong with `config` changed by `given`: field -> message. Each value is looked at alone first; a rule between two fields is told at the one that it names."
-    def refused(base, **changes):
-        try: replace(base, **changes)
+    "What is wrong with `config` changed by `given`: field -> message, all that is wrong with single values at once. A rule between two fields is told at the one that it names."
+    def refused(**changes):
+        try: replace(config, **changes)
         except (TypeError, ValueError) as e: return str(e)
-    if not (together := refused(config, **given)): return {}
-    alone = {name: said for name, value in given.items() if (said := refused(type(config)(), **{name: value}))}
-    return alone or {next((name for name in given if together.startswith(f"{name} ")), next(iter(given))): together}
+    if not (together := refused(**given)): return {}
+    said = [(name, told) for name, value in given.items() if (told := refused(**{name: value}))] or [(next(iter(given)), together)]
+    return {next((other for other in given if told.startswith(f"{other} ")), name): told for name, told in said}
 
 # %% ../nbs/25_fields.ipynb #d0bcbaac
 def label_of(f): return f.metadata.get("label") or f.name.replace("_", " ").capitalize()
@@ -136,4 +136,5 @@ class Form:
         try:
             for name, row in self.rows.items():
                 if name not in self.values.problems: row.show(getattr(self.values.config, name))
+                row.mark(self.values.problems.get(name, ""))
         finally: self.busy = False

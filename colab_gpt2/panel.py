@@ -16,7 +16,7 @@ from .fields import Values
 from .plots import ACCENT
 from .steps import suggest
 
-# %% ../nbs/26_panel.ipynb #134206c7
+# %% ../nbs/26_panel.ipynb #56380834
 STYLE = f"""<style>
 .cg-panel {{ border: 1px solid rgba(128,128,128,.35); border-radius: 10px; padding: 14px 18px 16px; max-width: 980px; box-sizing: border-box; line-height: 1.5; overflow: visible; }}
 .cg-panel .widget-html-content, .cg-panel .jupyter-widgets {{ overflow: visible; }}
@@ -29,7 +29,7 @@ STYLE = f"""<style>
 .cg-invalid input, .cg-invalid select, .cg-invalid textarea {{ outline: 2px solid #dc2626; }}
 .cg-note {{ border-left: 3px solid {ACCENT}; padding: 4px 12px; margin: 8px 0; }}
 .cg-error {{ border-left: 3px solid #dc2626; padding: 4px 12px; margin: 8px 0; }}
-.cg-panel pre, .cg-kept pre {{ background: rgba(128,128,128,.12); color: inherit; border: 0; border-radius: 6px; padding: 10px 12px; margin: 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92em; line-height: 1.45; }}
+.cg-panel.cg-panel pre, .cg-kept.cg-kept pre {{ background: rgba(128,128,128,.12); color: inherit; border: 0; border-radius: 6px; padding: 10px 12px; margin: 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92em; line-height: 1.45; }}
 .cg-panel .jupyter-button {{ border: 1px solid rgba(128,128,128,.6); border-radius: 6px; background: transparent; color: inherit; width: auto; min-width: 96px; padding: 0 16px; margin: 2px 8px 2px 0; box-shadow: none; }}
 .cg-panel .jupyter-button.cg-primary {{ background: #1d4ed8; border-color: #1d4ed8; color: #fff; font-weight: 600; }}
 .cg-panel .jupyter-button:disabled {{ opacity: .45; }}
@@ -43,7 +43,7 @@ STYLE = f"""<style>
 .cg-panel .lm-Collapse-header, .cg-panel .p-Collapse-header, .cg-panel .jupyter-widget-Collapse-header {{ background: transparent; color: inherit; border: 0; padding: 6px 0; }}
 .cg-panel .lm-Collapse-contents, .cg-panel .p-Collapse-contents, .cg-panel .jupyter-widget-Collapse-contents {{ background: transparent; color: inherit; border: 0; padding: 0; }}
 .cg-panel details {{ margin-top: 6px; }}
-.cg-panel summary {{ cursor: pointer; opacity: .75; }}
+.cg-panel summary {{ cursor: pointer; opacity: .75; display: list-item; }}
 </style>"""
 
 # %% ../nbs/26_panel.ipynb #17272b9d
