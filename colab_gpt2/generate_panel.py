@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COPY', 'GenerateConfig', 'Sides', 'describe_text', 'describe_sides', 'GeneratePanel']
 
-# %% ../nbs/31_generate_panel.ipynb #77756fea
+# %% ../nbs/31_generate_panel.ipynb #a75b7ea4
 import html, secrets, time
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from .fields import Form, Values
 from .generate import stream
 from .model import MODELS, load_model, load_tokenizer
 from .panel import Panel, button, row
+from .progress import describe_samples
 from .pump import pump
 from .runtime import find_device
 from .snippets import as_python, as_shell
@@ -27,7 +28,7 @@ from .snippets import as_python, as_shell
 class GenerateConfig(Record):
     "What to generate from, and how. Bad values are refused when it is made, in the words of `Sampling`."
     model: str = value("gpt2-tuned", "the fine-tuned model: a folder, a name or a Hub id")
-    before: str | None = value(None, "the model to compare with, such as the one that was fine-tuned", label="Compared with")
+    compare_with: str | None = value(None, "the model to compare with, such as the one that was fine-tuned", label="Compared with")
     prompt: str = value(" = Toronto Raptors = \n", "the text to go on from, taken as typed", lines=3)
     max_new_tokens: int = value(250, "length in tokens", label="New tokens", min=10, max=1000, step=10)
     temperature: float = value(1.0, "above 1 bolder, below 1 safer", min=0.05, max=2.0, step=0.05)
@@ -73,29 +74,29 @@ class GeneratePanel(Panel):
     "Texts: `config` is a GenerateConfig, `result` a Sides. Made from a FinetunePanel it takes the models and the prompt from there, when they are ready."
     title, lead = "4. Generate", "The model writes on from a prompt. It makes things up: the manner is learnt, the facts are not."
 
-    def __init__(self, before_this=None, **values):
+    def __init__(self, before=None, **values):
         super().__init__(Values(GenerateConfig(**values)))
         self.given, self.loaded, self.stopping, self.running = values, {}, False, False
-        self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, before=MODELS))
+        self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, compare_with=MODELS))
         self.buttons = dict(start=button("Generate", self.start, primary=True), stop=button("Stop", self.stop))
         self.view = widgets.HTML()
         self.assemble(self.form.box, row(*self.buttons.values()), self.status, self.view)
-        if before_this: self.come_after(before_this)
+        if before: self.come_after(before)
 
     def come_after(self, panel):
         "Take over from a FinetunePanel: what it will make, and again when it has made it."
         def take(finished):
-            made = dict(model=panel.config.output_dir, before=panel.config.model, prompt=panel.config.prompt, max_new_tokens=panel.config.max_new_tokens, seed=panel.config.seed)
+            made = dict(model=panel.config.output_dir, compare_with=panel.config.model, prompt=panel.config.prompt, max_new_tokens=panel.config.max_new_tokens, seed=panel.config.seed)
             if finished: self.loaded.pop(made["model"], None)  # its weights are others now
             self.values.set(**{name: value for name, value in made.items() if name not in self.given})
         take(panel.result)
         panel.followers.append(take)
 
     def python(self):
-        calls = [(self.config.before, "before")] * bool(self.config.before) + [(self.config.model, "after")]
+        calls = [(self.config.compare_with, "before")] * bool(self.config.compare_with) + [(self.config.model, "after")]
         return "\n".join(as_python("generate", dict(model=model, **self.options()), name) for model, name in calls).replace("\nfrom colab_gpt2 import generate\n", "")
 
-    def shell(self): return "\n".join(as_shell("generate", dict(model=model, **self.options())) for model in (self.config.before, self.config.model) if model)
+    def shell(self): return "\n".join(as_shell("generate", dict(model=model, **self.options())) for model in (self.config.compare_with, self.config.model) if model)
 
     def options(self) -> dict:
         seed = {} if self.config.seed is None else dict(seed=self.config.seed)
@@ -127,7 +128,7 @@ class GeneratePanel(Panel):
             self.refresh()
 
     def write_sides(self) -> Sides:
-        names = [name for name in (self.config.before, self.config.model) if name]
+        names = [name for name in (self.config.compare_with, self.config.model) if name]
         options = {**self.options(), "seed": secrets.randbelow(1 << 32) if self.config.seed is None else self.config.seed}
         streams = [stream(model, tokenizer=tokenizer, **options) for model, tokenizer in map(self.load, names)]
         titles = [f"Before: {names[0]}", f"After: {names[1]}"] if len(names) == 2 else names
@@ -141,7 +142,7 @@ class GeneratePanel(Panel):
             if time.monotonic() - shown > 0.2:
                 self.view.value, shown = describe_sides(titles, self.config.prompt, texts), time.monotonic()
         self.view.value = describe_sides(titles, self.config.prompt, texts)
-        self.keep(self.view.value)
+        self.keep(describe_samples([(title, self.config.prompt, text) for title, text in zip(titles, texts)]))
         return Sides(options["prompt"], texts[0] if len(names) == 2 else None, texts[-1], options["seed"], not going)
 
     def stop(self):
