@@ -144,5 +144,5 @@ def line_chart(
         x_axis, y_axis = Axis(xs[0], max(xs[1], xs[0] + 1), left, right), axis_for(values, bottom, top, log)
         body = draw_axes(x_axis, y_axis, x_label) + draw_legend(lines, left, 37) + "".join(draw_line(line, x_axis, y_axis) for line in lines) + draw_values(lines, x_axis, y_axis)
     return (f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='{html.escape(describe_lines(title, lines), quote=True)}' viewBox='0 0 {width} {height}' "
-            f"width='{width}' style='max-width:100%;height:auto' font-family='system-ui,sans-serif' font-size='12'>"
+            f"width='{width}' style='max-width:min(100%,{width}px);height:auto' font-family='system-ui,sans-serif' font-size='12'>"
             f"<text x='{left}' y='16' fill='currentColor' font-size='13' font-weight='600'>{html.escape(title)}</text>{body}</svg>")
