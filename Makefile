@@ -25,7 +25,7 @@ SOURCES := settings.ini setup.py pyproject.toml
 
 /usr/bin/chromium:
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium fonts-dejavu-core fonts-noto-color-emoji > /dev/null
 
 demo: .venv/ready
 	.venv/bin/colab-gpt2 demo --overwrite-output-dir

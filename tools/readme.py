@@ -19,7 +19,7 @@ def printed(cell):
 def rendered(cell):
     "A cell as Markdown; '' for a hidden one."
     source = "".join(cell["source"])
-    if cell["cell_type"] == "markdown": return source
+    if cell["cell_type"] == "markdown": return source.replace("](images/", "](nbs/images/")  # the README stands a folder higher
     if source.startswith("#| hide"): return ""
     if not cell["outputs"]: raise SystemExit(f"A cell of nbs/index.ipynb was not run, README would lack what it prints: {source.splitlines()[0]}")
     return "\n\n".join([fenced(source, "python"), *printed(cell)])

@@ -1,5 +1,5 @@
 "A browser, a server for each of the three front ends, a notebook in it."
-import contextlib, shutil
+import contextlib, re, shutil
 from pathlib import Path
 
 import nbformat
@@ -11,6 +11,7 @@ from pages import Notebook
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync").split()
+BADGE = "<svg xmlns='http://www.w3.org/2000/svg' width='117' height='20'><rect width='117' height='20' rx='3' fill='#555'/></svg>"  # for the only picture from elsewhere
 SHOTS = ROOT/"tests"/"browser"/"screenshots"
 
 
@@ -35,10 +36,11 @@ def shots():
 def opened(request, browser, shots, tmp_path_factory):
     "A function: open `notebook` in one of the front ends; -> pages.Notebook."
     with contextlib.ExitStack() as stack:
-        def open(notebook, width=1000, height=2000):
+        def open(notebook, width=1280, height=2000):
             folder = tmp_path_factory.mktemp(request.param.name)
             context = stack.enter_context(browser.new_context(viewport=dict(width=width, height=height)))
             context.set_default_timeout(20_000)
+            context.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.fulfill(content_type="image/svg+xml", body=BADGE))
             (folder/"notebooks").mkdir()
             nbformat.write(notebook, folder/"notebooks"/"tutorial.ipynb")
             return Notebook(context.new_page(), stack.enter_context(serving(request.param, folder)), "tutorial.ipynb", shots).open()
