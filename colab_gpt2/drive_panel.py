@@ -72,7 +72,7 @@ class DrivePanel(Panel):
         super().__init__(Values(DriveConfig(**values)))
         self.mounted = None
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
-        self.kept_there = widgets.Dropdown(options=[("nothing yet", None)], index=0, description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
+        self.kept_there = widgets.Dropdown(options=[("nothing yet", "")], description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
         self.target = Form(self.values, ["restore_to"])
         self.buttons = dict(mount=button("Mount", self.mount, tooltip="Mount the Drive and look what is there"), save=button("Pack and save", self.start, primary=True),
                             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
@@ -95,7 +95,7 @@ class DrivePanel(Panel):
     def refresh(self):
         super().refresh()
         for made in self.buttons.values(): made.disabled = bool(self.values.problems)
-        self.buttons["restore"].disabled |= self.kept_there.value is None
+        self.buttons["restore"].disabled |= not self.kept_there.value
 
     def mount(self):
         "Mount the Drive and look at its room and its archives; -> its folder. In Colab, call it in a cell: the browser asks for permission."
@@ -105,7 +105,7 @@ class DrivePanel(Panel):
         self.mounted = mount_drive(self.config.drive)
         with explained(f"Looking at {self.mounted}"): (size, free), there = disk(self.mounted), archives_on(self.mounted, self.config.folder)
         self.quota.value = meter("Drive", size - free, size, f"{human_bytes(free)} free of {human_bytes(size)}")
-        self.kept_there.options = there or [("nothing yet", None)]
+        self.kept_there.options = there or [("nothing yet", "")]
         self.kept_there.value = self.kept_there.options[0][1]
         self.refresh()
         return self.mounted

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import nbformat
 
 CLASSIC = dict(
-    ready=".kernel_idle_icon", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt",
-    scroller="#site")
+    ready=".kernel_idle_icon", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt")
 MODERN = dict(
     ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", run_all=(".lm-MenuBar-item:has-text('Run')", ".lm-Menu-item[data-command='runmenu:run-all']"),
-    save="[data-command='docmanager:save']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt", scroller=".jp-WindowedPanel-outer")
+    save="[data-command='docmanager:save']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt")
 ALL_RAN = "selector => [...document.querySelectorAll(selector)].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))"
 
 
@@ -28,6 +27,7 @@ class Notebook:
 
     def open(self):
         self.page.goto(self.server.url(self.name))
+        self.page.locator(self.at["cell"]).first.wait_for()
         self.page.locator(self.at["ready"]).first.wait_for()
         return self
 

@@ -67,6 +67,7 @@ def test_train_by_hand(ran, record_property):
     ran.picture("bad-value", panel)
     for label, text in {"Learning rate": "5e-4", "Epochs": "0.6", "Output folder": "by-hand"}.items(): fill(panel, label, text)
     panel.get_by_text("Advanced", exact=True).click()
+    assert panel.get_by_label("Optimizer", exact=True).locator("option:checked").text_content() == "automatic"
     fill(panel, "Log every", "1")
     press(panel, "Start")
     curve = panel.locator("svg polyline").first
