@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from colab_gpt2 import plan
+
 ROOT = Path(__file__).parents[1]
 PATH = ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb"
 
@@ -54,6 +56,12 @@ def test_each_step_is_a_short_cell_with_python_beneath(notebook):
     assert [re.findall(r"\w+Panel", notebook.cells[i].source)[0] for i in code[1:]] == ["RuntimePanel", "DataPanel", "FinetunePanel", "GeneratePanel", "DrivePanel"]
     assert max(len(notebook.cells[i].source.splitlines()) for i in code) <= 6
     for i in code[1:]: assert len(folded(notebook.cells[i + 1].source)) == 1
+
+
+def test_the_minutes_in_its_table_are_forecasts(notebook):
+    row = next(line for line in markdown(notebook).splitlines() if line.startswith("| T4 GPU"))
+    told = {model: int(minutes) for model, minutes in re.findall(r"(gpt2[\w-]*)(?: by LoRA,)? (\d+) min", row)}
+    assert told == {model: round(plan(model=model, gpu="T4", progress=False).seconds / 60) for model in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
 def folded(source): return re.findall(r"<details><summary>The same in plain Python</summary>\n\n```python\n(.+?)\n```\n\n</details>", source, re.S)

@@ -125,7 +125,7 @@ def test_drive_by_hand(ran):
 
 def test_it_fits_a_narrow_window(ran):
     if ran.server.front_end.name == "lab": ran.page.keyboard.press("Control+b")  # its list of files takes a third of so narrow a window
-    ran.page.set_viewport_size(dict(width=800, height=2000))
+    ran.page.set_viewport_size(dict(width=800, height=3600))
     wide = ran.page.locator(".cg-panel").evaluate_all("panels => panels.filter(p => p.scrollWidth > p.clientWidth + 1).length")
     ran.picture("narrow", ran.panel(TRAINING))
     assert wide == 0
