@@ -25,7 +25,7 @@ class CheckConfig(Record):
     path: str = value(".", "the disk looked at is the one that holds this folder")
 
 # %% ../nbs/27_runtime_panel.ipynb #253426b2
-def gpu_used(runtime) -> int:
+def gpu_used() -> int:
     "Bytes of the GPU's memory that are in use, by this process and by others."
     import torch
     free, total = torch.cuda.mem_get_info()
@@ -67,7 +67,7 @@ class RuntimePanel(Panel):
 
     def look(self):
         runtime = check_runtime(self.config.path)
-        self.view.value = describe_runtime(runtime, gpu_used(runtime) if runtime.device == "cuda" else None)
+        self.view.value = describe_runtime(runtime, gpu_used() if runtime.device == "cuda" else None)
         self.keep(self.view.value)
         return self.finish(runtime)
 
