@@ -6,14 +6,14 @@
 __all__ = ['UPLOADS', 'OWN', 'TEXTS', 'Preview', 'preview_rows', 'look_into', 'describe_preview', 'uploaded_files', 'keep_upload',
            'DataPanel']
 
-# %% ../nbs/28_data_panel.ipynb #b7b0e65e
+# %% ../nbs/28_data_panel.ipynb #6b8960a5
 import html, itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import ipywidgets as widgets
 
-from .blocks import Blocks, tokenize_corpus
+from .blocks import tokenize_corpus
 from .config import pick_block_size
 from .core import Record, human_bytes, replacing
 from .data import PYTHON_DOCS, SPLITS, Corpus, check_text
