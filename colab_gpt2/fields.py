@@ -83,8 +83,10 @@ def make_widget(f, value, suggestions=()):
 
 # %% ../nbs/25_fields.ipynb #366431d8
 def write_typed(value) -> str:
-    "The text of a value in a field that is typed."
-    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    "The text of a value in a field that is typed, which `read_typed` turns into the same value: a form reads all its rows when one is edited."
+    if value is None: return ""
+    short = f"{value:g}" if isinstance(value, float) else ""
+    return short if short and float(short) == value else str(value)
 
 # %% ../nbs/25_fields.ipynb #9bf7a8e8
 class Row:
