@@ -137,10 +137,13 @@ class Form:
         finally: self.busy = False
 
     def follow(self):
-        "Someone else has changed the config; what is typed and bad stays to be mended."
+        "Someone else has changed the config; what is typed and bad stays to be mended, unless it is good now."
         if self.busy: return
         self.busy = True
         try:
+            if refused := {name: row.read() for name, row in self.rows.items() if name in self.values.problems and row.read() != getattr(self.values.config, name)}:
+                if problems := find_problems(self.values.config, refused): self.values.problems |= problems  # perhaps in other words
+                else: self.values.set(**refused)
             for name, row in self.rows.items():
                 if name not in self.values.problems: row.show(getattr(self.values.config, name))
                 row.mark(self.values.problems.get(name, ""))
