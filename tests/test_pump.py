@@ -119,6 +119,17 @@ def test_the_browser_hears_that_each_change_was_dealt_with(kernel, buttons):
     for change in changes: assert any(idle(change)(m) for m in heard)
 
 
+def test_what_is_not_a_widgets_message_is_left_to_the_kernel(kernel, buttons):
+    "A browser that opens the notebook in the middle of a run asks which widgets there are; only the kernel can answer."
+    running = kernel.execute("loop()")
+    listen(kernel, looping)
+    question = kernel.comm_info()
+    click(kernel, buttons["stop"])
+    while (answer := kernel.get_shell_msg(timeout=30))["parent_header"]["msg_id"] != question: pass
+    assert answer["msg_type"] == "comm_info_reply" and buttons["stop"] in answer["content"]["comms"]
+    listen(kernel, lambda m: idle(running)(m))
+
+
 def test_an_empty_pump_costs_little(kernel):
     seconds = float(run(kernel, "from timeit import timeit\nfrom colab_gpt2.pump import pump\nprint(timeit(pump, number=1000) / 1000)"))
     assert seconds < 1e-3, f"{seconds * 1e6:.0f} microseconds"  # a step of the smallest model takes some 100,000
