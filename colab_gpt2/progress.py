@@ -133,8 +133,8 @@ class Live(Listener, Course):
         self.step = state.global_step
         self.breathe()
         if "sample" in self.wishes: self.sample(model, processing_class)
-        if "save" in self.wishes: control.should_save = True
-        if self.stopping: control.should_training_stop = control.should_save = True  # the click may have come after StopOnInterrupt's turn
+        if self.stopping: control.should_training_stop = True  # the click may have come after StopOnInterrupt's turn
+        if self.stopping or "save" in self.wishes: control.should_log = control.should_save = True  # StopOnNaN has had its turn, and looks at what is logged
         self.wishes.clear()
 
     def sample(self, model, tokenizer):

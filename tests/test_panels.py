@@ -99,12 +99,14 @@ def test_two_panels_edit_one_config(quick):
 # A run, and what may happen to it
 
 class At:
-    "A callback that does something at a step."
-    def __new__(cls, step, action):
+    "A callback that does something at a step, and may lose all weights there."
+    def __new__(cls, step, action, lose=False):
         from transformers import TrainerCallback
         class Does(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                if state.global_step == step: action()
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                if state.global_step != step: return
+                if lose: next(model.parameters()).data.fill_(float("nan"))
+                action()
         return Does()
 
 
@@ -122,6 +124,15 @@ def test_an_error_in_the_middle_is_a_sentence_and_the_panel_goes_on(quick):
     assert "is full" in panel.said and "Kept: checkpoint-3" in panel.said and isinstance(panel.error, OSError) and not panel.buttons["start"].disabled
     panel.values.set(resume=True)
     assert panel.start().steps == 12 and panel.error is None
+
+
+@pytest.mark.parametrize("name", ["save", "stop"])
+def test_a_click_saves_no_weights_that_are_lost(quick, name):
+    "A loss that nobody logs: the click comes when the training's own look at it is over for this step."
+    panel = colab_gpt2.FinetunePanel(quick, logging_steps=100, save_steps=3)
+    click = At(4, lambda: setattr(panel.live, "pump", panel.buttons[name].click), lose=True)
+    assert panel.start(callbacks=[click]) is None and isinstance(panel.error, FloatingPointError) and "learning rate below" in panel.said
+    assert [path.name for path in Path(quick.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_a_second_panel_waits_while_one_is_at_work(quick):
