@@ -6,7 +6,7 @@
 __all__ = ['curves', 'progress_bar', 'describe_samples', 'Course', 'Live']
 
 # %% ../nbs/29_progress.ipynb #b1b7fb2e
-import html, math, time
+import html, math, time, warnings
 
 from .callbacks import Listener
 from .core import human_time
@@ -74,7 +74,7 @@ class Live(Listener, Course):
     def __init__(self, config, show, pump=pump, every=0.5):
         Course.__init__(self)
         self.config, self.show, self.pump, self.every = config, show, pump, every
-        self.stopper, self.wishes = None, set()
+        self.stopper, self.wishes, self.broken = None, set(), set()
         self.drawn = self.spent = 0.  # seconds: when by the clock, and in pump and pictures so far
 
     def stop(self):
@@ -93,16 +93,28 @@ class Live(Listener, Course):
     def breathe(self, now=False):
         "Let clicks in; draw, if it is time or has to be `now`."
         began = time.perf_counter()
-        self.pump()
+        self.attempt("Listening for clicks", self.pump)
         if now or began - self.drawn >= self.every:
-            self.show(**self.parts())
+            self.attempt("Drawing the run", self.draw)
             self.drawn = time.perf_counter()
         self.spent += time.perf_counter() - began
+
+    def draw(self):
+        "Show the run as it is now."
+        self.show(**self.parts())
+
+    def attempt(self, what, action):
+        "Do `action()`; where it fails, warn, and do `what` no more."
+        if what in self.broken: return
+        try: action()
+        except Exception as e:
+            self.broken.add(what)
+            warnings.warn(f"{what} failed and is switched off; the run goes on, and the notebook's own stop button works. {type(e).__name__}: {e}", stacklevel=2)
 
     def end(self):
         "The run is over, whichever way: show it as it is."
         self.stage = "over"
-        self.show(**self.parts())
+        self.attempt("Drawing the run", self.draw)
 
     def on_stage(self, stage, plan=None, stop=None, **facts):
         self.stage, self.share, self.plan, self.stopper = stage, 0., plan or self.plan, stop or self.stopper
@@ -138,12 +150,16 @@ class Live(Listener, Course):
         self.wishes.clear()
 
     def sample(self, model, tokenizer):
-        "Generate from the model as it is now, and show the text as it comes."
+        "Generate from the model as it is now, and show the text as it comes; where that fails, warn."
         title, prompt, text = f"At step {self.step:,}", self.config.prompt, ""
         self.samples.append((title, prompt, text))
-        for piece in stream(model, prompt, tokenizer=tokenizer, max_new_tokens=self.config.max_new_tokens, seed=self.config.seed):
-            text += piece
-            self.samples[-1] = (title, prompt, text)
-            self.breathe()
-            if self.stopping: break
+        try:
+            for piece in stream(model, prompt, tokenizer=tokenizer, max_new_tokens=self.config.max_new_tokens, seed=self.config.seed):
+                text += piece
+                self.samples[-1] = (title, prompt, text)
+                self.breathe()
+                if self.stopping: break
+        except Exception as e:
+            del self.samples[-1]
+            warnings.warn(f"The sample at step {self.step:,} failed; the run goes on. {type(e).__name__}: {e}", stacklevel=2)
         self.breathe(now=True)

@@ -135,6 +135,14 @@ def test_a_click_saves_no_weights_that_are_lost(quick, name):
     assert [path.name for path in Path(quick.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
 
 
+def test_a_run_outlives_its_pump_and_its_picture(quick, recwarn):
+    def fail(**parts): raise RuntimeError("not today")
+    panel = colab_gpt2.FinetunePanel(quick)
+    result = panel.start(callbacks=[At(2, lambda: vars(panel.live).update(pump=fail, show=fail))])
+    assert result.steps == 12 and panel.error is None and not [w for w in recwarn if "switched off" in str(w.message)]
+    assert panel.status.value.count("Note: Listening for clicks failed") == panel.status.value.count("Note: Drawing the run failed") == 1
+
+
 def test_a_second_panel_waits_while_one_is_at_work(quick):
     panel, other = colab_gpt2.FinetunePanel(quick), colab_gpt2.GeneratePanel(model="tiny")
     assert panel.start(callbacks=[At(2, other.start)]) is not None
