@@ -151,8 +151,8 @@ class FinetunePanel(Panel):
         self.show(progress="", charts="", samples="")
         self.enable(stop=True, save=True, sample=True)
         try: result = finetune(self.config, callbacks=[self.live, Probed(self), *callbacks], progress=False)
-        except Interrupted:
-            self.values.set(resume=True, overwrite_output_dir=False)
+        except (Exception, KeyboardInterrupt) as e:
+            if self.can_go_on(e): self.values.set(resume=True, overwrite_output_dir=False)
             raise
         finally:
             self.live.end()
@@ -160,6 +160,11 @@ class FinetunePanel(Panel):
             self.refresh()
         self.keep(describe_result(result, self.live))
         return self.finish(result)
+
+    def can_go_on(self, error) -> bool:
+        "Whether the run that `error` ended has left a whole checkpoint to go on from. Weights that became NaN need other settings first."
+        newest = find_checkpoints(Path(self.live.config.output_dir).expanduser())[-1:]
+        return not isinstance(error, FloatingPointError) and bool(newest) and newest[0].name in self.live.saved
 
     def describe(self, result): return f"Done in {human_time(result.seconds)}: perplexity {result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}, saved in {result.output_dir}."
 

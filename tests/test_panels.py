@@ -117,13 +117,21 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     assert panel.start().resumed_from.endswith("checkpoint-5")
 
 
-def test_an_error_in_the_middle_is_a_sentence_and_the_panel_goes_on(quick):
-    def fail(): raise OSError(28, "No space left on device")
-    panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
+@pytest.mark.parametrize("error, said", [(OSError(28, "No space left on device"), "Kept: checkpoint-3"), (MemoryError("Out of memory"), "Out of memory"), (KeyboardInterrupt(), "Stopped.")])
+def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, said):
+    def fail(): raise error
+    panel = colab_gpt2.FinetunePanel(quick, save_steps=3, overwrite_output_dir=True)
     assert panel.start(callbacks=[At(4, fail)]) is None
-    assert "is full" in panel.said and "Kept: checkpoint-3" in panel.said and isinstance(panel.error, OSError) and not panel.buttons["start"].disabled
-    panel.values.set(resume=True)
-    assert panel.start().steps == 12 and panel.error is None
+    assert said in panel.said and "goes on from it" in panel.plan.value and not panel.buttons["start"].disabled
+    result = panel.start()
+    assert result.steps == 12 and result.resumed_from.endswith("checkpoint-3") and panel.error is None
+
+
+def test_an_error_before_the_first_checkpoint_starts_anew(quick):
+    "What lies in the folder is another run's: the panel does not go on from it by itself."
+    colab_gpt2.FinetunePanel(quick, max_steps=2).start()
+    panel = colab_gpt2.FinetunePanel(quick)
+    assert panel.start() is None and isinstance(panel.error, FileExistsError) and not panel.config.resume
 
 
 @pytest.mark.parametrize("name", ["save", "stop"])
@@ -132,7 +140,7 @@ def test_a_click_saves_no_weights_that_are_lost(quick, name):
     panel = colab_gpt2.FinetunePanel(quick, logging_steps=100, save_steps=3)
     click = At(4, lambda: setattr(panel.live, "pump", panel.buttons[name].click), lose=True)
     assert panel.start(callbacks=[click]) is None and isinstance(panel.error, FloatingPointError) and "learning rate below" in panel.said
-    assert [path.name for path in Path(quick.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [path.name for path in Path(quick.output_dir).glob("checkpoint-*")] == ["checkpoint-3"] and not panel.config.resume
 
 
 def test_a_run_outlives_its_pump_and_its_picture(quick, recwarn):
