@@ -7,7 +7,7 @@ __all__ = ['COUNTED', 'MAIN', 'ADVANCED', 'known_size', 'Forecaster', 'describe_
            'FinetunePanel', 'Probed']
 
 # %% ../nbs/30_finetune_panel.ipynb #a07893a2
-import html
+import html, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,10 +120,11 @@ class FinetunePanel(Panel):
         if self.running: return
         text, refused = self.config.train_file or self.config.dataset, ""
         self.text.value = f"<span class='cg-hint' style='margin:0'>Text: <b>{html.escape(str(text))}</b>{self.origin}</span>"
-        try: shown = describe_plan(self.forecaster.plan(self.config))
-        except Exception as e: refused = shown = f"<div class='cg-error' role='alert'>⚠ {html.escape(sentence(e), quote=False)}</div>"
-        there = describe_folder(self.config)
-        self.plan.value = shown + (f"<p class='cg-note'>{html.escape(there)}</p>" if there else "")
+        with self.listening(), warnings.catch_warnings(record=True) as told:
+            try: shown = describe_plan(self.forecaster.plan(self.config))
+            except Exception as e: refused = shown = f"<div class='cg-error' role='alert'>⚠ {html.escape(sentence(e), quote=False)}</div>"
+        notes = [*(str(warning.message) for warning in told), describe_folder(self.config)]
+        self.plan.value = shown + "".join(f"<p class='cg-note'>{html.escape(note)}</p>" for note in notes if note)
         self.enable(start=not (self.values.problems or refused))
 
     def recount(self, fetched=None):
@@ -196,4 +197,4 @@ class Probed(Listener):
         if plan and plan.source == "probe": self.panel.forecaster.measured = self.panel.live.config, plan
         if resumed_from: self.panel.say(f"Going on from {resumed_from}.", "⏳")
 
-    def on_save(self, args, state, control, **kwargs): self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.config.output_dir}.", "✓")
+    def on_save(self, args, state, control, **kwargs): self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.live.config.output_dir}.", "✓")

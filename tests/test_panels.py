@@ -151,6 +151,15 @@ def test_a_run_outlives_its_pump_and_its_picture(quick, recwarn):
     assert panel.status.value.count("Note: Listening for clicks failed") == panel.status.value.count("Note: Drawing the run failed") == 1
 
 
+def test_a_warning_of_the_forecast_is_a_note(quick, recwarn):
+    from colab_gpt2.plan import named_runtime
+    panel = colab_gpt2.FinetunePanel(quick)
+    panel.forecaster.runtime = named_runtime("T4")
+    panel.values.set(precision="bf16")
+    assert panel.plan.value.count("has no bf16 in hardware and will emulate it") == 1 and not panel.buttons["start"].disabled
+    assert not [w for w in recwarn if "bf16" in str(w.message)]
+
+
 def test_a_second_panel_waits_while_one_is_at_work(quick):
     panel, other = colab_gpt2.FinetunePanel(quick), colab_gpt2.GeneratePanel(model="tiny")
     assert panel.start(callbacks=[At(2, other.start)]) is not None
