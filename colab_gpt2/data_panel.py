@@ -66,7 +66,7 @@ def describe_preview(preview) -> str:
     return f"<table style='border:0'>{rows}</table><pre style='max-height:180px;overflow:auto' tabindex='0' aria-label='How the text begins'>{html.escape(preview.excerpt)} …</pre>"
 
 # %% ../nbs/28_data_panel.ipynb #c34b7c7a
-UPLOADS = "uploads"  # the folder, beside the notebook
+UPLOADS = "uploads"  # the folder, beside the notebook; in it one for each field, since a text to train on and one to measure on may have the same name
 
 def uploaded_files(value) -> dict:
     "name -> bytes of the value of a FileUpload: a dict in ipywidgets 7, a tuple in 8."
@@ -122,7 +122,7 @@ class DataPanel(Panel):
     def receive(self, name, value):
         "A file has been uploaded for the field `name`."
         for filename, content in uploaded_files(value).items():
-            path = self.work(lambda: keep_upload(filename, content), f"Receiving {filename} …", lambda path: f"{filename} is in {path}.")
+            path = self.work(lambda: keep_upload(filename, content, Path(UPLOADS)/name), f"Receiving {filename} …", lambda path: f"{filename} is in {path}.")
             if path: self.values.set(**{name: path})
 
     def refresh(self):

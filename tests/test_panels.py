@@ -85,6 +85,32 @@ def test_a_text_that_was_fetched_is_counted(quick, monkeypatch):
     assert "an estimate from" not in training.plan.value and "counted by the model" in training.plan.value
 
 
+def upload(widget, name, text):
+    "Hand a file over as the browser does: ipywidgets 7 is sent its parts and a count, 8 the value itself."
+    content = memoryview(text.encode())
+    if "_counter" in widget.keys: state = dict(metadata=[dict(name=name, type="text/plain", size=len(content))], data=[content], _counter=widget._counter + 1)
+    else: state = dict(value=[dict(name=name, type="text/plain", size=len(content), content=content, last_modified=0)])
+    widget.set_state(state)
+
+
+def test_two_uploads_of_one_name_stay_two_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache")))
+    panel.choice.value = "a text of my own"
+    for widget, text in zip(panel.uploads, ("Read this .", "Measure on this .")): upload(widget, "text.txt", text)
+    assert panel.error is None and [Path(path).read_text() for path in (panel.config.train_file, panel.config.eval_file)] == ["Read this .", "Measure on this ."]
+    upload(panel.uploads[0], "text.txt", "Read this instead .")  # of the same field: it replaces the first
+    assert Path(panel.config.train_file).read_text() == "Read this instead ." and not panel.fetch.disabled
+
+
+@pytest.mark.parametrize("value", [{"text.txt": dict(metadata={}, content=b"Read this .")}, ({"name": "text.txt", "content": memoryview(b"Read this .")},)])
+def test_an_upload_is_received_in_the_shape_of_either_version(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache")))
+    panel.receive("train_file", value)
+    assert panel.said.startswith("text.txt is in ") and Path(panel.config.train_file).read_text() == "Read this ."
+
+
 def test_two_panels_edit_one_config(quick):
     text = colab_gpt2.DataPanel(quick)
     training = colab_gpt2.FinetunePanel(text, seed=3)
