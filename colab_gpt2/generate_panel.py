@@ -17,7 +17,7 @@ from .decode import Sampling
 from .fields import Form, Values
 from .generate import stream
 from .model import MODELS, load_model, load_tokenizer
-from .panel import Panel, button, row
+from .panel import UNFINISHED, Panel, button, row
 from .progress import describe_samples
 from .pump import pump
 from .runtime import find_device
@@ -76,7 +76,8 @@ class GeneratePanel(Panel):
 
     def __init__(self, before=None, **values):
         super().__init__(Values(GenerateConfig(**values)))
-        self.given, self.loaded, self.stopping, self.running = values, {}, False, False
+        self.own, self.taken, self.awaited = set(values), {}, None  # fields that were set here; what came from the panel before; a model that it has not made yet
+        self.loaded, self.stopping, self.running = {}, False, False
         self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, compare_with=MODELS))
         self.buttons = dict(start=button("Generate", self.start, primary=True), stop=button("Stop", self.stop))
         self.view = widgets.HTML()
@@ -84,13 +85,18 @@ class GeneratePanel(Panel):
         if before: self.come_after(before)
 
     def come_after(self, panel):
-        "Take over from a FinetunePanel: what it will make, and again when it has made it."
-        def take(finished):
-            made = dict(model=panel.config.output_dir, compare_with=panel.config.model, prompt=panel.config.prompt, max_new_tokens=panel.config.max_new_tokens, seed=panel.config.seed)
-            if finished: self.loaded.pop(made["model"], None)  # its weights are others now
-            self.values.set(**{name: value for name, value in made.items() if name not in self.given})
-        take(panel.result)
-        panel.followers.append(take)
+        "Take over from a FinetunePanel: what it will make, and, when it has made it, what that was made with."
+        self.take((panel.result or panel).config, panel.result)
+        panel.followers.append(lambda finished: self.take(finished.config, finished))
+
+    def take(self, config, finished):
+        "The models, and what the user has not typed here, from the FinetuneConfig `config`; without a run that is `finished` its model is awaited."
+        made = dict(model=config.output_dir, compare_with=config.model, prompt=config.prompt, max_new_tokens=config.max_new_tokens, seed=config.seed)
+        if finished: self.loaded.pop(made["model"], None)  # its weights are others now
+        self.own |= {name for name in ("prompt", "max_new_tokens", "seed") if name in self.values.problems or name in self.taken and getattr(self.config, name) != self.taken[name]}
+        self.taken = {name: value for name, value in made.items() if name not in self.own}
+        self.awaited = None if finished else self.taken.get("model")
+        self.values.set(**self.taken)
 
     def python(self):
         calls = [(self.config.compare_with, "before")] * bool(self.config.compare_with) + [(self.config.model, "after")]
@@ -117,6 +123,7 @@ class GeneratePanel(Panel):
     def start(self):
         "Generate, and come back when the texts are whole or were stopped; -> the Sides, or None."
         if self.values.problems: return self.say(next(iter(self.values.problems.values())), "⚠")
+        if self.config.model == self.awaited: return self.say(UNFINISHED, "⚠")
         return self.work(self.write, "Writing …", lambda sides: f"{'Done' if sides.whole else 'Stopped'}, with seed {sides.seed}.")
 
     def write(self):
@@ -140,9 +147,9 @@ class GeneratePanel(Panel):
                 else: texts[i] += piece
             pump()
             if time.monotonic() - shown > 0.2:
-                self.view.value, shown = describe_sides(titles, self.config.prompt, texts), time.monotonic()
-        self.view.value = describe_sides(titles, self.config.prompt, texts)
-        self.keep(describe_samples([(title, self.config.prompt, text) for title, text in zip(titles, texts)]))
+                self.view.value, shown = describe_sides(titles, options["prompt"], texts), time.monotonic()
+        self.view.value = describe_sides(titles, options["prompt"], texts)
+        self.keep(describe_samples([(title, options["prompt"], text) for title, text in zip(titles, texts)]))
         return Sides(options["prompt"], texts[0] if len(names) == 2 else None, texts[-1], options["seed"], not going)
 
     def stop(self):
