@@ -14,10 +14,10 @@ import ipywidgets as widgets
 
 from .archives import Archive, archive_model, explained
 from .config import value
-from .core import Record, human_bytes
+from .core import Record, human_bytes, sha256_of
 from .drive import Copy, mount_drive, restore_from_drive, save_to_drive
 from .fields import Form, Values
-from .panel import Panel, button, meter, row
+from .panel import UNFINISHED, Panel, button, meter, row
 from .runtime import disk, in_colab
 from .snippets import as_python, as_shell
 from .steps import archive_name
@@ -68,9 +68,10 @@ class DrivePanel(Panel):
 
     def __init__(self, before=None, **values):
         if not in_colab(): values = {"drive": "drive", **values}
-        if before: values = {"model": before.config.output_dir, **values}
-        super().__init__(Values(DriveConfig(**values)))
-        self.mounted = None
+        taken = {"model": (before.result or before.config).output_dir} if before else {}
+        super().__init__(Values(DriveConfig(**(taken | values))))
+        self.mounted, self.packed, self.working = None, {}, False  # `packed`: path -> SHA-256 of the archives that were made here
+        self.awaited = taken["model"] if before and not before.result and "model" not in values else None  # a model that is not made yet
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
         self.kept_there = widgets.Dropdown(options=[("nothing yet", "")], description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
         self.target = Form(self.values, ["restore_to"])
@@ -78,8 +79,13 @@ class DrivePanel(Panel):
                             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
         self.quota, self.view = widgets.HTML(), widgets.HTML()
         self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"]), self.status, self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
-        if before: before.followers.append(lambda result: result and self.values.set(model=result.output_dir))
-        if not in_colab(): self.say(f"This is not Colab, so the folder {self.config.drive} stands for the Drive.", "ℹ")
+        if before: before.followers.append(self.take)
+        if not in_colab(): self.say(f"This is not Colab, so {f'the folder {self.config.drive} stands for the Drive' if self.config.drive else 'name a folder that stands for the Drive'}.", "ℹ")
+
+    def take(self, finished):
+        "Take the folder over from the FinetuneResult `finished`."
+        self.awaited = None
+        self.values.set(model=finished.output_dir)
 
     def python(self):
         drive = dict(drive=self.config.drive) if self.config.drive else {}
@@ -94,8 +100,18 @@ class DrivePanel(Panel):
 
     def refresh(self):
         super().refresh()
-        for made in self.buttons.values(): made.disabled = bool(self.values.problems)
+        for made in self.buttons.values(): made.disabled = self.working or bool(self.values.problems)
         self.buttons["restore"].disabled |= not self.kept_there.value
+
+    def work(self, action, doing, done=None):
+        "As any panel, but with all buttons off meanwhile: a second click would be obeyed after the first."
+        if Panel.at_work: return super().work(action, doing, done)
+        self.working = True
+        self.refresh()
+        try: return super().work(action, doing, done)
+        finally:
+            self.working = False
+            self.refresh()
 
     def mount(self):
         "Mount the Drive and look at its room and its archives; -> its folder. In Colab, call it in a cell: the browser asks for permission."
@@ -112,13 +128,20 @@ class DrivePanel(Panel):
 
     def start(self):
         "Pack the model, copy it to the Drive, read it back; -> the Saved, or None."
+        if self.config.model == self.awaited: return self.say(UNFINISHED, "⚠")
         return self.work(self.pack_and_save, "Packing and saving …", lambda saved: f"Saved {saved.copy.path.name}, {human_bytes(saved.copy.bytes)}, and read it back with the same SHA-256.")
 
     def save(self): return self.start()
 
+    def is_own(self, path) -> bool:
+        "Whether the file `path` is an archive just as it was made here."
+        path = Path(path).expanduser()
+        return path in self.packed and path.is_file() and sha256_of(path) == self.packed[path]
+
     def pack_and_save(self) -> Saved:
         drive = self.look()
-        packed = archive_model(self.config.model, self.config.archive_path, overwrite=self.config.overwrite, progress=False)
+        packed = archive_model(self.config.model, self.config.archive_path, overwrite=self.config.overwrite or self.is_own(self.config.archive_path), progress=False)
+        self.packed[packed.path] = packed.sha256  # the copying may fail, and then the next attempt replaces it
         saved = Saved(packed, save_to_drive(packed, self.config.folder, drive=drive, progress=False))
         self.view.value = describe_saved(saved)
         self.keep(self.view.value)
