@@ -143,6 +143,19 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     assert panel.start().resumed_from.endswith("checkpoint-5")
 
 
+def test_what_follows_waits_for_a_finished_model(quick):
+    "An older model lies in the folder; the run that is to replace it is stopped, and later goes on to its end."
+    import shutil
+    from colab_gpt2.model import TINY
+    from colab_gpt2.panel import UNFINISHED
+    shutil.copytree(TINY, quick.output_dir)
+    panel = colab_gpt2.FinetunePanel(quick, overwrite_output_dir=True)
+    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel)
+    panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))])
+    assert [(after.start(), after.said, after.result) for after in (writing, keeping)] == [(None, UNFINISHED, None)] * 2
+    assert panel.start().steps == 12 and writing.start().whole
+
+
 @pytest.mark.parametrize("error, said", [(OSError(28, "No space left on device"), "Kept: checkpoint-3"), (MemoryError("Out of memory"), "Out of memory"), (KeyboardInterrupt(), "Stopped.")])
 def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, said):
     def fail(): raise error
@@ -211,6 +224,13 @@ def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
     saved = panel.start()
     assert panel.error is None and "MyDrive" in str(saved.copy.path) and "look for it" in panel.view.value.lower()
     assert (panel.restore()/"config.json").exists()
+
+
+def test_a_copy_that_failed_is_tried_again(colab, tmp_path):
+    from colab_gpt2.model import TINY
+    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint))
+    with colab.faults(full=4096): assert panel.start() is None and "is full" in panel.said
+    assert panel.start().copy.path.stat().st_size == (tmp_path/"tiny.tar.gz").stat().st_size
 
 
 # In a real kernel
