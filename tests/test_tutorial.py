@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from colab_gpt2 import plan
+from colab_gpt2 import FinetuneConfig, plan
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb"
@@ -58,13 +58,20 @@ def test_each_step_is_a_short_cell_with_python_beneath(notebook):
     for i in code[1:]: assert len(folded(notebook.cells[i + 1].source)) == 1
 
 
-def test_the_minutes_in_its_table_are_forecasts(notebook):
-    row = next(line for line in markdown(notebook).splitlines() if line.startswith("| T4 GPU"))
+@pytest.mark.parametrize("gpu", ["T4", "L4"])
+def test_the_minutes_in_its_table_are_forecasts(notebook, gpu):
+    row = next(line for line in markdown(notebook).splitlines() if line.startswith(f"| {gpu} GPU"))
     told = {model: int(minutes) for model, minutes in re.findall(r"(gpt2[\w-]*)(?: by LoRA,)? (\d+) min", row)}
-    assert told == {model: round(plan(model=model, gpu="T4", progress=False).seconds / 60) for model in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+    assert told == {model: round(plan(model=model, gpu=gpu, progress=False).seconds / 60) for model in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
 def folded(source): return re.findall(r"<details><summary>The same in plain Python</summary>\n\n```python\n(.+?)\n```\n\n</details>", source, re.S)
+
+
+def test_the_folded_texts_are_those_of_the_panel(notebook):
+    line = next(line for line in markdown(notebook).splitlines() if line.startswith("generate("))
+    config = FinetuneConfig()
+    assert line == f'generate("by-hand", {json.dumps(config.prompt)}, max_new_tokens={config.max_new_tokens}, seed={config.seed})[0]'
 
 
 def printed(notebook):
