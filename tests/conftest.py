@@ -22,3 +22,10 @@ def shell(tmp_path):
         words = [sys.executable, "-c", "from colab_gpt2.cli import main; main()", *words[1:]] if words[0] == "colab-gpt2" else list(words)
         return subprocess.run([str(w) for w in words], cwd=cwd, env={**os.environ, **env}, text=True, capture_output=True, timeout=timeout)
     return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_colab_stays():
+    "A test that pretends to be on Colab has ended that when it is over: the next one in this process would be there too."
+    yield
+    assert "COLAB_RELEASE_TAG" not in os.environ

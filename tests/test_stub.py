@@ -311,5 +311,6 @@ def test_auth_runtime_and_output(colab, monkeypatch):
     output.register_callback("f", print)
     output.unregister_callback("f")
     with pytest.raises(ValueError): output.unregister_callback("f")
-    monkeypatch.delenv("COLAB_RELEASE_TAG")
-    with pytest.raises(NotImplementedError): auth.authenticate_user()
+    with monkeypatch.context() as patched:  # undone before the stub leaves, or it would come back after it
+        patched.delenv("COLAB_RELEASE_TAG")
+        with pytest.raises(NotImplementedError): auth.authenticate_user()
