@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HANDLING', 'SOURCES', 'find_kernel', 'is_comm', 'take_queued', 'own_channel', 'take_from_socket', 'find_source',
-           'as_parent', 'handle', 'pump']
+           'as_parent', 'answer_channel', 'finish', 'handle', 'pump']
 
 # %% ../nbs/23_pump.ipynb #b2f16b3b
-import contextlib, functools, operator, sys, threading
+import contextlib, functools, inspect, operator, sys, threading
 
 # %% ../nbs/23_pump.ipynb #51251bb5
 def find_kernel():
@@ -18,11 +18,11 @@ def find_kernel():
 
 # %% ../nbs/23_pump.ipynb #1ab8f29a
 def is_comm(session, frames) -> bool:
-    "Whether the message `frames` (zmq.Frames) is a widget's: comm_open, comm_msg or comm_close."
+    "Whether the message `frames` (zmq.Frames) is a widget's: comm_open, comm_msg, comm_close, or the question which widgets there are, that a page asks when it is opened."
     if len(frames) == 1: return False  # ipykernel 7's note to itself that it need abort no more cells
     try:
         _, (_, header, *_) = session.feed_identities(frames, copy=False)
-        return session.unpack(header.bytes)["msg_type"] in ("comm_open", "comm_msg", "comm_close")
+        return session.unpack(header.bytes)["msg_type"] in ("comm_open", "comm_msg", "comm_close", "comm_info_request")
     except (KeyError, TypeError, ValueError): return False  # no message at all
 
 # %% ../nbs/23_pump.ipynb #a30c5806
@@ -60,7 +60,7 @@ def take_from_socket(kernel) -> list:
 
 # %% ../nbs/23_pump.ipynb #d461ee41
 HANDLING = ("session", "log", "shell_handlers", "get_parent", "set_parent", "_publish_status")
-SOURCES = {take_from_socket: ("shell_channel_thread.manager.get_shell_channel_to_subshell_pair", "shell_main", "io_loop", "_get_shell_context_var", "_shell_parent_ident"),
+SOURCES = {take_from_socket: ("shell_channel_thread.manager.get_shell_channel_to_subshell_pair", "shell_channel_thread.manager.get_subshell_to_shell_channel_socket", "shell_main", "io_loop", "_get_shell_context_var", "_shell_parent_ident"),
            take_queued: ("msg_queue.get_nowait", "shell_stream.flush", "dispatch_shell", "_parent_ident")}  # the parts of a kernel that each uses, beside those that `handle` does
 
 def find_source(kernel):
@@ -84,13 +84,31 @@ def as_parent(kernel, ident, parent):
         kernel.set_parent(former[1], former[0], channel="shell")
         kernel._publish_status("busy", "shell")
 
+# %% ../nbs/23_pump.ipynb #d1464b80
+def answer_channel(kernel, source):
+    "Where the answers of the thread that asks go: a stream of an ipykernel 6, a socket of an ipykernel 7; `source` is where the messages come from."
+    if source is take_queued: return kernel.shell_stream
+    return kernel.shell_channel_thread.manager.get_subshell_to_shell_channel_socket(own_channel(kernel)[0])
+
+# %% ../nbs/23_pump.ipynb #b2fbf9b3
+def finish(coroutine):
+    "Run `coroutine` to its end; RuntimeError for one that waits for something."
+    try: coroutine.send(None)
+    except StopIteration: return
+    coroutine.close()
+    raise RuntimeError(f"{coroutine.__qualname__} of this kernel waits, and nothing may wait while a cell runs.")
+
 # %% ../nbs/23_pump.ipynb #a2dd7ec6
-def handle(kernel, frames):
-    "Run the handler of the widget's message `frames`. The handlers log what goes wrong in a callback; a message that the session refuses is logged and passed over."
+def handle(kernel, frames, channel):
+    "Run the handler of the widget's message `frames`; an answer goes to `channel`. The handlers log what goes wrong in a callback; a message that the session refuses is logged and passed over."
+    import zmq
     ident, rest = kernel.session.feed_identities(frames, copy=False)
     try: parent = kernel.session.deserialize(rest, content=True, copy=False)
     except (TypeError, ValueError) as e: return kernel.log.error("A widget's message cannot be read: %s", e)  # not signed, or cut short
-    with as_parent(kernel, ident, parent): kernel.shell_handlers[parent["header"]["msg_type"]](None, ident, parent)
+    with as_parent(kernel, ident, parent):
+        answering = kernel.shell_handlers[parent["header"]["msg_type"]](channel, ident, parent)
+        if inspect.iscoroutine(answering): finish(answering)
+        if hasattr(channel, "flush"): channel.flush(zmq.POLLOUT)  # a stream sends when the loop runs, and that is what waits
 
 # %% ../nbs/23_pump.ipynb #94c8197e
 def pump(kernel=None) -> int | None:
@@ -98,7 +116,7 @@ def pump(kernel=None) -> int | None:
     For the thread that a cell or a widget's callback runs in, never for one beside it."""
     kernel = kernel or find_kernel()
     if not (take := find_source(kernel)): return None
-    waiting = take(kernel)
+    waiting, channel = take(kernel), answer_channel(kernel, take)
     with contextlib.ExitStack() as stack:  # calls what it holds from the last to the first, all of it, and then raises what one of them raised
-        for frames in reversed(waiting): stack.callback(handle, kernel, frames)
+        for frames in reversed(waiting): stack.callback(handle, kernel, frames, channel)
     return len(waiting)
