@@ -3,12 +3,14 @@ import time
 from dataclasses import dataclass
 
 import nbformat
+from playwright.sync_api import TimeoutError
 
 CLASSIC = dict(
     ready=".kernel_idle_icon", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt")
 MODERN = dict(
     ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", run_all=(".lm-MenuBar-item:has-text('Run')", ".lm-Menu-item[data-command='runmenu:run-all']"),
     save="[data-command='docmanager:save']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt")
+BEGUN = "selector => [...document.querySelectorAll(selector)].some(prompt => /\\[[*\\d]/.test(prompt.textContent))"
 ALL_RAN = "selector => [...document.querySelectorAll(selector)].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))"
 
 
@@ -31,8 +33,13 @@ class Notebook:
         self.page.locator(self.at["ready"]).first.wait_for()
         return self
 
-    def run_all(self):
+    def run_all(self, attempts=4):
+        "As a reader would, again where nothing begins: JupyterLab calls a kernel idle a moment before it gives it cells."
         for step in self.at["run_all"]: self.page.locator(step).first.click()
+        try: self.page.wait_for_function(BEGUN, arg=self.at["prompt"], timeout=4000)
+        except TimeoutError:
+            if attempts == 1: raise
+            self.run_all(attempts - 1)
 
     def wait_until_run(self, seconds):
         "Until every code cell has its number. An error leaves those after it without."
