@@ -34,11 +34,12 @@ class Notebook:
         return self
 
     def run_all(self, attempts=4):
-        "As a reader would, again where nothing begins: JupyterLab calls a kernel idle a moment before it gives it cells."
+        "As a reader would, again where nothing begins: JupyterLab calls a kernel idle a moment before it is, and then says in a dialog that it waits for it."
         for step in self.at["run_all"]: self.page.locator(step).first.click()
         try: self.page.wait_for_function(BEGUN, arg=self.at["prompt"], timeout=4000)
         except TimeoutError:
             if attempts == 1: raise
+            self.page.keyboard.press("Escape")
             self.run_all(attempts - 1)
 
     def wait_until_run(self, seconds):
