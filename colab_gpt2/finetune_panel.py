@@ -23,6 +23,7 @@ from .config import pick_block_size
 from .panel import Panel, button, folded, meter, row, sentence, take_values
 from .plan import Plan, estimate_text, pick_run_precision, plan_run
 from .progress import Live, curves, describe_samples
+from .pump import interrupts_reach
 from .runtime import check_runtime
 from .snippets import as_python, as_shell, differing
 from .steps import corpus_for_plan, size_for_plan
@@ -151,7 +152,8 @@ class FinetunePanel(Panel):
         self.live, self.running = Live(self.config, self.show), True
         self.show(progress="", charts="", samples="")
         self.enable(stop=True, save=True, sample=True)
-        try: result = finetune(self.config, callbacks=[self.live, Probed(self), *callbacks], progress=False)
+        try:
+            with interrupts_reach(self.live.stop): result = finetune(self.config, callbacks=[self.live, Probed(self), *callbacks], progress=False)
         except (Exception, KeyboardInterrupt) as e:
             if self.can_go_on(e): self.values.set(resume=True, overwrite_output_dir=False)
             raise

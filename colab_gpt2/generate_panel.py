@@ -19,7 +19,7 @@ from .generate import stream
 from .model import MODELS, load_model, load_tokenizer
 from .panel import UNFINISHED, Panel, button, row
 from .progress import describe_samples
-from .pump import pump
+from .pump import interrupts_reach, pump
 from .runtime import find_device
 from .snippets import as_python, as_shell
 
@@ -129,7 +129,8 @@ class GeneratePanel(Panel):
     def write(self):
         self.stopping, self.running = False, True
         self.refresh()
-        try: return self.finish(self.write_sides())
+        try:
+            with interrupts_reach(self.stop): return self.finish(self.write_sides())
         finally:
             self.running = False
             self.refresh()

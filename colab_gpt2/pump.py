@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HANDLING', 'SOURCES', 'find_kernel', 'is_comm', 'take_queued', 'own_channel', 'take_from_socket', 'find_source',
-           'as_parent', 'answer_channel', 'finish', 'handle', 'pump']
+           'as_parent', 'answer_channel', 'finish', 'handle', 'pump', 'PassedOn', 'interrupts_reach']
 
 # %% ../nbs/23_pump.ipynb #b2f16b3b
-import contextlib, functools, inspect, operator, sys, threading
+import contextlib, functools, inspect, operator, signal, sys, threading
 
 # %% ../nbs/23_pump.ipynb #51251bb5
 def find_kernel():
@@ -120,3 +120,31 @@ def pump(kernel=None) -> int | None:
     with contextlib.ExitStack() as stack:  # calls what it holds from the last to the first, all of it, and then raises what one of them raised
         for frames in reversed(waiting): stack.callback(handle, kernel, frames, channel)
     return len(waiting)
+
+# %% ../nbs/23_pump.ipynb #ef52f202
+class PassedOn:
+    "A handler of SIGINT that calls `ask()` until that is None, and from then on does what was done before it."
+    def __init__(self, ask, loop): self.ask, self.loop, self.former = ask, loop, None
+
+    def watch(self):
+        "On the main thread: take the place of the present handler, and see to it that it is kept; give it back in the end."
+        present = signal.getsignal(signal.SIGINT)
+        if not self.ask: return present is self and signal.signal(signal.SIGINT, self.former)
+        if present is not self: self.former = signal.signal(signal.SIGINT, self)
+        self.loop.call_later(0.5, self.watch)
+
+    def __call__(self, signum, frame):
+        if self.ask: self.ask()
+        elif callable(self.former): self.former(signum, frame)
+
+# %% ../nbs/23_pump.ipynb #cf0777cd
+@contextlib.contextmanager
+def interrupts_reach(ask, kernel=None):
+    """For as long as this lasts the notebook's interrupt button calls `ask()`, on the main thread, which should do no more than leave a note. For work
+    in another thread of a kernel; on the main thread nothing is changed, since an interrupt comes there as KeyboardInterrupt."""
+    loop = getattr(kernel or find_kernel(), "io_loop", None)
+    if loop is None or threading.current_thread() is threading.main_thread(): yield; return
+    handler = PassedOn(ask, loop)
+    loop.add_callback(handler.watch)
+    try: yield
+    finally: handler.ask = None

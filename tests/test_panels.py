@@ -248,6 +248,37 @@ print(panel.buttons["stop"].model_id)
 """
 
 
+IN_A_SUBSHELL = """
+import ipywidgets as widgets
+other = widgets.Button()
+other.on_click(lambda _: setattr(panel.buttons["start"], "tooltip", "touched"))
+print(other.model_id, panel.buttons["start"].model_id)
+"""
+
+
+def test_the_interrupt_button_stops_and_saves_a_run_in_a_subshell(quick):
+    "JupyterLab has the click on Start handled in a thread beside the main one, to which the signal comes; tests/test_pump.py says when."
+    from jupyter_client.manager import start_new_kernel
+    from test_pump import click, idle, listen, run
+    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)
+    try:
+        if "kernel subshells" not in client.kernel_info(reply=True, timeout=30)["content"].get("supported_features", []): pytest.skip("this ipykernel is older than subshells, 7.0")
+        client.control_channel.send(client.session.msg("create_subshell_request"))
+        subshell = client.get_control_msg(timeout=30)["content"]["subshell_id"]
+        run(client, START.format(config=quick))
+        other, start = run(client, IN_A_SUBSHELL).split()
+        listen(client, idle(click(client, other, subshell)))
+        running = click(client, start, subshell)
+        listen(client, lambda m: m["msg_type"] == "comm_msg" and re.search(r"step [1-9]\d* of 4,000", str(m["content"])), timeout=120)
+        manager.interrupt_kernel()
+        listen(client, idle(running), timeout=60)
+        said = run(client, "print(panel.said)")
+        assert re.match(r"Stopped at step \d+ of 4000; saved in .* Start goes on from there", said) and list(Path(quick.output_dir).glob("checkpoint-*"))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 def test_a_click_on_stop_is_obeyed_within_a_step_and_a_picture_stays(quick):
     from jupyter_client.manager import start_new_kernel
     from test_pump import click, idle, listen, printed, run

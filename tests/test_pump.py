@@ -7,12 +7,12 @@ pytest.importorskip("jupyter_client")
 from jupyter_client.manager import start_new_kernel
 
 LOOP = """
-import time
-from colab_gpt2.pump import pump
+import threading, time
+from colab_gpt2.pump import interrupts_reach, pump
 asked, steps = [], 0
 def loop():
     global steps
-    print("looping", flush=True)
+    print("looping in", threading.current_thread().name, flush=True)
     for steps in range(1, 201):
         time.sleep(0.02)
         pump()
@@ -21,11 +21,14 @@ def loop():
 """
 BUTTONS = """
 import ipywidgets as widgets
-stop, start, slider = widgets.Button(description="Stop"), widgets.Button(description="Start"), widgets.IntSlider()
+stop, start, slider, other = widgets.Button(description="Stop"), widgets.Button(description="Start"), widgets.IntSlider(), widgets.Button()
 stop.on_click(lambda _: asked.append(True))
-start.on_click(lambda _: loop())
+def start_loop(_):
+    with interrupts_reach(lambda: asked.append(True)): loop()
+start.on_click(start_loop)
+other.on_click(lambda _: [setattr(button, "tooltip", "touched") for button in (stop, start)])
 slider.observe(lambda change: print("slider at", change["new"], flush=True), "value")
-print(stop.model_id, start.model_id, slider.model_id)
+print(stop.model_id, start.model_id, slider.model_id, other.model_id)
 """
 
 
@@ -40,7 +43,7 @@ def kernel():
 @pytest.fixture
 def buttons(kernel):
     said = run(kernel, LOOP + BUTTONS)
-    return dict(zip(("stop", "start", "slider"), said.split()))
+    return dict(zip(("stop", "start", "slider", "other"), said.split()))
 
 
 def listen(client, until, timeout=30):
@@ -93,19 +96,50 @@ def test_a_click_is_handled_in_the_middle_and_cells_wait(kernel, buttons, where)
     assert order == [clicked, running, *waiting]
 
 
-def test_a_click_is_handled_in_a_subshell(kernel, buttons):
-    "JupyterLab has widgets' messages handled there: the loop that a click starts, and the click that is to end it."
+@pytest.fixture
+def subshell(kernel, buttons):
+    """JupyterLab has widgets' messages handled in one: the loop that a click starts, and the click that is to end it. ipykernel 7.4 sends there what
+    belongs to widgets that a message from there has changed, as a panel's buttons are when any of them is pressed."""
     known = kernel.kernel_info(reply=True, timeout=30)["content"].get("supported_features", [])
     if "kernel subshells" not in known: pytest.skip("this ipykernel is older than subshells, 7.0")
     kernel.control_channel.send(kernel.session.msg("create_subshell_request"))
     subshell = kernel.get_control_msg(timeout=30)["content"]["subshell_id"]
-    try:
-        click(kernel, buttons["start"], subshell)
-        listen(kernel, looping)
-        click(kernel, buttons["stop"], subshell)
-        ended = listen(kernel, lambda m: m["msg_type"] == "stream" and "ended after" in m["content"]["text"])[-1]
-        assert int(ended["content"]["text"].split()[2]) < 150  # of 200
-    finally: kernel.control_channel.send(kernel.session.msg("delete_subshell_request", dict(subshell_id=subshell)))
+    listen(kernel, idle(click(kernel, buttons["other"], subshell)))
+    yield subshell
+    kernel.control_channel.send(kernel.session.msg("delete_subshell_request", dict(subshell_id=subshell)))
+    kernel.get_control_msg(timeout=30)
+
+
+def steps_taken(kernel):
+    "How many of the loop's 200 steps, once it has said so."
+    ended = listen(kernel, lambda m: m["msg_type"] == "stream" and "ended after" in m["content"]["text"])[-1]
+    return int(ended["content"]["text"].split()[2])
+
+
+def test_a_click_is_handled_in_a_subshell(kernel, buttons, subshell):
+    click(kernel, buttons["start"], subshell)
+    assert f"looping in subshell-{subshell}" in printed(listen(kernel, looping))
+    click(kernel, buttons["stop"], subshell)
+    assert steps_taken(kernel) < 150
+
+
+def interrupt_by_message(kernel): kernel.control_channel.send(kernel.session.msg("interrupt_request", {}))
+
+
+@pytest.mark.parametrize("press", [lambda kernel: kernel.parent.interrupt_kernel(), interrupt_by_message], ids=["a signal", "a message"])
+def test_the_interrupt_button_reaches_a_subshell(kernel, buttons, subshell, press):
+    "Also after a cell, around which the kernel sets a handler of its own; and when the loop is over a cell can be interrupted as ever."
+    click(kernel, buttons["start"], subshell)
+    assert f"looping in subshell-{subshell}" in printed(listen(kernel, looping))
+    run(kernel, "import signal")
+    time.sleep(0.6)  # the handler is looked after twice a second
+    press(kernel)
+    assert steps_taken(kernel) < 150
+    sleeping = kernel.execute("print('asleep', flush=True); time.sleep(20)")
+    listen(kernel, lambda m: m["msg_type"] == "stream" and "asleep" in m["content"]["text"])
+    press(kernel)
+    heard = listen(kernel, idle(sleeping), timeout=10)
+    assert [m["content"]["ename"] for m in heard if m["msg_type"] == "error"] == ["KeyboardInterrupt"]
 
 
 def test_the_browser_hears_that_each_change_was_dealt_with(kernel, buttons):
@@ -128,9 +162,8 @@ def test_a_page_that_is_opened_in_mid_run_learns_which_widgets_there_are(kernel,
     while (answer := kernel.get_shell_msg(timeout=5))["parent_header"]["msg_id"] != question: pass  # of the tests before
     assert answer["msg_type"] == "comm_info_reply" and buttons["stop"] in answer["content"]["comms"]
     click(kernel, buttons["stop"])
-    ended = listen(kernel, lambda m: m["msg_type"] == "stream" and "ended after" in m["content"]["text"])[-1]
-    assert int(ended["content"]["text"].split()[2]) < 150  # of 200
-    listen(kernel, lambda m: idle(running)(m))
+    assert steps_taken(kernel) < 150
+    listen(kernel, idle(running))
 
 
 def test_an_empty_pump_costs_little(kernel):
