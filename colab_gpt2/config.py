@@ -71,7 +71,7 @@ class FinetuneConfig(Record):
 # %% ../nbs/11_config.ipynb #cbab7b6c
 LIMITS = dict(
     num_train_epochs=dict(above=0), max_steps=dict(minimum=-1, integer=True), block_size=dict(minimum=2, integer=True),
-    effective_batch_size=dict(minimum=1, integer=True), per_device_train_batch_size=dict(minimum=1, integer=True),
+    effective_batch_size=dict(minimum=1, maximum=10**9, integer=True), per_device_train_batch_size=dict(minimum=1, integer=True),
     gradient_accumulation_steps=dict(minimum=1, integer=True), learning_rate=dict(above=0), weight_decay=dict(minimum=0),
     warmup_steps=dict(minimum=0), max_grad_norm=dict(above=0), seed=dict(minimum=0, maximum=2**32 - 1, integer=True),
     logging_steps=dict(minimum=1, integer=True), save_steps=dict(minimum=-1, integer=True),

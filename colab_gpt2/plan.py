@@ -72,7 +72,8 @@ def micro_batches(config) -> list:
     "The micro-batches that `config` allows, the largest first: what it fixes, or every divisor of the effective batch."
     batch, micro, parts = effective_batch(config), config.per_device_train_batch_size, config.gradient_accumulation_steps
     if micro or parts: return [micro or batch // parts]
-    return [n for n in range(batch, 0, -1) if batch % n == 0]
+    small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]  # each has its partner beyond the root: a billion is looked through in no time
+    return sorted({*small, *(batch // n for n in small)}, reverse=True)
 
 # %% ../nbs/13_plan.ipynb #3b826ced
 def methods(config, runtime) -> list:
