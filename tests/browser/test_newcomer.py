@@ -62,7 +62,7 @@ def test_train_by_hand(ran, record_property):
     "Values changed, a bad one marked; the curve grows, a sample comes, Stop is obeyed, and Start goes on."
     panel = ran.panel(TRAINING)
     fill(panel, "Learning rate", "-1")
-    panel.get_by_text("learning_rate is -1").wait_for()
+    panel.get_by_text("Learning rate is -1").wait_for()
     assert panel.get_by_role("button", name="Start", exact=True).is_disabled()
     ran.picture("bad-value", panel)
     for label, text in {"Learning rate": "5e-4", "Epochs": "0.6", "Output folder": "by-hand"}.items(): fill(panel, label, text)
