@@ -68,10 +68,10 @@ class DrivePanel(Panel):
 
     def __init__(self, before=None, **values):
         if not in_colab(): values = {"drive": "drive", **values}
-        taken = {"model": (before.result or before.config).output_dir} if before else {}
+        taken = {"model": (before.saved or before.config).output_dir} if before else {}
         super().__init__(Values(DriveConfig(**(taken | values))))
         self.mounted, self.packed, self.working = None, {}, False  # `packed`: path -> SHA-256 of the archives that were made here
-        self.awaited = taken["model"] if before and not before.result and "model" not in values else None  # a model that is not made yet
+        self.awaited = taken["model"] if before and not before.saved and "model" not in values else None  # a model that is not made yet
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
         self.kept_there = widgets.Dropdown(options=[("nothing yet", "")], description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
         self.target = Form(self.values, ["restore_to"])
@@ -79,13 +79,13 @@ class DrivePanel(Panel):
                             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
         self.quota, self.view = widgets.HTML(), widgets.HTML()
         self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"]), self.status, self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
-        if before: before.followers.append(self.take)
+        if before: before.followers.append(lambda result: self.take(before))
         if not in_colab(): self.say(f"This is not Colab, so {f'the folder {self.config.drive} stands for the Drive' if self.config.drive else 'name a folder that stands for the Drive'}.", "ℹ")
 
-    def take(self, finished):
-        "Take the folder over from the FinetuneResult `finished`."
-        self.awaited = None
-        self.values.set(model=finished.output_dir)
+    def take(self, panel):
+        "Take over the folder in which the FinetunePanel `panel` has saved a model; while it has none, the one that it will fill is awaited."
+        self.awaited = None if panel.saved else panel.config.output_dir
+        if panel.saved: self.values.set(model=panel.saved.output_dir)
 
     def python(self):
         drive = dict(drive=self.config.drive) if self.config.drive else {}

@@ -77,6 +77,7 @@ class GeneratePanel(Panel):
     def __init__(self, before=None, **values):
         super().__init__(Values(GenerateConfig(**values)))
         self.own, self.taken, self.awaited = set(values), {}, None  # fields that were set here; what came from the panel before; a model that it has not made yet
+        self.cache_dir, self.tokenizers = None, {}  # of the run that made the model: where the Hub's files are kept; model -> another tokenizer than its own
         self.loaded, self.stopping, self.running = {}, False, False
         self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, compare_with=MODELS))
         self.buttons = dict(start=button("Generate", self.start, primary=True), stop=button("Stop", self.stop))
@@ -86,27 +87,34 @@ class GeneratePanel(Panel):
 
     def come_after(self, panel):
         "Take over from a FinetunePanel: what it will make, and, when it has made it, what that was made with."
-        self.take((panel.result or panel).config, panel.result)
-        panel.followers.append(lambda finished: self.take(finished.config, finished))
+        self.take(panel)
+        panel.followers.append(lambda result: self.take(panel))
 
-    def take(self, config, finished):
-        "The models, and what the user has not typed here, from the FinetuneConfig `config`; without a run that is `finished` its model is awaited."
+    def take(self, panel):
+        "The models, and what the user has not typed here, from the FinetunePanel `panel`; as long as it has none that is finished its model is awaited."
+        config = panel.saved or panel.config
         made = dict(model=config.output_dir, compare_with=config.model, prompt=config.prompt, max_new_tokens=config.max_new_tokens, seed=config.seed)
-        if finished: self.loaded.pop(made["model"], None)  # its weights are others now
+        self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
+        self.loaded.clear()  # the weights in the folder are others now, and a training needs the memory
         self.own |= {name for name in ("prompt", "max_new_tokens", "seed") if name in self.values.problems or name in self.taken and getattr(self.config, name) != self.taken[name]}
         self.taken = {name: value for name, value in made.items() if name not in self.own}
-        self.awaited = None if finished else self.taken.get("model")
+        self.awaited = None if panel.saved else self.taken.get("model")
         self.values.set(**self.taken)
 
     def python(self):
         calls = [(self.config.compare_with, "before")] * bool(self.config.compare_with) + [(self.config.model, "after")]
-        return "\n".join(as_python("generate", dict(model=model, **self.options()), name) for model, name in calls).replace("\nfrom colab_gpt2 import generate\n", "")
+        return "\n".join(as_python("generate", dict(model=model, **self.options(), **self.origin(model)), name) for model, name in calls).replace("\nfrom colab_gpt2 import generate\n", "")
 
     def shell(self): return "\n".join(as_shell("generate", dict(model=model, **self.options())) for model in (self.config.compare_with, self.config.model) if model)
 
     def options(self) -> dict:
         seed = {} if self.config.seed is None else dict(seed=self.config.seed)
         return dict(prompt=self.config.prompt, max_new_tokens=self.config.max_new_tokens, **self.config.sampling(), **seed)
+
+    def origin(self, model) -> dict:
+        "Where the run had `model` from: another tokenizer than its own, another folder for the Hub's files."
+        given = dict(tokenizer=self.tokenizers.get(model), cache_dir=self.cache_dir)
+        return {name: value for name, value in given.items() if value}
 
     def refresh(self):
         super().refresh()
@@ -117,7 +125,7 @@ class GeneratePanel(Panel):
         if name not in self.loaded:
             self.say(f"Loading {name} …", "⏳")
             device = find_device()[0]
-            self.loaded[name] = load_model(name).to(device), load_tokenizer(name)
+            self.loaded[name] = load_model(name, cache_dir=self.cache_dir).to(device), load_tokenizer(self.tokenizers.get(name, name), cache_dir=self.cache_dir)
         return self.loaded[name]
 
     def start(self):

@@ -156,6 +156,41 @@ def test_what_follows_waits_for_a_finished_model(quick):
     assert panel.start().steps == 12 and writing.start().whole
 
 
+@pytest.mark.parametrize("where, left", [("training", False), ("measuring after", True)])
+def test_the_result_is_that_of_the_last_run(quick, where, left):
+    "The first run ends, the second is stopped: in the middle it leaves no model, while it is measured it does, though no result."
+    from colab_gpt2.panel import UNFINISHED
+    panel = colab_gpt2.FinetunePanel(quick)
+    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel)
+    assert panel.start() is panel.result is not None and writing.start().whole
+    panel.values.set(overwrite_output_dir=True, seed=7)
+    def stop():
+        if panel.live.stage == where: panel.buttons["stop"].click()
+    assert panel.start(callbacks=[At(2, lambda: setattr(panel.live, "pump", stop))]) is None and panel.result is None and panel.said.startswith("Stopped")
+    assert bool(panel.saved) == (keeping.awaited is None) == left
+    assert writing.start().whole if left else (writing.start(), writing.said) == (None, UNFINISHED)
+
+
+def test_a_run_that_is_refused_leaves_the_result(quick):
+    panel = colab_gpt2.FinetunePanel(quick)
+    result = panel.start()
+    assert panel.start() is None and isinstance(panel.error, FileExistsError) and panel.result is result and panel.saved
+
+
+def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
+    def fail(): raise MemoryError("Out of memory, and nothing is left to divide; set a smaller block_size.")
+    panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
+    assert panel.start(callbacks=[At(4, fail)]) is None and "set a smaller “Block size”" in panel.said and "set “Go on” to no" in panel.status.value
+    rows = panel.form.rows
+    rows["block_size"].widget.value = "32"
+    assert "of a run with Block size 64" in panel.plan.value
+    rows["overwrite_output_dir"].widget.value = True
+    assert panel.buttons["start"].disabled and all("exclude each other" in rows[name].hint.value for name in ("resume", "overwrite_output_dir"))
+    rows["resume"].widget.value = False
+    assert not panel.buttons["start"].disabled and "starts over" in panel.plan.value
+    assert panel.start().plan.block_size == 32
+
+
 @pytest.mark.parametrize("error, said", [(OSError(28, "No space left on device"), "Kept: checkpoint-3"), (MemoryError("Out of memory"), "Out of memory"), (KeyboardInterrupt(), "Stopped.")])
 def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, said):
     def fail(): raise error
