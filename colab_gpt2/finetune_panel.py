@@ -22,7 +22,7 @@ from .model import MODELS, load_config, model_context
 from .config import pick_block_size
 from .panel import Panel, button, folded, meter, row, sentence, take_values
 from .plan import Plan, estimate_text, pick_run_precision, plan_run
-from .progress import Live, curves, describe_samples
+from .progress import Live, describe_samples
 from .pump import interrupts_reach
 from .runtime import check_runtime
 from .snippets import as_python, as_shell, differing
@@ -88,13 +88,13 @@ def describe_folder(config, plan=None) -> str:
 
 # %% ../nbs/30_finetune_panel.ipynb #4620edac
 def describe_result(result, live) -> str:
-    "The HTML of a FinetuneResult with the curves and samples of `live`: what stays in the notebook."
+    "The HTML of a FinetuneResult with the samples of `live`: what stays in the notebook beside the charts."
     before, after = result.perplexity_before, result.perplexity_after
     speed = f", {result.tokens_per_second:,.0f} tokens a second" if result.tokens_per_second else ""
     resumed = f" It went on from {html.escape(result.resumed_from)}." if result.resumed_from else ""
     return (f"<p>Perplexity a {after.unit} on the {html.escape(after.split)} text, stride {after.stride}, context {after.context}: <b>{before.value:,.2f} → {after.value:,.2f}</b>. "
             f"{html.escape(result.model)} on {html.escape(result.dataset)}, {result.steps:,} steps{speed}, {human_time(result.seconds)} in all; saved in {html.escape(result.output_dir)}.{resumed}</p>"
-            f"{curves(live.losses, live.measured, result.steps)}{describe_samples(live.samples)}")
+            f"{describe_samples(live.samples)}")
 
 # %% ../nbs/30_finetune_panel.ipynb #81825838
 MAIN = ("model", "num_train_epochs", "block_size", "effective_batch_size", "learning_rate", "output_dir", "resume", "overwrite_output_dir", "prompt")
@@ -105,6 +105,7 @@ ADVANCED = ("max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "m
 class FinetunePanel(Panel):
     """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `live` is the run that goes on now or was the last. From
     the moment when a run begins to train `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until then."""
+    draws = True
     title, lead = "3. Fine-tune", "Training goes on here, in this cell; the buttons work while it runs, and the notebook's own stop button means Stop."
 
     def __init__(self, before=None, **values):
@@ -172,7 +173,7 @@ class FinetunePanel(Panel):
             self.live.end()
             self.running = False
             self.refresh()
-        self.keep(describe_result(result, self.live))
+        self.keep(describe_result(result, self.live), self.live.charts())
         return self.finish(result)
 
     def leave(self, saved):
@@ -194,7 +195,7 @@ class FinetunePanel(Panel):
 
     def interrupted(self, error):
         super().interrupted(f"{error} Start goes on from there." if isinstance(error, Interrupted) else error)
-        if self.live and self.live.losses: self.keep(f"<p>{html.escape(str(error))}</p>{curves(self.live.losses, self.live.measured, self.live.steps)}{describe_samples(self.live.samples)}")
+        if self.live and self.live.losses: self.keep(f"<p>{html.escape(str(error))}</p>{describe_samples(self.live.samples)}", self.live.charts())
 
     def stop(self):
         "Stop after the step at hand and save a checkpoint; the next start goes on from it."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCENT', 'MARKERS', 'Line', 'ticks', 'log_ticks', 'short', 'Axis', 'axis_for', 'thinned', 'draw_line', 'draw_values',
-           'draw_axes', 'draw_legend', 'describe_lines', 'line_chart']
+           'draw_axes', 'draw_legend', 'describe_lines', 'line_chart', 'on_paper']
 
 # %% ../nbs/22_plots.ipynb #748ca100
 import html, math
@@ -146,3 +146,10 @@ def line_chart(
     return (f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='{html.escape(describe_lines(title, lines), quote=True)}' viewBox='0 0 {width} {height}' "
             f"width='{width}' style='max-width:min(100%,{width}px);height:auto' font-family='system-ui,sans-serif' font-size='12'>"
             f"<text x='{left}' y='16' fill='currentColor' font-size='13' font-weight='600'>{html.escape(title)}</text>{body}</svg>")
+
+# %% ../nbs/22_plots.ipynb #4e2318d9
+def on_paper(charts, width=460, height=240) -> str:
+    "One SVG of the SVGs `charts`, side by side, dark on a white ground of its own: to be read on any page, as a file too."
+    placed = "".join(f"<g transform='translate({n * (width + 16)} 0)'>{chart}</g>" for n, chart in enumerate(charts))
+    return (f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {len(charts) * (width + 16)} {height}' width='{len(charts) * (width + 16)}' height='{height}' color='#1f2937'>"
+            f"<rect width='100%' height='100%' fill='#fff'/>{placed}</svg>")

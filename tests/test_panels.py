@@ -326,8 +326,9 @@ def test_a_click_on_stop_is_obeyed_within_a_step_and_a_picture_stays(quick):
         heard = listen(client, idle(running), timeout=60)
         last = int(re.findall(r"step (\d+)", "step 3 " + printed(heard))[-1])
         assert run(client, "print(panel.said)").startswith(f"Stopped at step {last} of 4000; saved in")
-        kept = [m["content"]["data"]["text/html"] for m in heard if m["msg_type"] == "update_display_data"]
-        assert kept and "<svg" in kept[-1] and "Stopped at step" in kept[-1]
+        words, drawing = (m["content"]["data"] for m in [m for m in heard if m["msg_type"] == "update_display_data"][-2:])
+        assert "Stopped at step" in words["text/html"] and "<svg" not in words["text/html"]
+        assert drawing["image/svg+xml"].startswith("<svg") and "text/html" not in drawing  # which would be shown instead, and on GitHub without the curve
         assert last < 50, "steps of some 50 ms: far more than one went by"
     finally:
         client.stop_channels()
