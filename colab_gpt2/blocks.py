@@ -12,8 +12,7 @@ import codecs, contextlib, fcntl, functools, hashlib, io, json, os, re, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 import numpy as np, torch
-from tqdm import tqdm
-from .core import Record, cache_folder, check_number, human_bytes, replacing, sha256_of
+from .core import Record, cache_folder, check_number, human_bytes, make_bar, replacing, sha256_of
 from .data import check_text
 
 # %% ../nbs/04_blocks.ipynb #f19b97a3
@@ -214,8 +213,8 @@ def write_part(path, ids_file, out, encoder, expected, progress):
         with replacing(file) as temporary: temporary.write_text(json.dumps(counts | expected), encoding="utf-8")
     try:
         counts = resume_counts(out, part, journal, expected)
-        with open_text(path, counts["bytes"]) as text, tqdm(total=path.stat().st_size, initial=counts["bytes"], unit="B", unit_scale=True,
-                                                            desc=f"Tokenising {path.name}", disable=not progress) as bar:
+        with open_text(path, counts["bytes"]) as text, make_bar(progress, desc=f"Tokenising {path.name}", total=path.stat().st_size, initial=counts["bytes"],
+                                                                unit="B", unit_scale=True) as bar:
             counts = write_ids(read_segments(text, encoder.cut), encoder, out, counts, functools.partial(note, journal), bar.update)
         note(record, counts)
         os.replace(part, ids_file)
@@ -247,7 +246,7 @@ def tokenize_file(
     *,
     split: str = "",  # the name that tables and perplexities carry
     cache_dir=None,  # where the token files go, under `tokens`; see `cache_folder`
-    progress: bool = True,
+    progress=True,  # a bar on stderr, or a function for `make_bar`
     minimum_blocks: int = 0,  # 1 for a text to train on: see `check_trainable`
 ) -> Blocks:
     """The whole text as one stream of tokens in a memory map, cut into blocks.

@@ -124,6 +124,10 @@ class Listener(TrainerCallback):
         """`stage` begins: "loading", "measuring before", "probing", "training", "saving" or "measuring after". `facts` are what is new by then:
         plan and resumed_from at the measuring before, stop (the run's StopOnInterrupt) at the probing, plan again, as probed, at the training."""
 
+    def on_progress(self, what, done, total):
+        """In a run without bars: `done` of `total` (None if that is not known) of `what` is done, such as a download, the cutting into tokens or the writing of
+        a sample; 0 of 1 where a piece of work begins that cannot be looked into. What this raises ends the run."""
+
     def on_measuring(self, done, total):
         "`done` of `total` tokens of the held-out text are scored. What this raises ends the run."
 

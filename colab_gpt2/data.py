@@ -127,10 +127,10 @@ def hub_trouble() -> str:
 # %% ../nbs/03_data.ipynb #dc92332f
 @contextlib.contextmanager
 def bars(progress):
-    "Show or hide the progress bars of `datasets` for a while."
+    "Show or hide the progress bars of `datasets` for a while; a function cannot be told what they show."
     import datasets
     were_hidden = datasets.are_progress_bars_disabled()
-    if not progress: datasets.disable_progress_bars()
+    if not progress or callable(progress): datasets.disable_progress_bars()
     try: yield
     finally:
         if not were_hidden: datasets.enable_progress_bars()
@@ -305,7 +305,7 @@ def load_corpus(
     eval_file=None,  # and one to evaluate on: it becomes the validation split
     hold_out=True,  # cut a single `train_file` in three; if not, all of it is for training
     cache_dir=None,  # where downloads are kept; see `cache_folder`
-    progress=True,  # bars on stderr
+    progress=True,  # bars on stderr, or a function for `make_bar`
     sources=WIKITEXT,  # name -> Published: other mirrors
 ) -> Corpus:
     """The text to train and evaluate on, as files that are there and checked.

@@ -7,7 +7,7 @@ __all__ = ['UPLOADS', 'OWN', 'TEXTS', 'Preview', 'preview_rows', 'look_into', 'd
            'DataPanel']
 
 # %% ../nbs/28_data_panel.ipynb #6b8960a5
-import html, itertools
+import html, itertools, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .data import PYTHON_DOCS, SPLITS, Corpus, check_text
 from .fields import Form
 from .model import load_config, model_context
 from .panel import Panel, button, row, take_values
+from .pump import interrupts_reach, pump
 from .snippets import as_python, as_shell, differing
 from .steps import fetch_for, tokenizer_for_plan
 
@@ -46,13 +47,13 @@ def preview_rows(preview) -> list:
     return rows + [("Articles", f"{preview.articles:,}: {', '.join(preview.titles)}{' …' if preview.articles > len(preview.titles) else ''}")] * bool(preview.titles)
 
 # %% ../nbs/28_data_panel.ipynb #ea3d38d6
-def look_into(config, corpus=None) -> Preview:
-    "Fetch the text of `config`, cut it into blocks for its model, and look at its beginning."
-    corpus, tokenizer = corpus or fetch_for(config, progress=False), tokenizer_for_plan(config, True)
+def look_into(config, corpus=None, progress=False) -> Preview:
+    "Fetch the text of `config`, cut it into blocks for its model, and look at its beginning. `progress` is a bool or a function, for `make_bar`."
+    corpus, tokenizer = corpus or fetch_for(config, progress), tokenizer_for_plan(config, True)
     blocks = {}
     if tokenizer:
         block_size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))
-        blocks = tokenize_corpus(corpus, tokenizer, block_size, cache_dir=config.cache_dir, progress=False)
+        blocks = tokenize_corpus(corpus, tokenizer, block_size, cache_dir=config.cache_dir, progress=progress)
     split = next(split for split in SPLITS if split in corpus.bytes)
     titles = list(corpus.articles(split))
     with open(corpus.path(split), encoding="utf-8") as f: excerpt = f.read(700).strip()
@@ -102,10 +103,11 @@ class DataPanel(Panel):
         self.blocks = Form(shared, ["block_size"])
         self.uploads = [widgets.FileUpload(description=text, accept=".txt,.md,text/plain", multiple=False, layout=widgets.Layout(width="auto")) for text in ("Upload a text", "Upload a held-out text")]
         self.files = widgets.VBox([row(*self.uploads, widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; put a larger one beside the notebook and name it</span>")), self.own.box])
-        self.view, self.fetch = widgets.HTML(), button("Fetch and look", self.start, primary=True)
+        self.view, self.fetch, self.halt = widgets.HTML(), button("Fetch and look", self.start, primary=True), button("Stop", self.stop)
+        self.running, self.stopping, self.told = False, False, 0.0  # `told`: when it was said how far the work is
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
         for upload, name in zip(self.uploads, self.own.rows): upload.observe(lambda change, name=name: self.receive(name, change["new"]), "value")
-        self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch), self.status, self.view)
+        self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch, self.halt), self.status, self.view)
         if note: self.say(note, "ℹ")
 
     def chosen(self): return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
@@ -135,7 +137,8 @@ class DataPanel(Panel):
         if self.chosen() not in dict(self.choice.options).values(): self.choice.options = self.offered()  # which selects the first, and that is it
         if self.choice.value != self.chosen(): self.choice.value = self.chosen()
         self.files.layout.display = "" if self.choice.value == OWN else "none"
-        self.fetch.disabled = any(name in self.values.problems for name in ("train_file", "eval_file", "block_size"))
+        self.fetch.disabled = self.running or any(name in self.values.problems for name in ("train_file", "eval_file", "block_size"))
+        self.halt.disabled = not self.running
 
     def python(self): return as_python("fetch", self.given(), "corpus")
 
@@ -145,11 +148,29 @@ class DataPanel(Panel):
 
     def start(self):
         "Fetch the text, check it and count it; -> the Preview."
-        if self.fetch.disabled: return self.say(next(iter(self.values.problems.values())), "⚠")
+        if self.fetch.disabled: return self.say(next(iter(self.values.problems.values()), "The text is being fetched."), "⚠")
         return self.work(self.fetch_and_look, "Fetching and reading the text …", self.describe)
 
+    def stop(self):
+        "End the fetching and reading here."
+        self.stopping = True
+
+    def report(self, what, done, total):
+        "Let clicks in, obey Stop, and twice a second say how far the work is."
+        pump()
+        if self.stopping: raise KeyboardInterrupt("Stopped.")
+        if time.monotonic() - self.told < 0.5: return
+        self.told = time.monotonic()
+        self.say(f"{what}, {done / total:.0%} …" if total else f"{what} …", "⏳")
+
     def fetch_and_look(self):
-        preview = look_into(self.config)
+        self.running, self.stopping = True, False
+        self.refresh()
+        try:
+            with interrupts_reach(self.stop): preview = look_into(self.config, progress=self.report)
+        finally:
+            self.running = False
+            self.refresh()
         self.view.value = describe_preview(preview)
         self.keep(self.view.value)
         return self.finish(preview)

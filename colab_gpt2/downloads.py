@@ -11,10 +11,9 @@ import email.utils, os, re, shutil, stat, time, zipfile
 from pathlib import Path, PurePosixPath
 
 import requests
-from tqdm import tqdm
 
 from . import __version__
-from .core import check_space, human_bytes, sha256_of
+from .core import check_space, human_bytes, make_bar, sha256_of
 
 # %% ../nbs/02_downloads.ipynb #07f16cfd
 USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses the default ones of Python's libraries
@@ -58,7 +57,7 @@ def receive(url, part, progress=True):
         total = start + int(answer.headers.get("Content-Length") or 0)
         check_space(part, total - start, f"The rest of {url}")
         answer.raw.enforce_content_length = False  # else what came last before a break is thrown away; the size is checked below
-        bar = tqdm(desc=url.rsplit("/", 1)[-1], initial=start, total=total or None, unit="B", unit_scale=True, disable=not progress)
+        bar = make_bar(progress, desc=url.rsplit("/", 1)[-1], initial=start, total=total or None, unit="B", unit_scale=True)
         with bar, open(part, "ab" if start else "wb") as f:
             for piece in answer.iter_content(1 << 16): bar.update(f.write(piece))
     if part.stat().st_size < total: raise Retry(f"broke off after {human_bytes(part.stat().st_size)} of {human_bytes(total)}")
@@ -119,7 +118,7 @@ def unzip(path, folder, progress=True):
             if len({s for s, _ in members}) < len(members) or not members:
                 raise ValueError(f"{path} holds {len(members)} files of WikiText's layout; wiki.train.raw, wiki.valid.raw and wiki.test.raw, once each, are looked for.")
             check_space(folder, sum(m.file_size for _, m in members), f"Unpacking {path}")
-            for s, member in tqdm(members, desc="unpack", unit="file", disable=not progress):
+            for s, member in make_bar(progress, members, desc="unpack", total=len(members), unit="file"):
                 with archive.open(member) as source, open(folder/PurePosixPath(member.filename).name, "wb") as f: shutil.copyfileobj(source, f, 1 << 20)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as e: raise ValueError(f"{path} cannot be unpacked: {e}.") from e  # damaged, or with a password
     return {s: folder/PurePosixPath(m.filename).name for s, m in members}

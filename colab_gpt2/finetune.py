@@ -226,15 +226,19 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     check_trainer_args(config)
     output_dir = check_output_dir(config)
     tell(callbacks, "on_stage", "loading")
+    report = progress or functools.partial(tell, callbacks, "on_progress")
     config = replace(config, output_dir=str(output_dir))
     check_sources(config)
     runtime = pick_run_precision(config, check_runtime(output_dir))
-    corpus = load_corpus(config.dataset, train_file=config.train_file, eval_file=config.eval_file, cache_dir=config.cache_dir, progress=progress)
+    tell(callbacks, "on_progress", "Fetching the text", 0, 1)
+    corpus = load_corpus(config.dataset, train_file=config.train_file, eval_file=config.eval_file, cache_dir=config.cache_dir, progress=report)
+    tell(callbacks, "on_progress", "Loading the model", 0, 1)
     tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
     load = lambda: load_model(config.model, from_scratch=config.from_scratch, seed=config.seed, cache_dir=config.cache_dir)
     model = load().to(runtime.device)
     check_match(model, tokenizer)
-    train, held_out = (cut(config, corpus, tokenizer, model_context(model), progress) for cut in (training_blocks, held_out_blocks))
+    tell(callbacks, "on_progress", "Reading the text", 0, 1)
+    train, held_out = (cut(config, corpus, tokenizer, model_context(model), report) for cut in (training_blocks, held_out_blocks))
     plan = plan_training(config, model, train, runtime)
     check_room(config, plan)
     training_arguments(config, plan, runtime, model.num_parameters())  # what it refuses is said before anything slow
@@ -244,7 +248,7 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
         tell(callbacks, "on_stage", stage, **facts)
         with said_in_one_line(config):
             measured = (perplexity(model, held_out, stride=config.eval_stride, precision=plan.precision, progress=progress, watch=functools.partial(tell, callbacks, "on_measuring")),
-                        generate(model, config.prompt, tokenizer=tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=progress)[0])
+                        generate(model, config.prompt, tokenizer=tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=report)[0])
         tell(callbacks, "on_measured", *measured)
         return measured
 

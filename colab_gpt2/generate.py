@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from .core import Record, check_number
+from .core import Record, check_number, make_bar
 from .decode import Sampling, decode
 from .evaluate import evaluation_mode
 from .model import check_match, load_model, load_tokenizer, model_context
@@ -165,7 +164,7 @@ def generate(
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
     cache_dir=None,  # where a model of the Hub is kept, if not in its usual place
-    progress=True,  # a bar on stderr if it takes longer than three seconds
+    progress=True,  # a bar on stderr if it takes longer than three seconds, or a function for `make_bar`
 ) -> list[Sample]:
     """Texts that continue `prompt`. The prompt counts exactly as typed, spaces too; only the last `context - 1` of its tokens are used.
     A text may be longer than the model's context: when that is full, the last half of it is read again and the text goes on.
@@ -179,7 +178,7 @@ def collect(request, progress):
     "Run the request to its end: a list of (text, TextPieces), one a sample."
     rows, texts, pending = [request.pieces() for _ in range(request.samples)], [""] * request.samples, []
     every = 1 if request.stops else 16
-    for n, step in enumerate(tqdm(request.steps(), "Generating", request.max_new_tokens, leave=False, delay=3, disable=not progress), 1):
+    for n, step in enumerate(make_bar(progress, request.steps(), desc="Generating", total=request.max_new_tokens, leave=False, delay=3), 1):
         pending.append(step)
         if n % every and n < request.max_new_tokens: continue
         texts = [text + row.push(ids) for text, row, ids in zip(texts, rows, torch.cat(pending, 1).tolist())]

@@ -44,15 +44,15 @@ class Course:
               "saving": "Saving the model", "measuring after": "Measuring perplexity after", "over": "Over"}
 
     def __init__(self):
-        self.stage, self.share, self.stopping, self.plan = "loading", 0., False, None
+        self.stage, self.what, self.share, self.stopping, self.plan = "loading", "", 0., False, None  # `share` of `what` is done
         self.step = self.first = self.steps = 0  # `first`: that this run began, or went on, from
         self.started = 0.  # by time.perf_counter
         self.losses, self.measured, self.samples, self.saved = [], [], [], []  # (step, nats a token), (step, perplexity), (title, prompt, text), names of checkpoints
 
     def progress(self) -> str:
         label = self.STAGES[self.stage] + (" · stopping after this step" if self.stopping and self.stage != "over" else "")
-        if self.stage.startswith("measuring"): return progress_bar(label, self.share, 1, f"{self.share:.0%} of the held-out text")
-        return progress_bar(label, self.step, self.steps, self.figures()) if self.stage in ("training", "over") and self.steps else progress_bar(label, 0, 1, "")
+        if self.stage in ("training", "over") and self.steps: return progress_bar(label, self.step, self.steps, self.figures())
+        return progress_bar(label, self.share, 1, f"{self.what}{f', {self.share:.0%}' if self.share else ''}")
 
     def figures(self) -> str:
         "Step, time left, loss and speed in words."
@@ -119,14 +119,16 @@ class Live(Listener, Course):
         self.attempt("Drawing the run", self.draw)
 
     def on_stage(self, stage, plan=None, stop=None, **facts):
-        self.stage, self.share, self.plan, self.stopper = stage, 0., plan or self.plan, stop or self.stopper
+        self.stage, self.what, self.share, self.plan, self.stopper = stage, "", 0., plan or self.plan, stop or self.stopper
         if stop and self.stopping: stop.ask()
         self.breathe(now=True)
 
-    def on_measuring(self, done, total):
-        self.share = done / total
+    def on_progress(self, what, done, total):
+        self.what, self.share = what, done / total if total else 0.
         self.breathe()
-        if self.stopping: raise KeyboardInterrupt(f"Stopped while measuring; {'the model is saved in ' + self.config.output_dir if self.stage == 'measuring after' else 'nothing was trained'}.")
+        if self.stopping: raise KeyboardInterrupt(f"Stopped while {self.stage.split()[0]}; {'the model is saved in ' + self.config.output_dir if self.stage == 'measuring after' else 'nothing was trained'}.")
+
+    def on_measuring(self, done, total): self.on_progress("Held-out text", done, total)
 
     def on_measured(self, perplexity, sample):
         self.measured.append((self.step, perplexity.value))

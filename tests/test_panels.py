@@ -156,6 +156,19 @@ def test_what_follows_waits_for_a_finished_model(quick):
     assert panel.start().steps == 12 and writing.start().whole
 
 
+@pytest.mark.parametrize("what, said", [("Fetching", "loading"), ("Loading", "loading"), ("Tokenising train.txt", "loading"), ("Tokenising eval.txt", "loading"), ("Generating", "measuring")])
+def test_stop_is_obeyed_before_the_training(quick, what, said):
+    "While the text is fetched, the model loaded, tokens are cut and the first sample is written: in a sentence, and nothing half written is left."
+    from colab_gpt2.callbacks import Listener
+    panel, heard = colab_gpt2.FinetunePanel(replace(quick, max_new_tokens=40)), []
+    class Press(Listener):
+        def on_stage(self, stage, **facts): panel.live.pump = lambda: panel.live.what.startswith(what) and not heard and (heard.append(panel.live.what), panel.buttons["stop"].click())
+    for kept in Path(quick.cache_dir).glob("tokens/*"): kept.unlink()  # the forecast has counted them
+    assert panel.start(callbacks=[Press()]) is None and panel.error is None and panel.said == f"Stopped while {said}; nothing was trained."
+    assert len(heard) == 1 and not panel.buttons["start"].disabled and not list(Path(quick.output_dir).iterdir()) and not list(Path(quick.cache_dir).glob("tokens/*.part"))
+    assert panel.start().steps == 12
+
+
 @pytest.mark.parametrize("where, left", [("training", False), ("measuring after", True)])
 def test_the_result_is_that_of_the_last_run(quick, where, left):
     "The first run ends, the second is stopped: in the middle it leaves no model, while it is measured it does, though no result."
