@@ -164,7 +164,7 @@ class DataPanel(Panel):
         self.say(f"{what}, {done / total:.0%} …" if total else f"{what} …", "⏳")
 
     def fetch_and_look(self):
-        self.running, self.stopping = True, False
+        self.running, self.stopping, self.told = True, False, 0.0
         self.refresh()
         try:
             with interrupts_reach(self.stop): preview = look_into(self.config, progress=self.report)

@@ -144,12 +144,13 @@ def line_chart(
         x_axis, y_axis = Axis(xs[0], max(xs[1], xs[0] + 1), left, right), axis_for(values, bottom, top, log)
         body = draw_axes(x_axis, y_axis, x_label) + draw_legend(lines, left, 37) + "".join(draw_line(line, x_axis, y_axis) for line in lines) + draw_values(lines, x_axis, y_axis)
     return (f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='{html.escape(describe_lines(title, lines), quote=True)}' viewBox='0 0 {width} {height}' "
-            f"width='{width}' style='max-width:min(100%,{width}px);height:auto' font-family='system-ui,sans-serif' font-size='12'>"
+            f"width='{width}' height='{height}' style='max-width:min(100%,{width}px);height:auto' font-family='system-ui,sans-serif' font-size='12'>"
             f"<text x='{left}' y='16' fill='currentColor' font-size='13' font-weight='600'>{html.escape(title)}</text>{body}</svg>")
 
 # %% ../nbs/22_plots.ipynb #4e2318d9
-def on_paper(charts, width=460, height=240) -> str:
-    "One SVG of the SVGs `charts`, side by side, dark on a white ground of its own: to be read on any page, as a file too."
-    placed = "".join(f"<g transform='translate({n * (width + 16)} 0)'>{chart}</g>" for n, chart in enumerate(charts))
-    return (f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {len(charts) * (width + 16)} {height}' width='{len(charts) * (width + 16)}' height='{height}' color='#1f2937'>"
+def on_paper(charts, width=460, height=240, gap=16) -> str:
+    "One SVG of the SVGs `charts`, one beneath the other, dark on a white ground of its own: to be read on any page, narrow ones too, and as a file."
+    whole = len(charts) * (height + gap) + gap
+    placed = "".join(f"<g transform='translate({gap} {gap + n * (height + gap)})'>{chart}</g>" for n, chart in enumerate(charts))
+    return (f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width + 2 * gap} {whole}' width='{width + 2 * gap}' height='{whole}' color='#1f2937'>"
             f"<rect width='100%' height='100%' fill='#fff'/>{placed}</svg>")
