@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'MAIN', 'ADVANCED', 'known_size', 'Forecaster', 'describe_plan', 'what_differs', 'describe_folder',
-           'describe_result', 'FinetunePanel', 'Probed']
+           'describe_result', 'Settings', 'FinetunePanel', 'Probed']
 
 # %% ../nbs/30_finetune_panel.ipynb #a07893a2
 import html, warnings
@@ -101,34 +101,27 @@ MAIN = ("model", "num_train_epochs", "block_size", "effective_batch_size", "lear
 ADVANCED = ("max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "precision", "method", "lora_rank", "optim", "gradient_checkpointing", "per_device_train_batch_size",
             "gradient_accumulation_steps", "torch_compile", "tune", "attention_dropout", "from_scratch", "tokenizer", "seed", "logging_steps", "save_steps", "eval_split", "eval_stride", "max_new_tokens")
 
-# %% ../nbs/30_finetune_panel.ipynb #6f56fb17
-class FinetunePanel(Panel):
-    """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `live` is the run that goes on now or was the last. From
-    the moment when a run begins to train `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until then."""
-    draws = True
-    title, lead = "3. Fine-tune", "Training goes on here, in this cell; the buttons work while it runs, and the notebook's own stop button means Stop."
+# %% ../nbs/30_finetune_panel.ipynb #e7a1249e
+class Settings(Panel):
+    "The settings of a run and its forecast, made again whenever one of them changes; `config` is a FinetuneConfig, shared with the panel `before` if there is one."
 
     def __init__(self, before=None, **values):
-        shared, note = take_values(before, values)
+        shared, self.suggestion = take_values(before, values)
         super().__init__(shared)
-        self.live, self.running, self.saved, self.forecaster = None, False, None, Forecaster()
+        self.running, self.forecaster = False, Forecaster()
         self.form, self.more = Form(shared, MAIN, dict(model=MODELS)), Form(shared, ADVANCED)
-        advanced = widgets.Accordion(children=[self.more.box], selected_index=None)
-        advanced.set_title(0, "Advanced")
-        self.text, self.plan, self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(5))
-        self.buttons = dict(start=button("Start", self.start, primary=True), stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
-                            save=button("Save now", self.save_now, tooltip="Save a checkpoint and go on"), sample=button("Sample now", self.sample_now, tooltip="Generate a text and go on"))
+        self.advanced = widgets.Accordion(children=[self.more.box], selected_index=None)
+        self.advanced.set_title(0, "Advanced")
+        self.text, self.plan = widgets.HTML(), widgets.HTML()
         self.origin = ", chosen in the panel before this one" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
-        self.assemble(self.text, self.form.box, advanced, self.plan, row(*self.buttons.values()), self.status, self.progress, self.charts, self.samples)
-        if note: self.say(note, "ℹ")
 
     def python(self): return as_python("finetune", differing(self.config))
 
     def shell(self): return as_shell("finetune", differing(self.config))
 
     def refresh(self):
-        "The text, the forecast, and which buttons can be pressed, for the settings as they are."
+        "The text, the forecast, and whether a run can be started, for the settings as they are."
         super().refresh()
         if self.running: return
         text, refused, plan = self.config.train_file or self.config.dataset, "", None
@@ -138,12 +131,33 @@ class FinetunePanel(Panel):
             except Exception as e: refused = shown = f"<div class='cg-error' role='alert'>⚠ {html.escape(in_labels(sentence(e), self.config), quote=False)}</div>"
         notes = [*(str(warning.message) for warning in told), describe_folder(self.config, plan)]
         self.plan.value = shown + "".join(f"<p class='cg-note'>{html.escape(note)}</p>" for note in notes if note)
-        self.enable(start=not (self.values.problems or refused))
+        self.allow(not (self.values.problems or refused))
 
     def recount(self, fetched=None):
         "A text has been fetched, by the panel before this one."
         self.forecaster.forget()
         self.refresh()
+
+    def allow(self, start):
+        "Whether a run can be started: for a subclass that has the button."
+
+# %% ../nbs/30_finetune_panel.ipynb #6f56fb17
+class FinetunePanel(Settings):
+    """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `live` is the run that goes on now or was the last. From
+    the moment when a run begins to train `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until then."""
+    draws = True
+    title, lead = "3. Fine-tune", "Training goes on here, in this cell; the buttons work while it runs, and the notebook's own stop button means Stop."
+
+    def __init__(self, before=None, **values):
+        super().__init__(before, **values)
+        self.live, self.saved = None, None
+        self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(3))
+        self.buttons = dict(start=button("Start", self.start, primary=True), stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
+                            save=button("Save now", self.save_now, tooltip="Save a checkpoint and go on"), sample=button("Sample now", self.sample_now, tooltip="Generate a text and go on"))
+        self.assemble(self.text, self.form.box, self.advanced, self.plan, row(*self.buttons.values()), self.status, self.progress, self.charts, self.samples)
+        if self.suggestion: self.say(self.suggestion, "ℹ")
+
+    def allow(self, start): self.enable(start=start)
 
     def enable(self, **able):
         "Switch on the buttons named; the others are off."

@@ -7,7 +7,7 @@ __all__ = ['PICTURE_STYLE', 'STYLE', 'UNFINISHED', 'meter', 'folded', 'sentence'
            'Panel', 'button', 'row', 'take_values']
 
 # %% ../nbs/26_panel.ipynb #2215b9f4
-import contextlib, html, traceback, uuid, warnings
+import contextlib, gc, html, traceback, uuid, warnings
 
 import ipywidgets as widgets
 from IPython.display import display
@@ -71,12 +71,13 @@ def sentence(error) -> str:
 
 # %% ../nbs/26_panel.ipynb #d7d6b0d7
 def forget_locals(error):
-    "Empty the frames of `error` and of those that it came from; a frame that still runs is left as it is."
+    "Empty the frames of `error` and of those that it came from, and collect what was in them; a frame that still runs is left as it is."
     seen = set()
     while error and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+    gc.collect()  # a Trainer's parts refer to each other
 
 # %% ../nbs/26_panel.ipynb #52eaf2fe
 def hidden_beside(mark) -> str:
