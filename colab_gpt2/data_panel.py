@@ -156,18 +156,21 @@ class DataPanel(Panel):
         self.stopping = True
 
     def report(self, what, done, total):
-        "Let clicks in, obey Stop, and twice a second say how far the work is."
+        "Let clicks in, obey Stop, and twice a second show how far the work is: as a text that is not read out each time."
         pump()
         if self.stopping: raise KeyboardInterrupt("Stopped.")
         if time.monotonic() - self.told < 0.5: return
         self.told = time.monotonic()
-        self.say(f"{what}, {done / total:.0%} …" if total else f"{what} …", "⏳")
+        self.view.value = f"<p>{html.escape(what)}{f', {done / total:.0%}' if total else ''} …</p>"
 
     def fetch_and_look(self):
         self.running, self.stopping, self.told = True, False, 0.0
         self.refresh()
         try:
             with interrupts_reach(self.stop): preview = look_into(self.config, progress=self.report)
+        except (Exception, KeyboardInterrupt):
+            self.view.value = ""
+            raise
         finally:
             self.running = False
             self.refresh()
