@@ -6,10 +6,10 @@ import nbformat
 from playwright.sync_api import TimeoutError
 
 CLASSIC = dict(
-    ready=".kernel_idle_icon", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt")
+    ready=".kernel_idle_icon", interrupt="[data-jupyter-action='jupyter-notebook:interrupt-kernel']", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt")
 MODERN = dict(
     ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", run_all=(".lm-MenuBar-item:has-text('Run')", ".lm-Menu-item[data-command='runmenu:run-all']"),
-    save="[data-command='docmanager:save']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt")
+    save="[data-command='docmanager:save']", interrupt="[data-command='notebook:interrupt-kernel']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt")
 BEGUN = "selector => [...document.querySelectorAll(selector)].some(prompt => /\\[[*\\d]/.test(prompt.textContent))"
 ALL_RAN = "selector => [...document.querySelectorAll(selector)].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))"
 
@@ -46,19 +46,32 @@ class Notebook:
         "Until every code cell has its number. An error leaves those after it without."
         self.page.wait_for_function(ALL_RAN, arg=self.at["prompt"], timeout=seconds * 1000)
 
+    def wait_until(self, condition, seconds=20):
+        "Until `condition()` holds, for what is not on the page."
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"not in {seconds} s"
+            self.page.wait_for_timeout(100)
+
+    def interrupt(self):
+        "■ of the toolbar."
+        self.page.locator(self.at["interrupt"]).first.click()
+
     def saved(self):
         "The notebook as it is on the disk after a click on Save."
         path, before = self.server.folder/self.name, (self.server.folder/self.name).stat().st_mtime_ns
         self.page.locator(self.at["save"]).first.click()
-        end = time.monotonic() + 20
-        while path.stat().st_mtime_ns == before:
-            assert time.monotonic() < end, f"{path} was not saved in 20 s"
-            self.page.wait_for_timeout(100)
+        self.wait_until(lambda: path.stat().st_mtime_ns != before)
         return nbformat.read(path, as_version=4)
 
     def panel(self, title):
         "The panel whose heading begins with `title`."
         return self.page.locator(".cg-panel").filter(has=self.page.get_by_role("heading", name=title)).first
+
+    def set_theme(self, name):
+        "By the menu of a front end that has themes."
+        for menu in (".lm-MenuBar-item:has-text('Settings')", ".lm-Menu-item:has-text('Theme')", f".lm-Menu-item:text-is('{name}')"): self.page.locator(menu).first.click()
+        self.page.locator(f"body[data-jp-theme-name='{name}']").wait_for()
 
     def picture(self, name, of=None):
         "A screenshot of what is in sight, or of the locator `of`."

@@ -1,0 +1,93 @@
+"A run that the notebook's own button interrupts, and one whose page is loaded anew in the middle; and `app`, the five panels in one."
+import re
+
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from playwright.sync_api import expect
+
+from test_newcomer import press, wait_said
+
+pytestmark = pytest.mark.timeout(300)
+APP = "from colab_gpt2 import FinetunePanel, app\n\nshown = app()\nshown"
+RUN = """training = FinetunePanel(model="tiny", dataset="python-docs", max_new_tokens=20, logging_steps=1, output_dir="midway", overwrite_output_dir=True)
+display(training)
+training.start();"""
+
+
+@pytest.fixture(scope="module")
+def begun(opened):
+    "A notebook with `app` in its first cell, whose second cell trains."
+    notebook = opened(new_notebook(cells=[new_code_cell(APP), new_code_cell(RUN)], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))))
+    notebook.run_all()
+    curve(notebook).wait_for(timeout=90_000)
+    return notebook
+
+
+def panel(notebook): return notebook.page.locator(".cg-panel").last
+
+
+def curve(notebook): return panel(notebook).locator("svg polyline").first
+
+
+def wait_until_it_grows(notebook):
+    curve(notebook).wait_for(timeout=60_000)
+    expect(curve(notebook)).not_to_have_attribute("points", curve(notebook).get_attribute("points"), timeout=30_000)
+
+
+def stopped_at(notebook):
+    "The step, of which there is a checkpoint."
+    step = int(re.search(r"Stopped at step (\d+)", wait_said(panel(notebook), "Stopped at step"))[1])
+    assert (notebook.server.folder/"midway"/f"checkpoint-{step}"/"model.safetensors").exists()
+    return step
+
+
+def load_anew(notebook):
+    "As it is on the disk, in the middle of a run; the panel is there again and the curve in it grows."
+    notebook.saved()
+    notebook.page.reload()
+    notebook.page.locator(notebook.at["cell"]).first.wait_for()
+    wait_until_it_grows(notebook)
+
+
+def test_the_notebooks_own_stop_button(begun):
+    "■ of the toolbar, while a cell trains: stopped and saved, and no error in the cell, which says once what it is doing."
+    begun.interrupt()
+    stopped_at(begun)
+    begun.picture("interrupted", panel(begun))
+    begun.wait_until_run(20)
+    told = [output for cell in begun.saved().cells for output in cell.outputs if output.output_type in ("error", "stream")]
+    assert [output.text.strip() for output in told] == ["Stopping after this step and saving; press again to stop at once without saving."]
+
+
+def test_the_page_is_loaded_anew_while_a_click_trains(begun):
+    press(panel(begun), "Start")
+    wait_said(panel(begun), "Going on from")
+    load_anew(begun)
+    begun.picture("loaded-anew")
+    press(panel(begun), "Stop")
+    assert stopped_at(begun) > 1
+
+
+def test_the_page_is_loaded_anew_while_a_cell_trains(begun):
+    begun.run_all()
+    wait_until_it_grows(begun)
+    load_anew(begun)
+    press(panel(begun), "Stop")
+    stopped_at(begun)
+
+
+def test_app(begun):
+    "One cell that shows all five, a tab for each: the first has looked at the machine, and the third takes what is chosen in the second."
+    machine, text, training = map(begun.panel, ("1. The machine", "2. The text", "3. Fine-tune"))
+    tab = lambda name: begun.page.locator(".lm-TabBar-tab, .p-TabBar-tab").filter(has_text=name).click()
+    begun.page.locator(".lm-TabBar-tab, .p-TabBar-tab").first.wait_for()
+    assert "No GPU" in machine.inner_text()
+    begun.picture("app")
+    tab("2. The text")
+    text.get_by_label("Block size", exact=True).fill("128")
+    press(text, "Fetch and look")
+    wait_said(text, "The text is here")
+    assert "blocks of 128" in text.inner_text()
+    tab("3. Fine-tune")
+    training.get_by_text("blocks of 128 tokens a step").wait_for()
+    begun.picture("app-training")
