@@ -95,7 +95,7 @@ def draw_values(lines, x_axis, y_axis, height=14) -> str:
     for line in sorted(lines, key=lambda line: -thinned(line.points)[-1][1]):
         x, y = thinned(line.points)[-1]
         above = max(y_axis.at(y), above + height)
-        drawn += f"<text x='{x_axis.at(x) + 8:.1f}' y='{above + 4:.1f}' fill='{line.color}' font-weight='600'>{short(y)}</text>"
+        drawn += f"<text x='{x_axis.at(x) + 8:.1f}' y='{above + 4:.1f}' fill='currentColor' font-weight='600'>{short(y)}</text>"
     return drawn
 
 # %% ../nbs/22_plots.ipynb #25e30468
