@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from playwright.sync_api import TimeoutError, expect
 
 from front_ends import ROOT
 
@@ -15,6 +16,7 @@ MACHINE, TEXT, TRAINING, WRITING, DRIVE = "1. The machine", "2. The text", "3. F
 def ran(opened):
     "The tutorial after Run all; a picture was taken while it trained."
     notebook = opened(nbformat.read(ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb", as_version=4))
+    notebook.page.get_by_role("heading", name="Fine-tune GPT-2 for free").wait_for()
     notebook.picture("opened")
     notebook.run_all()
     training = notebook.panel(TRAINING)
@@ -29,7 +31,8 @@ def said(panel): return panel.get_by_role("status").or_(panel.get_by_role("alert
 
 def wait_said(panel, words, seconds=60):
     "Until the panel's sentence of state begins with `words`; -> the sentence. The traceback that is folded into one may have any words."
-    panel.locator(".cg-note, .cg-error").filter(has_text=re.compile(rf"^\W*{re.escape(words)}")).last.wait_for(timeout=seconds * 1000)
+    try: panel.locator(".cg-note, .cg-error").filter(has_text=re.compile(rf"^\W*{re.escape(words)}")).last.wait_for(timeout=seconds * 1000)
+    except TimeoutError: raise AssertionError(f"The panel says {said(panel)!r}, not {words!r}.") from None
     return said(panel)
 
 
@@ -73,12 +76,14 @@ def test_train_by_hand(ran, record_property):
     curve = panel.locator("svg polyline").first
     curve.wait_for(state="detached")  # that of the run before
     curve.wait_for(timeout=60_000)
-    points = lambda: len(curve.get_attribute("points").split())
-    before = points()
     press(panel, "Sample now")
     panel.get_by_text("At step").wait_for(timeout=30_000)
-    ran.page.wait_for_timeout(2_000)
-    assert points() > before
+    press(panel, "Save now")
+    kept = re.search(r"Saved (checkpoint-\d+) in by-hand", wait_said(panel, "Saved checkpoint-"))[1]
+    assert (ran.server.folder/"by-hand"/kept/"model.safetensors").exists()
+    points = curve.get_attribute("points")
+    expect(curve).not_to_have_attribute("points", points, timeout=20_000)  # it goes on, and the curve grows
+    assert len(curve.get_attribute("points").split()) > len(points.split())
     clicked = time.monotonic()
     press(panel, "Stop")
     sentence = wait_said(panel, "Stopped at step")
@@ -90,6 +95,55 @@ def test_train_by_hand(ran, record_property):
     press(panel, "Start")
     wait_said(panel, "Done in", 120)
     assert ran.server.ask("print(training.result.resumed_from)").strip() == str(Path("by-hand")/f"checkpoint-{step}")
+
+
+def test_look_again_by_hand(ran):
+    "Refresh looks at the machine anew, and shows what it has found."
+    panel, looked = ran.panel(MACHINE), "print(id(machine.result))"
+    before = ran.server.ask(looked)
+    press(panel, "Refresh")
+    ran.wait_until(lambda: ran.server.ask(looked) != before)
+    free, memory = ran.server.ask("from colab_gpt2.core import human_bytes; r = machine.result; print(human_bytes(r.ram_free), human_bytes(r.ram), sep='|')").strip().split("|")
+    panel.get_by_text(f"{free} free of {memory}").wait_for()
+    assert "No GPU" in said(panel)
+
+
+def choose(panel, label, text): panel.get_by_label(label, exact=True).select_option(label=text)
+
+
+def upload(panel, button, path):
+    "As a reader does: a click on `button`, and a file chosen in the browser's own dialog."
+    with panel.page.expect_file_chooser() as chooser: panel.get_by_role("button", name=button).click()
+    chooser.value.set_files(path)
+
+
+def test_own_text_by_hand(ran, tmp_path):
+    "What is no text is refused in a sentence; a text is kept, looked into, and taken by the panel of the training. Then the text of before again."
+    panel, (bad, own) = ran.panel(TEXT), (tmp_path/"picture.txt", tmp_path/"mine.txt")
+    bad.write_bytes(b"\x89PNG\xff\xfe\x00")
+    own.write_text(" = My Cat = \n\nThe cat sat on the mat, and the mat was flat. \n" * 2000)
+    choose(panel, "Text", "A text of my own")
+    panel.get_by_text("Upload a text, or type the path of one").first.wait_for()
+    assert panel.get_by_role("button", name="Fetch and look", exact=True).is_disabled()
+    upload(panel, "Upload a text", bad)
+    assert "Traceback" not in wait_said(panel, "picture.txt is binary")
+    ran.picture("refused-text", panel)
+    upload(panel, "Upload a text", own)
+    wait_said(panel, "mine.txt is in uploads")
+    press(panel, "Fetch and look")
+    wait_said(panel, "The text is here")
+    assert "The cat sat on the mat" in panel.get_by_label("How the text begins").inner_text()
+    ran.panel(TRAINING).get_by_text("uploads/train_file/mine.txt").first.wait_for()
+    ran.picture("own-text", panel)
+    choose(panel, "Text", "WikiText-2, raw (11 MB of Wikipedia)")
+    press(panel, "Fetch and look")
+    sentence = wait_said(panel, "wikitext-2-raw-v1 could not be fetched")
+    ran.picture("no-network", panel)
+    assert sentence.startswith("⚠") and "Traceback" not in sentence
+    choose(panel, "Text", "Python's documentation (0.3 MB, no network)")
+    press(panel, "Fetch and look")
+    wait_said(panel, "The text is here")
+    assert "mat" not in panel.get_by_label("How the text begins").inner_text()
 
 
 def test_generate_by_hand(ran):
@@ -105,21 +159,71 @@ def test_generate_by_hand(ran):
     ran.picture("generated", panel)
 
 
+def test_stop_the_texts(ran, record_property):
+    "A slider moved with the keyboard, and Stop obeyed while the words come."
+    panel = ran.panel(WRITING)
+    slider = panel.locator(".widget-hslider").filter(has_text="New tokens")
+    slider.locator(".ui-slider-handle, .noUi-handle").press("End")
+    expect(slider.locator(".widget-readout")).to_have_text("1000")
+    press(panel, "Generate")
+    text = panel.locator("pre[tabindex]").last
+    began = text.inner_text()
+    expect(text).not_to_have_text(began)
+    ran.picture("writing", panel)
+    clicked = time.monotonic()
+    press(panel, "Stop")
+    wait_said(panel, "Stopped, with seed")
+    seconds = time.monotonic() - clicked
+    record_property("seconds from Stop to stopped", f"{seconds:.2f}")
+    assert seconds < 3 and ran.server.ask("print(writing.result.whole)") == "False\n"
+
+
 def test_drive_by_hand(ran):
-    "Mounted, saved, broken: what went wrong is a sentence that says what to do, and mended it works again."
+    "Mounted, saved, broken: what went wrong is a sentence that says what to do, and mended it works again; and back from the Drive."
     panel = ran.panel(DRIVE)
     press(panel, "Mount")
     wait_said(panel, "The Drive is at /content/drive/MyDrive")
     fill(panel, "Folder on it", "elsewhere")
     ran.server.ask("from google.colab import _stub; _stub.faults.set(full=4096)")
     press(panel, "Pack and save")
-    sentence = wait_said(panel, "Copying gpt2-tuned.tar.gz")
+    sentence = wait_said(panel, "Copying")
     ran.picture("drive-full", panel)
     assert sentence.startswith("⚠") and "is full. Free some space" in sentence and "Traceback" not in sentence
     ran.server.ask("_stub.faults.set(full=None)")
     press(panel, "Pack and save")
-    wait_said(panel, "Saved gpt2-tuned.tar.gz")
-    assert (ran.server.folder.parent/"drive"/"MyDrive"/"elsewhere"/"gpt2-tuned.tar.gz").exists()
+    archive = re.search(r"Saved (\S+),", wait_said(panel, "Saved"))[1]
+    assert (ran.server.folder.parent/"drive"/"MyDrive"/"elsewhere"/archive).exists()
+    press(panel, "Restore")
+    wait_said(panel, "Restored to")
+    ran.picture("restored", panel)
+    weights = [(ran.server.folder/folder/"model.safetensors").read_bytes() for folder in (panel.get_by_label("Model", exact=True).input_value(), "restored")]
+    assert weights[0] == weights[1]
+
+
+NAMELESS = r"- (button|checkbox|combobox|listbox|spinbutton|textbox)(?! \")"  # a control in playwright's picture of what a screen reader is told; what has a name shows it in quotes
+
+
+def test_every_control_has_a_name(ran):
+    "For those who hear the page. Sliders are left out: ipywidgets gives them none."
+    heard = [panel.aria_snapshot() for panel in ran.page.locator(".cg-panel").all()]
+    assert len(heard) == 5 and [re.findall(rf"^ *{NAMELESS}.*", told, re.M) for told in heard] == [[]] * 5
+    assert all(re.search('- (button|textbox|combobox) "', told) for told in heard)
+
+
+FOCUSED = "() => (document.activeElement.labels?.[0] ?? document.activeElement).textContent.trim()"
+STANDING = """panel => [...panel.querySelectorAll('input, select, textarea, button, summary')].filter(e => e.checkVisibility() && !e.disabled).map(e => [e.getBoundingClientRect(), e])
+    .sort(([a], [b]) => a.top - b.top || a.left - b.left).map(([_, e]) => (e.labels?.[0] ?? e).textContent.trim())"""
+
+
+def test_by_keyboard(ran):
+    "Tab goes through the fields in the order in which they stand, and then to Start."
+    panel, passed = ran.panel(TRAINING), []
+    standing = panel.evaluate(STANDING)
+    panel.get_by_label("Model", exact=True).focus()
+    while passed[-1:] != ["Start"] and len(passed) < len(standing):
+        passed.append(ran.page.evaluate(FOCUSED))
+        ran.page.keyboard.press("Tab")
+    assert passed == standing[:standing.index("Start") + 1]
 
 
 def test_it_fits_a_narrow_window(ran):
