@@ -30,7 +30,7 @@ class Notebook:
     def open(self):
         self.page.goto(self.server.url(self.name))
         self.page.locator(self.at["cell"]).first.wait_for()
-        self.page.locator(self.at["ready"]).first.wait_for()
+        self.page.locator(self.at["ready"]).first.wait_for(timeout=60_000)
         return self
 
     def run_all(self, attempts=4):
@@ -70,8 +70,8 @@ class Notebook:
 
     def set_theme(self, name):
         "By the menu of a front end that has themes."
-        for menu in (".lm-MenuBar-item:has-text('Settings')", ".lm-Menu-item:has-text('Theme')", f".lm-Menu-item:text-is('{name}')"): self.page.locator(menu).first.click()
-        self.page.locator(f"body[data-jp-theme-name='{name}']").wait_for()
+        for menu in (".lm-MenuBar-item:has-text('Settings')", ".lm-Menu-item:has-text('Theme')", f".lm-Menu-item:has(.lm-Menu-itemLabel:text-is('{name}'))"): self.page.locator(menu).first.click()
+        self.page.locator(f"body[data-jp-theme-name='{name}']").wait_for(state="attached")
 
     def picture(self, name, of=None):
         "A screenshot of what is in sight, or of the locator `of`."

@@ -226,6 +226,38 @@ def test_by_keyboard(ran):
     assert passed == standing[:standing.index("Start") + 1]
 
 
+CONTRAST = """panel => {
+    const numbers = color => { const [r, g, b, a = 1] = color.match(/[0-9.]+/g).map(Number); return [r, g, b, a]; };
+    const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
+    const luminance = rgb => rgb.map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const above = e => e ? [...above(e.parentElement), e] : [];
+    const ratio = e => {
+        const chain = above(e), style = getComputedStyle(e), opacity = chain.reduce((product, up) => product * getComputedStyle(up).opacity, 1);
+        const ground = chain.reduce((under, up) => over(numbers(getComputedStyle(up).backgroundColor), under), [255, 255, 255]);
+        const [r, g, b, a] = numbers(e instanceof SVGElement ? style.fill : style.color), text = over([r, g, b, a * opacity], ground);
+        const [dark, light] = [luminance(text), luminance(ground)].sort((a, b) => a - b);
+        return (light + .05) / (dark + .05);
+    };
+    const spoken = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.matches('input, textarea');
+    return [...panel.querySelectorAll('*')].filter(e => !e.matches('style, option, :disabled') && e.checkVisibility() && spoken(e))
+        .map(e => [(e.value ?? e.textContent).trim().slice(0, 40), ratio(e)]); }"""
+
+
+def read_contrasts(notebook): return [told for panel in notebook.page.locator(".cg-panel").all() for told in panel.evaluate(CONTRAST)]
+
+
+def test_readable(ran):
+    "Every text in a panel has a contrast of 4.5 to its ground (WCAG 2, 1.4.3), in the light theme and, where there is one, in the dark."
+    light = read_contrasts(ran)
+    assert len(light) > 100 and [told for told in light if told[1] < 4.5] == []
+    if ran.server.front_end.name == "notebook-6": return
+    ran.set_theme("JupyterLab Dark")
+    for name, title in dict(machine=MACHINE, text=TEXT, trained=TRAINING, written=WRITING, saved=DRIVE).items(): ran.picture(f"dark-{name}", ran.panel(title))
+    dark = read_contrasts(ran)
+    ran.set_theme("JupyterLab Light")
+    assert [told for told in dark if told[1] < 4.5] == []
+
+
 def test_it_fits_a_narrow_window(ran):
     if ran.server.front_end.name == "lab": ran.page.keyboard.press("Control+b")  # its list of files takes a third of so narrow a window
     ran.page.set_viewport_size(dict(width=800, height=3600))
