@@ -139,6 +139,7 @@ class DrivePanel(Panel):
         return path in self.packed and path.is_file() and sha256_of(path) == self.packed[path]
 
     def pack_and_save(self) -> Saved:
+        self.view.value = ""  # of the archive before
         drive = self.look()
         packed = archive_model(self.config.model, self.config.archive_path, overwrite=self.config.overwrite or self.is_own(self.config.archive_path), progress=False)
         self.packed[packed.path] = packed.sha256  # the copying may fail, and then the next attempt replaces it

@@ -110,8 +110,9 @@ class Settings(Panel):
         super().__init__(shared)
         self.running, self.forecaster = False, Forecaster()
         self.form, self.more = Form(shared, MAIN, dict(model=MODELS)), Form(shared, ADVANCED)
-        self.advanced = widgets.Accordion(children=[self.more.box], selected_index=None)
-        self.advanced.set_title(0, "Advanced")
+        self.advanced = widgets.ToggleButton(description="Advanced", tooltip="More settings")
+        self.advanced.observe(lambda _: self.fold(), "value")
+        self.fold()
         self.text, self.plan = widgets.HTML(), widgets.HTML()
         self.origin = ", chosen in the panel before this one" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
@@ -132,6 +133,11 @@ class Settings(Panel):
         notes = [*(str(warning.message) for warning in told), describe_folder(self.config, plan)]
         self.plan.value = shown + "".join(f"<p class='cg-note'>{html.escape(note)}</p>" for note in notes if note)
         self.allow(not (self.values.problems or refused))
+
+    def fold(self):
+        "Show the advanced settings while their button is down."
+        self.more.box.layout.display = "" if self.advanced.value else "none"
+        self.advanced.icon = "caret-down" if self.advanced.value else "caret-right"
 
     def recount(self, fetched=None):
         "A text has been fetched, by the panel before this one."
@@ -154,7 +160,7 @@ class FinetunePanel(Settings):
         self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(3))
         self.buttons = dict(start=button("Start", self.start, primary=True), stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
                             save=button("Save now", self.save_now, tooltip="Save a checkpoint and go on"), sample=button("Sample now", self.sample_now, tooltip="Generate a text and go on"))
-        self.assemble(self.text, self.form.box, self.advanced, self.plan, row(*self.buttons.values()), self.status, self.progress, self.charts, self.samples)
+        self.assemble(self.text, self.form.box, self.advanced, self.more.box, self.plan, row(*self.buttons.values()), self.status, self.progress, self.charts, self.samples)
         if self.suggestion: self.say(self.suggestion, "ℹ")
 
     def allow(self, start): self.enable(start=start)

@@ -20,7 +20,7 @@ from .steps import suggest
 # %% ../nbs/26_panel.ipynb #72027801
 PICTURE_STYLE = f"""
 .cg-lead, .cg-hint {{ opacity: .75; }}
-.cg-panel.cg-panel pre, .cg-kept.cg-kept pre {{ background: rgba(128,128,128,.12); color: inherit; border: 0; border-radius: 6px; padding: 10px 12px; margin: 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .92em; line-height: 1.45; }}
+.cg-panel.cg-panel pre, .cg-kept.cg-kept pre {{ background: rgba(128,128,128,.12); color: inherit; border: 0; border-radius: 6px; padding: 10px 12px; margin: 6px 0; white-space: pre-wrap; word-break: normal; overflow-wrap: anywhere; font-size: .92em; line-height: 1.45; }}
 .cg-meter {{ display: grid; grid-template-columns: 128px minmax(80px, 1fr) minmax(150px, auto); gap: 12px; align-items: center; max-width: 760px; margin: 4px 0; }}
 .cg-track {{ height: 10px; border-radius: 5px; background: rgba(128,128,128,.25); overflow: hidden; }}
 .cg-fill {{ height: 100%; background: {ACCENT}; }}
@@ -36,15 +36,13 @@ STYLE = f"""<style>{PICTURE_STYLE}
 .cg-title {{ font-size: 1.2em; font-weight: 650; margin: 0; }}
 .cg-hint {{ display: block; font-size: .9em; margin-left: 8px; }}
 .cg-bad {{ margin-left: 8px; font-weight: 600; border-left: 3px solid #dc2626; padding-left: 8px; }}
-.cg-invalid input, .cg-invalid select, .cg-invalid textarea {{ outline: 2px solid #dc2626; }}
+.cg-invalid input, .cg-invalid select, .cg-invalid textarea {{ border-color: #dc2626 !important; box-shadow: inset 0 0 0 1px #dc2626 !important; }}
 .cg-note {{ border-left: 3px solid {ACCENT}; padding: 4px 12px; margin: 8px 0; }}
 .cg-error {{ border-left: 3px solid #dc2626; padding: 4px 12px; margin: 8px 0; }}
 .cg-panel .jupyter-button {{ border: 1px solid rgba(128,128,128,.6); border-radius: 6px; background: transparent; color: inherit; width: auto; min-width: 96px; padding: 0 16px; margin: 2px 8px 2px 0; box-shadow: none; }}
 .cg-panel .jupyter-button.cg-primary {{ background: #1d4ed8; border-color: #1d4ed8; color: #fff; font-weight: 600; }}
 .cg-panel .jupyter-button:disabled {{ opacity: .45; }}
 .cg-panel .jupyter-button:focus-visible {{ outline: 2px solid {ACCENT}; outline-offset: 2px; }}
-.cg-panel .lm-Collapse-header, .cg-panel .p-Collapse-header, .cg-panel .jupyter-widget-Collapse-header {{ background: transparent; color: inherit; border: 0; padding: 6px 0; }}
-.cg-panel .lm-Collapse-contents, .cg-panel .p-Collapse-contents, .cg-panel .jupyter-widget-Collapse-contents {{ background: transparent; color: inherit; border: 0; padding: 0; }}
 .cg-panel details {{ margin-top: 6px; }}
 .cg-panel summary {{ cursor: pointer; opacity: .75; display: list-item; }}
 </style>"""
