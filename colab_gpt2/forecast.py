@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['COSTS', 'GiB', 'DEVICES', 'CORE', 'Shape', 'shape_of', 'count_parameters', 'count_on_meta', 'Recipe',
            'trained_parameters', 'Costs', 'held', 'activations', 'layer_bytes', 'numbers', 'is_tuned', 'mask_bytes',
-           'keeps_matrices', 'half_copies', 'embedding_gradient', 'after_forward', 'at_loss', 'at_backward', 'at_end',
-           'memory_terms', 'forecast_memory', 'Device', 'device_of', 'flops_per_token', 'work', 'forecast_step']
+           'keeps_matrices', 'head_copy', 'half_copies', 'embedding_gradient', 'after_forward', 'one_chunk', 'in_place',
+           'chunk_bytes', 'at_loss', 'at_backward', 'at_end', 'memory_terms', 'forecast_memory', 'Device', 'device_of',
+           'flops_per_token', 'work', 'forecast_step']
 
 # %% ../nbs/12_forecast.ipynb #f4763a20
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from .config import METHODS, OPTIMIZERS, PRECISIONS
 from .core import Record, check_number, nearest
-from .loss import CHUNK_SIZE
+from .loss import CHUNK_SIZE, EXACT_LOGITS, EXACT_ROWS
 from .model import model_context
 
 # %% ../nbs/12_forecast.ipynb #7644379e
@@ -106,8 +107,7 @@ class Costs(Record):
     last_lora: float = 6
     mask_cuda: float = 1  # derived, a dropout: CUDA keeps a mask of booleans, a CPU one of numbers in the precision of what it drops
     matrix: float = 12  # measured, an entry of a head's T×T matrix: attention with dropout keeps them everywhere but on CUDA
-    loss: float = 8  # measured, a logit of the chunk at work: itself and its logarithm, both in fp32; the gradient of the chunk before is there too
-    loss_cuda_half: float = 6  # counted: there the logit stays in half precision
+    loss_exact: float = 8  # counted, a logit of the slice that a CPU has in fp32: a copy and its logarithm; 4 where no copy is made, on a GPU and in fp32
     loss_stock: float = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss; there is no chunk
     moments_8bit: int = 2  # a parameter: AdamW's two moments by bitsandbytes; the Trainer leaves those of embeddings in fp32
     context: int = 500_000_000  # in all, before any tensor: Python with the Trainer on a CPU (measured: 0.46 GB); assumed for CUDA
@@ -164,12 +164,16 @@ def keeps_matrices(shape, recipe) -> bool:
     return shape.attention_dropout > 0 and recipe.device != "cuda" and (recipe.attention_dropout or not is_tuned(shape, recipe))
 
 # %% ../nbs/12_forecast.ipynb #0097e2af
+def head_copy(shape, recipe) -> int:
+    "Bytes of the output layer's copy in half precision: none in fp32, nor in LoRA but on CUDA, where it is padded."
+    return 2*shape.vocabulary*shape.width if recipe.half and (recipe.method == "full" or recipe.device == "cuda") else 0
+
+# %% ../nbs/12_forecast.ipynb #9d7bdaa9
 def half_copies(shape, recipe) -> int:
-    "Bytes of the copies in half precision: of all weights, of the output layer and one other (12·C²) with recomputation, or of the adapters in LoRA and, on CUDA, the output layer, which is padded there."
+    "Bytes of the copies in half precision: of all weights, of the output layer and one other (12·C²) with recomputation, or of the adapters in LoRA, and there the output layer's."
     if not recipe.half: return 0
-    head = 2 * shape.vocabulary * shape.width
-    if recipe.method == "lora": return 2*trained_parameters(shape, recipe) + (head if recipe.device == "cuda" else 0)
-    return head + 2*12*shape.width**2 if recipe.recompute else 2*shape.parameters
+    if recipe.method == "lora": return 2*trained_parameters(shape, recipe) + head_copy(shape, recipe)
+    return head_copy(shape, recipe) + 2*12*shape.width**2 if recipe.recompute else 2*shape.parameters
 
 # %% ../nbs/12_forecast.ipynb #71305a89
 def embedding_gradient(shape, recipe) -> int:
@@ -183,26 +187,43 @@ def after_forward(shape, recipe) -> dict:
     return {**held(shape, recipe), **activations(shape, recipe), "half-precision copies of the weights": half_copies(shape, recipe),
             "gradients": 4*trained_parameters(shape, recipe) if earlier else 0}
 
+# %% ../nbs/12_forecast.ipynb #97107f68
+def one_chunk(recipe) -> bool:
+    "Whether the loss has a single chunk of logits: the output layer's gradient is then in the precision of the products until the backward pass."
+    return recipe.tokens <= CHUNK_SIZE
+
+def in_place(recipe) -> bool:
+    "Whether it then also takes the place of the output layer's copy, which in fp32 there is not."
+    return one_chunk(recipe) and recipe.half
+
 # %% ../nbs/12_forecast.ipynb #43a7219c
+def chunk_bytes(shape, recipe) -> int:
+    "Bytes of a chunk of logits, and of what is there beside it: the slice in fp32 or, where that is more, a product for the output layer's gradient."
+    rows, size, cuda = min(recipe.tokens, CHUNK_SIZE), 2 if recipe.half else 4, recipe.device == "cuda"
+    exact = min(rows, EXACT_ROWS)*shape.vocabulary if cuda else min(rows*shape.vocabulary, EXACT_LOGITS)
+    product = 0 if in_place(recipe) or recipe.method == "lora" else size*shape.vocabulary*shape.width
+    return size*rows*shape.vocabulary + max((COSTS.loss_exact if recipe.half and not cuda else 4)*exact, product)
+
+# %% ../nbs/12_forecast.ipynb #f2ecd2ec
 def at_loss(shape, recipe) -> dict:
-    "Bytes when the loss is computed."
-    first, before = recipe.tokens <= CHUNK_SIZE, 2 if recipe.half else 4  # no chunk before the first
-    at_work = COSTS.loss_cuda_half if recipe.half and recipe.device == "cuda" else COSTS.loss
-    logits = at_work*recipe.tokens if first else (at_work + before)*CHUNK_SIZE
-    if not is_tuned(shape, recipe): first, logits = False, COSTS.loss_stock*recipe.tokens
-    return {**after_forward(shape, recipe), "logits and their loss": logits*shape.vocabulary, "the embedding's gradient in the making": 0 if first else embedding_gradient(shape, recipe)}
+    "Bytes when the loss is computed; several chunks add up the output layer's gradient."
+    making, logits = 0 if one_chunk(recipe) else embedding_gradient(shape, recipe), chunk_bytes(shape, recipe)
+    if not is_tuned(shape, recipe): making, logits = embedding_gradient(shape, recipe), COSTS.loss_stock*recipe.tokens*shape.vocabulary
+    return {**after_forward(shape, recipe), "logits and their loss": logits, "the embedding's gradient in the making": making}
 
 # %% ../nbs/12_forecast.ipynb #14d27768
 def at_backward(shape, recipe) -> dict:
-    "Bytes when the backward pass begins."
-    return {**after_forward(shape, recipe), "the layer computed again": layer_bytes(shape, recipe) if recipe.recompute else 0,
-            "the embedding's gradient in the making": 2*embedding_gradient(shape, recipe)}
+    "Bytes when the backward pass begins, and the output layer's gradient is scaled into a second one in fp32."
+    copies = half_copies(shape, recipe) - (0 if in_place(recipe) else head_copy(shape, recipe))
+    return {**after_forward(shape, recipe), "half-precision copies of the weights": copies, "the layer computed again": layer_bytes(shape, recipe) if recipe.recompute else 0,
+            "the embedding's gradient in the making": (1 if in_place(recipe) else 2)*embedding_gradient(shape, recipe)}
 
 # %% ../nbs/12_forecast.ipynb #ba858bab
 def at_end(shape, recipe) -> dict:
-    "Bytes at the end of the backward pass, with the embedding's two gradients and their sum; without an earlier part one of them is among the gradients."
-    making = 3 if recipe.gradient_accumulation_steps > 1 else 2
-    return {**held(shape, recipe), "gradients": 4*trained_parameters(shape, recipe), "the embedding's gradient in the making": making*embedding_gradient(shape, recipe)}
+    "Bytes at the end of the backward pass: every gradient, those of the embedding as an output and as an input besides, one of which is among them where no earlier part left any, and the copies that serve all parts of a step."
+    making = (2 if recipe.gradient_accumulation_steps > 1 else 1)*embedding_gradient(shape, recipe)
+    copies = 0 if recipe.recompute else half_copies(shape, recipe) - head_copy(shape, recipe)
+    return {**held(shape, recipe), "half-precision copies of the weights": copies, "gradients": 4*trained_parameters(shape, recipe), "the embedding's gradient in the making": making}
 
 # %% ../nbs/12_forecast.ipynb #12072651
 def memory_terms(shape, recipe) -> dict:
@@ -219,7 +240,7 @@ def forecast_memory(
     - 4·P + 8·P: weights and AdamW's two moments, and 4·P of gradients where the step has an earlier part
     - 2·P: the weights in half precision, which autocast keeps
     - 36.1·B·T·L·C + 10·B·T·C: activations saved for the backward pass, and masks where the config has dropout
-    - 8·512·V: the chunk of logits at work, and 4·V·C for the output layer's gradient
+    - 2·1024·V: the chunk of logits at work, 2·V·C for what is beside it, and 4·V·C for the output layer's gradient; of a single chunk less
     - half a gigabyte for torch itself
 
     or what the backward pass needs, where that is more (`at_backward`, `at_end`); `Costs` says where each number comes from. A stock model takes 69·B·T·L·C and 14·B·T·V."""

@@ -22,7 +22,7 @@ from .config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .core import human_bytes
 from .lora import add_adapters
 from .plan import Plan
-from .tune import tune_model
+from .tune import casting_once, tune_model
 
 # %% ../nbs/19_trainer.ipynb #04a9bf33
 class BlockTrainer(Trainer):
@@ -39,10 +39,11 @@ class BlockTrainer(Trainer):
 
     def step_in_parts(self, model, inputs):
         blocks, losses = len(inputs["input_ids"]), []
-        for start in range(0, blocks, self.micro_batch):
-            part = {name: value[start:start + self.micro_batch] for name, value in inputs.items()}
-            self.share, last = len(part["input_ids"]) / blocks, start + self.micro_batch >= blocks
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model): losses.append(super().training_step(model, part))
+        with casting_once(self.args.device):
+            for start in range(0, blocks, self.micro_batch):
+                part = {name: value[start:start + self.micro_batch] for name, value in inputs.items()}
+                self.share, last = len(part["input_ids"]) / blocks, start + self.micro_batch >= blocks
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model): losses.append(super().training_step(model, part))
         return torch.stack(losses).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -181,9 +182,10 @@ def probe(trainer, plan) -> Plan:
             for _ in range(2):
                 if plan.gradient_accumulation_steps == 1: model.zero_grad(set_to_none=True)  # as at the start of every step
                 memory, started = PeakMemory(device), time.perf_counter()
-                with trainer.accelerator.autocast(): loss = model(**batch).loss
-                loss.backward()
-                loss.item()  # waits for the device
+                with casting_once(device):
+                    with trainer.accelerator.autocast(): loss = model(**batch).loss
+                    loss.backward()
+                    loss.item()  # waits for the device
                 seconds = time.perf_counter() - started
         finally: model.zero_grad(set_to_none=True)
     return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.optimizer), step_seconds=seconds * plan.gradient_accumulation_steps)

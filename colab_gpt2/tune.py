@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'use_fused_gelu', 'drop_attention_dropout', 'training_forward', 'head_multiple',
-           'tune_model', 'repeated_blocks', 'compiled', 'recomputing', 'keep_freed_memory']
+           'tune_model', 'repeated_blocks', 'compiled', 'recomputing', 'casting_once', 'keep_freed_memory']
 
 # %% ../nbs/07_tune.ipynb #7790e898
 import contextlib, ctypes, functools, sys, types
@@ -83,6 +83,11 @@ def recomputing(model):
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     try: yield
     finally: getattr(model, f"{kind}_checkpointing_disable")()
+
+# %% ../nbs/07_tune.ipynb #7c680dac
+def casting_once(device):
+    "A context in which autocast copies each weight to half precision once, however often it is entered."
+    return torch.autocast(torch.device(device).type, enabled=False)
 
 # %% ../nbs/07_tune.ipynb #1e5c9dda
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h

@@ -11,7 +11,7 @@ from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.forecast import COSTS, DEVICES, Recipe, at_backward, at_end, at_loss, forecast_memory, forecast_step, layer_bytes, shape_of
 from colab_gpt2.model import MODELS, TINY, load_config, new_model
 from colab_gpt2.plan import BYTES_A_TOKEN, TextSize, effective_batch, estimate_text, memory_limit, named_runtime, plan_run
-from colab_gpt2.tune import tune_model
+from colab_gpt2.tune import casting_once, tune_model
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WIKITEXT_2 = TextSize(2_417_786, 1024, "known")
@@ -78,7 +78,8 @@ def peak_of_a_step(config, recipe, path):
     model, part = training(config, recipe)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     def step():
-        for _ in range(recipe.gradient_accumulation_steps): part()
+        with casting_once("cpu"):
+            for _ in range(recipe.gradient_accumulation_steps): part()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad()
     step()  # the moments are made in the first
@@ -91,15 +92,15 @@ def peak_of_a_step(config, recipe, path):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("micro_batch, parts, vocabulary", [(1, 1, 5000), (2, 2, 5000), (6, 1, 5000), (6, 2, 500)])
-def test_a_step_takes_what_the_forecast_says(tmp_path, precision, recompute, micro_batch, parts, vocabulary):
-    config, recipe = small(vocabulary=vocabulary), Recipe(micro_batch, 256, parts, precision, "cpu", recompute=recompute)
+@pytest.mark.parametrize("micro_batch, parts, vocabulary, block_size", [(1, 1, 5000, 256), (1, 1, 5000, 32), (2, 2, 5000, 256), (6, 1, 5000, 256), (6, 2, 500, 256)])
+def test_a_step_takes_what_the_forecast_says(tmp_path, precision, recompute, micro_batch, parts, vocabulary, block_size):
+    config, recipe = small(vocabulary=vocabulary), Recipe(micro_batch, block_size, parts, precision, "cpu", recompute=recompute)
     assert peak_of_a_step(config, recipe, tmp_path/"trace.json") == pytest.approx(forecast_memory(config, recipe) - COSTS.context, rel=0.03)
 
 
 def test_those_steps_have_their_peaks_at_three_moments():
     def peak(recipe, **shape): return max((at_loss, at_backward, at_end), key=lambda moment: sum(moment(shape_of(small(**shape)), recipe).values()))
-    assert [peak(Recipe(6, 256)), peak(Recipe(6, 256, recompute=True), vocabulary=500), peak(Recipe(1, 256, recompute=True))] == [at_loss, at_backward, at_end]
+    assert [peak(Recipe(6, 256)), peak(Recipe(6, 256, recompute=True), vocabulary=500), peak(Recipe(1, 32))] == [at_loss, at_backward, at_end]
 
 
 BASE = Recipe(4, 512, 2, "bf16")
@@ -213,7 +214,7 @@ def test_what_does_not_fit_says_what_to_change_and_it_helps(fixed, words):
 
 
 def test_a_smaller_block_that_is_named_fits():
-    tight = of_memory(T4, 5e9)
+    tight = of_memory(T4, 4.8e9)
     assert "Lower block_size to 512." in plan_of("gpt2-xl", tight).reasons[0]
     assert plan_of("gpt2-xl", tight, TextSize(2_417_786, 512, "known")).fits
 
