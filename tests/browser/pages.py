@@ -35,8 +35,9 @@ class Notebook:
 
     def run_all(self, attempts=4):
         "As a reader would, again where nothing begins: JupyterLab calls a kernel idle a moment before it is, and then says in a dialog that it waits for it."
-        for step in self.at["run_all"]: self.page.locator(step).first.click()
-        try: self.page.wait_for_function(BEGUN, arg=self.at["prompt"], timeout=4000)
+        try:
+            for step in self.at["run_all"]: self.page.locator(step).first.click(timeout=4000)  # the dialog may lie over the menu
+            self.page.wait_for_function(BEGUN, arg=self.at["prompt"], timeout=4000)
         except TimeoutError:
             if attempts == 1: raise
             self.page.keyboard.press("Escape")

@@ -66,7 +66,7 @@ def test_train_by_hand(ran, record_property):
     panel = ran.panel(TRAINING)
     fill(panel, "Learning rate", "-1")
     panel.get_by_text("Learning rate is -1").wait_for()
-    assert panel.get_by_role("button", name="Start", exact=True).is_disabled()
+    expect(panel.get_by_role("button", name="Start", exact=True)).to_be_disabled()
     ran.picture("bad-value", panel)
     for label, text in {"Learning rate": "5e-4", "Epochs": "0.6", "Output folder": "by-hand"}.items(): fill(panel, label, text)
     panel.get_by_text("Advanced", exact=True).click()
