@@ -40,7 +40,7 @@ test-colab: .venv-colab/ready
 
 # The tutorial and its panels in three front ends, as a reader clicks through them; one after the other, since the times of clicks are measured.
 test-browser: .venv/browser .venv-colab/browser | /usr/bin/chromium
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/browser $(FLAGS)
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/browser
 
 # Every benchmark of a CPU, one after the other, on a machine that does nothing else; then the table of all results.
 bench: .venv/ready

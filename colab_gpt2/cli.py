@@ -197,6 +197,7 @@ def generate(prompt: Annotated[str, typer.Option(help="the text to go on from, t
              repetition_penalty: Annotated[float, typer.Option(help="above 1 avoids what was said")] = 1.0,
              seed: Annotated[Optional[int], typer.Option(help="the same seed gives the same text")] = None,
              samples: Annotated[int, typer.Option(help="how many")] = 1,
+             tokenizer: Annotated[Optional[str], typer.Option(help="a name, a Hub id or a folder (default: the model's own)")] = None,
              cache_dir: CacheDir = None,
              stop: Annotated[Optional[list[str]], typer.Option(help="end before this text; may be repeated")] = None,
              as_json: JSON = False):
@@ -204,7 +205,7 @@ def generate(prompt: Annotated[str, typer.Option(help="the text to go on from, t
     from colab_gpt2.generate import Sampling, check_request, generate, stream
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     with bad_usage(): Sampling(**sampling), check_request(max_new_tokens, seed, samples)
-    options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=tuple(stop or ()), cache_dir=cache_dir, **sampling)
+    options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=tuple(stop or ()), tokenizer=tokenizer, cache_dir=cache_dir, **sampling)
     if as_json or samples != 1:
         made = generate(model, prompt, samples=samples, **options)
         return dict(samples=made) if as_json else made

@@ -96,7 +96,7 @@ class DataPanel(Panel):
     title, lead = "2. The text", "What the model will learn from. Part of it is held out, to measure on text that the model has not seen."
 
     def __init__(self, before=None, **values):
-        shared, note = take_values(before, values)
+        shared = take_values(before, values)
         super().__init__(shared)
         self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="Text", style=dict(description_width="128px"), layout=widgets.Layout(width="520px", max_width="100%"))
         self.own = Form(shared, ["train_file", "eval_file"])
@@ -108,7 +108,7 @@ class DataPanel(Panel):
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
         for upload, name in zip(self.uploads, self.own.rows): upload.observe(lambda change, name=name: self.receive(name, change["new"]), "value")
         self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch, self.halt), self.status, self.view)
-        if note: self.say(note, "ℹ")
+        if shared.suggestion and not isinstance(before, Panel): self.say(shared.suggestion, "ℹ")
 
     def chosen(self): return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
 

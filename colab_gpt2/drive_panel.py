@@ -131,8 +131,6 @@ class DrivePanel(Panel):
         if self.config.model == self.awaited: return self.say(UNFINISHED, "⚠")
         return self.work(self.pack_and_save, "Packing and saving …", lambda saved: f"Saved {saved.copy.path.name}, {human_bytes(saved.copy.bytes)}, and read it back with the same SHA-256.")
 
-    def save(self): return self.start()
-
     def is_own(self, path) -> bool:
         "Whether the file `path` is an archive just as it was made here."
         path = Path(path).expanduser()

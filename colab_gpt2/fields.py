@@ -46,7 +46,9 @@ def find_problems(config, given) -> dict:
 # %% ../nbs/25_fields.ipynb #b1564f6b
 class Values:
     "A frozen config that can be changed, what was typed and does not fit it yet, what is wrong with that, and whoever wants to hear of any of it."
-    def __init__(self, config): self.config, self.typed, self.problems, self.refused, self.listeners = config, {}, {}, set(), []
+    def __init__(self, config, suggestion=""):
+        self.config, self.typed, self.problems, self.refused, self.listeners = config, {}, {}, set(), []
+        self.began, self.suggestion = config, suggestion  # why it began like this, where a person would ask
 
     def set(self, **changes):
         "Change some fields, with which nothing is wrong then; ValueError or TypeError, and no change, where the config refuses."
@@ -116,9 +118,9 @@ def write_typed(value) -> str:
 
 # %% ../nbs/25_fields.ipynb #9bf7a8e8
 class Row:
-    "A field's widget and, beside it, its help or what is wrong with its value."
-    def __init__(self, f, value, edited, suggestions=()):
-        self.field, self.widget, self.hint = f, make_widget(f, value, suggestions), widgets.HTML(layout=widgets.Layout(flex="1 1 240px", min_width="0"))
+    "A field's widget and, beside it, its `help` or what is wrong with its value."
+    def __init__(self, f, value, edited, suggestions=(), help=""):
+        self.field, self.widget, self.hint, self.help = f, make_widget(f, value, suggestions), widgets.HTML(layout=widgets.Layout(flex="1 1 240px", min_width="0")), help
         self.box = widgets.HBox([self.widget, self.hint], layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
         self.mark("")
         self.widget.observe(lambda change: edited(), "value")
@@ -138,7 +140,7 @@ class Row:
         "`message` is what is wrong, `''` that nothing is."
         (self.widget.add_class if message else self.widget.remove_class)("cg-invalid")
         shown = (f"<span class='cg-bad' role='alert'>⚠ {html.escape(message, quote=False)}</span>" if message
-                 else f"<span class='cg-hint'>{html.escape(self.field.metadata.get('help', ''))}</span>")
+                 else f"<span class='cg-hint'>{html.escape(self.help, quote=False)}</span>")
         if self.hint.value != shown: self.hint.value = shown  # an equal value would be read out again
 
 # %% ../nbs/25_fields.ipynb #80446347
@@ -146,7 +148,8 @@ class Form:
     "The rows of some fields of `values.config`, in step with it both ways. What is bad is marked and does not reach the config."
     def __init__(self, values, names, suggestions=None):
         self.values, self.busy, known = values, False, {f.name: f for f in fields(values.config)}
-        self.rows = {name: Row(known[name], getattr(values.config, name), functools.partial(self.edited, name), (suggestions or {}).get(name, ())) for name in names}
+        def help_of(f): return in_labels(f.metadata.get("help", ""), values.config)
+        self.rows = {name: Row(known[name], getattr(values.config, name), functools.partial(self.edited, name), (suggestions or {}).get(name, ()), help_of(known[name])) for name in names}
         self.box = widgets.VBox([row.box for row in self.rows.values()])
         values.listeners.append(self.follow)
 

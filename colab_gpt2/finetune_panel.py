@@ -15,11 +15,11 @@ import ipywidgets as widgets
 
 from .callbacks import Listener
 from .checkpoints import find_checkpoints, read_manifest
+from .config import pick_block_size
 from .core import human_bytes, human_time
 from .fields import Form, in_labels
 from .finetune import Interrupted, finetune
 from .model import MODELS, load_config, model_context
-from .config import pick_block_size
 from .panel import Panel, button, folded, meter, row, sentence, take_values
 from .plan import Plan, estimate_text, pick_run_precision, plan_run
 from .progress import Live, describe_samples
@@ -27,6 +27,7 @@ from .pump import interrupts_reach
 from .runtime import check_runtime
 from .snippets import as_python, as_shell, differing
 from .steps import corpus_for_plan, size_for_plan
+from .trainer import identify_settings
 
 # %% ../nbs/30_finetune_panel.ipynb #b7576327
 COUNTED = 20_000_000  # bytes: a text of this size takes some ten seconds to cut into tokens
@@ -68,8 +69,7 @@ def describe_plan(plan) -> str:
 # %% ../nbs/30_finetune_panel.ipynb #1c7adc06
 def what_differs(checkpoint, config, plan) -> str:
     "The settings with which the run of `checkpoint` began and that are others now, in words; '' where it can be gone on with, as far as the settings decide."
-    was, batch = read_manifest(checkpoint)["run"], plan.micro_batch * plan.gradient_accumulation_steps
-    now = dict(block_size=plan.block_size, batch=batch, seed=config.seed, method=plan.method if plan.method == "full" else f"lora of rank {config.lora_rank}")
+    was, now = read_manifest(checkpoint)["run"], identify_settings(config, plan)
     names = dict(block_size="Block size", batch="Effective batch", seed="Seed", method="Method")
     return ", ".join(f"{names[name]} {was[name]}" for name, value in now.items() if was.get(name, value) != value)
 
@@ -106,7 +106,7 @@ class Settings(Panel):
     "The settings of a run and its forecast, made again whenever one of them changes; `config` is a FinetuneConfig, shared with the panel `before` if there is one."
 
     def __init__(self, before=None, **values):
-        shared, self.suggestion = take_values(before, values)
+        shared = take_values(before, values)
         super().__init__(shared)
         self.running, self.forecaster = False, Forecaster()
         self.form, self.more = Form(shared, MAIN, dict(model=MODELS)), Form(shared, ADVANCED)
@@ -126,7 +126,8 @@ class Settings(Panel):
         super().refresh()
         if self.running: return
         text, refused, plan = self.config.train_file or self.config.dataset, "", None
-        self.text.value = f"<span class='cg-hint' style='margin:0'>Text: <b>{html.escape(str(text))}</b>{self.origin}</span>"
+        why = self.values.suggestion if (self.config.model, text) == (self.values.began.model, self.values.began.dataset) else ""
+        self.text.value = f"<span class='cg-hint' style='margin:0'>Text: <b>{html.escape(str(text))}</b>{self.origin}</span>" + (f"<p class='cg-note'>ℹ {html.escape(why)}</p>" if why else "")
         with self.listening(), warnings.catch_warnings(record=True) as told:
             try: shown = describe_plan(plan := self.forecaster.plan(self.config))
             except Exception as e: refused = shown = f"<div class='cg-error' role='alert'>⚠ {html.escape(in_labels(sentence(e), self.config), quote=False)}</div>"
@@ -161,7 +162,6 @@ class FinetunePanel(Settings):
         self.buttons = dict(start=button("Start", self.start, primary=True), stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
                             save=button("Save now", self.save_now, tooltip="Save a checkpoint and go on"), sample=button("Sample now", self.sample_now, tooltip="Generate a text and go on"))
         self.assemble(self.text, self.form.box, self.advanced, self.more.box, self.plan, row(*self.buttons.values()), self.status, self.progress, self.charts, self.samples)
-        if self.suggestion: self.say(self.suggestion, "ℹ")
 
     def allow(self, start): self.enable(start=start)
 

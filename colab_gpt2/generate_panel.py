@@ -106,8 +106,7 @@ class GeneratePanel(Panel):
         return "\n".join(as_python("generate", dict(model=model, **self.options(), **self.origin(model)), name) for model, name in calls).replace("\nfrom colab_gpt2 import generate\n", "")
 
     def shell(self):
-        kept = dict(cache_dir=self.cache_dir) if self.cache_dir else {}
-        return "\n".join(as_shell("generate", dict(model=model, **self.options(), **kept)) for model in (self.config.compare_with, self.config.model) if model)
+        return "\n".join(as_shell("generate", dict(model=model, **self.options(), **self.origin(model))) for model in (self.config.compare_with, self.config.model) if model)
 
     def options(self) -> dict:
         seed = {} if self.config.seed is None else dict(seed=self.config.seed)

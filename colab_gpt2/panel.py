@@ -199,13 +199,13 @@ def button(text, action, primary=False, tooltip=""):
 def row(*parts): return widgets.HBox(list(parts), layout=widgets.Layout(flex_flow="row wrap", align_items="center", margin="8px 0 0 0"))
 
 # %% ../nbs/26_panel.ipynb #e6208252
-def take_values(before, given) -> tuple:
-    "(Values, note) of a new panel: shared with the panel `before`, of a FinetuneConfig, or what `suggest` says for None; changed by `given`."
-    config, note = (before, "") if isinstance(before, FinetuneConfig) else suggest() if before is None else (before.values.config, "")
+def take_values(before, given) -> Values:
+    "The Values of a new panel: shared with the panel `before`, of a FinetuneConfig, or what `suggest` says for None, and why; changed by `given`."
+    config, why = (before, "") if isinstance(before, FinetuneConfig) else suggest() if before is None else (before.values.config, "")
     config = changed(config, **given)
-    if not isinstance(before, Panel): return Values(config), note
+    if not isinstance(before, Panel): return Values(config, "" if {"model", "dataset", "train_file"} & given.keys() else why)
     before.values.set(**given)
-    return before.values, note
+    return before.values
 
 # %% ../nbs/26_panel.ipynb #b2d74f59
 UNFINISHED = "There is no finished model yet: finish the training in step 3, or name another model here."

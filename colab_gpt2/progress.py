@@ -96,6 +96,7 @@ class Live(Listener, Course):
         "Let clicks in; draw, if it is time or has to be `now`."
         began = time.perf_counter()
         self.attempt("Listening for clicks", self.pump)
+        self.stopping = self.stopping or bool(self.stopper and self.stopper.asked)  # by the notebook's own button
         if now or began - self.drawn >= self.every:
             self.attempt("Drawing the run", self.draw)
             self.drawn = time.perf_counter()

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, TrainerCallback
 
 from colab_gpt2.finetune import finetune
@@ -114,6 +115,20 @@ def test_every_way_of_training_gives_the_same_model(text, tmp_path, changes):
     assert plain.plan.source == other.plan.source == "probe"
     for (name, a), b in zip(load_model(str(tmp_path/"plain")).state_dict().items(), load_model(str(tmp_path/"other")).state_dict().values()):
         assert error(a, b) < 1e-3, name  # a key's bias has no gradient but rounding, which AdamW makes steps of: single numbers differ
+
+
+def test_the_parts_of_a_step_share_the_copies_in_half_precision(text, tmp_path):
+    "Each weight of a product is copied once a step, however many parts that has."
+    copies = []
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, kind, types, arguments=(), options=None):
+            if kind is torch.ops.aten._to_copy.default and arguments[0].shape == (256, 1024) and options["dtype"] == torch.bfloat16: copies.append(arguments[0].data_ptr())
+            return kind(*arguments, **(options or {}))
+    class Counting(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs): self.mode = Count().__enter__()
+        def on_step_end(self, args, state, control, **kwargs): self.mode.__exit__(None, None, None)
+    run(text, tmp_path/"out", precision="bf16", max_steps=1, effective_batch_size=4, per_device_train_batch_size=1, callbacks=[Counting()])
+    assert len(copies) == len(set(copies)) == load_model("tiny").config.n_layer  # c_fc of each layer
 
 
 def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_path):

@@ -68,8 +68,17 @@ def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
     panel = colab_gpt2.FinetunePanel()
-    assert (panel.config.model, panel.config.dataset) == ("tiny", "python-docs") and "no GPU" in panel.said and not panel.buttons["start"].disabled
+    assert (panel.config.model, panel.config.dataset) == ("tiny", "python-docs") and "no GPU" in panel.text.value and not panel.buttons["start"].disabled
+    panel.values.set(model="gpt2")
+    assert "no GPU" not in panel.text.value and "no GPU" not in colab_gpt2.FinetunePanel(model="gpt2").text.value
     monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cuda", ""))
+    monkeypatch.setattr("colab_gpt2.data.hub_trouble", lambda: "gave no answer")
+    text = colab_gpt2.DataPanel()
+    assert "The Hub gave no answer" in text.said
+    with monkeypatch.context() as here:
+        here.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
+        text.start()
+        assert text.error is None and "The Hub gave no answer" in colab_gpt2.FinetunePanel(text).text.value  # though the text's panel has said something else since
     monkeypatch.setattr("colab_gpt2.data.hub_trouble", lambda: "")
     assert colab_gpt2.DataPanel().config == FinetuneConfig()
 

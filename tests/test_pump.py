@@ -135,7 +135,7 @@ def test_the_interrupt_button_reaches_a_subshell(kernel, buttons, subshell, pres
     time.sleep(0.6)  # the handler is looked after twice a second
     press(kernel)
     assert steps_taken(kernel) < 150
-    sleeping = kernel.execute("print('asleep', flush=True); time.sleep(20)")
+    sleeping = kernel.execute("print('asleep', flush=True)\nfor _ in range(400): time.sleep(0.05)")  # a signal just before a long sleep would be heard after it
     listen(kernel, lambda m: m["msg_type"] == "stream" and "asleep" in m["content"]["text"])
     press(kernel)
     heard = listen(kernel, idle(sleeping), timeout=10)

@@ -47,6 +47,8 @@ def test_links_follow_the_settings(tmp_path, shell):
 def test_it_is_small_and_carries_nothing_of_a_machine(notebook):
     assert PATH.stat().st_size < 60_000
     assert "widgets" not in notebook.metadata
+    panels = [c for c in notebook.cells if c.cell_type == "code" and "Panel(" in c.source]
+    assert [c.metadata.get("scrolled") for c in panels] == [False] * 5  # or Notebook 7 squeezes a tall output into a box
     assert [c.outputs for c in notebook.cells if c.cell_type == "code" and c.outputs] == []
 
 

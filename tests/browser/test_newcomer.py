@@ -51,6 +51,8 @@ def test_run_all(ran, record_property):
     outputs = [output for cell in saved.cells for output in cell.get("outputs", ())]
     assert [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr" and o.text != "Mounted at /content/drive\n"] == []  # so says Colab
     assert "No GPU" in ran.panel(MACHINE).inner_text() and "Done in" in said(ran.panel(TRAINING))
+    assert "There is no GPU here, so this starts with the small embedded model" in ran.panel(TRAINING).inner_text()
+    assert [panel.inner_text() for panel in ran.page.locator(".cg-panel").all() if "Note:" in panel.inner_text()] == []  # so does a panel say a warning
     assert said(ran.panel(DRIVE)).startswith("✓ Saved gpt2-tuned.tar.gz"), said(ran.panel(DRIVE))
     assert (ran.server.folder.parent/"drive"/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz").exists()
     assert any("image/svg+xml" in o.get("data", {}) for o in outputs)
@@ -67,6 +69,7 @@ def test_train_by_hand(ran, record_property):
     fill(panel, "Learning rate", "-1")
     panel.get_by_text("Learning rate is -1").wait_for()
     expect(panel.get_by_role("button", name="Start", exact=True)).to_be_disabled()
+    assert panel.get_by_label("Learning rate", exact=True).evaluate("e => getComputedStyle(e).borderColor") == "rgb(220, 38, 38)"
     ran.picture("bad-value", panel)
     for label, text in {"Learning rate": "5e-4", "Epochs": "0.6", "Output folder": "by-hand"}.items(): fill(panel, label, text)
     panel.get_by_text("Advanced", exact=True).click()
@@ -232,13 +235,13 @@ CONTRAST = """panel => {
     const luminance = rgb => rgb.map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
     const above = e => e ? [...above(e.parentElement), e] : [];
     const ratio = e => {
-        const chain = above(e), style = getComputedStyle(e), opacity = chain.reduce((product, up) => product * getComputedStyle(up).opacity, 1);
+        const chain = above(e), style = getComputedStyle(e), opacity = chain.reduce((product, up) => product * getComputedStyle(up).opacity, e instanceof SVGElement ? style.fillOpacity : 1);
         const ground = chain.reduce((under, up) => over(numbers(getComputedStyle(up).backgroundColor), under), [255, 255, 255]);
         const [r, g, b, a] = numbers(e instanceof SVGElement ? style.fill : style.color), text = over([r, g, b, a * opacity], ground);
         const [dark, light] = [luminance(text), luminance(ground)].sort((a, b) => a - b);
         return (light + .05) / (dark + .05);
     };
-    const spoken = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.matches('input, textarea');
+    const spoken = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.matches('input, textarea, select');
     return [...panel.querySelectorAll('*')].filter(e => !e.matches('style, option, :disabled') && e.checkVisibility() && spoken(e))
         .map(e => [(e.value ?? e.textContent).trim().slice(0, 40), ratio(e)]); }"""
 
@@ -248,6 +251,7 @@ def read_contrasts(notebook): return [told for panel in notebook.page.locator(".
 
 def test_readable(ran):
     "Every text in a panel has a contrast of 4.5 to its ground (WCAG 2, 1.4.3), in the light theme and, where there is one, in the dark."
+    assert set(ran.page.locator(".cg-panel pre").evaluate_all("texts => texts.map(e => getComputedStyle(e).wordBreak)")) == {"normal"}  # no word cut in the middle
     light = read_contrasts(ran)
     assert len(light) > 100 and [told for told in light if told[1] < 4.5] == []
     if ran.server.front_end.name == "notebook-6": return
