@@ -21,7 +21,7 @@ def questions(options) -> dict:
         "training": ("training.py", dict(**common, sides=[*PEERS, "ours", "ours-compiled"], batch=8, micro_batches=[8, 4, 2], steps=12 if quick else 30,
                                          rounds=1 if quick else 2)),
         "forecast": ("forecast.py", dict(**common, sizes=sizes, steps=5 if quick else 8)),
-        "rehearsal of a T4": ("forecast.py", dict(**common, t4=True, sizes=["gpt2-large"] if quick else ["gpt2-large", "gpt2-xl:lora"], steps=4)),
+        "rehearsal of a T4": ("forecast.py", dict(**common, t4=True, sizes=["gpt2-large:full"] if quick else ["gpt2-large:full", "gpt2-xl:lora"], steps=4)),
         "sampling": ("sampling.py", dict(tokenizer=options.tokenizer, results=options.results, device="cuda", rounds=1 if quick else 2)),
     }
 

@@ -23,8 +23,8 @@ EVERY = 0.02  # seconds between two looks at a side's memory
 # One side, in a process of its own
 
 def tell(**values):
-    "The last line of a side's output: `values`, and the most memory that its process ever held in RAM."
-    print(json.dumps(plain({**values, "peak_bytes": peak_bytes()})), flush=True)
+    "The last line of a side's output: `values`, and the most memory that its process ever held in RAM, unless it kept an eye on that itself."
+    print(json.dumps(plain({"peak_bytes": peak_bytes(), **values})), flush=True)
 
 
 def peak_bytes() -> int:

@@ -2,7 +2,7 @@
 import argparse, statistics, sys, time
 from pathlib import Path
 
-from harness import RESULTS, ROOT
+from harness import RESULTS, ROOT, peak_bytes
 
 DATA = ROOT.parent/"shared"/"data"  # beside a developer's checkout
 TEXT, TOKENIZER = DATA/"wikitext-2-raw"/"wiki.valid.raw", DATA/"gpt2-tokenizer"
@@ -159,7 +159,7 @@ def make_clock(device):
 
 def measure(options, trainer, blocks_per_step, train) -> tuple:
     "`(found, what train() returned)`: the seconds of the steps, tokens a second over the median one, the losses that the Trainer logged, and the GPU's peak."
-    clock, tokens = make_clock(options.device), blocks_per_step * options.block_size
+    clock, tokens, earlier = make_clock(options.device), blocks_per_step * options.block_size, peak_bytes()  # the library's probe has Linux begin anew
     trainer.add_callback(clock)
     if options.device == "cuda":
         import torch
@@ -169,7 +169,7 @@ def measure(options, trainer, blocks_per_step, train) -> tuple:
     counted = seconds[LEFT_OUT:] or seconds
     found = dict(step_seconds=seconds, seconds_per_step=statistics.median(counted), tokens_per_step=tokens,
                  tokens_per_second=tokens / statistics.median(counted), losses=[entry["loss"] for entry in history if "loss" in entry],
-                 training_loss=next(entry["train_loss"] for entry in reversed(history) if "train_loss" in entry))
+                 peak_bytes=max(earlier, peak_bytes()), training_loss=next(entry["train_loss"] for entry in reversed(history) if "train_loss" in entry))
     return found | (gpu_memory() if options.device == "cuda" else {}), returned
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COSTS', 'GiB', 'DEVICES', 'CORE', 'Shape', 'shape_of', 'count_parameters', 'count_on_meta', 'Recipe',
-           'trained_parameters', 'Costs', 'held', 'activations', 'layer_bytes', 'numbers', 'is_tuned', 'mask_bytes',
-           'keeps_matrices', 'head_copy', 'half_copies', 'embedding_gradient', 'after_forward', 'one_chunk', 'in_place',
-           'chunk_bytes', 'at_loss', 'at_backward', 'at_end', 'memory_terms', 'forecast_memory', 'Device', 'device_of',
-           'flops_per_token', 'work', 'forecast_step']
+           'trained_parameters', 'Costs', 'held', 'activations', 'layer_bytes', 'numbers', 'norms_of_lora', 'is_tuned',
+           'mask_bytes', 'keeps_matrices', 'head_copy', 'half_copies', 'embedding_gradient', 'after_forward',
+           'one_chunk', 'in_place', 'chunk_bytes', 'at_loss', 'at_backward', 'at_end', 'memory_terms',
+           'forecast_memory', 'Device', 'device_of', 'flops_per_token', 'work', 'forecast_step']
 
 # %% ../nbs/12_forecast.ipynb #f4763a20
 import re
@@ -105,11 +105,13 @@ class Costs(Record):
     last_half: float = 10  # measured, a token and channel, once: the last norm's input (4) and output (4), and the loss's gradient for it (2)
     last_fp32: float = 12
     last_lora: float = 6
+    norm_lora_cuda: float = 4  # derived: CUDA's autocast has each norm's input in fp32, a copy of LoRA's half-precision residual; a CPU's norms take it as it is. Two a layer, 2 more each; the last one 2, and 2 for its output
     mask_cuda: float = 1  # derived, a dropout: CUDA keeps a mask of booleans, a CPU one of numbers in the precision of what it drops
     matrix: float = 12  # measured, an entry of a head's T×T matrix: attention with dropout keeps them everywhere but on CUDA
     loss_exact: float = 8  # counted, a logit of the slice that a CPU has in fp32: a copy and its logarithm; 4 where no copy is made, on a GPU and in fp32
     loss_stock: float = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss; there is no chunk
     moments_8bit: int = 2  # a parameter: AdamW's two moments by bitsandbytes; the Trainer leaves those of embeddings in fp32
+    holes_cpu: float = 0.15  # measured, of the bytes of tensors: 10 to 19% in eight ways of training 124M and one of 355M (dev/LOG.md); the C library keeps what was freed
     context: int = 500_000_000  # in all, before any tensor: Python with the Trainer on a CPU (measured: 0.46 GB); assumed for CUDA
 
 COSTS = Costs()
@@ -130,7 +132,7 @@ def held(shape, recipe) -> dict:
 def activations(shape, recipe) -> dict:
     "Bytes that the forward pass saves for the backward pass: with recomputation only each layer's input."
     tuned, C, layers = is_tuned(shape, recipe), shape.width, 0 if recipe.recompute else shape.layers
-    last = getattr(COSTS, f"last_{numbers(recipe)}") if tuned else 0
+    last = getattr(COSTS, f"last_{numbers(recipe)}") + norms_of_lora(recipe) if tuned else 0
     inputs = (2 if numbers(recipe) == "lora" else 4)*recipe.tokens*C*shape.layers if recipe.recompute else 0  # in the residual stream's precision
     return {"activations": inputs + last*recipe.tokens*C + layers*layer_bytes(shape, recipe), "dropout of the embeddings": mask_bytes(shape, recipe, 4) if tuned else 0}
 
@@ -138,7 +140,7 @@ def activations(shape, recipe) -> dict:
 def layer_bytes(shape, recipe) -> float:
     "Bytes that one layer saves: activations, LoRA's inner ones, two masks of dropout and, where attention has dropout, its matrices."
     half, lora, tuned = recipe.half, recipe.method == "lora", is_tuned(shape, recipe)
-    kept = getattr(COSTS, f"layer_{numbers(recipe)}") if tuned else COSTS.stock_half if half else COSTS.stock_fp32
+    kept = getattr(COSTS, f"layer_{numbers(recipe)}") + norms_of_lora(recipe) if tuned else COSTS.stock_half if half else COSTS.stock_fp32
     inner = 4*recipe.lora_rank*(2 if half else 4)*recipe.tokens if lora else 0
     masks = 2*mask_bytes(shape, recipe, 2 if half else 4) if tuned else 0
     return kept*recipe.tokens*shape.width + inner + masks + (COSTS.matrix*recipe.micro_batch*shape.heads*recipe.block_size**2 if keeps_matrices(shape, recipe) else 0)
@@ -147,6 +149,11 @@ def layer_bytes(shape, recipe) -> float:
 def numbers(recipe) -> str:
     "Which column of `Costs` counts: fp32, half, or lora, whose frozen model and residual stream are in half precision too."
     return "fp32" if not recipe.half else "lora" if recipe.method == "lora" else "half"
+
+# %% ../nbs/12_forecast.ipynb #b601c6c9
+def norms_of_lora(recipe) -> float:
+    "Bytes a token and channel for a layer's norms, or the last one's, in fp32 beside LoRA's half precision."
+    return COSTS.norm_lora_cuda if numbers(recipe) == "lora" and recipe.device == "cuda" else 0
 
 # %% ../nbs/12_forecast.ipynb #643d143b
 def is_tuned(shape, recipe) -> bool:
@@ -230,7 +237,8 @@ def at_end(shape, recipe) -> dict:
 # %% ../nbs/12_forecast.ipynb #12072651
 def memory_terms(shape, recipe) -> dict:
     "Bytes by what they are for, at the moment of a step that needs most."
-    return max((moment(shape, recipe) for moment in (at_loss, at_backward, at_end)), key=lambda terms: sum(terms.values()))
+    terms = max((moment(shape, recipe) for moment in (at_loss, at_backward, at_end)), key=lambda terms: sum(terms.values()))
+    return {**terms, "holes in the heap": COSTS.holes_cpu*(sum(terms.values()) - COSTS.context) if recipe.device == "cpu" else 0}
 
 # %% ../nbs/12_forecast.ipynb #b4eaf48d
 def forecast_memory(
@@ -243,7 +251,7 @@ def forecast_memory(
     - 2·P: the weights in half precision, which autocast keeps
     - 36.1·B·T·L·C + 10·B·T·C: activations saved for the backward pass, and masks where the config has dropout
     - 2·1024·V: the chunk of logits at work, 2·V·C for what is beside it, and 4·V·C for the output layer's gradient; of a single chunk less
-    - half a gigabyte for torch itself
+    - half a gigabyte for torch itself, and on a CPU 15% of the rest for holes in the heap
 
     or what the backward pass needs, where that is more (`at_backward`, `at_end`); `Costs` says where each number comes from. A stock model takes 69·B·T·L·C and 14·B·T·V."""
     return int(sum(memory_terms(shape_of(model), recipe).values()))
@@ -274,7 +282,9 @@ DEVICES = {
 }
 
 # %% ../nbs/12_forecast.ipynb #aa3ab6ad
-CORE = Device("a CPU core", 0, None, 180e9, 75e9, 10e9, 0.8)  # measured on an EPYC with avx512_bf16; the bandwidth is half a DDR4 channel's, assumed
+# Half precision is measured, on an EPYC with avx512_bf16: products at 390 GFLOP/s, a step at 0.68 of that; fp32 lies between its 140 and the 35 of AVX2
+# at 2.2 GHz; the bandwidth is half a DDR4 channel's, assumed
+CORE = Device("a CPU core", 0, None, 390e9, 75e9, 10e9, 0.68)
 
 # %% ../nbs/12_forecast.ipynb #e39c8c92
 def device_of(runtime) -> Device | None:

@@ -206,6 +206,6 @@ def bench(config: FinetuneConfig | None = None, *, steps=8, progress=True, **cha
     with tempfile.TemporaryDirectory() as scratch:
         short = replace(config, max_steps=steps, save_steps=-1, output_dir=scratch)
         trainer = make_trainer(short, model, tokenizer, blocks, planned, runtime, progress=progress)
-        try: train_model(short, trainer, planned)
+        try: planned = train_model(short, trainer, planned)
         except Interrupted: raise KeyboardInterrupt("stopped; nothing was measured, and nothing is kept") from None
     return Bench(config.model, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), trainer.state.global_step, planned, runtime)

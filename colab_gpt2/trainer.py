@@ -35,7 +35,7 @@ class BlockTrainer(Trainer):
             try: return self.step_in_parts(model, inputs)
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1: raise
-            self.halve_micro_batch(model)
+            self.lower_micro_batch(model, self.micro_batch // 2)
 
     def step_in_parts(self, model, inputs):
         blocks, losses = len(inputs["input_ids"]), []
@@ -50,12 +50,12 @@ class BlockTrainer(Trainer):
         "The part's mean loss times its share of the step: blocks are full, so these add up to the step's mean over all tokens but each block's first."
         return super().compute_loss(model, inputs) * self.share
 
-    def halve_micro_batch(self, model):
-        was, self.micro_batch = self.micro_batch, self.micro_batch // 2
+    def lower_micro_batch(self, model, blocks):
+        was, self.micro_batch = self.micro_batch, blocks
         model.zero_grad(set_to_none=True)
         gc.collect()  # the failed step's tensors hang on its traceback
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        warnings.warn(f"Not enough memory for {was} blocks at once; the step is taken with {self.micro_batch}.", stacklevel=2)
+        warnings.warn(f"Not enough memory for {was} blocks at once; the step is taken with {blocks}.", stacklevel=2)
 
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 
@@ -209,4 +209,4 @@ def settle(trainer, plan) -> Plan:
         micro = max(n for n in range(1, plan.micro_batch // 2 + 1) if batch % n == 0)
         plan = replace(plan, micro_batch=micro, gradient_accumulation_steps=batch // micro,
                        reasons=(*plan.reasons, f"A probed step did not fit with {plan.micro_batch} blocks at once: {micro} instead."))
-        trainer.halve_micro_batch(trainer.model)
+        trainer.lower_micro_batch(trainer.model, micro)

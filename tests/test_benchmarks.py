@@ -135,7 +135,8 @@ def test_a_forecast_is_held_against_the_process_or_the_whole_gpu():
     on_gpu = forecast_run(peak_bytes=5000, gpu_peak_bytes=90, gpu_context_bytes=20, gpu_reserved_bytes=forecast.T4_CAP)
     assert [row.peer.median for row in forecast.rows_of("gpt2", [on_gpu])][:2] == [110, 110]
     rows = forecast.rows_of_t4("gpt2", [on_gpu])
-    assert [row.reached for row in rows] == [None, False] and not any("seconds" in row.figure for row in rows)
+    assert [row.reached for row in rows] == [None, False, True] and not any("seconds" in row.figure for row in rows)
+    assert not forecast.rows_of_t4("gpt2", [{**on_gpu, "gpu_reserved_bytes": forecast.T4_CAP + 1}])[-1].reached
 
 
 def ask(shell, program, *words): return shell(sys.executable, BENCHMARKS/program, *words, timeout=500)
