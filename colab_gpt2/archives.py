@@ -12,10 +12,9 @@ import contextlib, errno, fnmatch, gzip, json, os, shutil, tarfile, tempfile, zl
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-from .core import Record, check_space, current_umask, human_bytes, replacing, sha256_of
+from .core import Record, check_space, current_umask, human_bytes, make_bar, replacing, sha256_of
 
 # %% ../nbs/15_archives.ipynb #e7b72cdb
 FULL = "the disk, or Drive's quota, is full. Free some space (on Drive, empty the trash too)."
@@ -40,8 +39,8 @@ def explained(action):
 
 # %% ../nbs/15_archives.ipynb #32f469cf
 def byte_bar(total, what, progress=True):
-    "A tqdm bar of `total` bytes."
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not progress)
+    "A bar of `total` bytes, by `make_bar`."
+    return make_bar(progress, desc=what, total=total, unit="B", unit_scale=True)
 
 # %% ../nbs/15_archives.ipynb #e897e0af
 def check_weights(path):

@@ -65,7 +65,7 @@ class Bar(TrainerCallback):
 class StopOnInterrupt(TrainerCallback):
     """Ctrl-C, and the notebook's stop button, end the run after the step at hand, with a checkpoint; a second one ends it at once.
     An interrupt in the middle of a step would leave weights of which a part is updated."""
-    def __init__(self): self.asked = False
+    def __init__(self): self.asked, self.aloud = False, True  # `aloud`: whether an interrupt is answered on stderr
 
     def ask(self):
         "For a button: the same, without a word and without a second one."
@@ -74,7 +74,7 @@ class StopOnInterrupt(TrainerCallback):
     def interrupted(self, signum, frame):
         if self.asked: raise KeyboardInterrupt
         self.ask()
-        print("\nStopping after this step and saving; press again to stop at once without saving.", file=sys.stderr)
+        if self.aloud: print("\nStopping after this step and saving; press again to stop at once without saving.", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_training_stop = control.should_save = True

@@ -7,7 +7,7 @@ __all__ = ['UPLOADS', 'OWN', 'TEXTS', 'Preview', 'preview_rows', 'look_into', 'd
            'DataPanel']
 
 # %% ../nbs/28_data_panel.ipynb #6b8960a5
-import html, itertools, time
+import html, itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,7 @@ from .core import Record, human_bytes, replacing
 from .data import PYTHON_DOCS, SPLITS, Corpus, check_text
 from .fields import Form
 from .model import load_config, model_context
-from .panel import Panel, button, row, take_values
-from .pump import interrupts_reach, pump
+from .panel import Panel, Stoppable, button, row, take_values
 from .snippets import as_python, as_shell, differing
 from .steps import fetch_for, tokenizer_for_plan
 
@@ -91,7 +90,7 @@ TEXTS = [("WikiText-2, raw (11 MB of Wikipedia)", "wikitext-2-raw-v1"), ("WikiTe
          ("Python's documentation (0.3 MB, no network)", PYTHON_DOCS), ("A text of my own", OWN)]
 
 # %% ../nbs/28_data_panel.ipynb #87bd5a40
-class DataPanel(Panel):
+class DataPanel(Stoppable):
     "The text: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `result` is a Preview."
     title, lead = "2. The text", "What the model will learn from. Part of it is held out, to measure on text that the model has not seen."
 
@@ -103,11 +102,10 @@ class DataPanel(Panel):
         self.blocks = Form(shared, ["block_size"])
         self.uploads = [widgets.FileUpload(description=text, accept=".txt,.md,text/plain", multiple=False, layout=widgets.Layout(width="auto")) for text in ("Upload a text", "Upload a held-out text")]
         self.files = widgets.VBox([row(*self.uploads, widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; put a larger one beside the notebook and name it</span>")), self.own.box])
-        self.view, self.fetch, self.halt = widgets.HTML(), button("Fetch and look", self.start, primary=True), button("Stop", self.stop)
-        self.running, self.stopping, self.told = False, False, 0.0  # `told`: when it was said how far the work is
+        self.view, self.fetch = widgets.HTML(), button("Fetch and look", self.start, primary=True)
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
         for upload, name in zip(self.uploads, self.own.rows): upload.observe(lambda change, name=name: self.receive(name, change["new"]), "value")
-        self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch, self.halt), self.status, self.view)
+        self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch, self.halt), self.status, self.far, self.view)
         if shared.suggestion and not isinstance(before, Panel): self.say(shared.suggestion, "ℹ")
 
     def chosen(self): return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
@@ -138,7 +136,6 @@ class DataPanel(Panel):
         if self.choice.value != self.chosen(): self.choice.value = self.chosen()
         self.files.layout.display = "" if self.choice.value == OWN else "none"
         self.fetch.disabled = self.running or any(name in self.values.problems for name in ("train_file", "eval_file", "block_size"))
-        self.halt.disabled = not self.running
 
     def python(self): return as_python("fetch", self.given(), "corpus")
 
@@ -151,29 +148,9 @@ class DataPanel(Panel):
         if self.fetch.disabled: return self.say(next(iter(self.values.problems.values()), "The text is being fetched."), "⚠")
         return self.work(self.fetch_and_look, "Fetching and reading the text …", self.describe)
 
-    def stop(self):
-        "End the fetching and reading here."
-        self.stopping = True
-
-    def report(self, what, done, total):
-        "Let clicks in, obey Stop, and twice a second show how far the work is: as a text that is not read out each time."
-        pump()
-        if self.stopping: raise KeyboardInterrupt("Stopped.")
-        if time.monotonic() - self.told < 0.5: return
-        self.told = time.monotonic()
-        self.view.value = f"<p>{html.escape(what)}{f', {done / total:.0%}' if total else ''} …</p>"
-
     def fetch_and_look(self):
-        self.running, self.stopping, self.told = True, False, 0.0
-        self.refresh()
-        try:
-            with interrupts_reach(self.stop): preview = look_into(self.config, progress=self.report)
-        except (Exception, KeyboardInterrupt):
-            self.view.value = ""
-            raise
-        finally:
-            self.running = False
-            self.refresh()
+        self.view.value = ""  # of the text before
+        preview = look_into(self.config, progress=self.report)
         self.view.value = describe_preview(preview)
         self.keep(self.view.value)
         return self.finish(preview)

@@ -17,7 +17,7 @@ from .config import value
 from .core import Record, human_bytes, sha256_of
 from .drive import Copy, mount_drive, restore_from_drive, save_to_drive
 from .fields import Form, Values
-from .panel import UNFINISHED, Panel, button, meter, row
+from .panel import UNFINISHED, Stoppable, button, meter, row
 from .runtime import disk, in_colab
 from .snippets import as_python, as_shell
 from .steps import archive_name
@@ -62,7 +62,7 @@ def describe_saved(saved) -> str:
             f"<p class='cg-lead'>{html.escape(copy.note)}</p><p class='cg-lead'>It holds {html.escape(', '.join(saved.archive.files))}.</p>")
 
 # %% ../nbs/32_drive_panel.ipynb #e6e93486
-class DrivePanel(Panel):
+class DrivePanel(Stoppable):
     "The Drive: `config` is a DriveConfig, `result` a Saved. Made from a FinetunePanel it takes the folder of the model from there."
     title, lead = "5. Save to Drive", "A Colab machine is gone with its files when the session ends; what is on the Drive stays."
 
@@ -70,7 +70,7 @@ class DrivePanel(Panel):
         if not in_colab(): values = {"drive": "drive", **values}
         taken = {"model": (before.saved or before.config).output_dir} if before else {}
         super().__init__(Values(DriveConfig(**(taken | values))))
-        self.mounted, self.packed, self.working = None, {}, False  # `packed`: path -> SHA-256 of the archives that were made here
+        self.mounted, self.packed = None, {}  # `packed`: path -> SHA-256 of the archives that were made here
         self.awaited = taken["model"] if before and not before.saved and "model" not in values else None  # a model that is not made yet
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
         self.kept_there = widgets.Dropdown(options=[("nothing yet", "")], description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
@@ -78,7 +78,7 @@ class DrivePanel(Panel):
         self.buttons = dict(mount=button("Mount", self.mount, tooltip="Mount the Drive and look what is there"), save=button("Pack and save", self.start, primary=True),
                             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
         self.quota, self.view = widgets.HTML(), widgets.HTML()
-        self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"]), self.status, self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
+        self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"], self.halt), self.status, self.far, self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
         if before: before.followers.append(lambda result: self.take(before))
         if not in_colab(): self.say(f"This is not Colab, so {f'the folder {self.config.drive} stands for the Drive' if self.config.drive else 'name a folder that stands for the Drive'}.", "ℹ")
 
@@ -100,18 +100,8 @@ class DrivePanel(Panel):
 
     def refresh(self):
         super().refresh()
-        for made in self.buttons.values(): made.disabled = self.working or bool(self.values.problems)
+        for made in self.buttons.values(): made.disabled = self.running or bool(self.values.problems)
         self.buttons["restore"].disabled |= not self.kept_there.value
-
-    def work(self, action, doing, done=None):
-        "As any panel, but with all buttons off meanwhile: a second click would be obeyed after the first."
-        if Panel.at_work: return super().work(action, doing, done)
-        self.working = True
-        self.refresh()
-        try: return super().work(action, doing, done)
-        finally:
-            self.working = False
-            self.refresh()
 
     def mount(self):
         "Mount the Drive and look at its room and its archives; -> its folder. In Colab, call it in a cell: the browser asks for permission."
@@ -139,9 +129,9 @@ class DrivePanel(Panel):
     def pack_and_save(self) -> Saved:
         self.view.value = ""  # of the archive before
         drive = self.look()
-        packed = archive_model(self.config.model, self.config.archive_path, overwrite=self.config.overwrite or self.is_own(self.config.archive_path), progress=False)
+        packed = archive_model(self.config.model, self.config.archive_path, overwrite=self.config.overwrite or self.is_own(self.config.archive_path), progress=self.report)
         self.packed[packed.path] = packed.sha256  # the copying may fail, and then the next attempt replaces it
-        saved = Saved(packed, save_to_drive(packed, self.config.folder, drive=drive, progress=False))
+        saved = Saved(packed, save_to_drive(packed, self.config.folder, drive=drive, progress=self.report))
         self.view.value = describe_saved(saved)
         self.keep(self.view.value)
         self.look()
@@ -150,4 +140,4 @@ class DrivePanel(Panel):
     def restore(self):
         "Unpack the archive chosen of those on the Drive into the folder `restore_to`; -> that folder, or None."
         if not self.kept_there.value: return self.say("There is nothing on the Drive to restore. Mount it first.", "⚠")
-        return self.work(lambda: restore_from_drive(self.kept_there.value, self.config.restore_to, drive=self.mounted, progress=False), "Fetching and unpacking …", lambda folder: f"Restored to {folder}.")
+        return self.work(lambda: restore_from_drive(self.kept_there.value, self.config.restore_to, drive=self.mounted, progress=self.report), "Fetching and unpacking …", lambda folder: f"Restored to {folder}.")

@@ -97,7 +97,10 @@ class FinetuneResult(Record):
 
 # %% ../nbs/20_finetune.ipynb #736c78f3
 class Interrupted(KeyboardInterrupt):
-    "The user stopped the run; the message says where it was saved and how to go on."
+    "The user stopped the run; the message says where it was saved, as `saved` does, and how to go on in code or on the command line."
+    def __init__(self, saved):
+        super().__init__(f"{saved} To go on: the same again with resume.")
+        self.saved = saved
 
 # %% ../nbs/20_finetune.ipynb #a02aa3a5
 @contextlib.contextmanager
@@ -174,7 +177,7 @@ def train_model(config, trainer, plan, resumed_from=None) -> Plan:
     step, of = trainer.state.global_step, trainer.state.max_steps
     saved = Path(config.output_dir)/f"checkpoint-{step}"
     if trainer.stop.asked and step < of and saved in find_checkpoints(config.output_dir):
-        raise Interrupted(f"Stopped at step {step} of {of}; saved in {saved}. To go on: the same again with resume.")
+        raise Interrupted(f"Stopped at step {step} of {of}; saved in {saved}.")
     return plan
 
 # %% ../nbs/20_finetune.ipynb #14337be5

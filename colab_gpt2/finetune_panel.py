@@ -17,7 +17,7 @@ from .callbacks import Listener
 from .checkpoints import find_checkpoints, read_manifest
 from .config import pick_block_size
 from .core import human_bytes, human_time
-from .fields import Form, in_labels
+from .fields import Form, fields_named, in_labels
 from .finetune import Interrupted, finetune
 from .model import MODELS, load_config, model_context
 from .panel import Panel, button, folded, meter, row, sentence, take_values
@@ -110,7 +110,7 @@ class Settings(Panel):
         super().__init__(shared)
         self.running, self.forecaster = False, Forecaster()
         self.form, self.more = Form(shared, MAIN, dict(model=MODELS)), Form(shared, ADVANCED)
-        self.advanced = widgets.ToggleButton(description="Advanced", tooltip="More settings")
+        self.advanced = widgets.ToggleButton(description="Advanced", tooltip="More settings", layout=widgets.Layout(align_self="flex-start", margin="8px 0"))
         self.advanced.observe(lambda _: self.fold(), "value")
         self.fold()
         self.text, self.plan = widgets.HTML(), widgets.HTML()
@@ -125,15 +125,20 @@ class Settings(Panel):
         "The text, the forecast, and whether a run can be started, for the settings as they are."
         super().refresh()
         if self.running: return
-        text, refused, plan = self.config.train_file or self.config.dataset, "", None
+        with self.listening(), warnings.catch_warnings(record=True) as told: plan, refused, named = self.foresee()
+        if self.values.doubt(dict.fromkeys(named, refused)): return  # everyone was told, this panel too
+        text = self.config.train_file or self.config.dataset
         why = self.values.suggestion if (self.config.model, text) == (self.values.began.model, self.values.began.dataset) else ""
         self.text.value = f"<span class='cg-hint' style='margin:0'>Text: <b>{html.escape(str(text))}</b>{self.origin}</span>" + (f"<p class='cg-note'>ℹ {html.escape(why)}</p>" if why else "")
-        with self.listening(), warnings.catch_warnings(record=True) as told:
-            try: shown = describe_plan(plan := self.forecaster.plan(self.config))
-            except Exception as e: refused = shown = f"<div class='cg-error' role='alert'>⚠ {html.escape(in_labels(sentence(e), self.config), quote=False)}</div>"
+        shown = describe_plan(plan) if plan else f"<div class='cg-error' role='alert'>⚠ {html.escape(refused, quote=False)}</div>"
         notes = [*(str(warning.message) for warning in told), describe_folder(self.config, plan)]
         self.plan.value = shown + "".join(f"<p class='cg-note'>{html.escape(note)}</p>" for note in notes if note)
         self.allow(not (self.values.problems or refused))
+
+    def foresee(self):
+        "(the Plan of the settings or None, what refuses it in words, the fields that this is about)"
+        try: return self.forecaster.plan(self.config), "", []
+        except Exception as e: return None, in_labels(sentence(e), self.config), fields_named(self.config, sentence(e))
 
     def fold(self):
         "Show the advanced settings while their button is down."
@@ -177,7 +182,7 @@ class FinetunePanel(Settings):
 
     def start(self, callbacks=()):
         "Fine-tune, and come back when it is done, stopped or has failed; -> the FinetuneResult, or None. `callbacks` are further TrainerCallbacks."
-        if self.buttons["start"].disabled: return self.say("Not started: " + (next(iter(self.values.problems.values()), "") or "see what the forecast says."), "⚠")
+        if self.buttons["start"].disabled: return self.say("Not started: " + next(iter((self.values.problems | self.values.doubts).values()), "see what the forecast says."), "⚠")
         return self.work(lambda: self.run(callbacks), "At work. The buttons are obeyed after each step.", self.describe)
 
     def run(self, callbacks=()):
@@ -187,10 +192,11 @@ class FinetunePanel(Settings):
         try:
             with interrupts_reach(self.live.stop): result = finetune(self.config, callbacks=[self.live, Probed(self), *callbacks], progress=False)
         except (Exception, KeyboardInterrupt) as e:
+            self.live.end("Stopped" if isinstance(e, KeyboardInterrupt) else "Failed")
             if self.can_go_on(e): self.go_on_next(e)
             raise
+        else: self.live.end("Done")
         finally:
-            self.live.end()
             self.running = False
             self.refresh()
         self.keep(describe_result(result, self.live), self.live.charts())
@@ -214,7 +220,7 @@ class FinetunePanel(Settings):
     def describe(self, result): return f"Done in {human_time(result.seconds)}: perplexity {result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}, saved in {result.output_dir}."
 
     def interrupted(self, error):
-        super().interrupted(f"{error} Start goes on from there." if isinstance(error, Interrupted) else error)
+        super().interrupted(f"{error.saved} Start goes on from there." if isinstance(error, Interrupted) else error)
         if self.live and self.live.losses: self.keep(f"<p>{html.escape(str(error))}</p>{describe_samples(self.live.samples)}", self.live.charts())
 
     def stop(self):

@@ -17,9 +17,9 @@ from .decode import Sampling
 from .fields import Form, Values
 from .generate import stream
 from .model import MODELS, load_model, load_tokenizer
-from .panel import UNFINISHED, Panel, button, row
+from .panel import UNFINISHED, Stoppable, button, row
 from .progress import describe_samples
-from .pump import interrupts_reach, pump
+from .pump import pump
 from .runtime import find_device
 from .snippets import as_python, as_shell
 
@@ -70,7 +70,7 @@ def describe_text(title, prompt, text) -> str:
 def describe_sides(titles, prompt, texts) -> str: return f"<div class='cg-columns'>{''.join(describe_text(title, prompt, text) for title, text in zip(titles, texts))}</div>"
 
 # %% ../nbs/31_generate_panel.ipynb #7db51a05
-class GeneratePanel(Panel):
+class GeneratePanel(Stoppable):
     "Texts: `config` is a GenerateConfig, `result` a Sides. Made from a FinetunePanel it takes the models and the prompt from there, when they are ready."
     title, lead = "4. Generate", "The model writes on from a prompt. It makes things up: the manner is learnt, the facts are not."
 
@@ -78,9 +78,9 @@ class GeneratePanel(Panel):
         super().__init__(Values(GenerateConfig(**values)))
         self.own, self.taken, self.awaited = set(values), {}, None  # fields that were set here; what came from the panel before; a model that it has not made yet
         self.cache_dir, self.tokenizers = None, {}  # of the run that made the model: where the Hub's files are kept; model -> another tokenizer than its own
-        self.loaded, self.stopping, self.running = {}, False, False
+        self.loaded = {}
         self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, compare_with=MODELS))
-        self.buttons = dict(start=button("Generate", self.start, primary=True), stop=button("Stop", self.stop))
+        self.buttons = dict(start=button("Generate", self.start, primary=True), stop=self.halt)
         self.view = widgets.HTML()
         self.assemble(self.form.box, row(*self.buttons.values()), self.status, self.view)
         if before: self.come_after(before)
@@ -119,7 +119,7 @@ class GeneratePanel(Panel):
 
     def refresh(self):
         super().refresh()
-        self.buttons["start"].disabled, self.buttons["stop"].disabled = self.running or bool(self.values.problems), not self.running
+        self.buttons["start"].disabled = self.running or bool(self.values.problems)
 
     def load(self, name):
         "(model, tokenizer), kept for the next time."
@@ -133,16 +133,7 @@ class GeneratePanel(Panel):
         "Generate, and come back when the texts are whole or were stopped; -> the Sides, or None."
         if self.values.problems: return self.say(next(iter(self.values.problems.values())), "⚠")
         if self.config.model == self.awaited: return self.say(UNFINISHED, "⚠")
-        return self.work(self.write, "Writing …", lambda sides: f"{'Done' if sides.whole else 'Stopped'}, with seed {sides.seed}.")
-
-    def write(self):
-        self.stopping, self.running = False, True
-        self.refresh()
-        try:
-            with interrupts_reach(self.stop): return self.finish(self.write_sides())
-        finally:
-            self.running = False
-            self.refresh()
+        return self.work(lambda: self.finish(self.write_sides()), "Writing …", lambda sides: f"{'Done' if sides.whole else 'Stopped'}, with seed {sides.seed}.")
 
     def write_sides(self) -> Sides:
         names = [name for name in (self.config.compare_with, self.config.model) if name]
@@ -161,7 +152,3 @@ class GeneratePanel(Panel):
         self.view.value = describe_sides(titles, options["prompt"], texts)
         self.keep(describe_samples([(title, options["prompt"], text) for title, text in zip(titles, texts)]))
         return Sides(options["prompt"], texts[0] if len(names) == 2 else None, texts[-1], options["seed"], not going)
-
-    def stop(self):
-        "End the texts here."
-        self.stopping = True

@@ -152,5 +152,5 @@ def on_paper(charts, width=460, height=240, gap=16) -> str:
     "One SVG of the SVGs `charts`, one beneath the other, dark on a white ground of its own: to be read on any page, narrow ones too, and as a file."
     whole = len(charts) * (height + gap) + gap
     placed = "".join(f"<g transform='translate({gap} {gap + n * (height + gap)})'>{chart}</g>" for n, chart in enumerate(charts))
-    return (f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width + 2 * gap} {whole}' width='{width + 2 * gap}' height='{whole}' color='#1f2937'>"
+    return (f"<svg xmlns='http://www.w3.org/2000/svg' class='cg-charts' viewBox='0 0 {width + 2 * gap} {whole}' width='{width + 2 * gap}' height='{whole}' color='#1f2937'>"
             f"<rect width='100%' height='100%' fill='#fff'/>{placed}</svg>")
