@@ -84,7 +84,7 @@ def methods(config, runtime) -> list:
     return [(m, o) for m in allowed for o in ([config.optim] if config.optim else [fused, eight_bit] if saving and m == "full" else [fused])]
 
 # %% ../nbs/13_plan.ipynb #f79e6ed5
-PATIENCE = 2.5  # seconds, by the forecast, that a micro-batch may take on a CPU: two are probed before the training, and Stop waits for one
+PATIENCE = 2.5  # seconds, by the forecast, that a micro-batch may take on a CPU: three are probed before the training, and Stop waits for one
 
 def possible_ways(shape, block_size, runtime, config) -> list:
     "A list of ways to train, the best first; each is a list of Recipes, the largest micro-batch first."

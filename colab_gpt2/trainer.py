@@ -181,18 +181,19 @@ def probe(trainer, plan) -> Plan:
     batch = trainer.data_collator([trainer.train_dataset[i % len(trainer.train_dataset)] for i in range(plan.micro_batch)])
     batch = {name: value.to(device) for name, value in batch.items()}
     model.train()
+    seconds = []
     with torch.random.fork_rng():
         try:
-            for _ in range(2):
+            for _ in range(3):
                 if plan.gradient_accumulation_steps == 1: model.zero_grad(set_to_none=True)  # as at the start of every step
                 memory, started = PeakMemory(device), time.perf_counter()
                 with casting_once(device):
                     with trainer.accelerator.autocast(): loss = model(**batch).loss
                     loss.backward()
                     loss.item()  # waits for the device
-                seconds = time.perf_counter() - started
+                seconds.append(time.perf_counter() - started)
         finally: model.zero_grad(set_to_none=True)
-    return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.optimizer), step_seconds=seconds * plan.gradient_accumulation_steps)
+    return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.optimizer), step_seconds=min(seconds[1:]) * plan.gradient_accumulation_steps)  # the first fills caches and heap
 
 # %% ../nbs/19_trainer.ipynb #27e03498
 def settle(trainer, plan) -> Plan:
