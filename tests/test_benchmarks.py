@@ -130,12 +130,12 @@ def forecast_run(**memory):
 def test_a_forecast_is_held_against_the_process_or_the_whole_gpu():
     rows = forecast.rows_of("gpt2", [forecast_run(peak_bytes=100)])
     assert [(row.figure, row.ratio.median, row.reached) for row in rows] == [
-        ("peak memory of gpt2, forecast before", 0.9, None), ("peak memory of gpt2, forecast after the probe", 1.03, True),
+        ("peak memory of gpt2, forecast before", 0.9, False), ("peak memory of gpt2, forecast after the probe", 1.03, True),
         ("seconds a step of gpt2, forecast after the probe", 1.2, False)]
     on_gpu = forecast_run(peak_bytes=5000, gpu_peak_bytes=90, gpu_context_bytes=20, gpu_reserved_bytes=forecast.T4_CAP)
     assert [row.peer.median for row in forecast.rows_of("gpt2", [on_gpu])][:2] == [110, 110]
     rows = forecast.rows_of_t4("gpt2", [on_gpu])
-    assert [row.reached for row in rows] == [None, False, True] and not any("seconds" in row.figure for row in rows)
+    assert [row.reached for row in rows] == [False, False, True] and not any("seconds" in row.figure for row in rows)
     assert not forecast.rows_of_t4("gpt2", [{**on_gpu, "gpu_reserved_bytes": forecast.T4_CAP + 1}])[-1].reached
 
 
