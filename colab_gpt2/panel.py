@@ -32,6 +32,7 @@ PICTURE_STYLE = f"""
 STYLE = f"""<style>{PICTURE_STYLE}
 .cg-panel {{ border: 1px solid rgba(128,128,128,.35); border-radius: 10px; padding: 14px 18px 16px; max-width: 980px; box-sizing: border-box; line-height: 1.5; overflow: visible; }}
 .cg-panel .widget-html-content, .cg-panel .jupyter-widgets {{ overflow: visible; }}
+.jp-CodeCell.jp-mod-outputsScrolled .jp-Cell-outputArea:has(.cg-panel) {{ max-height: none; overflow: visible; resize: none; box-shadow: none; }}
 .cg-panel .widget-html-content {{ line-height: 1.5; }}
 .cg-panel .widget-label {{ text-align: left; }}
 .cg-title {{ font-size: 1.2em; font-weight: 650; margin: 0; }}

@@ -98,6 +98,7 @@ def test_train_by_hand(ran, record_property):
     seconds = time.monotonic() - clicked
     record_property("seconds from Stop to stopped and saved", f"{seconds:.2f}")
     ran.picture("stopped", panel)
+    assert panel.evaluate(WHOLE)
     assert seconds < 3
     step = int(re.search(r"Stopped at step (\d+)", sentence)[1])
     press(panel, "Start")
@@ -114,6 +115,9 @@ def test_look_again_by_hand(ran):
     free, memory = ran.server.ask("from colab_gpt2.core import human_bytes; r = machine.result; print(human_bytes(r.ram_free), human_bytes(r.ram), sep='|')").strip().split("|")
     panel.get_by_text(f"{free} free of {memory}").wait_for()
     assert "No GPU" in said(panel)
+
+
+WHOLE = "panel => panel.closest('.jp-Cell-outputArea, .output').clientHeight >= panel.offsetHeight"  # in no box that scrolls
 
 
 def choose(panel, label, text): panel.get_by_label(label, exact=True).select_option(label=text)
