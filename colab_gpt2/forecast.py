@@ -199,7 +199,6 @@ def one_chunk(recipe) -> bool:
     "Whether the loss has a single chunk of logits: the output layer's gradient is then in the precision of the products until the backward pass."
     return recipe.tokens <= CHUNK_SIZE
 
-
 # %% ../nbs/12_forecast.ipynb #0f39cebd
 def in_place(recipe) -> bool:
     "Whether that gradient also takes the place of the output layer's copy, which in fp32 there is not."

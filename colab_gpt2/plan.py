@@ -237,7 +237,7 @@ def memory_reasons(shape, runtime, config, ways, recipe, change) -> list:
     size = f"in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about {human_bytes(forecast_memory(shape, recipe))}; {limit}."
     verdict = f"It does not fit: {describe(recipe)} {size} {change}" if change else f"It fits: {describe(recipe)} {size}"
     own = next(i for i, way in enumerate(ways) if recipe in way)
-    patience = [f"On this CPU more blocks at once would take over {PATIENCE} s at a time by the forecast, and win nothing."] if runtime.device == "cpu" and recipe.micro_batch == ways[own][0].micro_batch < max(micro_batches(config)) else []
+    patience = [f"On this CPU more blocks at once would take over {PATIENCE} s at a time by the forecast."] if runtime.device == "cpu" and recipe.micro_batch == ways[own][0].micro_batch < max(micro_batches(config)) else []
     passed = [f"Passed over: {describe(way[0])} needs {human_bytes(min(forecast_memory(shape, r) for r in way))} at least." for way in (ways if change else ways[:own]) if recipe not in way]
     reached = (recipe.method == "lora" or change) and runtime.device == "cuda" and config.method != "lora" and config.optim is None
     return [verdict, *patience, *passed] + (["8-bit AdamW was not tried: bitsandbytes is not installed."] if reached and "bitsandbytes" not in runtime.versions else [])

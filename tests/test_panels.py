@@ -148,8 +148,9 @@ class At:
 def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     panel = colab_gpt2.FinetunePanel(quick)
     assert panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))]) is None
-    assert panel.error is None and panel.said.startswith("Stopped at step 5 of 12") and (Path(quick.output_dir)/"checkpoint-5").is_dir()
-    assert panel.start().resumed_from.endswith("checkpoint-5")
+    assert panel.said == f"Stopped at step 5 of 12; saved in {Path(quick.output_dir)/'checkpoint-5'}. Start goes on from there." and "<b>Stopped</b>" in panel.progress.value
+    assert panel.error is None and (Path(quick.output_dir)/"checkpoint-5").is_dir()
+    assert panel.start().resumed_from.endswith("checkpoint-5") and "<b>Done</b>" in panel.progress.value
 
 
 def test_what_follows_waits_for_a_finished_model(quick):
