@@ -3,7 +3,6 @@ import time
 from dataclasses import dataclass
 
 import nbformat
-from playwright.sync_api import TimeoutError
 
 CLASSIC = dict(
     ready=".kernel_idle_icon", interrupt="[data-jupyter-action='jupyter-notebook:interrupt-kernel']", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt")
@@ -24,24 +23,24 @@ class Notebook:
 
     def __post_init__(self):
         self.at = CLASSIC if self.server.front_end.name == "notebook-6" else MODERN
+        self.connected = False  # to the kernel, which has told the front end what widgets it holds: the last question of an opening notebook
         self.complaints = []  # of the page's own scripts
+        self.page.on("websocket", lambda socket: socket.on("framereceived", self.heard))
         self.page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
 
     def open(self):
         self.page.goto(self.server.url(self.name))
         self.page.locator(self.at["cell"]).first.wait_for()
-        self.page.locator(self.at["ready"]).first.wait_for(timeout=60_000)
+        self.wait_until(lambda: self.connected, 60)  # JupyterLab calls a kernel idle before it has reached it, and a cell that is run then may show nothing
+        self.page.locator(self.at["ready"]).first.wait_for()
         return self
 
-    def run_all(self, attempts=4):
-        "As a reader would, again where nothing begins: JupyterLab calls a kernel idle a moment before it is, and then says in a dialog that it waits for it."
-        try:
-            for step in self.at["run_all"]: self.page.locator(step).first.click(timeout=4000)  # the dialog may lie over the menu
-            self.page.wait_for_function(BEGUN, arg=self.at["prompt"], timeout=4000)
-        except TimeoutError:
-            if attempts == 1: raise
-            self.page.keyboard.press("Escape")
-            self.run_all(attempts - 1)
+    def heard(self, frame):
+        self.connected |= b"comm_info_reply" in (frame.encode() if isinstance(frame, str) else frame)
+
+    def run_all(self):
+        for step in self.at["run_all"]: self.page.locator(step).first.click()
+        self.page.wait_for_function(BEGUN, arg=self.at["prompt"])
 
     def wait_until_run(self, seconds):
         "Until every code cell has its number. An error leaves those after it without."
