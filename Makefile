@@ -48,9 +48,9 @@ bench: .venv/ready
 		.venv/bin/python benchmarks/$$question.py --device cpu || failed=1; done; \
 	.venv/bin/python benchmarks/table.py || failed=1; exit $$failed
 
-# Before a commit: clean the notebooks, export the package, bring links into step with settings.ini, make the README from nbs/index.ipynb.
+# Before a commit: clean the notebooks, of widgets too, export the package, bring links into step with settings.ini, make the README from nbs/index.ipynb.
 sync: .venv/ready
-	PATH="$(CURDIR)/.venv/bin:$$PATH" sh -c "nbdev_clean && nbdev_export && python tools/links.py && python tools/readme.py"
+	PATH="$(CURDIR)/.venv/bin:$$PATH" sh -c "nbdev_clean && python tools/strip_widgets.py && nbdev_export && python tools/links.py && python tools/readme.py"
 
 clean:
 	rm -rf .venv .venv-colab build dist demo-output demo-output.tar.gz

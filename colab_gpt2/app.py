@@ -67,5 +67,5 @@ class App(Shown):
 
 # %% ../nbs/33_app.ipynb #7d104347
 def app(**values) -> App:
-    "The five panels in one, with `values` for any of their fields: `app(model=\"tiny\", drive=\"drive\")`."
+    "The five panels in one, with `values` for any of their fields: `app(num_train_epochs=3, top_k=20)`."
     return App(**values)

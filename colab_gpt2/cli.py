@@ -6,7 +6,7 @@
 __all__ = ['app', 'IN_PYTHON', 'JSON', 'DEBUG', 'Dataset', 'OwnFile', 'CacheDir', 'DriveFolder', 'one_line', 'as_flags',
            'errors_in_one_line', 'bad_usage', 'readable', 'quiet_libraries', 'answer', 'option', 'config_options',
            'parse_pairs', 'take_config', 'command', 'check', 'fetch', 'plan', 'finetune', 'evaluate', 'generate',
-           'archive', 'save', 'run', 'demo', 'bench', 'about', 'main']
+           'archive', 'save', 'restore', 'run', 'demo', 'bench', 'about', 'main']
 
 # %% ../nbs/34_cli.ipynb #27f64d5b
 import contextlib, inspect, itertools, json, random, re, sys, warnings
@@ -228,6 +228,13 @@ def save(archive: Annotated[str, typer.Option(help="the file to save")] = "gpt2-
          folder: Annotated[str, typer.Option(help="folder on the Drive")] = "colab-gpt2", drive: DriveFolder = None):
     "Copy an archive to the Drive and verify it.\n\nExample: colab-gpt2 save --archive gpt2-tuned.tar.gz"
     return steps.save(archive, folder, drive=drive)
+
+# %% ../nbs/34_cli.ipynb #54cd57b0
+@command
+def restore(name: Annotated[str, typer.Option(help="the archive: its name on the Drive or in its folder colab-gpt2, or a path")] = "gpt2-tuned.tar.gz",
+            folder: Annotated[str, typer.Option(help="where to unpack it: a new or empty folder")] = "restored", drive: DriveFolder = None):
+    "Fetch an archive from the Drive, verify and unpack it.\n\nExample: colab-gpt2 restore --name gpt2-tuned.tar.gz --folder gpt2-tuned"
+    return steps.restore(name, folder, drive=drive)
 
 # %% ../nbs/34_cli.ipynb #1ecae43c
 def run(config, archive_path: Annotated[Optional[str], typer.Option(help="the archive (default: OUTPUT_DIR.tar.gz)")] = None,

@@ -84,7 +84,7 @@ def check_config(config):
     for name, rule in LIMITS.items():
         if getattr(config, name) is not None: check_number(name, getattr(config, name), **rule)
     for f in fields(config):
-        if getattr(config, f.name) == "": raise ValueError(f"{f.name} is empty; leave it out, or give a value.")
+        if getattr(config, f.name) == "": raise ValueError(f"{f.name} is empty; give a value.")
         choices, chosen = f.metadata.get("choices"), getattr(config, f.name)
         if choices and chosen not in (*choices, f.default): raise ValueError(f"{f.name} is {chosen!r}.{nearest(chosen, choices)}")
         if f.type in (bool, bool | None) and chosen is not f.default and not isinstance(chosen, bool): raise ValueError(f"{f.name} is {chosen!r}; it must be True or False.")
@@ -102,12 +102,13 @@ def check_batch(config):
             raise ValueError(f"{name} is {given}, which does not divide effective_batch_size {config.effective_batch_size}; change one of them.")
 
 # %% ../nbs/11_config.ipynb #bf542408
-def changed(config, **changes) -> FinetuneConfig:
-    "`config` (the defaults where it is None) with `changes`; a TypeError for a name that it has not, with the nearest."
-    names = [f.name for f in fields(FinetuneConfig)]
+def changed(config=None, **changes):
+    "The dataclass `config` (a FinetuneConfig with the defaults where it is None) with `changes`; a TypeError for a name that it has not, with the nearest."
+    config = config or FinetuneConfig()
+    names = [f.name for f in fields(config)]
     for name in changes:
-        if name not in names: raise TypeError(f"FinetuneConfig has no {name!r}.{nearest(name, names)}")
-    return replace(config or FinetuneConfig(), **changes)
+        if name not in names: raise TypeError(f"{type(config).__name__} has no {name!r}.{nearest(name, names)}")
+    return replace(config, **changes)
 
 # %% ../nbs/11_config.ipynb #5087b756
 def pick_learning_rate(config, parameters, method="full") -> float:

@@ -42,7 +42,7 @@ def preview_rows(preview) -> list:
     for split, size in corpus.bytes.items():
         blocks = preview.blocks.get(split)
         counted = f", {blocks.tokens:,} tokens, {len(blocks):,} blocks of {blocks.block_size}" if blocks else ""
-        rows.append((split, f"{human_bytes(size)}{counted}, SHA-256 {corpus.sha256[split][:16]}…"))
+        rows.append((split.capitalize(), f"{human_bytes(size)}{counted}, SHA-256 {corpus.sha256[split][:16]}…"))
     return rows + [("Articles", f"{preview.articles:,}: {', '.join(preview.titles)}{' …' if preview.articles > len(preview.titles) else ''}")] * bool(preview.titles)
 
 # %% ../nbs/28_data_panel.ipynb #ea3d38d6
@@ -99,13 +99,12 @@ class DataPanel(Stoppable):
         super().__init__(shared)
         self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="Text", style=dict(description_width="128px"), layout=widgets.Layout(width="520px", max_width="100%"))
         self.own = Form(shared, ["train_file", "eval_file"])
-        self.blocks = Form(shared, ["block_size"])
         self.uploads = [widgets.FileUpload(description=text, accept=".txt,.md,text/plain", multiple=False, layout=widgets.Layout(width="auto")) for text in ("Upload a text", "Upload a held-out text")]
         self.files = widgets.VBox([row(*self.uploads, widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; put a larger one beside the notebook and name it</span>")), self.own.box])
         self.view, self.fetch = widgets.HTML(), button("Fetch and look", self.start, primary=True)
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
         for upload, name in zip(self.uploads, self.own.rows): upload.observe(lambda change, name=name: self.receive(name, change["new"]), "value")
-        self.assemble(self.choice, self.files, self.blocks.box, row(self.fetch, self.halt), self.status, self.far, self.view)
+        self.assemble(self.choice, self.files, row(self.fetch, self.halt), self.status, self.far, self.view)
         if shared.suggestion and not isinstance(before, Panel): self.say(shared.suggestion, "ℹ")
 
     def chosen(self): return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
@@ -122,6 +121,7 @@ class DataPanel(Stoppable):
     def receive(self, name, value):
         "A file has been uploaded for the field `name`."
         for filename, content in uploaded_files(value).items():
+            self.view.value = ""  # of the text before
             path = self.work(lambda: keep_upload(filename, content, Path(UPLOADS)/name), f"Receiving {filename} …", lambda path: f"{filename} is in {path}.")
             if path: self.values.set(**{name: path})
 
@@ -135,7 +135,7 @@ class DataPanel(Stoppable):
         if self.chosen() not in dict(self.choice.options).values(): self.choice.options = self.offered()  # which selects the first, and that is it
         if self.choice.value != self.chosen(): self.choice.value = self.chosen()
         self.files.layout.display = "" if self.choice.value == OWN else "none"
-        self.fetch.disabled = self.running or any(name in self.values.problems for name in ("train_file", "eval_file", "block_size"))
+        self.fetch.disabled = self.running or any(name in self.values.problems for name in ("train_file", "eval_file"))
 
     def python(self): return as_python("fetch", self.given(), "corpus")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DAY', 'NOTE', 'FLUSHED', 'Copy', 'discard', 'discard_leftovers', 'write_synced', 'copy_once', 'retried', 'is_folder',
            'drive_path', 'make_folder', 'transfer', 'copy_verified', 'mount_error', 'my_drive', 'drive_folder',
-           'mount_drive', 'flush_drive', 'save_to_drive', 'find_archive', 'restore_from_drive']
+           'mount_drive', 'flush_drive', 'check_folder', 'save_to_drive', 'find_archive', 'restore_from_drive']
 
 # %% ../nbs/17_drive.ipynb #04d5bba8
 import contextlib, errno, hashlib, logging, os, socket, stat, sys, tarfile, tempfile, threading, time
@@ -196,6 +196,11 @@ def flush_drive():
 NOTE = "Read back whole, but from this machine: Drive uploads in the background and may fail without a word. Look for it on drive.google.com before you close the runtime."
 FLUSHED = "Read back whole, then flushed and unmounted; mount_drive() brings Drive back. Colab reported no error, which is not proof: look for it on drive.google.com."
 
+# %% ../nbs/17_drive.ipynb #0a3b1adf
+def check_folder(folder):
+    "ValueError unless `folder` is a path that stays inside the Drive."
+    if refusal(tarfile.TarInfo(str(folder))): raise ValueError(f"folder is {str(folder)!r}; it must be a path inside Drive, such as 'colab-gpt2'.")
+
 # %% ../nbs/17_drive.ipynb #1817f449
 def save_to_drive(archive, folder="colab-gpt2", *,
                   drive=None,  # the folder to save below; default: `mount_drive()`
@@ -204,7 +209,7 @@ def save_to_drive(archive, folder="colab-gpt2", *,
     "Copy an `Archive`, or any file, to `folder` on Drive and read it back. What that does not prove is in the note of the result, and that it replaced another file of its name, if it did."
     source = Path(getattr(archive, "path", archive))
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
-    if refusal(tarfile.TarInfo(str(folder))): raise ValueError(f"folder is {str(folder)!r}; it must be a path inside Drive, such as 'colab-gpt2'.")
+    check_folder(folder)
     drive = mount_drive() if drive is None else drive_folder(drive, make=True)
     copy = copy_verified(source, drive/folder/source.name, progress=progress)
     if isinstance(archive, Archive) and copy.sha256 != archive.sha256: raise OSError(f"{source} is no longer the archive that was made. {copy.path} holds what it is now; archive the model again.")

@@ -13,11 +13,11 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from .archives import Archive, archive_model, explained
-from .config import value
+from .config import changed, value
 from .core import Record, human_bytes, sha256_of
-from .drive import Copy, mount_drive, restore_from_drive, save_to_drive
+from .drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
 from .fields import Form, Values
-from .panel import UNFINISHED, Stoppable, button, meter, row
+from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row
 from .runtime import disk, in_colab
 from .snippets import as_python, as_shell
 from .steps import archive_name
@@ -36,6 +36,7 @@ class DriveConfig(Record):
     def __post_init__(self):
         for name in ("model", "folder", "restore_to"):
             if not getattr(self, name): raise ValueError(f"{name} is empty; give a value.")
+        check_folder(self.folder)
         if self.archive and not self.archive.lower().endswith((".tar.gz", ".tgz")): raise ValueError(f"archive is {self.archive!r}; it must end in .tar.gz or .tgz.")
 
     @property
@@ -69,9 +70,10 @@ class DrivePanel(Stoppable):
     def __init__(self, before=None, **values):
         if not in_colab(): values = {"drive": "drive", **values}
         taken = {"model": (before.saved or before.config).output_dir} if before else {}
-        super().__init__(Values(DriveConfig(**(taken | values))))
+        super().__init__(Values(changed(DriveConfig(), **(taken | values))))
         self.mounted, self.packed = None, {}  # `packed`: path -> SHA-256 of the archives that were made here
         self.awaited = taken["model"] if before and not before.saved and "model" not in values else None  # a model that is not made yet
+        self.earlier = taken["model"] if before and before.earlier else None  # one that was there before the training
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
         self.kept_there = widgets.Dropdown(options=[("nothing yet", "")], description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
         self.target = Form(self.values, ["restore_to"])
@@ -84,19 +86,25 @@ class DrivePanel(Stoppable):
 
     def take(self, panel):
         "Take over the folder in which the FinetunePanel `panel` has saved a model; while it has none, the one that it will fill is awaited."
-        self.awaited = None if panel.saved else panel.config.output_dir
+        self.awaited, self.earlier = None if panel.saved else panel.config.output_dir, panel.saved.output_dir if panel.earlier else None
         if panel.saved: self.values.set(model=panel.saved.output_dir)
 
     def python(self):
         drive = dict(drive=self.config.drive) if self.config.drive else {}
         overwrite = dict(overwrite=True) if self.config.overwrite else {}
-        return "\n".join([as_python("archive_model", dict(folder=self.config.model, path=self.config.archive_path, **overwrite), "archive"), "",
-                          as_python("save_to_drive", dict(archive=self.config.archive_path, folder=self.config.folder, **drive), "copy")])
+        return "\n\n".join([as_python("archive_model", dict(folder=self.config.model, path=self.config.archive_path, **overwrite), "archive"),
+                            as_python("save_to_drive", dict(archive=self.config.archive_path, folder=self.config.folder, **drive), "copy"),
+                            "# and back, on another day\n" + as_python("restore_from_drive", dict(name=self.fetched(), folder=self.config.restore_to, **drive), "restored")])
 
     def shell(self):
         drive = dict(drive=self.config.drive) if self.config.drive else {}
         return "\n".join([as_shell("archive", dict(folder=self.config.model, path=self.config.archive_path)) + " --overwrite" * self.config.overwrite,
-                          as_shell("save", dict(archive=self.config.archive_path, folder=self.config.folder, **drive))])
+                          as_shell("save", dict(archive=self.config.archive_path, folder=self.config.folder, **drive)), "# and back, on another day",
+                          as_shell("restore", dict(name=self.fetched(), folder=self.config.restore_to, **drive))])
+
+    def fetched(self) -> str:
+        "What *Restore* would fetch: the archive that was chosen, or the one that *Pack and save* leaves; below the Drive."
+        return self.kept_there.value or f"{self.config.folder}/{Path(self.config.archive_path).name}"
 
     def refresh(self):
         super().refresh()
@@ -128,6 +136,7 @@ class DrivePanel(Stoppable):
 
     def pack_and_save(self) -> Saved:
         self.view.value = ""  # of the archive before
+        if self.config.model == self.earlier: self.note(EARLIER.format(self.earlier))
         drive = self.look()
         packed = archive_model(self.config.model, self.config.archive_path, overwrite=self.config.overwrite or self.is_own(self.config.archive_path), progress=self.report)
         self.packed[packed.path] = packed.sha256  # the copying may fail, and then the next attempt replaces it

@@ -34,8 +34,11 @@ def refusal(config, changes) -> str:
 
 # %% ../nbs/25_fields.ipynb #200fb427
 def fields_named(config, told) -> list:
-    "The fields of `config` that the message `told` is about: one at its beginning, and whichever it names."
-    return [f.name for f in fields(config) if re.match(rf"(Unknown )?{f.name} ", told) or "_" in f.name and re.search(rf"\b{f.name}\b", told)]
+    "The fields of `config` that the message `told` is about: one at its beginning, and whichever it names; where it names none, the one whose text it quotes first."
+    named = [f.name for f in fields(config) if re.match(rf"{f.name} ", told) or "_" in f.name and re.search(rf"\b{f.name}\b", told)]
+    typed = {f.name: given for f in fields(config) if "choices" not in f.metadata and isinstance(given := getattr(config, f.name), str)}
+    quoted = {found.start(): name for name, given in reversed(typed.items()) if (found := re.search(rf"(?<![\w/.-]){re.escape(given)}(?![\w/-])", told))}
+    return named or [quoted[place] for place in sorted(quoted)[:1]]
 
 # %% ../nbs/25_fields.ipynb #0ee4a32c
 def find_problems(config, given) -> dict:
@@ -51,21 +54,28 @@ def find_problems(config, given) -> dict:
 # %% ../nbs/25_fields.ipynb #b1564f6b
 class Values:
     "A frozen config that can be changed, what was typed and does not fit it yet, what is wrong with that, and whoever wants to hear of any of it."
-    def __init__(self, config, suggestion=""):
+    def __init__(self, config, suggestion="", goes_with=None):
         self.config, self.typed, self.problems, self.refused, self.listeners = config, {}, {}, set(), []
         self.doubts = {}  # field -> message: what a plan says against values that are good in themselves
         self.began, self.suggestion = config, suggestion  # why it began like this, where a person would ask
+        self.goes_with = goes_with or {}  # field -> the fields whose first value was chosen for the first value of that one
 
     def set(self, **changes):
         "Change some fields, with which nothing is wrong then; ValueError or TypeError, and no change, where the config refuses."
-        self.config = replace(self.config, **changes)
+        self.change(changes)
         self.offer(changes)
+
+    def change(self, changes):
+        "As `replace`; what was chosen for the first value of a field that gets another, and was not touched since, gets its default."
+        left = {other for name, others in self.goes_with.items() if getattr(self.config, name) == getattr(self.began, name) != changes.get(name, getattr(self.config, name)) for other in others}
+        stale = {f.name: f.default for f in fields(self.config) if f.name in left and getattr(self.config, f.name) == getattr(self.began, f.name)}
+        self.config = replace(self.config, **(stale | changes))
 
     def offer(self, values):
         "A person has typed `values`. They are tried together with what did not fit before: what is good reaches the config, the rest waits and is marked."
         tried = {name: value for name, value in (self.typed | values).items() if value != getattr(self.config, name)}
         problems, again = find_problems(self.config, tried), {*values, *self.refused}
-        self.config = replace(self.config, **{name: value for name, value in tried.items() if name not in problems})
+        self.change({name: value for name, value in tried.items() if name not in problems})
         self.typed, self.refused = {name: value for name, value in tried.items() if name in problems}, set(problems)
         self.mark(problems, again)
 
@@ -140,6 +150,7 @@ class Row:
         self.slider = make_slider(f)
         parts = [self.widget, self.slider, self.hint] if self.slider else [self.widget, self.hint]
         self.box = widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+        self.box.add_class("cg-row")
         self.mark("")
         self.show(value)
         self.widget.observe(lambda change: edited(), "value")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_output_dir', 'check_sources', 'check_alone', 'FinetuneResult', 'Interrupted', 'said_in_one_line',
            'checkpoint_to_resume', 'load_finished', 'check_room', 'settle_compiled', 'train_model', 'pick_split',
-           'training_blocks', 'held_out_blocks', 'plan_training', 'training_facts', 'release_memory', 'finetune']
+           'training_blocks', 'held_out_blocks', 'plan_training', 'training_facts', 'release_memory', 'finetune',
+           'finished_config']
 
 # %% ../nbs/20_finetune.ipynb #a5ca4e7c
 import contextlib, errno, functools, gc, json, os, shutil, tempfile, time, warnings
@@ -132,7 +133,7 @@ def load_finished(trainer, checkpoint, steps) -> bool:
     "Whether `checkpoint` is already at `steps`; its weights and state are then loaded. The Trainer itself would take one more step."
     state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
     if state.global_step < steps: return False
-    trainer._load_from_checkpoint(str(checkpoint))
+    with quiet(): trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
     return True
 
@@ -272,3 +273,12 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
         config=config, runtime=runtime, seconds=time.perf_counter() - started, **done)
     with replacing(output_dir/"finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))
     return result
+
+# %% ../nbs/20_finetune.ipynb #7d3cd2aa
+def finished_config(output_dir) -> FinetuneConfig | None:
+    "The config of the run that was finished in `output_dir`; None where there is none, or where another has begun since."
+    folder = Path(output_dir).expanduser()
+    told = folder/"finetune.json"
+    if not told.is_file() or any(path.stat().st_mtime > told.stat().st_mtime for path in find_checkpoints(folder)): return None
+    try: return replace(FinetuneConfig(**json.loads(told.read_text())["config"]), output_dir=str(output_dir))
+    except (ValueError, TypeError, KeyError): return None  # another version's, or no such file at all

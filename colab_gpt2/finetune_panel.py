@@ -18,7 +18,7 @@ from .checkpoints import find_checkpoints, read_manifest
 from .config import pick_block_size
 from .core import human_bytes, human_time
 from .fields import Form, fields_named, in_labels
-from .finetune import Interrupted, finetune
+from .finetune import Interrupted, finetune, finished_config
 from .model import MODELS, load_config, model_context
 from .panel import Panel, button, folded, meter, row, sentence, take_values
 from .plan import Plan, estimate_text, pick_run_precision, plan_run
@@ -74,17 +74,18 @@ def what_differs(checkpoint, config, plan) -> str:
     return ", ".join(f"{names[name]} {was[name]}" for name, value in now.items() if was.get(name, value) != value)
 
 # %% ../nbs/30_finetune_panel.ipynb #284fcd86
-def describe_folder(config, plan=None) -> str:
-    "What lies in the output folder and what that means for the start, with the settings of `plan` too; '' for a new or empty one."
+def describe_folder(config, plan=None) -> tuple:
+    "(what lies in the output folder and what that means for the start, whether the start is refused), with the settings of `plan` too; '' for a new or empty one."
     folder = Path(config.output_dir).expanduser()
-    if not folder.is_dir() or not any(folder.iterdir()): return ""
+    if not folder.is_dir() or not any(folder.iterdir()): return "", False
     newest = find_checkpoints(folder)[-1:]
     there = f"{config.output_dir} holds {newest[0].name}" if newest else f"{config.output_dir} is not empty"
-    if config.overwrite_output_dir and not config.resume: return f"{there}: this run starts over and replaces it."
-    if config.resume and not newest: return f"{there} and has no whole checkpoint: there is nothing to go on from."
-    if config.resume and plan and (was := what_differs(newest[0], config, plan)): return f"{there}, of a run with {was}. To go on, set that again; to train with the settings as they are, set Go on to no and Start over to yes."
-    if config.resume: return f"{there}: this run goes on from it."
-    return f"{there}: set {'Go on, or ' if newest else ''}Start over, or choose another folder."
+    if config.overwrite_output_dir: return f"{there}: this run starts over and replaces it.", False
+    if config.resume and not newest: return f"{there} and has no whole checkpoint: there is nothing to go on from.", True
+    if config.resume and plan and (was := what_differs(newest[0], config, plan)): return f"{there}, of a run with {was}. To go on, set that again; to train with the settings as they are, set Go on to no and Start over to yes.", True
+    if config.resume and plan and int(newest[0].name.split("-")[1]) >= plan.steps: return f"{there}, and that is the last step of this run: no training is left, the model is measured and saved. To train on, raise Epochs.", False
+    if config.resume: return f"{there}: this run goes on from it.", False
+    return f"{there}: set {'Go on, or ' if newest else ''}Start over, or choose another folder.", True
 
 # %% ../nbs/30_finetune_panel.ipynb #4620edac
 def describe_result(result, live) -> str:
@@ -108,12 +109,12 @@ class Settings(Panel):
     def __init__(self, before=None, **values):
         shared = take_values(before, values)
         super().__init__(shared)
-        self.running, self.forecaster = False, Forecaster()
+        self.running, self.forecaster, self.refused = False, Forecaster(), ""  # `refused`: why a run cannot be started with values that are good in themselves
         self.form, self.more = Form(shared, MAIN, dict(model=MODELS)), Form(shared, ADVANCED)
         self.advanced = widgets.ToggleButton(description="Advanced", tooltip="More settings", layout=widgets.Layout(align_self="flex-start", margin="8px 0"))
         self.advanced.observe(lambda _: self.fold(), "value")
         self.fold()
-        self.text, self.plan = widgets.HTML(), widgets.HTML()
+        self.text, self.plan = widgets.HTML(), widgets.HTML(layout=widgets.Layout(margin="10px 0 0 0"))
         self.origin = ", chosen in the panel before this one" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
 
@@ -127,13 +128,15 @@ class Settings(Panel):
         if self.running: return
         with self.listening(), warnings.catch_warnings(record=True) as told: plan, refused, named = self.foresee()
         if self.values.doubt(dict.fromkeys(named, refused)): return  # everyone was told, this panel too
+        in_folder, taken = describe_folder(self.config, plan)
+        self.refused = refused or in_folder * taken
         text = self.config.train_file or self.config.dataset
         why = self.values.suggestion if (self.config.model, text) == (self.values.began.model, self.values.began.dataset) else ""
         self.text.value = f"<span class='cg-hint' style='margin:0'>Text: <b>{html.escape(str(text))}</b>{self.origin}</span>" + (f"<p class='cg-note'>ℹ {html.escape(why)}</p>" if why else "")
         shown = describe_plan(plan) if plan else f"<div class='cg-error' role='alert'>⚠ {html.escape(refused, quote=False)}</div>"
-        notes = [*(str(warning.message) for warning in told), describe_folder(self.config, plan)]
+        notes = [*(str(warning.message) for warning in told), in_folder]
         self.plan.value = shown + "".join(f"<p class='cg-note'>{html.escape(note)}</p>" for note in notes if note)
-        self.allow(not (self.values.problems or refused))
+        self.allow(not (self.values.problems or self.refused))
 
     def foresee(self):
         "(the Plan of the settings or None, what refuses it in words, the fields that this is about)"
@@ -156,13 +159,15 @@ class Settings(Panel):
 # %% ../nbs/30_finetune_panel.ipynb #6f56fb17
 class FinetunePanel(Settings):
     """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `live` is the run that goes on now or was the last. From
-    the moment when a run begins to train `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until then."""
+    the moment when a run begins to train `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until then.
+    Before, `saved` is that of an `earlier` run, if one was finished in the output folder."""
     draws = True
     title, lead = "3. Fine-tune", "Training goes on here, in this cell; the buttons work while it runs, and the notebook's own stop button means Stop."
 
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
-        self.live, self.saved = None, None
+        self.live, self.saved = None, finished_config(self.config.output_dir)
+        self.earlier = self.saved is not None
         self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(3))
         self.buttons = dict(start=button("Start", self.start, primary=True), stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
                             save=button("Save now", self.save_now, tooltip="Save a checkpoint and go on"), sample=button("Sample now", self.sample_now, tooltip="Generate a text and go on"))
@@ -182,7 +187,7 @@ class FinetunePanel(Settings):
 
     def start(self, callbacks=()):
         "Fine-tune, and come back when it is done, stopped or has failed; -> the FinetuneResult, or None. `callbacks` are further TrainerCallbacks."
-        if self.buttons["start"].disabled: return self.say("Not started: " + next(iter((self.values.problems | self.values.doubts).values()), "see what the forecast says."), "⚠")
+        if self.buttons["start"].disabled: return self.say("Not started: " + next(iter(self.values.problems.values()), self.refused), "⚠")
         return self.work(lambda: self.run(callbacks), "At work. The buttons are obeyed after each step.", self.describe)
 
     def run(self, callbacks=()):
@@ -199,12 +204,13 @@ class FinetunePanel(Settings):
         finally:
             self.running = False
             self.refresh()
+        if not result.perplexity_after.value <= result.perplexity_before.value: self.note("The perplexity has risen: lower Learning rate, or train for fewer Epochs.")
         self.keep(describe_result(result, self.live), self.live.charts())
         return self.finish(result)
 
     def leave(self, saved):
         "The folder holds the finished model of the config `saved`, or for None no finished one: those who follow hear of it."
-        self.saved = saved
+        self.saved, self.earlier = saved, False
         self.finish(None)
 
     def can_go_on(self, error) -> bool:
@@ -217,7 +223,9 @@ class FinetunePanel(Settings):
         self.values.set(resume=True, overwrite_output_dir=False)
         if isinstance(error, MemoryError): self.note("Start goes on from the checkpoint, with the settings as they were. To start over with others, set “Go on” to no and “Start over” to yes.")
 
-    def describe(self, result): return f"Done in {human_time(result.seconds)}: perplexity {result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}, saved in {result.output_dir}."
+    def describe(self, result):
+        what = "perplexity" if result.tokens_per_second else "no training was left; perplexity"
+        return f"Done in {human_time(result.seconds)}: {what} {result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}, saved in {result.output_dir}."
 
     def interrupted(self, error):
         super().interrupted(f"{error.saved} Start goes on from there." if isinstance(error, Interrupted) else error)

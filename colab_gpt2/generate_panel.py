@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import ipywidgets as widgets
 
-from .config import value
+from .config import changed, value
 from .core import Record, check_number
 from .decode import Sampling
 from .fields import Form, Values
 from .generate import stream
-from .model import MODELS, load_model, load_tokenizer
-from .panel import UNFINISHED, Stoppable, button, row
+from .model import MODELS, load_model, load_tokenizer, locate
+from .panel import EARLIER, UNFINISHED, Stoppable, button, row, sentence
 from .progress import describe_samples
 from .pump import pump
 from .runtime import find_device
@@ -75,8 +75,9 @@ class GeneratePanel(Stoppable):
     title, lead = "4. Generate", "The model writes on from a prompt. It makes things up: the manner is learnt, the facts are not."
 
     def __init__(self, before=None, **values):
-        super().__init__(Values(GenerateConfig(**values)))
-        self.own, self.taken, self.awaited = set(values), {}, None  # fields that were set here; what came from the panel before; a model that it has not made yet
+        super().__init__(Values(changed(GenerateConfig(), **values)))
+        self.own, self.taken = set(values), {}  # fields that were set here; what came from the panel before
+        self.awaited, self.earlier = None, None  # a model that it has not made yet; one that was there before it
         self.cache_dir, self.tokenizers = None, {}  # of the run that made the model: where the Hub's files are kept; model -> another tokenizer than its own
         self.loaded = {}
         self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, compare_with=MODELS))
@@ -98,7 +99,7 @@ class GeneratePanel(Stoppable):
         self.loaded.clear()  # the weights in the folder are others now, and a training needs the memory
         self.own |= {name for name in ("prompt", "max_new_tokens", "seed") if name in self.values.problems or name in self.taken and getattr(self.config, name) != self.taken[name]}
         self.taken = {name: value for name, value in made.items() if name not in self.own}
-        self.awaited = None if panel.saved else self.taken.get("model")
+        self.awaited, self.earlier = None if panel.saved else self.taken.get("model"), panel.saved.output_dir if panel.earlier else None
         self.values.set(**self.taken)
 
     def python(self):
@@ -118,8 +119,17 @@ class GeneratePanel(Stoppable):
         return {name: value for name, value in given.items() if value}
 
     def refresh(self):
+        unknown = {name: said for name in ("model", "compare_with") if (said := self.unknown(getattr(self.config, name)))}
+        if self.values.doubt(unknown): return  # everyone was told, this panel too
         super().refresh()
-        self.buttons["start"].disabled = self.running or bool(self.values.problems)
+        self.buttons["start"].disabled = self.running or bool(self.values.problems | unknown)
+
+    def unknown(self, model) -> str:
+        "What is said of a name that stands for no model; '' for one that may, and for the one that is awaited."
+        if not model or model == self.awaited: return ""
+        try: locate(model)
+        except (ValueError, OSError) as e: return sentence(e)
+        return ""
 
     def load(self, name):
         "(model, tokenizer), kept for the next time."
@@ -131,11 +141,15 @@ class GeneratePanel(Stoppable):
 
     def start(self):
         "Generate, and come back when the texts are whole or were stopped; -> the Sides, or None."
-        if self.values.problems: return self.say(next(iter(self.values.problems.values())), "⚠")
+        self.refresh()  # a folder may be there that was not
+        if wrong := self.values.problems | self.values.doubts: return self.say(next(iter(wrong.values())), "⚠")
         if self.config.model == self.awaited: return self.say(UNFINISHED, "⚠")
-        return self.work(lambda: self.finish(self.write_sides()), "Writing …", lambda sides: f"{'Done' if sides.whole else 'Stopped'}, with seed {sides.seed}.")
+        sides = self.work(lambda: self.finish(self.write_sides()), "Writing …", lambda sides: f"Done, with seed {sides.seed}.")
+        if sides and not sides.whole: self.say(f"Stopped, with seed {sides.seed}.", "■")
+        return sides
 
     def write_sides(self) -> Sides:
+        if self.config.model == self.earlier: self.note(EARLIER.format(self.earlier))
         names = [name for name in (self.config.compare_with, self.config.model) if name]
         options = {**self.options(), "seed": secrets.randbelow(1 << 32) if self.config.seed is None else self.config.seed}
         streams = [stream(model, tokenizer=tokenizer, **options) for model, tokenizer in map(self.load, names)]

@@ -218,6 +218,7 @@ def plan_run(
     runtime, limit = pick_run_precision(config, runtime), memory_limit(runtime)
     check_number("tokens", blocks.tokens, minimum=1, integer=True)
     check_number("block_size", blocks.block_size, minimum=2, maximum=shape.context, integer=True, hint=f"The model's context is {shape.context} tokens.")
+    if config.eval_stride: check_number("eval_stride", config.eval_stride, minimum=1, maximum=blocks.block_size, integer=True, hint="It can be at most the block size, or tokens would be left out.")
     steps = count_steps(blocks.tokens, blocks.block_size, effective_batch(config), config.num_train_epochs, config.max_steps)
     ways = possible_ways(shape, blocks.block_size, runtime, config)
     recipe = first_fit(shape, blocks.block_size, runtime, config) or min((r for way in ways for r in way), key=lambda r: forecast_memory(shape, r))

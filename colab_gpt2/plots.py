@@ -103,7 +103,7 @@ def draw_axes(x_axis, y_axis, x_label) -> str:
     "The SVG of both axes: faint lines across, figures at their ends."
     left, right, bottom = x_axis.start, x_axis.end, y_axis.start
     rows = "".join(f"<path d='M{left} {y:.1f}H{right}' stroke='currentColor' stroke-opacity='.15'/>"
-                   f"<text x='{left - 6}' y='{y + 4:.1f}' text-anchor='end'>{short(tick)}</text>" for tick in y_axis.ticks() for y in [y_axis.at(tick)])
+                   f"<text x='{left - 10}' y='{y + 4:.1f}' text-anchor='end'>{short(tick)}</text>" for tick in y_axis.ticks() for y in [y_axis.at(tick)])
     columns = "".join(f"<text x='{x_axis.at(tick):.1f}' y='{bottom + 16}' text-anchor='middle'>{short(tick)}</text>" for tick in x_axis.ticks() if tick >= 0)
     name = f"<text x='{right}' y='{bottom + 31}' text-anchor='end'>{html.escape(x_label)}</text>"
     return f"<g fill='currentColor' fill-opacity='.75'><path d='M{left} {bottom}H{right}' stroke='currentColor' stroke-opacity='.5'/>{rows}{columns}{name}</g>"

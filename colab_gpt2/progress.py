@@ -128,7 +128,7 @@ class Live(Listener, Course):
 
     def on_measured(self, perplexity, sample):
         self.measured.append((self.step, perplexity.value))
-        self.samples.append(("Before the training" if self.stage == "measuring before" else "After it", sample.prompt, sample.text))
+        self.samples.append(("Before the training" if self.stage == "measuring before" else "After the training", sample.prompt, sample.text))
         self.breathe(now=True)
 
     def on_train_begin(self, args, state, control, **kwargs):

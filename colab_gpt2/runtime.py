@@ -172,7 +172,7 @@ def advise(colab, device, trouble=""):
     said = f" torch said: {trouble}." if trouble else ""
     if colab: return ("There is no GPU in this session. In Colab's menu choose Runtime → Change runtime type → T4 GPU → Save, "
                       f"then run the cells again from the first one.{said}")
-    return ("No GPU was found, so the work goes on, on the CPU: the embedded model 'tiny' is fine-tuned in minutes, GPT-2 in hours. "
+    return ("No GPU was found, so the work goes on, on the CPU: the embedded model 'tiny' is fine-tuned in a minute or two, GPT-2 in a day or two. "
             f"With an NVIDIA GPU in this machine, update its driver or install a CUDA build of torch; else open the notebook in Colab with a T4 GPU.{said}")
 
 # %% ../nbs/01_runtime.ipynb #2d106c34

@@ -1,5 +1,5 @@
 "The panels without a browser: what they show is what the library and the command line do, and a click is obeyed in the middle of a real run in a real kernel."
-import re, shlex, signal, sys, types
+import re, signal, subprocess, sys, types
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +39,19 @@ def test_the_python_line_makes_the_config(config, monkeypatch):
     assert made["result"] == config
 
 
+def commands(script):
+    "The words of each call of `colab-gpt2` in a script, as bash understands them."
+    said = subprocess.run(["bash", "-c", "colab-gpt2() { printf '%s\\0' \"$@\" END; }\n" + script], capture_output=True, text=True, check=True).stdout
+    return [call.split("\0")[:-1] for call in said.split("END\0")[:-1]]
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_shell_line_makes_the_config(config):
     import typer
     from colab_gpt2.cli import app, take_config
-    program, subcommand, *flags = shlex.split(as_shell("finetune", differing(config)).replace("\\\n", ""))
+    [[subcommand, *flags]] = commands(as_shell("finetune", differing(config)))
     command = typer.main.get_command(app).commands[subcommand]
-    assert program == "colab-gpt2" and take_config(dict(command.make_context(subcommand, flags).params)) == config
+    assert take_config(dict(command.make_context(subcommand, flags).params)) == config
 
 
 @pytest.mark.parametrize("panel", ["RuntimePanel", "DataPanel", "GeneratePanel", "DrivePanel"])
@@ -53,8 +59,7 @@ def test_the_other_panels_name_flags_and_arguments_that_are_there(panel):
     import inspect, typer
     from colab_gpt2.cli import app
     made = getattr(colab_gpt2, panel)()
-    for line in made.shell().replace("\\\n", "").strip().splitlines() if panel != "GeneratePanel" else [made.shell().replace("\\\n", "")]:
-        program, subcommand, *flags = shlex.split(line)
+    for subcommand, *flags in commands(made.shell()):
         typer.main.get_command(app).commands[subcommand].make_context(subcommand, flags)
     names = {name: (lambda name: lambda **given: inspect.signature(getattr(colab_gpt2, name)).bind(**given))(name) for name in re.findall(r"import (\w+)", made.python())}
     code = re.sub(r"from colab_gpt2 import \w+", "", made.python())
@@ -123,8 +128,8 @@ def test_an_upload_is_received_in_the_shape_of_either_version(value, tmp_path, m
 def test_two_panels_edit_one_config(quick):
     text = colab_gpt2.DataPanel(quick)
     training = colab_gpt2.FinetunePanel(text, seed=3)
-    text.blocks.rows["block_size"].widget.value = "32"
-    assert training.form.rows["block_size"].widget.value == "32" and training.config == text.config == replace(quick, block_size=32, seed=3)
+    training.form.rows["block_size"].widget.value = "32"
+    assert training.config == text.config == replace(quick, block_size=32, seed=3) and "blocks of 32" in dict(text.start()._rows())["Train"]
     text.own.rows["train_file"].widget.value = "nowhere.txt"
     assert training.buttons["start"].disabled
     text.choice.value = "python-docs"
@@ -151,6 +156,8 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     assert panel.said == f"Stopped at step 5 of 12; saved in {Path(quick.output_dir)/'checkpoint-5'}. Start goes on from there." and "<b>Stopped</b>" in panel.progress.value
     assert panel.error is None and (Path(quick.output_dir)/"checkpoint-5").is_dir()
     assert panel.start().resumed_from.endswith("checkpoint-5") and "<b>Done</b>" in panel.progress.value
+    capfd.readouterr()
+    assert panel.start().steps == 12 and "no training was left" in panel.said and capfd.readouterr() == ("", "")
 
 
 def test_what_follows_waits_for_a_finished_model(quick):
@@ -197,7 +204,7 @@ def test_the_result_is_that_of_the_last_run(quick, where, left):
 def test_a_run_that_is_refused_leaves_the_result(quick):
     panel = colab_gpt2.FinetunePanel(quick)
     result = panel.start()
-    assert panel.start() is None and isinstance(panel.error, FileExistsError) and panel.result is result and panel.saved
+    assert panel.buttons["start"].disabled and panel.start() is None and panel.said.startswith("Not started") and panel.result is result and panel.saved
 
 
 def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
@@ -228,7 +235,48 @@ def test_an_error_before_the_first_checkpoint_starts_anew(quick):
     "What lies in the folder is another run's: the panel does not go on from it by itself."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick)
-    assert panel.start() is None and isinstance(panel.error, FileExistsError) and not panel.config.resume
+    assert panel.start() is None and "set Go on, or Start over" in panel.said and not panel.config.resume
+
+
+def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch, tmp_path):
+    "As after a second Run all: the training is refused, and the steps after it use what is there."
+    monkeypatch.chdir(tmp_path)
+    colab_gpt2.FinetunePanel(quick, max_steps=2).start()
+    panel = colab_gpt2.FinetunePanel(quick)
+    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel, drive=str(tmp_path/"drive"))
+    assert panel.start() is None and writing.start().before is not None and keeping.start().copy.path.exists()
+    assert all("Note: " in after.status.value and "holds the model of an earlier run" in after.status.value for after in (writing, keeping))
+    panel.values.set(overwrite_output_dir=True)
+    assert panel.start() and writing.start() and "earlier run" not in writing.status.value
+
+
+def test_what_was_suggested_for_tiny_is_not_left_to_another_model(monkeypatch):
+    "A panel that is made for GPT-2 is `finetune` of it, on a machine without a GPU too; and one that begins with `tiny` forgets its learning rate with it."
+    monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
+    assert colab_gpt2.FinetunePanel(model="gpt2").config == FinetuneConfig()
+    text = colab_gpt2.DataPanel()
+    training = colab_gpt2.FinetunePanel(text)
+    training.form.rows["num_train_epochs"].widget.value = "3"
+    training.form.rows["model"].widget.value = "gpt2"
+    text.choice.value = "wikitext-2-raw-v1"
+    assert training.config == FinetuneConfig(num_train_epochs=3)
+
+
+def test_a_bad_value_is_marked_where_it_was_typed(quick):
+    panel = colab_gpt2.FinetunePanel(quick)
+    for form, name, bad, said in ((panel.form, "model", "./nofolder", "There is no folder ./nofolder"), (panel.form, "model", "no-such/model", "no-such/model is not whole in the cache"),
+                                  (panel.more, "tokenizer", "nope", "Unknown model"), (panel.more, "eval_stride", "100000", "Stride is 100000; it must be")):
+        good = form.rows[name].widget.value
+        form.rows[name].widget.value = bad
+        assert panel.buttons["start"].disabled and [row for form in (panel.form, panel.more) for row, shown in form.rows.items() if "cg-bad" in shown.hint.value] == [name]
+        assert said in form.rows[name].hint.value
+        form.rows[name].widget.value = good
+        assert not panel.buttons["start"].disabled
+
+
+def test_a_perplexity_that_rises_is_no_success(quick):
+    panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.3, max_steps=4)
+    assert panel.start() and "Note: The perplexity has risen: lower Learning rate" in panel.status.value
 
 
 @pytest.mark.parametrize("name", ["save", "stop"])

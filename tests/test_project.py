@@ -41,11 +41,23 @@ def test_clean_export_links_and_readme_change_nothing(tmp_path, shell):
         copy = shutil.copytree if (ROOT/name).is_dir() else shutil.copy
         copy(ROOT/name, tmp_path/name)
     before = files_of(tmp_path)
-    for words in (["nbdev_clean"], ["nbdev_export"], [sys.executable, "tools/links.py"], [sys.executable, "tools/readme.py"]):
+    for words in (["nbdev_clean"], [sys.executable, "tools/strip_widgets.py"], ["nbdev_export"], [sys.executable, "tools/links.py"], [sys.executable, "tools/readme.py"]):
         ran = shell(*words)
         assert ran.returncode == 0, ran.stderr
     after = files_of(tmp_path)
     assert [str(p) for p in before.keys() | after.keys() if before.get(p) != after.get(p)] == []
+
+
+def test_the_state_of_widgets_is_stripped(tmp_path, shell):
+    (tmp_path/"tools").mkdir()
+    shutil.copy(ROOT/"tools"/"strip_widgets.py", tmp_path/"tools")
+    shutil.copytree(ROOT/"nbs"/"tutorials", tmp_path/"nbs"/"tutorials")
+    path = tmp_path/"nbs"/"tutorials"/"colab_gpt2.ipynb"
+    clean = path.read_text(encoding="utf-8")
+    notebook = json.loads(clean)
+    path.write_text(json.dumps({**notebook, "metadata": {**notebook["metadata"], "widgets": {"application/vnd.jupyter.widget-state+json": {"state": {}}}}}), encoding="utf-8")
+    assert shell(sys.executable, "tools/strip_widgets.py").returncode == 0
+    assert path.read_text(encoding="utf-8") == clean
 
 
 def test_notebooks_keep_no_widget_state():

@@ -7,6 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 from colab_gpt2 import FinetuneConfig, plan
+from colab_gpt2.model import TINY
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb"
@@ -53,11 +54,11 @@ def test_it_is_small_and_carries_nothing_of_a_machine(notebook):
 
 
 def test_each_step_is_a_short_cell_with_python_beneath(notebook):
-    "The install cell, then five cells with a panel; directly beneath each a fold."
+    "The cells of installing and of the Drive, then five with a panel; directly beneath each a fold."
     code = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code"]
-    assert [re.findall(r"\w+Panel", notebook.cells[i].source)[0] for i in code[1:]] == ["RuntimePanel", "DataPanel", "FinetunePanel", "GeneratePanel", "DrivePanel"]
+    assert [re.findall(r"\w+Panel", notebook.cells[i].source)[0] for i in code[2:]] == ["RuntimePanel", "DataPanel", "FinetunePanel", "GeneratePanel", "DrivePanel"]
     assert max(len(notebook.cells[i].source.splitlines()) for i in code) <= 6
-    for i in code[1:]: assert len(folded(notebook.cells[i + 1].source)) == 1
+    for i in code[2:]: assert len(folded(notebook.cells[i + 1].source)) == 1
 
 
 @pytest.mark.parametrize("gpu", ["T4", "L4"])
@@ -73,7 +74,7 @@ def folded(source): return re.findall(r"<details><summary>The same in plain Pyth
 def test_the_folded_texts_are_those_of_the_panel(notebook):
     line = next(line for line in markdown(notebook).splitlines() if line.startswith("generate("))
     config = FinetuneConfig()
-    assert line == f'generate("by-hand", {json.dumps(config.prompt)}, max_new_tokens={config.max_new_tokens}, seed={config.seed})[0]'
+    assert line == f'generate("gpt2-tuned", {json.dumps(config.prompt)}, max_new_tokens={config.max_new_tokens}, seed={config.seed})[0]'
 
 
 def printed(notebook):
@@ -103,12 +104,13 @@ def test_run_all(notebook, offline, tmp_path):
 
 
 def test_the_folded_python_runs(notebook, offline, monkeypatch, tmp_path):
-    "As it stands, but for the model and the text, which need a network, and the epochs, which need patience."
+    "Each as it stands, with no other before it, where the panels were run; but for the model and the text, which need a network, and the epochs, which need patience."
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(folded(markdown(notebook)))
+    shutil.copytree(TINY, "gpt2-tuned")
+    code = folded(markdown(notebook))
     for told, small in (('"gpt2"', '"tiny"'), ('"wikitext-2-raw-v1"', '"python-docs"'), ("num_train_epochs=2", "max_steps=2, block_size=32"),
                         ("max_new_tokens=250", "max_new_tokens=5"), ('"colab-gpt2")', '"colab-gpt2", drive="drive")')):
-        assert told in code
-        code = code.replace(told, small)
-    exec(compile(code, "the folded Python", "exec"), {})
-    assert (tmp_path/"drive"/"colab-gpt2"/"by-hand.tar.gz").exists()
+        assert any(told in fold for fold in code)
+        code = [fold.replace(told, small) for fold in code]
+    for fold in code: exec(compile(fold, "the folded Python", "exec"), {})
+    assert (tmp_path/"by-hand"/"model.safetensors").exists() and (tmp_path/"drive"/"colab-gpt2"/"by-hand.tar.gz").exists()

@@ -36,7 +36,7 @@ def shots():
 def opened(request, browser, shots, tmp_path_factory):
     "A function: open `notebook` in one of the front ends; -> pages.Notebook."
     with contextlib.ExitStack() as stack:
-        def open(notebook, width=1280, height=2000):
+        def open(notebook, width=1280, height=2800):  # as high as the tallest panel, which is taken a picture of
             folder = tmp_path_factory.mktemp(request.param.name)
             context = stack.enter_context(browser.new_context(viewport=dict(width=width, height=height)))
             context.set_default_timeout(20_000)

@@ -5,7 +5,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import expect
 
-from test_newcomer import press, wait_said
+from test_newcomer import fill, press, wait_said
 
 pytestmark = pytest.mark.timeout(300)
 APP = "from colab_gpt2 import FinetunePanel, app\n\nshown = app()\nshown"
@@ -77,17 +77,18 @@ def test_the_page_is_loaded_anew_while_a_cell_trains(begun):
 
 
 def test_app(begun):
-    "One cell that shows all five, a tab for each: the first has looked at the machine, and the third takes what is chosen in the second."
+    "One cell that shows all five, a tab for each: the first has looked at the machine, and the second cuts the text as the third says."
     machine, text, training = map(begun.panel, ("1. The machine", "2. The text", "3. Fine-tune"))
     tab = lambda name: begun.page.locator(".lm-TabBar-tab, .p-TabBar-tab").filter(has_text=name).click()
     begun.page.locator(".lm-TabBar-tab, .p-TabBar-tab").first.wait_for()
     assert "No GPU" in machine.inner_text()
     begun.picture("app")
+    tab("3. Fine-tune")
+    fill(training, "Block size", "128")
+    training.get_by_text("blocks of 128 tokens a step").wait_for()
     tab("2. The text")
-    text.get_by_label("Block size", exact=True).fill("128")
     press(text, "Fetch and look")
     wait_said(text, "The text is here")
     assert "blocks of 128" in text.inner_text()
     tab("3. Fine-tune")
-    training.get_by_text("blocks of 128 tokens a step").wait_for()
     begun.picture("app-training")

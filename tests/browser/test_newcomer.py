@@ -295,4 +295,4 @@ def test_it_fits_a_narrow_window(ran):
     ran.page.wait_for_timeout(1000)  # until the notebook has found its new place
     wide = ran.page.locator(".cg-panel").evaluate_all("panels => panels.filter(p => p.scrollWidth > p.clientWidth + 1).length")
     ran.picture("narrow", ran.panel(TRAINING))
-    assert wide == 0
+    assert wide == 0 and ran.page.locator(".cg-panel").evaluate_all(f"panels => panels.map({WHOLE})") == [True] * 5
