@@ -29,7 +29,7 @@ def under(results) -> str:
     return "\n".join(f"{', '.join(questions)}: {said}" for said, questions in lines.items())
 
 
-SHORT = ("figure", "peer is", "ratio", "bar")  # columns of README's table
+SHORT = ("figure", "peer is", "ratio", "spread", "bar")  # columns of README's table
 
 def markdown(results, columns=COLUMNS) -> str:
     "The rows of some results as a Markdown table."
