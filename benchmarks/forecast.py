@@ -64,6 +64,7 @@ def main():
     options.add_argument("--sizes", nargs="+", help="several, one after the other; gpt2-xl:lora has a method of its own (default: --size alone)")
     options.add_argument("--t4", action="store_true", help="rehearse a Tesla T4 on a larger GPU: fp16 with a scaler, no flash attention, 14.7 GB")
     options = settle(options.parse_args())
+    if options.t4 and options.device != "cuda": raise SystemExit("--t4 rehearses a Tesla T4 on a larger CUDA GPU, and this would run on the CPU: nothing was measured.")
     if options.side: return tell(**train_side(options))
     def side(name, size, method): return side_command(__file__, options, "ours", size=size, method=method or options.method, sizes=None)
     commands = {name: side(name, *f"{name}:".split(":")[:2]) for name in options.sizes or [options.size]}
@@ -72,7 +73,7 @@ def main():
         try: results[size] = [run_side(command, env=device_environment(options)) for _ in range(options.rounds)]
         except RuntimeError as e: failed[size] = str(e)
         else: rows += (rows_of_t4 if options.t4 else rows_of)(size, results[size])  # told after each: the last may be stopped
-        report("rehearsal of a T4" if options.t4 else "forecast", results, rows, commands=commands, device=options.device, folder=options.results, failed=failed)
+        if results: report("rehearsal of a T4" if options.t4 else "forecast", results, rows, commands=commands, device=options.device, folder=options.results, failed=failed)
     if failed: sys.exit("\n".join(f"{size} failed: {why}" for size, why in failed.items()))
 
 

@@ -105,7 +105,7 @@ def alternate(
                 print(f"{label} failed and is left out: {e}", file=sys.stderr)
                 continue
             if progress: print(f"round {n + 1} of {rounds}, {label}: {results[label][-1]['seconds']:.1f} s", file=sys.stderr)
-        each_round(results)
+        if results: each_round(results)  # where all failed there is nothing to tell, and what was kept before stands
     return results
 
 
