@@ -18,7 +18,7 @@ def questions(options) -> dict:
     common = dict(text=options.text, tokenizer=options.tokenizer, results=options.results, device="cuda")
     return {
         "equality": ("equality.py", dict(**common, batch=8, steps=20)),
-        "training": ("training.py", dict(**common, sides=[*PEERS, "ours", "ours-compiled"], batch=8, micro_batches=[8, 4, 2], steps=12 if quick else 30,
+        "training": ("training.py", dict(**common, sides=[*PEERS, "ours", "ours-compiled"], batch=8, micro_batches=[8, 4, 2], warm_up=32, steps=8 if quick else 26,
                                          rounds=1 if quick else 2)),
         "forecast": ("forecast.py", dict(**common, sizes=sizes, steps=5 if quick else 8)),
         "rehearsal of a T4": ("forecast.py", dict(**common, t4=True, sizes=["gpt2-large:full"] if quick else ["gpt2-large:full", "gpt2-xl:lora"], steps=4)),

@@ -2,12 +2,13 @@
 import argparse, statistics, sys, time
 from pathlib import Path
 
+from colab_gpt2.core import check_number
 from harness import RESULTS, ROOT, peak_bytes
 
 DATA = ROOT.parent/"shared"/"data"  # beside a developer's checkout
 TEXT, TOKENIZER = DATA/"wikitext-2-raw"/"wiki.valid.raw", DATA/"gpt2-tokenizer"
 SIZES = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-LEFT_OUT = 2  # steps that warm up: caches, allocators, torch.compile
+WARM_UP = 12  # blocks that a side learns from before its steps count: caches, torch.compile, and a heap that takes ten blocks and more to settle
 
 
 # Options
@@ -15,14 +16,15 @@ LEFT_OUT = 2  # steps that warm up: caches, allocators, torch.compile
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter): "Defaults are told, line ends of the description kept."
 
 
-def parser(doc, *, steps, rounds, batch=8) -> argparse.ArgumentParser:
+def parser(doc, *, steps, rounds, batch=8, steps_are="optimizer steps of every run") -> argparse.ArgumentParser:
     "The options that all benchmarks of training share. A side gets all of them again."
     options = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
     add = options.add_argument
     add("--size", default="gpt2", choices=[*SIZES, "toy"], help="a GPT-2 with random weights; toy only tries the program out")
     add("--block-size", type=int, default=1024, help="tokens in a block")
     add("--batch", type=int, default=batch, help="blocks in an optimizer step")
-    add("--steps", type=int, default=steps, help="optimizer steps of every run")
+    add("--steps", type=int, default=steps, help=steps_are)
+    add("--warm-up", type=int, default=WARM_UP, help="blocks that a side learns from before its steps count")
     add("--rounds", type=int, default=rounds, help="how often every side runs, in turn with the others")
     add("--text", default=TEXT, help="a UTF-8 text to train on, or python-docs")
     add("--tokenizer", default=TOKENIZER, help="a folder, or tiny")
@@ -33,8 +35,21 @@ def parser(doc, *, steps, rounds, batch=8) -> argparse.ArgumentParser:
     return options
 
 
+COUNTS = "block_size batch micro_batch micro_batches steps warm_up rounds times samples tokens requests".split()  # options of one program or another
+
+
+def check_counts(options):
+    "SystemExit with one line where a count among the options is not 1 or more."
+    for name in COUNTS:
+        given = getattr(options, name, None)
+        try:
+            for value in given if isinstance(given, list) else [1 if given is None else given]: check_number(f"--{name.replace('_', '-')}", value, minimum=1, integer=True)
+        except ValueError as e: raise SystemExit(str(e)) from None
+
+
 def settle(options):
-    "Options that mean the same in any folder: paths whole, the device named. SystemExit with one line where a text, a tokenizer or a GPU is missing."
+    "Options that mean the same in any folder: paths whole, the device named. SystemExit with one line for a number below 1, or where a text, a tokenizer or a GPU is missing."
+    check_counts(options)
     for name, known in (("text", "python-docs"), ("tokenizer", "tiny")):
         if str(given := getattr(options, name, known)) == known: continue
         if not Path(given).exists(): raise SystemExit(f"There is no {given}. Give --{name} a path, or {known}.")
@@ -157,8 +172,14 @@ def make_clock(device):
     return Clock()
 
 
-def measure(options, trainer, blocks_per_step, train) -> tuple:
-    "`(found, what train() returned)`: the seconds of the steps, tokens a second over the median one, the losses that the Trainer logged, and the GPU's peak."
+def warm_up_steps(options, blocks_per_step, done=0) -> int:
+    "The steps, one at least, after which a side has learnt from `options.warm_up` blocks, as near as whole steps come; `done` blocks came before the first."
+    return max(1, round((options.warm_up - done) / blocks_per_step))
+
+
+def measure(options, trainer, blocks_per_step, train, done=0) -> tuple:
+    """`(found, what train() returned)`: the seconds of the steps, tokens a second over the median one of those that count, the losses that the Trainer
+    logged, and the GPU's peak. `done`: blocks that train() learns from before its first step, in a probe."""
     clock, tokens, earlier = make_clock(options.device), blocks_per_step * options.block_size, peak_bytes()  # the library's probe has Linux begin anew
     trainer.add_callback(clock)
     if options.device == "cuda":
@@ -166,8 +187,9 @@ def measure(options, trainer, blocks_per_step, train) -> tuple:
         torch.cuda.reset_peak_memory_stats()
     returned = train()
     seconds, history = clock.seconds(), trainer.state.log_history
-    counted = seconds[LEFT_OUT:] or seconds
-    found = dict(step_seconds=seconds, seconds_per_step=statistics.median(counted), tokens_per_step=tokens,
+    left_out = min(warm_up_steps(options, blocks_per_step, done), len(seconds) - 1)
+    counted = seconds[left_out:]
+    found = dict(step_seconds=seconds, left_out=left_out, seconds_per_step=statistics.median(counted), tokens_per_step=tokens,
                  tokens_per_second=tokens / statistics.median(counted), losses=[entry["loss"] for entry in history if "loss" in entry],
                  peak_bytes=max(earlier, peak_bytes()), training_loss=next(entry["train_loss"] for entry in reversed(history) if "train_loss" in entry))
     return found | (gpu_memory() if options.device == "cuda" else {}), returned

@@ -101,7 +101,8 @@ def test_bars_of_training_are_against_the_tutorial_and_the_better_stock_trainer(
     results = {label: [measured(*speed_and_memory)] for label, speed_and_memory in figures.items()}
     rows = {(row.figure, row.peer_label): (row.ratio.median, row.bar, row.reached) for row in training.rows_of(options(), results)}
     assert rows["training, tokens/s", "tutorial"] == (3.2, 3.0, True) and rows["peak memory of training", "tutorial"][1] is None
-    assert rows["peak memory of training one block a step", "tutorial"] == (0.5, 0.55, True) and rows["training one block a step, tokens/s", "tutorial"][0] == 3.1
+    assert rows["peak memory of training one block a step", "tutorial"] == (0.5, 0.55, True) and rows["training one block a step, tokens/s", "tutorial"] == (3.1, 3.0, True)
+    assert rows["training one block a step, tokens/s", "stock-compiled"] == (310 / 160, 2.0, False) and ("training one block a step, tokens/s", "stock") not in rows
     assert rows["training, tokens/s", "stock-compiled"] == (2.0, 2.0, True) and rows["training, tokens/s", "stock"][1] is None
     assert all(row.rule is None for row in training.rows_of(options(size="toy"), results))
 
@@ -119,6 +120,8 @@ def test_a_side_that_fails_is_left_out_and_told(capsys):
     sides = dict(good=python("from harness import tell; tell(x=1)"), bad=python("import sys; sys.exit('no compiler')"))
     results = alternate(sides, rounds=2, failed=failed, each_round=lambda results: seen.append({k: len(v) for k, v in results.items()}))
     assert seen == [dict(good=1), dict(good=2)] and list(results) == ["good"]
+    nothing = alternate(dict(bad=sides["bad"]), rounds=1, failed={}, each_round=seen.append)
+    assert nothing == {} and len(seen) == 2  # no report of nothing takes the place of one that was kept
     assert list(failed) == ["bad"] and "no compiler" in failed["bad"] and "bad failed and is left out" in capsys.readouterr().err
     assert training.speed_or_none(sides["bad"], {}) is None
 
@@ -146,16 +149,20 @@ def kept(tmp_path, question): return json.loads(next((tmp_path/"results").glob(f
 
 
 def test_training_end_to_end(shell, tmp_path):
-    ran = ask(shell, "training.py", *TOY, "--sides", "tutorial", "stock", "--micro-batches", "2", "--steps", "4", "--rounds", "1", "--results", "results")
+    ran = ask(shell, "training.py", *TOY, "--sides", "tutorial", "stock", "ours-single", "--micro-batches", "2", "--steps", "2", "--rounds", "1", "--results", "results")
     assert ran.returncode == 0, ran.stderr
     said = kept(tmp_path, "training")
     assert [(row["figure"], row["peer_label"], row["bar"]) for row in said["rows"]] == [  # no bar was set for a toy
-        (figure, peer, None) for peer in ("tutorial", "stock") for figure in ("training, tokens/s", "peak memory of training")]
+        (f"training{single}, tokens/s" if n == 0 else f"peak memory of training{single}", peer, None)
+        for peer, single, numbers in (("tutorial", "", (0, 1)), ("tutorial", " one block a step", (0, 1)), ("stock", "", (0, 1)), ("stock", " one block a step", (0,))) for n in numbers]
     first = {label: runs[0] for label, runs in said["runs"].items()}
-    assert {label: run["tokens_per_step"] for label, run in first.items()} == {"tutorial": 32, "stock": 64, "ours": 64}
+    assert {label: run["tokens_per_step"] for label, run in first.items()} == {"tutorial": 32, "stock": 64, "ours-single": 32, "ours": 64}
     for run in first.values():
-        assert len(run["step_seconds"]) == 4 and run["tokens_per_second"] == pytest.approx(run["tokens_per_step"] / run["seconds_per_step"])
+        assert run["tokens_per_second"] == pytest.approx(run["tokens_per_step"] / run["seconds_per_step"])
         assert 8 < run["training_loss"] < 10 and run["peak_bytes"] > 1e8  # ln(8192) = 9.01
+    of = {label: (run["left_out"], len(run["step_seconds"])) for label, run in first.items()}
+    probed = 3 * first["ours"]["plan"]["micro_batch"]  # blocks that ours learnt from before its first step; 12 blocks are left out in all, 4 and more count
+    assert of == {"tutorial": (12, 16), "stock": (6, 8), "ours-single": (9, 16), "ours": ((12 - probed) // 2, 8)}
     assert "tutorial" in ran.stdout and "round 1 of 1, ours" in ran.stderr
 
 
@@ -186,11 +193,23 @@ def test_mfu_is_the_stated_formula():
         tokens_per_second * (6*(124_439_808 - 1024*768) + 12*12*768*1024) / peak)
 
 
-@pytest.mark.parametrize("words, said", [(("--text", "nowhere.txt"), "There is no nowhere.txt. Give --text a path, or python-docs."),
-                                         (("--tokenizer", "none"), "There is no none. Give --tokenizer a path, or tiny.")])
-def test_a_missing_text_is_said_in_one_line(shell, words, said):
-    ran = ask(shell, "training.py", *TOY, *words)
+@pytest.mark.parametrize("program, words, said", [
+    ("training.py", ("--text", "nowhere.txt"), "There is no nowhere.txt. Give --text a path, or python-docs."),
+    ("training.py", ("--tokenizer", "none"), "There is no none. Give --tokenizer a path, or tiny."),
+    ("training.py", ("--micro-batches", "2", "0"), "--micro-batches is 0; it must be a whole number, 1 or more."),
+    ("packing.py", ("--rounds", "0"), "--rounds is 0; it must be a whole number, 1 or more."),
+    ("forecast.py", ("--t4",), "--t4 rehearses a Tesla T4 on a larger CUDA GPU, and this would run on the CPU: nothing was measured.")])
+def test_what_cannot_be_measured_is_said_in_one_line(shell, tmp_path, program, words, said):
+    ran = ask(shell, program, *TOY, *words, "--results", "results")
     assert (ran.returncode, ran.stdout, ran.stderr.strip()) == (1, "", said)
+    assert not (tmp_path/"results").exists()
+
+
+def test_warming_up_is_counted_in_blocks():
+    "As near to 12 blocks as whole steps come, what a probe learnt from among them; never no step at all."
+    def left_out(blocks_per_step, done=0): return task.warm_up_steps(SimpleNamespace(warm_up=12), blocks_per_step, done)
+    assert [left_out(n) for n in (1, 2, 4, 8, 100)] == [12, 6, 3, 2, 1]
+    assert (left_out(1, done=3), left_out(4, done=3), left_out(4, done=24)) == (9, 2, 1)
 
 
 def test_gpu_needs_a_gpu(shell):
