@@ -30,11 +30,11 @@ def exact_rows(logits) -> int:
     return EXACT_ROWS if logits.is_cuda else max(1, EXACT_LOGITS // logits.shape[1])
 
 # %% ../nbs/06_loss.ipynb #1e89593d
-def slice_loss(logits, at, weights, factor):
+def slice_loss(logits, at, weights, vocabulary, factor):
     "`chunk_loss` of a few rows; `at` (rows, 1) are their labels, `weights` (rows, 1) 1 where a row counts and 0 where not, in fp32."
     gpu = logits.is_cuda  # it reads half precision and writes fp32 in one pass; a CPU would make a copy of its own
     found = logits.log_softmax(-1, dtype=weights.dtype) if gpu else logits.to(weights.dtype).log_softmax(-1)
-    loss = -found.gather(1, at).mul_(weights).sum()
+    loss = -found[:, :vocabulary].gather(1, at).mul_(weights).sum()  # a label among the columns of the padding is out of range, as it is without
     if factor is not None: logits.copy_(found.exp_().mul_(weights * factor).scatter_add_(1, at, weights * -factor))
     return loss
 
@@ -45,7 +45,7 @@ def chunk_loss(logits, vocabulary, labels, ignore_index, factor=None):
     logits[:, vocabulary:] = -torch.inf  # the rows that padded the head are no tokens
     counts = (labels != ignore_index)[:, None]
     slices = logits, labels[:, None].where(counts, 0), counts.to(torch.promote_types(logits.dtype, torch.float32))
-    return sum(slice_loss(*parts, factor) for parts in zip(*(t.split(exact_rows(logits)) for t in slices)))
+    return sum(slice_loss(*parts, vocabulary, factor) for parts in zip(*(t.split(exact_rows(logits)) for t in slices)))
 
 # %% ../nbs/06_loss.ipynb #ce0bbe74
 FP16_SUM = 64  # of the factors of a chunk's rows
@@ -99,8 +99,9 @@ def linear_cross_entropy(
 ):
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits: in memory chunk_size · vocabulary · 2 bytes in half precision and a slice
     in fp32 (4 MB on a CPU, 256 rows on a GPU), and 4 · vocabulary · width for the gradient of the weight. Under autocast the products are in its precision; the loss is a scalar in fp32 (fp64 for fp64), never in half precision.
-    After Liger Kernel (arXiv 2410.10989, section 3.2). ValueError for shapes that do not fit."""
+    After Liger Kernel (arXiv 2410.10989, section 3.2). ValueError for shapes that do not fit and for a chunk of no rows; torch's own error for a label out of range."""
     if labels.shape != hidden.shape[:-1]: raise ValueError(f"labels have the shape {tuple(labels.shape)} and hidden {tuple(hidden.shape)}; labels must have hidden's without its last number.")
+    if chunk_size < 1: raise ValueError(f"chunk_size is {chunk_size!r}; it must be 1 or more.")
     if reduction not in ("mean", "sum"): raise ValueError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'.")
     kind, labels = hidden.device.type, labels.reshape(-1)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

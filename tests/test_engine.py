@@ -45,22 +45,27 @@ def test_half_precision_is_as_near_as_its_rounding(dtype, bound, rows, multiple)
     for a, b in zip(ours[1:], plain[1:]): assert error(a, b) < bound
 
 
-def test_fp16_under_a_gradient_scaler_that_starts_at_65536():
+@pytest.mark.parametrize("rows, vocabulary, multiple", [(4096, 1001, 1), (1500, 5003, 64), (1027, 5003, 64), (1027, 1001, 1)], ids=lambda n: str(n))
+def test_fp16_under_a_gradient_scaler_that_starts_at_65536(rows, vocabulary, multiple):
+    "Rows that divide the chunk of 1,024 and rows that leave a rest of many or of three, a head as it is and a padded one."
     torch.manual_seed(0)
-    rows, vocabulary = 4096, 1001
     hidden, weight, labels = torch.randn(rows, 32), torch.randn(vocabulary, 32), torch.randint(vocabulary, (rows,))
-    labels[:3000] = 7  # a text that says one thing over and over: its row of the weight adds up
+    labels[:3 * rows // 4] = 7  # a text that says one thing over and over: its row of the weight adds up
+    labels[-1] = vocabulary - 1  # beside the padding
     hidden[:, 0] *= 100
     parameter, scaler = nn.Parameter(weight.clone()), torch.amp.GradScaler("cpu", init_scale=65536.)
     optimizer = torch.optim.SGD([parameter], lr=1.)
     h = hidden.half().requires_grad_()
-    with torch.autocast("cpu", torch.float16): loss = linear_cross_entropy(h, parameter, labels)
+    with torch.autocast("cpu", torch.float16): loss = linear_cross_entropy(h, parameter, labels, multiple=multiple)
     scaler.scale(loss).backward()
     assert torch.isfinite(loss) and torch.isfinite(h.grad).all() and torch.isfinite(parameter.grad).all()
     scaler.step(optimizer), scaler.update()
     assert scaler.get_scale() == 65536  # no step was skipped
-    plain = weight.half().float().requires_grad_()
-    F.cross_entropy(hidden.half().float() @ plain.T, labels).backward()
+    exact, plain = hidden.half().float().requires_grad_(), weight.half().float().requires_grad_()
+    expected = F.cross_entropy(exact @ plain.T, labels)
+    expected.backward()
+    assert abs(loss - expected) < 0.002 * expected
+    assert error(h.grad.float() / 65536, exact.grad) < 0.01  # logits in the hundreds are rounded to 1/4 before the softmax
     assert error(weight - parameter.detach(), plain.grad) < 0.005
 
 
