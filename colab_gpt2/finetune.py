@@ -107,14 +107,16 @@ class Interrupted(KeyboardInterrupt):
 @contextlib.contextmanager
 def said_in_one_line(config):
     "Turn what can go wrong inside the engine into a line that says what to do; what was saved before stands."
+    from colab_gpt2.runtime import out_of_memory
     try: yield
-    except torch.OutOfMemoryError as e:
-        raise MemoryError("Out of memory, and nothing is left to divide; set a smaller block_size, gradient_checkpointing=True or method='lora', or choose a smaller model.") from e
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
         kept = [p.name for p in find_checkpoints(config.output_dir)]
         raise OSError(f"The disk of {config.output_dir} is full: {human_bytes(shutil.disk_usage(config.output_dir).free)} free. "
                       f"{'Kept: ' + ', '.join(kept) if kept else 'No checkpoint was whole yet'}. Free some space, then go on with resume.") from e
+    except Exception as e:
+        if not out_of_memory(e): raise
+        raise MemoryError("Out of memory, and nothing is left to divide; set a smaller block_size, gradient_checkpointing=True or method='lora', or choose a smaller model.") from e
 
 # %% ../nbs/20_finetune.ipynb #16ddf5f3
 def checkpoint_to_resume(config, model, identity) -> Path | None:

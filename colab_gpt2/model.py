@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 import colab_gpt2
 from .core import Record, nearest
 from .data import hub_trouble
+from .runtime import out_of_memory
 
 # %% ../nbs/05_model.ipynb #8c79dab5
 def gpt2_parameters(layers, width, context, vocabulary):
@@ -139,9 +140,8 @@ def loading(place):
     "`quiet`, and one clear line for whatever a library raises; memory and disk errors pass as they are."
     try:
         with quiet(): yield
-    except (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt): raise
     except Exception as e:
-        if isinstance(e, OSError) and e.errno: raise
+        if out_of_memory(e) or isinstance(e, OSError) and e.errno: raise
         raise explain(e, str(place)) from e
 
 # %% ../nbs/05_model.ipynb #378d810a

@@ -22,6 +22,7 @@ from .config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .core import human_bytes
 from .lora import add_adapters
 from .plan import Plan
+from .runtime import out_of_memory
 from .tune import casting_once, tune_model
 
 # %% ../nbs/19_trainer.ipynb #04a9bf33
@@ -33,8 +34,8 @@ class BlockTrainer(Trainer):
         "The gradients of a step; -> its loss. Out of memory: half as many blocks at a time, and the step from its beginning."
         while True:
             try: return self.step_in_parts(model, inputs)
-            except torch.OutOfMemoryError:
-                if self.micro_batch == 1: raise
+            except Exception as e:
+                if self.micro_batch == 1 or not out_of_memory(e): raise
             self.lower_micro_batch(model, self.micro_batch // 2)
 
     def step_in_parts(self, model, inputs):
@@ -176,7 +177,7 @@ def moment_bytes(model, optimizer) -> int:
 
 # %% ../nbs/19_trainer.ipynb #615dd07e
 def probe(trainer, plan) -> Plan:
-    "`plan` with the peak memory and the time of a step as measured on its own blocks: `Plan.corrected`. torch.OutOfMemoryError where not even that fits."
+    "`plan` with the peak memory and the time of a step as measured on its own blocks: `Plan.corrected`. What torch raises for memory, see `out_of_memory`, where not even that fits."
     model, device = trainer.model, trainer.args.device
     batch = trainer.data_collator([trainer.train_dataset[i % len(trainer.train_dataset)] for i in range(plan.micro_batch)])
     batch = {name: value.to(device) for name, value in batch.items()}
@@ -201,8 +202,8 @@ def settle(trainer, plan) -> Plan:
     while True:
         trainer.micro_batch = plan.micro_batch
         try: probed = probe(trainer, plan)
-        except torch.OutOfMemoryError:
-            if plan.micro_batch == 1: raise
+        except Exception as e:
+            if plan.micro_batch == 1 or not out_of_memory(e): raise
             probed = replace(plan, fits=False)
         if plan.micro_batch == 1 and not probed.fits: warnings.warn(f"The probed step needed {human_bytes(probed.peak_bytes)}, more than the {human_bytes(plan.limit_bytes)} that are sure to be there. The run goes on, and may run out of memory.", stacklevel=3)
         if probed.fits or plan.micro_batch == 1: return probed

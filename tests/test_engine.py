@@ -153,8 +153,31 @@ def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_pat
     with pytest.raises(ValueError, match="its method was lora of rank 16, now it is full"): run(text, tmp_path/"broken", learning_rate=5e-3, resume=True)
 
 
-def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch):
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 412 bytes. Error code 12 (Cannot allocate memory)")
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("pretended"), ON_CPU], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("first", [7, 1], ids=["in a step", "in the probe"])  # the call that is the first to fail; three are the probe's
+def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch, error, first):
     plain = run(text, tmp_path/"plain")
+    calls = scarce_memory(monkeypatch, 2, error, first)
+    with pytest.warns(UserWarning, match="Not enough memory for 4 blocks at once; the step is taken with 2"): scarce = run(text, tmp_path/"scarce")
+    assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4]) and max(calls[-8:]) == 2
+    assert scarce.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
+
+
+def test_nothing_left_to_divide_is_said(text, tmp_path, monkeypatch):
+    scarce_memory(monkeypatch, 0, ON_CPU)
+    with pytest.warns(UserWarning, match="taken with 1"), pytest.raises(MemoryError, match="nothing is left to divide; set a smaller block_size"): run(text, tmp_path/"out")
+
+
+def test_another_error_of_a_step_is_raised_as_it_is(text, tmp_path, monkeypatch):
+    calls = scarce_memory(monkeypatch, 2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 7)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"): run(text, tmp_path/"out")
+    assert set(calls) == {8}
+
+
+def scarce_memory(monkeypatch, room, error, first=1):
+    "From the training's call `first` on, more than `room` blocks at once raise `error`; -> the list of the blocks of each call."
     module, calls = importlib.import_module("colab_gpt2.trainer"), []
     tune = module.tune_model
 
@@ -163,14 +186,12 @@ def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch):
         forward = model.forward
         def scarce(*args, input_ids=None, **kwargs):
             if model.training: calls.append(len(input_ids))
-            if len(calls) > 6 and len(input_ids) > 2 and model.training: raise torch.OutOfMemoryError("pretended")  # not yet when the step is probed
+            if len(calls) >= first and len(input_ids) > room and model.training: raise error
             return forward(*args, input_ids=input_ids, **kwargs)
         model.forward = scarce
 
     monkeypatch.setattr(module, "tune_model", tuned)
-    with pytest.warns(UserWarning, match="Not enough memory for 4 blocks at once; the step is taken with 2"): scarce = run(text, tmp_path/"scarce")
-    assert scarce.steps == plain.steps and calls[:2] == [8, 8] and max(calls[-8:]) == 2
-    assert scarce.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
+    return calls
 
 
 def test_the_collector_works_again_after_a_run(text, tmp_path):
