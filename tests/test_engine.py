@@ -155,8 +155,7 @@ def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_pat
 
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 412 bytes. Error code 12 (Cannot allocate memory)")
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("pretended"), ON_CPU], ids=["gpu", "cpu"])
-@pytest.mark.parametrize("first", [7, 1], ids=["in a step", "in the probe"])  # the call that is the first to fail; three are the probe's
+@pytest.mark.parametrize("error, first", [(torch.OutOfMemoryError("pretended"), 7), (ON_CPU, 7), (ON_CPU, 1)], ids=["gpu", "cpu", "cpu, in the probe"])  # first: the call that fails first; three are the probe's
 def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch, error, first):
     plain = run(text, tmp_path/"plain")
     calls = scarce_memory(monkeypatch, 2, error, first)
@@ -173,7 +172,7 @@ def test_nothing_left_to_divide_is_said(text, tmp_path, monkeypatch):
 def test_another_error_of_a_step_is_raised_as_it_is(text, tmp_path, monkeypatch):
     calls = scarce_memory(monkeypatch, 2, RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 7)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"): run(text, tmp_path/"out")
-    assert set(calls) == {8}
+    assert not {2, 4} & set(calls)  # nothing was divided; an epoch's last step has the one block that is left
 
 
 def scarce_memory(monkeypatch, room, error, first=1):
