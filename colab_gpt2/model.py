@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'MODELS', 'WEIGHTS', 'TOKENIZERS', 'UNSTATED_CONTEXT', 'gpt2_parameters', 'ModelInfo', 'locate', 'check_files',
            'from_cache', 'quiet', 'refusal', 'explain', 'loading', 'hub_files', 'ready', 'load_tokenizer',
-           'load_config', 'new_model', 'load_model', 'model_context', 'check_match']
+           'check_causal', 'load_config', 'new_model', 'load_model', 'model_context', 'check_match']
 
 # %% ../nbs/05_model.ipynb #ae8b1f07
 import contextlib, warnings
@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig
 
 import colab_gpt2
 from .core import Record, nearest
@@ -175,6 +175,14 @@ def load_tokenizer(
     if not tokenizer.is_fast: raise ValueError(f"{name} has only a slow tokenizer, of class {type(tokenizer).__name__}; one with a tokenizer.json is needed.")
     return tokenizer
 
+# %% ../nbs/05_model.ipynb #c6957cc6
+def check_causal(config, place="The model"):
+    "ValueError unless `config` is of a model that foretells the next token; `place` is what the message calls it."
+    kind = type(config)
+    fills_gaps = kind in MODEL_FOR_MASKED_LM_MAPPING and not (getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or fills_gaps:
+        raise ValueError(f"{place} cannot be loaded as a causal language model: it is of type {config.model_type}. Choose one that foretells the next token, such as gpt2.")
+
 # %% ../nbs/05_model.ipynb #aaca9fdd
 def load_config(config, cache_dir=None):
     "`config` if it is a PretrainedConfig, else that of the model it names."
@@ -182,7 +190,9 @@ def load_config(config, cache_dir=None):
     if str(config) in MODELS and (info := MODELS[str(config)]).hub_id:
         return GPT2Config(n_layer=info.layers, n_embd=info.width, n_head=info.heads, n_positions=info.context, vocab_size=info.vocabulary)
     place = ready(config, cache_dir, ("config.json",))
-    with loading(place): return AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
+    with loading(place): found = AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
+    check_causal(found, place)
+    return found
 
 # %% ../nbs/05_model.ipynb #cbac441d
 def new_model(config, seed=None):
@@ -211,6 +221,7 @@ def load_model(
     with loading(place):
         model, report = AutoModelForCausalLM.from_pretrained(place, **given, cache_dir=cache_dir, dtype=torch.float32, use_safetensors=True,
                                                              trust_remote_code=False, output_loading_info=True)
+    check_causal(model.config, place)
     if report["missing_keys"]:
         raise ValueError(f"{place} lacks {len(report['missing_keys'])} of its weights, such as {sorted(report['missing_keys'])[0]}: it is no whole checkpoint of a {type(model).__name__}.")
     return model
