@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .config import METHODS, OPTIMIZERS, PRECISIONS
 from .core import Record, check_number, nearest
 from .loss import CHUNK_SIZE, EXACT_LOGITS, EXACT_ROWS
-from .model import model_context
+from .model import check_causal, model_context
 
 # %% ../nbs/12_forecast.ipynb #7644379e
 @dataclass(frozen=True)
@@ -31,16 +31,21 @@ class Shape(Record):
     gpt2: bool  # only a GPT-2 is made faster
     attention_dropout: float  # probabilities; 0 where the config has none
     residual_dropout: float  # the embeddings' is taken to be the same
+    inner: int  # width of the MLP: a GPT-2's own; of another model 4·C, which its constants stand for
 
 # %% ../nbs/12_forecast.ipynb #aed04d0f
 def shape_of(model) -> Shape:
-    "The shape of a model or of its config; GPT-2's own names (n_layer, n_embd) are mapped by transformers. A Shape stays as it is."
+    "The shape of a model or of its config; GPT-2's own names (n_layer, n_embd) are mapped by transformers. A Shape stays as it is. ValueError for a model that is not causal, or whose config lacks a number."
     if isinstance(model, Shape): return model
     config = getattr(model, "config", model)
+    check_causal(config)
     text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
+    missing = [name for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size") if not hasattr(text, name)]
+    if missing: raise ValueError(f"What a model of type {config.model_type} needs is not known here: its config has no {' and no '.join(missing)}.")
     dropout = getattr(text, "attn_pdrop", None) or getattr(text, "attention_dropout", None) or 0.0
+    gpt2 = config.model_type == "gpt2"
     return Shape(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, text.vocab_size, model_context(text), count_parameters(config),
-                 config.model_type == "gpt2", dropout, getattr(text, "resid_pdrop", None) or 0.0)
+                 gpt2, dropout, getattr(text, "resid_pdrop", None) or 0.0, (text.n_inner if gpt2 else None) or 4*text.hidden_size)
 
 # %% ../nbs/12_forecast.ipynb #060ceb00
 def count_parameters(config) -> int:
@@ -90,8 +95,8 @@ class Recipe(Record):
 # %% ../nbs/12_forecast.ipynb #3e582f67
 def trained_parameters(shape, recipe) -> int:
     """Parameters that get gradients: all, or those of LoRA's adapters, rank·(inputs + outputs) for c_attn (C→3C), both c_proj (C→C, 4C→C) and
-    c_fc (C→4C). Of a model that is not a GPT-2 the adapters are taken to be as many."""
-    return 16 * recipe.lora_rank * shape.width * shape.layers if recipe.method == "lora" else shape.parameters
+    c_fc (C→4C, where the MLP is as wide as usual). Of a model that is not a GPT-2 the adapters are taken to be as many."""
+    return (8*shape.width + 2*shape.inner) * recipe.lora_rank * shape.layers if recipe.method == "lora" else shape.parameters
 
 # %% ../nbs/12_forecast.ipynb #7e022de8
 @dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Costs(Record):
     layer_lora: float = 34  # measured 33.9, in half precision: the frozen model's residuals are in it too
     stock_half: float = 69  # measured on the stock model: GELU as a formula, the cache, masks of dropout
     stock_fp32: float = 138  # the same, twice
+    inner: float = 2  # measured, a channel that the MLP is wider than 4·C, in numbers of the products' precision: GELU's input and output, which the figures above count for 4·C
+    inner_stock: float = 5  # measured: three more in the formula
     last_half: float = 10  # measured, a token and channel, once: the last norm's input (4) and output (4), and the loss's gradient for it (2)
     last_fp32: float = 12
     last_lora: float = 6
@@ -111,7 +118,8 @@ class Costs(Record):
     loss_exact: float = 8  # counted, a logit of the slice that a CPU has in fp32: a copy and its logarithm; 4 where no copy is made, on a GPU and in fp32
     loss_stock: float = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss; there is no chunk
     moments_8bit: int = 2  # a parameter: AdamW's two moments by bitsandbytes; the Trainer leaves those of embeddings in fp32
-    holes_cpu: float = 0.15  # measured, of the bytes of tensors: 10 to 19% in eight ways of training 124M and one of 355M (dev/LOG.md); the C library keeps what was freed
+    holes_cpu: float = 0.15  # measured, of the bytes of tensors: 10 to 19% in eight ways of training all of 124M and one of 355M (dev/LOG.md); the C library keeps what was freed
+    holes_lora: float = 0.73  # measured: 56 to 73% in six ways of training 124M and 355M one block at a time, 86% with four; the most of one block, so that a plan does not promise too much
     context: int = 500_000_000  # in all, before any tensor: Python with the Trainer on a CPU (measured: 0.46 GB); assumed for CUDA
 
 COSTS = Costs()
@@ -138,12 +146,14 @@ def activations(shape, recipe) -> dict:
 
 # %% ../nbs/12_forecast.ipynb #408e788a
 def layer_bytes(shape, recipe) -> float:
-    "Bytes that one layer saves: activations, LoRA's inner ones, two masks of dropout and, where attention has dropout, its matrices."
+    "Bytes that one layer saves: activations, more of them where its MLP is wider than 4·C, LoRA's inner ones, two masks of dropout and, where attention has dropout, its matrices."
     half, lora, tuned = recipe.half, recipe.method == "lora", is_tuned(shape, recipe)
     kept = getattr(COSTS, f"layer_{numbers(recipe)}") + norms_of_lora(recipe) if tuned else COSTS.stock_half if half else COSTS.stock_fp32
-    inner = 4*recipe.lora_rank*(2 if half else 4)*recipe.tokens if lora else 0
-    masks = 2*mask_bytes(shape, recipe, 2 if half else 4) if tuned else 0
-    return kept*recipe.tokens*shape.width + inner + masks + (COSTS.matrix*recipe.micro_batch*shape.heads*recipe.block_size**2 if keeps_matrices(shape, recipe) else 0)
+    size = 2 if half else 4
+    wider = (COSTS.inner if tuned else COSTS.inner_stock)*size*recipe.tokens*(shape.inner - 4*shape.width)
+    adapters = 4*recipe.lora_rank*size*recipe.tokens if lora else 0
+    masks = 2*mask_bytes(shape, recipe, size) if tuned else 0
+    return kept*recipe.tokens*shape.width + wider + adapters + masks + (COSTS.matrix*recipe.micro_batch*shape.heads*recipe.block_size**2 if keeps_matrices(shape, recipe) else 0)
 
 # %% ../nbs/12_forecast.ipynb #73268d11
 def numbers(recipe) -> str:
@@ -177,10 +187,10 @@ def head_copy(shape, recipe) -> int:
 
 # %% ../nbs/12_forecast.ipynb #9d7bdaa9
 def half_copies(shape, recipe) -> int:
-    "Bytes of the copies in half precision: of all weights, of the output layer and one other (12·C²) with recomputation, or of the adapters in LoRA, and there the output layer's."
+    "Bytes of the copies in half precision: of all weights, of the output layer and a layer's four products with recomputation, or of the adapters in LoRA, and there the output layer's."
     if not recipe.half: return 0
     if recipe.method == "lora": return 2*trained_parameters(shape, recipe) + head_copy(shape, recipe)
-    return head_copy(shape, recipe) + 2*12*shape.width**2 if recipe.recompute else 2*shape.parameters
+    return head_copy(shape, recipe) + 2*(4*shape.width**2 + 2*shape.width*shape.inner) if recipe.recompute else 2*shape.parameters
 
 # %% ../nbs/12_forecast.ipynb #71305a89
 def embedding_gradient(shape, recipe) -> int:
@@ -237,7 +247,8 @@ def at_end(shape, recipe) -> dict:
 def memory_terms(shape, recipe) -> dict:
     "Bytes by what they are for, at the moment of a step that needs most."
     terms = max((moment(shape, recipe) for moment in (at_loss, at_backward, at_end)), key=lambda terms: sum(terms.values()))
-    return {**terms, "holes in the heap": COSTS.holes_cpu*(sum(terms.values()) - COSTS.context) if recipe.device == "cpu" else 0}
+    share = 0 if recipe.device != "cpu" else COSTS.holes_lora if recipe.method == "lora" else COSTS.holes_cpu
+    return {**terms, "holes in the heap": share*(sum(terms.values()) - COSTS.context)}
 
 # %% ../nbs/12_forecast.ipynb #b4eaf48d
 def forecast_memory(
@@ -250,7 +261,7 @@ def forecast_memory(
     - 2·P: the weights in half precision, which autocast keeps
     - 36.1·B·T·L·C + 10·B·T·C: activations saved for the backward pass, and masks where the config has dropout
     - 2·1024·V: the chunk of logits at work, 2·V·C for what is beside it, and 4·V·C for the output layer's gradient; of a single chunk less
-    - half a gigabyte for torch itself, and on a CPU 15% of the rest for holes in the heap
+    - half a gigabyte for torch itself, and on a CPU 15% of the rest for holes in the heap, with LoRA 73%
 
     or what the backward pass needs, where that is more (`at_backward`, `at_end`); `Costs` says where each number comes from. A stock model takes 69·B·T·L·C and 14·B·T·V."""
     return int(sum(memory_terms(shape_of(model), recipe).values()))
@@ -307,9 +318,9 @@ def work(recipe) -> float:
     return (2/3 if recipe.method == "lora" else 1) + (1/3 if recipe.recompute else 0)
 
 # %% ../nbs/12_forecast.ipynb #751fef08
-def forecast_step(shape, recipe, device) -> float | None:
-    "Seconds of an optimizer step, not compiled; None for an unknown device. AdamW reads four and writes three numbers of 4 bytes a parameter at the speed of the memory."
+def forecast_step(shape, recipe, device, tokens=None) -> float | None:
+    "Seconds of an optimizer step of so many `tokens` (None: as many as its parts hold), not compiled; None for an unknown device. AdamW reads four and writes three numbers of 4 bytes a parameter at the speed of the memory."
     if device is None: return None
-    tokens = recipe.tokens * recipe.gradient_accumulation_steps
+    tokens = tokens or recipe.tokens * recipe.gradient_accumulation_steps
     products = work(recipe) * tokens * flops_per_token(shape, recipe.block_size) / (device.share * (device.peak_half if recipe.half else device.peak_fp32))
     return products + 28*trained_parameters(shape, recipe) / device.bandwidth
