@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLAB_PACKAGES', 'KNOWN_TOKENS', 'TRAIN_BYTES', 'BYTES_A_TOKEN', 'PATIENCE', 'COMPILING', 'named_runtime',
-           'pick_run_precision', 'TextSize', 'estimate_text', 'effective_batch', 'micro_batches', 'methods',
-           'possible_ways', 'memory_limit', 'first_fit', 'describe', 'what_to_change', 'count_steps', 'Compiling',
-           'pick_compile', 'Plan', 'plan_rows', 'correct', 'plan_run', 'memory_reasons', 'text_reason', 'time_reason']
+           'check_precision', 'pick_run_precision', 'TextSize', 'estimate_text', 'effective_batch', 'micro_batches',
+           'blocks_a_step', 'methods', 'missing_packages', 'check_packages', 'possible_ways', 'memory_limit',
+           'first_fit', 'describe', 'what_to_change', 'count_steps', 'Compiling', 'pick_compile', 'Plan', 'step_time',
+           'plan_rows', 'correct', 'plan_run', 'memory_reasons', 'text_reason', 'time_reason']
 
 # %% ../nbs/13_plan.ipynb #ed1f2cf2
 import math, warnings
@@ -31,12 +32,17 @@ def named_runtime(gpu) -> Runtime:
                    2, ram, ram - 1_400_000_000, 0, 0, COLAB_PACKAGES, "")  # a fresh machine has 1 to 1.4 GB of its RAM in use
 
 # %% ../nbs/13_plan.ipynb #a18bed0d
+def check_precision(config, runtime):
+    "ValueError for fp16 without a GPU."
+    if config.precision == "fp16" and runtime.device != "cuda":
+        raise ValueError(f"precision is 'fp16', which {runtime.device_name} computes far slower than fp32; use precision='auto'.")
+
+# %% ../nbs/13_plan.ipynb #ca213319
 def pick_run_precision(config, runtime) -> Runtime:
     "`runtime` with the precision that `config` asks for; ValueError for fp16 without a GPU, a warning for bf16 that would be emulated."
     if config.precision == "auto": return runtime
-    if config.precision == "fp16" and runtime.device != "cuda":
-        raise ValueError(f"precision is 'fp16', which a {runtime.device} computes far slower than fp32; use precision='auto'.")
-    if config.precision == "bf16" and runtime.precision.dtype != "bf16": warnings.warn(f"This {runtime.device} has no bf16 in hardware and will emulate it, slowly; precision='auto' is faster.", stacklevel=2)
+    check_precision(config, runtime)
+    if config.precision == "bf16" and runtime.precision.dtype != "bf16": warnings.warn(f"{runtime.device_name} has no bf16 in hardware and will emulate it, slowly; precision='auto' is faster.", stacklevel=2)
     return replace(runtime, precision=Precision(config.precision, config.precision == "fp16", "asked for"))
 
 # %% ../nbs/13_plan.ipynb #4b88aab3
@@ -75,6 +81,12 @@ def micro_batches(config) -> list:
     small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]  # each has its partner beyond the root: a billion is looked through in no time
     return sorted({*small, *(batch // n for n in small)}, reverse=True)
 
+# %% ../nbs/13_plan.ipynb #2d2a6a04
+def blocks_a_step(config, block_size, tokens=None) -> int:
+    "Blocks that a step really takes: the effective batch, or all blocks of a text of so many `tokens` that has fewer."
+    batch = effective_batch(config)
+    return batch if tokens is None else min(batch, tokens // block_size)
+
 # %% ../nbs/13_plan.ipynb #3b826ced
 def methods(config, runtime) -> list:
     "The pairs of method and optimizer that `config` and what is installed allow, the best first. What `config` names is allowed in any case."
@@ -83,14 +95,27 @@ def methods(config, runtime) -> list:
     saving = "bitsandbytes" in runtime.versions and runtime.device == "cuda"
     return [(m, o) for m in allowed for o in ([config.optim] if config.optim else [fused, eight_bit] if saving and m == "full" else [fused])]
 
+# %% ../nbs/13_plan.ipynb #8df74fff
+def missing_packages(config, runtime) -> list:
+    "A sentence for each package that `config` asks for and the machine lacks."
+    asked = {"peft": ("method", "lora"), "bitsandbytes": ("optim", OPTIMIZERS[1])}
+    return [f"{name}={value!r} needs {package}, which is not installed: pip install {package}."
+            for package, (name, value) in asked.items() if getattr(config, name) == value and package not in runtime.versions]
+
+# %% ../nbs/13_plan.ipynb #a04ca132
+def check_packages(config, runtime):
+    "ImportError for a package that `config` asks for and the machine lacks: before anything slow, not when the training begins."
+    if missing := missing_packages(config, runtime): raise ImportError(" ".join(missing))
+
 # %% ../nbs/13_plan.ipynb #f79e6ed5
 PATIENCE = 2.5  # seconds, by the forecast, that a micro-batch may take on a CPU: three are probed before the training, and Stop waits for one
 
-def possible_ways(shape, block_size, runtime, config) -> list:
-    "A list of ways to train, the best first; each is a list of Recipes, the largest micro-batch first."
-    batch, recomputing = effective_batch(config), [False, True] if config.gradient_checkpointing is None else [config.gradient_checkpointing]
+def possible_ways(shape, block_size, runtime, config, tokens=None) -> list:
+    "A list of ways to train, the best first; each is a list of Recipes, the largest micro-batch first. A text of few `tokens` is not divided into parts that it has no blocks for."
+    there, recomputing = blocks_a_step(config, block_size, tokens), [False, True] if config.gradient_checkpointing is None else [config.gradient_checkpointing]
     same = dict(block_size=block_size, precision=runtime.precision.dtype, device=runtime.device, lora_rank=config.lora_rank, tune=config.tune, attention_dropout=config.attention_dropout)
-    ways = [[Recipe(micro_batch=n, gradient_accumulation_steps=batch // n, method=method, optimizer=optimizer, recompute=recompute, **same) for n in micro_batches(config)]
+    sizes = [n for n in micro_batches(config) if n <= there] or [there]  # one that is asked for may be more than there is
+    ways = [[Recipe(micro_batch=n, gradient_accumulation_steps=math.ceil(there / n), method=method, optimizer=optimizer, recompute=recompute, **same) for n in sizes]
             for method, optimizer in methods(config, runtime) for recompute in recomputing]
     def quick(recipe): return runtime.device != "cpu" or forecast_step(shape, replace(recipe, gradient_accumulation_steps=1), device_of(runtime)) <= PATIENCE
     return [[r for r in way if quick(r)] or way[-1:] for way in ways]
@@ -101,10 +126,10 @@ def memory_limit(runtime) -> int:
     return int(0.9 * (runtime.device_memory or runtime.ram_free))
 
 # %% ../nbs/13_plan.ipynb #d71d8105
-def first_fit(shape, block_size, runtime, config) -> Recipe | None:
+def first_fit(shape, block_size, runtime, config, tokens=None) -> Recipe | None:
     "The best Recipe that fits, or None."
     limit = memory_limit(runtime)
-    return next((r for way in possible_ways(shape, block_size, runtime, config) for r in way if forecast_memory(shape, r) <= limit), None)
+    return next((r for way in possible_ways(shape, block_size, runtime, config, tokens) for r in way if forecast_memory(shape, r) <= limit), None)
 
 # %% ../nbs/13_plan.ipynb #267b658c
 def describe(recipe) -> str:
@@ -114,17 +139,18 @@ def describe(recipe) -> str:
     return words + (f" with {' and '.join(extras)}" if extras else "")
 
 # %% ../nbs/13_plan.ipynb #6484d6ec
-def what_to_change(shape, block_size, runtime, config) -> str:
+def what_to_change(shape, block_size, runtime, config, tokens=None) -> str:
     "One sentence: the least change that makes a plan fit which does not."
+    def fit(runtime, config, size=block_size): return first_fit(shape, size, runtime, config, tokens)
     batch, freed = effective_batch(config), dict(per_device_train_batch_size=None, gradient_accumulation_steps=None)
-    less = first_fit(shape, block_size, runtime, replace(config, effective_batch_size=batch, **freed))
+    less = fit(runtime, replace(config, effective_batch_size=batch, **freed))
     if less: return f"Lower per_device_train_batch_size to {less.micro_batch}."
     fixed = {name: auto for name, auto in dict(method="auto", optim=None, gradient_checkpointing=None).items() if getattr(config, name) != auto}
     open_config = replace(config, effective_batch_size=batch, **fixed, **freed)
-    if other := first_fit(shape, block_size, runtime, open_config): return f"Leave {' and '.join(fixed)} to the plan: {describe(other)} fits."
-    if first_fit(shape, block_size, replace(runtime, versions={**runtime.versions, "peft": ""}), open_config): return "Install peft (pip install peft): LoRA fits."
+    if other := fit(runtime, open_config): return f"Leave {' and '.join(fixed)} to the plan: {describe(other)} fits."
+    if fit(replace(runtime, versions={**runtime.versions, "peft": ""}), open_config): return "Install peft (pip install peft): LoRA fits."
     for size in (512, 256, 128, 64):
-        if size < block_size and first_fit(shape, size, runtime, open_config): return f"Lower block_size to {size}."
+        if size < block_size and fit(runtime, open_config, size): return f"Lower block_size to {size}."
     return "No smaller batch or block helps: choose a smaller model or a device with more memory."
 
 # %% ../nbs/13_plan.ipynb #c2e3023c
@@ -141,15 +167,16 @@ class Compiling(Record):
     gain: float
     seconds: float
 
-COMPILING = {"Ampere": Compiling(0.2, 40), "older": Compiling(0.15, 90), "cpu": Compiling(0, 60)}  # cited: 15 to 30%, 1 to 2 minutes on a T4; a CPU's gain is not measured
+COMPILING = {"Ampere": Compiling(0.2, 40), "older": Compiling(0.15, 90), "cpu": Compiling(-0.06, 60)}  # cited: 15 to 30%, 1 to 2 minutes on a T4; a CPU's is measured: 599 tokens/s for 636 (benchmarks/results)
 
 # %% ../nbs/13_plan.ipynb #c0f03d47
 def pick_compile(config, runtime, seconds):
     "Whether to compile for a run of so many `seconds` (None: unknown), the `Compiling` that it means, and a sentence."
-    kind = "cpu" if runtime.device != "cuda" else "Ampere" if runtime.compute_capability >= (8, 0) else "older"
-    terms, asked = COMPILING[kind], config.torch_compile
+    kind = runtime.device if runtime.device != "cuda" else "Ampere" if runtime.compute_capability >= (8, 0) else "older"
+    terms, asked = COMPILING.get(kind, Compiling(0, 60)), config.torch_compile
     if asked is not None: return asked, terms, f"torch.compile is {'on' if asked else 'off'}, as asked for."
     if not (seconds and terms.gain): return False, terms, "torch.compile is off: what it would save here is not known."
+    if terms.gain < 0: return False, terms, f"torch.compile is off: on a CPU training was {-terms.gain:.0%} slower with it, as measured on GPT-2."
     saved = seconds * (1 - 1/(1 + terms.gain))
     words = f"torch.compile would take about {terms.seconds:.0f} s and save about {human_time(saved)}"
     return (True, terms, f"{words}: it is on.") if saved >= 2*terms.seconds else (False, terms, f"{words}: it is off.")
@@ -182,13 +209,20 @@ class Plan(Record):
 
     def corrected(self, *, peak_bytes=None, step_seconds=None): return correct(self, peak_bytes, step_seconds)
 
+# %% ../nbs/13_plan.ipynb #ee0c97b8
+def step_time(seconds) -> str:
+    "The `seconds` of a step to two digits, or as a person would say them where two digits would need a power of ten."
+    return f"{seconds:.2g} s" if seconds < 99.5 else human_time(seconds)
+
 # %% ../nbs/13_plan.ipynb #20fa0611
 def plan_rows(plan) -> list:
     "The rows of a Plan's table: does it fit, how, how long, why."
+    blocks = plan.tokens // plan.block_size
     said, share = "measured" if plan.source == "probe" else "estimate", plan.peak_bytes / plan.limit_bytes
     batch = f"{plan.micro_batch} × {plan.gradient_accumulation_steps} = {plan.micro_batch * plan.gradient_accumulation_steps} blocks of {plan.block_size} tokens a step"
+    if blocks < plan.micro_batch * plan.gradient_accumulation_steps: batch += f", but the text has {blocks}"
     extras = [name for name, on in (("recomputation", plan.recompute), ("torch.compile", plan.torch_compile)) if on]
-    time = "unknown" if plan.seconds is None else f"{human_time(plan.seconds)} for {plan.steps:,} steps of {plan.step_seconds:.2g} s"
+    time = "unknown" if plan.seconds is None else f"{human_time(plan.seconds)} for {plan.steps:,} steps of {step_time(plan.step_seconds)}"
     return [("fits", f"{'yes' if plan.fits else 'no'}, {plan.device}"),
             ("memory", f"{'█' * min(20, round(20*share)):░<20} {human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)} ({said})"),
             ("how", ", ".join([{"full": "full training", "lora": "LoRA"}[plan.method], plan.precision, plan.optimizer, *extras])), ("batch", batch),
@@ -201,7 +235,7 @@ def correct(plan, peak_bytes=None, step_seconds=None) -> Plan:
     if not given: raise ValueError("Give what the probe measured: peak_bytes, step_seconds or both.")
     peak, step = given.get("peak_bytes", plan.peak_bytes), given.get("step_seconds", plan.step_seconds)
     told = [f"needed {human_bytes(peak)} (the forecast was {human_bytes(plan.peak_bytes)})"] if "peak_bytes" in given else []
-    if "step_seconds" in given: told.append(f"took {step:.3g} s" + (f" (the forecast was {plan.step_seconds:.3g} s)" if plan.step_seconds else ""))
+    if "step_seconds" in given: told.append(f"took {step_time(step)}" + (f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""))
     return replace(plan, peak_bytes=int(peak), fits=peak <= plan.limit_bytes, step_seconds=step, seconds=step and plan.steps * step, source="probe",
                    reasons=(*plan.reasons, f"A probed step {' and '.join(told)}."))
 
@@ -220,15 +254,18 @@ def plan_run(
     check_number("block_size", blocks.block_size, minimum=2, maximum=shape.context, integer=True, hint=f"The model's context is {shape.context} tokens.")
     if config.eval_stride: check_number("eval_stride", config.eval_stride, minimum=1, maximum=blocks.block_size, integer=True, hint="It can be at most the block size, or tokens would be left out.")
     steps = count_steps(blocks.tokens, blocks.block_size, effective_batch(config), config.num_train_epochs, config.max_steps)
-    ways = possible_ways(shape, blocks.block_size, runtime, config)
-    recipe = first_fit(shape, blocks.block_size, runtime, config) or min((r for way in ways for r in way), key=lambda r: forecast_memory(shape, r))
-    step, peak = forecast_step(shape, recipe, device_of(runtime)), forecast_memory(shape, recipe)
+    ways = possible_ways(shape, blocks.block_size, runtime, config, blocks.tokens)
+    recipe = first_fit(shape, blocks.block_size, runtime, config, blocks.tokens) or min((r for way in ways for r in way), key=lambda r: forecast_memory(shape, r))
+    there, micro = blocks_a_step(config, blocks.block_size, blocks.tokens), max(recipe.micro_batch, micro_batches(config)[-1])  # the latter is what is asked for, or one
+    step, peak = forecast_step(shape, recipe, device_of(runtime), there * blocks.block_size), forecast_memory(shape, recipe)
     compiled, terms, compile_words = pick_compile(config, runtime, step and steps * step)
     if step and compiled: step /= 1 + terms.gain
     seconds = step and steps * step + terms.seconds * compiled
-    change = "" if peak <= limit else what_to_change(shape, blocks.block_size, runtime, config)
-    reasons = (*memory_reasons(shape, runtime, config, ways, recipe, change), f"Precision {runtime.precision}.", text_reason(blocks, steps, recipe), time_reason(runtime, seconds), compile_words)
-    return Plan(peak <= limit, recipe.method, peak, limit, seconds, step, steps, recipe.micro_batch, recipe.gradient_accumulation_steps, blocks.block_size, recipe.precision,
+    change = "" if peak <= limit else what_to_change(shape, blocks.block_size, runtime, config, blocks.tokens)
+    rough = [] if shape.gpt2 else [f"The memory is a rough estimate: its constants were measured on GPT-2, and this is a model of type {getattr(model, 'config', model).model_type}."]
+    reasons = (*memory_reasons(shape, runtime, config, ways, recipe, change), *rough, *missing_packages(config, runtime), f"Precision {runtime.precision}.", text_reason(blocks, steps, there),
+               time_reason(runtime, seconds), compile_words)
+    return Plan(peak <= limit, recipe.method, peak, limit, seconds, step, steps, micro, effective_batch(config) // micro, blocks.block_size, recipe.precision,
                 recipe.optimizer, recipe.recompute, compiled, blocks.tokens, shape.parameters, runtime.device_name, reasons)
 
 # %% ../nbs/13_plan.ipynb #f1617aa4
@@ -237,17 +274,17 @@ def memory_reasons(shape, runtime, config, ways, recipe, change) -> list:
     limit = f"the limit is {human_bytes(memory_limit(runtime))}, 90% of {'the GPU' if runtime.device_memory else 'the free RAM'}"
     size = f"in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about {human_bytes(forecast_memory(shape, recipe))}; {limit}."
     verdict = f"It does not fit: {describe(recipe)} {size} {change}" if change else f"It fits: {describe(recipe)} {size}"
-    own = next(i for i, way in enumerate(ways) if recipe in way)
-    patience = [f"On this CPU more blocks at once would take over {PATIENCE} s at a time by the forecast."] if runtime.device == "cpu" and recipe.micro_batch == ways[own][0].micro_batch < max(micro_batches(config)) else []
+    own, there = next(i for i, way in enumerate(ways) if recipe in way), recipe.micro_batch * recipe.gradient_accumulation_steps
+    patience = [f"On this CPU more blocks at once would take over {PATIENCE} s at a time by the forecast."] if runtime.device == "cpu" and recipe.micro_batch == ways[own][0].micro_batch < min(max(micro_batches(config)), there) else []
     passed = [f"Passed over: {describe(way[0])} needs {human_bytes(min(forecast_memory(shape, r) for r in way))} at least." for way in (ways if change else ways[:own]) if recipe not in way]
     reached = (recipe.method == "lora" or change) and runtime.device == "cuda" and config.method != "lora" and config.optim is None
     return [verdict, *patience, *passed] + (["8-bit AdamW was not tried: bitsandbytes is not installed."] if reached and "bitsandbytes" not in runtime.versions else [])
 
 # %% ../nbs/13_plan.ipynb #387e87fd
-def text_reason(blocks, steps, recipe) -> str:
+def text_reason(blocks, steps, there) -> str:
     source = getattr(blocks, "source", "counted by the model's tokenizer")
     return (f"{blocks.tokens:,} tokens ({source}) are {blocks.tokens // blocks.block_size:,} blocks; "
-            f"that makes {steps:,} steps of {min(recipe.micro_batch * recipe.gradient_accumulation_steps, blocks.tokens // blocks.block_size)}.")
+            f"that makes {steps:,} steps of {there:,}.")
 
 # %% ../nbs/13_plan.ipynb #bfcf22ab
 def time_reason(runtime, seconds) -> str:

@@ -179,14 +179,16 @@ def moment_bytes(model, optimizer) -> int:
 def probe(trainer, plan) -> Plan:
     "`plan` with the peak memory and the time of a step as measured on its own blocks: `Plan.corrected`. What torch raises for memory, see `out_of_memory`, where not even that fits."
     model, device = trainer.model, trainer.args.device
-    batch = trainer.data_collator([trainer.train_dataset[i % len(trainer.train_dataset)] for i in range(plan.micro_batch)])
+    blocks = min(plan.micro_batch * plan.gradient_accumulation_steps, len(trainer.train_dataset))  # of a step: a text may have fewer than the batch
+    part = min(plan.micro_batch, blocks)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(part)])
     batch = {name: value.to(device) for name, value in batch.items()}
     model.train()
     seconds = []
     with torch.random.fork_rng():
         try:
             for _ in range(3):
-                if plan.gradient_accumulation_steps == 1: model.zero_grad(set_to_none=True)  # as at the start of every step
+                if part == blocks: model.zero_grad(set_to_none=True)  # as at the start of every step
                 memory, started = PeakMemory(device), time.perf_counter()
                 with casting_once(device):
                     with trainer.accelerator.autocast(): loss = model(**batch).loss
@@ -194,7 +196,7 @@ def probe(trainer, plan) -> Plan:
                     loss.item()  # waits for the device
                 seconds.append(time.perf_counter() - started)
         finally: model.zero_grad(set_to_none=True)
-    return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.optimizer), step_seconds=min(seconds[1:]) * plan.gradient_accumulation_steps)  # the first fills caches and heap
+    return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.optimizer), step_seconds=min(seconds[1:]) * blocks / part)  # the first fills caches and heap
 
 # %% ../nbs/19_trainer.ipynb #27e03498
 def settle(trainer, plan) -> Plan:

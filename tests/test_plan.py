@@ -221,6 +221,15 @@ def test_only_what_is_installed_is_planned():
     assert "8-bit" not in str(plan_of("gpt2-large", T4).reasons)  # recomputation, which comes before it, was enough
 
 
+@pytest.mark.parametrize("batch", [64, 65, 128, 512, 1000])
+def test_a_text_shorter_than_the_batch_is_a_step_of_its_own_length(batch):
+    text = TextSize(64 * 1024, 1024, "known")
+    plan, alone = plan_of("gpt2", T4, text, effective_batch_size=batch), plan_of("gpt2", T4, text, effective_batch_size=64)
+    assert plan.step_seconds == alone.step_seconds and plan.seconds == alone.seconds and plan.steps == 2
+    assert plan.micro_batch * plan.gradient_accumulation_steps == batch and plan.micro_batch <= 64  # the batch is kept, by which a checkpoint is known
+    assert not plan_of("gpt2", T4, text, effective_batch_size=batch, max_steps=100).torch_compile  # six minutes, not an hour
+
+
 @pytest.mark.parametrize("batch", [1, 6, 7, 8, 12, 32])
 @pytest.mark.parametrize("gpu", ["T4", "CPU"])
 def test_the_effective_batch_is_constant(batch, gpu):
