@@ -31,7 +31,8 @@ def one_line(error) -> str:
     return as_flags(" ".join(str(error).split()) or type(error).__name__)
 
 # %% ../nbs/34_cli.ipynb #47a085af
-IN_PYTHON = {"overwrite=True": "--overwrite", "mount_drive('folder')": "--drive FOLDER", "method='lora'": "--method lora", "gradient_checkpointing=True": "--gradient-checkpointing"}
+IN_PYTHON = {"overwrite=True": "--overwrite", "mount_drive('folder')": "--drive FOLDER", "method='lora'": "--method lora", "gradient_checkpointing=True": "--gradient-checkpointing",
+             "method='full'": "--method full", "optim='adamw_bnb_8bit'": "--optim adamw_bnb_8bit", "precision='auto'": "--precision auto"}
 
 # %% ../nbs/34_cli.ipynb #f53f45ad
 def as_flags(message) -> str:
@@ -164,9 +165,9 @@ def fetch(dataset: Dataset = "wikitext-2-raw-v1", train_file: OwnFile = None, ev
 # %% ../nbs/34_cli.ipynb #d100d6cc
 def plan(config, gpu: Annotated[Optional[str], typer.Option(help="plan for a Colab machine with this: T4, L4, A100-40, A100-80, G4, H100 or CPU (default: this machine)")] = None):
     "Forecast memory and time, and choose batch and method.\n\nExample: colab-gpt2 plan --model gpt2-xl --gpu T4"
-    if gpu:
-        from colab_gpt2.plan import named_runtime
-        with bad_usage(): named_runtime(gpu)
+    if gpu is not None:
+        from colab_gpt2.plan import check_precision, named_runtime
+        with bad_usage(): check_precision(config, named_runtime(gpu))
     return steps.plan(config, gpu=gpu)
 
 command(plan, FinetuneConfig())

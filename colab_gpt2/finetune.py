@@ -27,7 +27,7 @@ from .evaluate import Perplexity, perplexity
 from .generate import generate
 from .model import check_match, load_model, load_tokenizer, model_context, quiet
 from .lora import merge_adapters
-from .plan import Plan, pick_run_precision, plan_run
+from .plan import Plan, check_packages, pick_run_precision, plan_run
 from .runtime import Runtime, check_runtime
 from .trainer import check_trainer_args, identify, make_trainer, settle, training_arguments
 from .tune import compiled, keep_freed_memory, recomputing, repeated_blocks
@@ -236,6 +236,7 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     config = replace(config, output_dir=str(output_dir))
     check_sources(config)
     runtime = pick_run_precision(config, check_runtime(output_dir))
+    check_packages(config, runtime)
     tell(callbacks, "on_progress", "Fetching the text", 0, 1)
     corpus = load_corpus(config.dataset, train_file=config.train_file, eval_file=config.eval_file, cache_dir=config.cache_dir, progress=report)
     tell(callbacks, "on_progress", "Loading the model", 0, 1)

@@ -33,9 +33,9 @@ def plan(config: FinetuneConfig | None = None, *, gpu=None, progress=True, **cha
     from colab_gpt2.model import load_config, model_context
     from colab_gpt2.plan import named_runtime, plan_run
     config = changed(config, **changes)
-    runtime = named_runtime(gpu) if gpu else check()
+    runtime = check() if gpu is None else named_runtime(gpu)
     shape = load_config(config.model, cache_dir=config.cache_dir)
-    return plan_run(shape, size_for_plan(config, model_context(shape), not gpu, progress), runtime, config)
+    return plan_run(shape, size_for_plan(config, model_context(shape), gpu is None, progress), runtime, config)
 
 # %% ../nbs/21_steps.ipynb #c1243baa
 def size_for_plan(config, context, download, progress=True):
@@ -57,13 +57,16 @@ def corpus_for_plan(config, download, progress=True):
 
 # %% ../nbs/21_steps.ipynb #79a71546
 def tokenizer_for_plan(config, download):
-    "The tokenizer that `config` names, or None where it is not on this machine and must not or cannot be fetched."
+    "The tokenizer that `config` names, or None where it is not on this machine and must not or cannot be fetched, or where another machine's plan is of a folder without one."
     from colab_gpt2.model import TOKENIZERS, from_cache, load_tokenizer, locate
     place = locate(config.tokenizer or config.model)
     try:
         if not (download or isinstance(place, Path)): place = from_cache(place, config.cache_dir, TOKENIZERS)
         return load_tokenizer(place, cache_dir=config.cache_dir)
     except ConnectionError: return None
+    except FileNotFoundError:
+        if download or config.tokenizer: raise  # a run here would need it
+        return None
 
 # %% ../nbs/21_steps.ipynb #440cdff4
 def fetch_for(config, progress=True):
@@ -221,11 +224,12 @@ def check_steps(steps): check_number("steps", steps, minimum=3, integer=True, hi
 # %% ../nbs/21_steps.ipynb #0f924c60
 def bench(config: FinetuneConfig | None = None, *, steps=8, progress=True, **changes) -> Bench:
     "Train for some steps and throw the result away: training tokens a second over the median step."
-    from colab_gpt2.finetune import Interrupted, make_trainer, pick_run_precision, plan_training, train_model, training_blocks
+    from colab_gpt2.finetune import Interrupted, check_packages, make_trainer, pick_run_precision, plan_training, train_model, training_blocks
     from colab_gpt2.model import load_model, load_tokenizer, model_context
     check_steps(steps)
     config = changed(config or DEMO, **changes)
     runtime = pick_run_precision(config, check())
+    check_packages(config, runtime)
     model = load_model(config.model, from_scratch=config.from_scratch, seed=config.seed, cache_dir=config.cache_dir).to(runtime.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
     blocks = training_blocks(config, fetch_for(config, progress), tokenizer, model_context(model), progress)

@@ -348,6 +348,10 @@ def test_bad_usage_is_one_line(shell):
     ran = shell("colab-gpt2", "plan", "--gpu", "T5")
     assert ran.returncode == 2 and ran.stderr.strip().endswith("gpu is 'T5'; known are T4, L4, A100-40, A100-80, G4, H100, CPU.")
     assert shell("colab-gpt2", "plan", "--method", "loraa").returncode == 2
+    ran = shell("colab-gpt2", "plan", "--gpu=")
+    assert ran.returncode == 2 and ran.stderr.strip().endswith("gpu is ''; known are T4, L4, A100-40, A100-80, G4, H100, CPU.")
+    ran = shell("colab-gpt2", "plan", "--gpu", "CPU", "--precision", "fp16")
+    assert ran.returncode == 2 and ran.stderr.strip().endswith("precision is 'fp16', which Colab CPU computes far slower than fp32; use --precision auto.")
 
 
 @pytest.mark.parametrize("config, words", [(BertConfig(), "it is of type bert"), (T5Config(), "it is of type t5"), (MambaConfig(), "a model of type mamba needs is not known here")])
