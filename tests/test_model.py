@@ -2,7 +2,7 @@
 import json
 
 import pytest, torch
-from transformers import AutoTokenizer, BloomConfig, GPT2Config, GPTNeoXConfig, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BloomConfig, GPT2Config, GPTNeoXConfig, T5Config
 
 from colab_gpt2.generate import generate
 from colab_gpt2.model import MODELS, TINY, check_match, load_model, load_tokenizer, model_context, new_model
@@ -72,6 +72,8 @@ def test_other_causal_models_serve_and_others_do_not(tmp_path):
     assert model_context(load_model(tmp_path/"neox")) == 48
     with pytest.raises(ValueError, match="T5Config cannot be loaded as a causal language model") as e: load_model("tiny", from_scratch=True, config=T5Config())
     assert "\n" not in str(e.value)
+    AutoModelForCausalLM.from_config(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=100)).save_pretrained(tmp_path/"bert")
+    with pytest.raises(ValueError, match="bert cannot be loaded as a causal language model: it is of type bert"): load_model(tmp_path/"bert")
 
 
 def test_a_model_that_sets_no_limit_to_its_context(tmp_path):
