@@ -28,7 +28,7 @@ from .generate import generate
 from .model import check_match, load_model, load_tokenizer, model_context, quiet
 from .lora import merge_adapters
 from .plan import Plan, check_packages, pick_run_precision, plan_run
-from .runtime import Runtime, check_runtime
+from .runtime import Runtime, check_runtime, out_of_memory
 from .trainer import check_trainer_args, identify, make_trainer, settle, training_arguments
 from .tune import compiled, keep_freed_memory, recomputing, repeated_blocks
 
@@ -107,7 +107,6 @@ class Interrupted(KeyboardInterrupt):
 @contextlib.contextmanager
 def said_in_one_line(config):
     "Turn what can go wrong inside the engine into a line that says what to do; what was saved before stands."
-    from colab_gpt2.runtime import out_of_memory
     try: yield
     except OSError as e:
         if e.errno != errno.ENOSPC: raise

@@ -21,7 +21,7 @@ from .fields import Form, fields_named, in_labels
 from .finetune import Interrupted, finetune, finished_config
 from .model import MODELS, load_config, model_context
 from .panel import Panel, button, folded, meter, row, sentence, take_values
-from .plan import Plan, estimate_text, pick_run_precision, plan_run
+from .plan import Plan, estimate_text, pick_run_precision, plan_run, step_time
 from .progress import Live, describe_samples
 from .pump import interrupts_reach
 from .runtime import check_runtime
@@ -60,7 +60,7 @@ class Forecaster:
 def describe_plan(plan) -> str:
     "The HTML of a Plan: memory as a bar, time and batch in words, the reasons folded away."
     said = "measured" if plan.source == "probe" else "estimated"
-    time = f"about {human_time(plan.seconds)}, {plan.steps:,} steps of {plan.step_seconds:.2g} s" if plan.seconds else f"{plan.steps:,} steps; how long one takes is measured when it starts"
+    time = f"about {human_time(plan.seconds)}, {plan.steps:,} steps of {step_time(plan.step_seconds)}" if plan.seconds else f"{plan.steps:,} steps; how long one takes is measured when it starts"
     batch = f"{plan.micro_batch} × {plan.gradient_accumulation_steps} blocks of {plan.block_size} tokens a step, {'LoRA' if plan.method == 'lora' else 'all weights'}, {plan.precision}"
     return (f"<b>{'It fits' if plan.fits else '⚠ It may not fit'}</b>{meter('Memory', plan.peak_bytes, plan.limit_bytes, f'{human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)}, {said}')}"
             f"<div class='cg-meter'><span>Time</span><span style='grid-column:2/4'>{time} ({said}), and the measuring before and after</span></div>"

@@ -78,7 +78,7 @@ def folded(title, text) -> str:
 def sentence(error) -> str:
     "An exception in one line."
     said, name = " ".join(str(error).split()), type(error).__name__
-    own = isinstance(error, (OSError, ValueError, MemoryError, FloatingPointError, NotImplementedError)) or " " in said and isinstance(error, (RuntimeError, TypeError))
+    own = isinstance(error, (OSError, ValueError, ImportError, MemoryError, FloatingPointError, NotImplementedError)) or " " in said and isinstance(error, (RuntimeError, TypeError))
     return said if said and own else f"{name}: {said}" if said else name
 
 # %% ../nbs/26_panel.ipynb #d7d6b0d7
