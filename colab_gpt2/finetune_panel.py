@@ -83,7 +83,7 @@ def describe_folder(config, plan=None) -> tuple:
     if config.overwrite_output_dir: return f"{there}: this run starts over and replaces it.", False
     if config.resume and not newest: return f"{there} and has no whole checkpoint: there is nothing to go on from.", True
     if config.resume and plan and (was := what_differs(newest[0], config, plan)): return f"{there}, of a run with {was}. To go on, set that again; to train with the settings as they are, set Go on to no and Start over to yes.", True
-    if config.resume and plan and int(newest[0].name.split("-")[1]) >= plan.steps: return f"{there}, and that is the last step of this run: no training is left, the model is measured and saved. To train on, raise Epochs.", False
+    if config.resume and plan and int(newest[0].name.split("-")[1]) >= plan.steps: return f"{there}, and that is the last step of this run: no training is left, and Start would only measure and save the model again. To train on, raise Epochs.", False
     if config.resume: return f"{there}: this run goes on from it.", False
     return f"{there}: set {'Go on, or ' if newest else ''}Start over, or choose another folder.", True
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from colab_gpt2 import archives
+from colab_gpt2 import archives, ask_for_drive
 from colab_gpt2.archives import archive_model, check_archive_path, extract_archive
 from colab_gpt2.core import sha256_of
 from colab_gpt2.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
@@ -227,6 +227,14 @@ def test_mount_that_fails(colab, capsys, fault, kind, line):
     with colab.faults(**fault), pytest.raises(kind, match=re.escape(line)) as e: mount_drive(colab.mountpoint)
     assert "\n" not in str(e.value) and not colab.mountpoint.exists()
     assert mount_drive(colab.mountpoint) == colab.mountpoint/"MyDrive" and capsys.readouterr().out == ""
+
+
+def test_the_drive_is_asked_for_before_the_work(colab, monkeypatch):
+    "Refused, which stops nothing; then allowed."
+    monkeypatch.setattr("colab_gpt2.drive.mount_drive", lambda: mount_drive(colab.mountpoint))  # /content/drive is not ours to make
+    with colab.faults(authorization_denied=True): said = ask_for_drive()
+    assert said.startswith("Drive was not authorised") and said.endswith("Everything else works without it, and the last step asks again.")
+    assert ask_for_drive() == f"The Drive is mounted at {colab.mountpoint/'MyDrive'}."
 
 
 def test_mountpoints_that_do_not_serve(colab, tmp_path):

@@ -49,6 +49,7 @@ def test_steps_one_by_one(shell, own, tmp_path):
     assert len(ask("generate", "--model", "out", "--prompt", "The tide", "--samples", "2", "--max-new-tokens", "5")["samples"]) == 2
     assert ask("archive", "--folder", "out")["path"] == "out.tar.gz"
     assert Path(ask("save", "--archive", "out.tar.gz", "--drive", "drive")["path"]).name == "out.tar.gz"
+    assert {"model.safetensors", "config.json"} <= set(ask("restore", "--name", "out.tar.gz", "--folder", "back", "--drive", "drive")["files"])
     assert ask("bench", *QUICK, *own, "--steps", "3")["tokens_per_second"] > 0
 
 
