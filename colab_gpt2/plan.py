@@ -167,7 +167,7 @@ class Compiling(Record):
     gain: float
     seconds: float
 
-COMPILING = {"Ampere": Compiling(0.2, 40), "older": Compiling(0.15, 90), "cpu": Compiling(-0.06, 60)}  # cited: 15 to 30%, 1 to 2 minutes on a T4; a CPU's is measured: 599 tokens/s for 636 (benchmarks/results)
+COMPILING = {"Ampere": Compiling(0.2, 40), "older": Compiling(0.15, 90), "cpu": Compiling(-0.04, 60)}  # cited: 15 to 30%, 1 to 2 minutes on a T4; a CPU's is measured: 603 tokens/s for 625 (benchmarks/results)
 
 # %% ../nbs/13_plan.ipynb #c0f03d47
 def pick_compile(config, runtime, seconds):
