@@ -36,9 +36,10 @@ def refusal(config, changes) -> str:
 def fields_named(config, told) -> list:
     "The fields of `config` that the message `told` is about: one at its beginning, and whichever it names; where it names none, the one whose text it quotes first."
     named = [f.name for f in fields(config) if re.match(rf"{f.name} ", told) or "_" in f.name and re.search(rf"\b{f.name}\b", told)]
+    if named: return named
     typed = {f.name: given for f in fields(config) if "choices" not in f.metadata and isinstance(given := getattr(config, f.name), str)}
     quoted = {found.start(): name for name, given in reversed(typed.items()) if (found := re.search(rf"(?<![\w/.-]){re.escape(given)}(?![\w/-])", told))}
-    return named or [quoted[place] for place in sorted(quoted)[:1]]
+    return [quoted[place] for place in sorted(quoted)[:1]]
 
 # %% ../nbs/25_fields.ipynb #0ee4a32c
 def find_problems(config, given) -> dict:
