@@ -63,8 +63,9 @@ def windows(tokens: int, context: int, stride: int):
 
 # %% ../nbs/08_evaluate.ipynb #07e6b00c
 def logits_batch(scored: int, length: int, vocabulary: int, gpu: bool) -> int:
-    "How many windows to a batch, at least one, keep the fp32 logits of `scored` positions under 256 MB (1 GB on a GPU) and the inputs, `length` each, under 16,384 tokens."
-    return max(1, min((1_000_000_000 if gpu else 256_000_000) // (4 * scored * vocabulary), 16_384 // length))
+    "How many windows to a batch, at least one: on a GPU fp32 logits of `scored` positions under 1 GB and inputs, `length` each, under 16,384 tokens; on a CPU, which larger batches slow down, 64 MB and 4,096."
+    logits, inputs = (1_000_000_000, 16_384) if gpu else (64_000_000, 4_096)
+    return max(1, min(logits // (4 * scored * vocabulary), inputs // length))
 
 # %% ../nbs/08_evaluate.ipynb #8c694693
 def batches(stream, context, stride, size):

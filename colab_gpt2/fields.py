@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'AUTOMATIC', 'label_of', 'in_labels', 'refusal', 'fields_named', 'find_problems', 'Values', 'kinds',
-           'read_typed', 'options_of', 'make_widget', 'write_typed', 'make_slider', 'Row', 'Form']
+           'read_typed', 'options_of', 'Looks', 'make_widget', 'write_typed', 'make_slider', 'Row', 'Form']
 
 # %% ../nbs/25_fields.ipynb #f4bf76e7
 import functools, html, re, types
@@ -120,14 +120,24 @@ def options_of(f) -> list:
     if "choices" in f.metadata: return automatic + [(str(choice), choice) for choice in f.metadata["choices"]]
     return automatic + [("no", False), ("yes", True)] if bool in kinds(f) else []
 
+# %% ../nbs/25_fields.ipynb #391081ca
+class Looks:
+    "Makes widgets; those that are to look alike share their Layout and their style."
+    def __init__(self): self.shared = functools.cache(lambda kind, **traits: kind(**traits))
+
+    def make(self, kind, layout=None, style=None, **traits):
+        "A widget of the class `kind` with `traits`; `layout` and `style` are the traits of those."
+        if "style" in kind.class_traits(): traits["style"] = self.shared(kind.style.klass, **(style or {}))
+        return kind(layout=self.shared(widgets.Layout, **(layout or {})), **traits)
+
 # %% ../nbs/25_fields.ipynb #7a0fd36b
-def make_widget(f, value, suggestions=()):
-    "The widget of the field `f`."
-    common = dict(description=label_of(f), style=dict(description_width="128px"), layout=widgets.Layout(width="240px" if "max" in f.metadata else "380px", max_width="100%"))
-    if options := options_of(f): return widgets.Dropdown(options=options, value=AUTOMATIC if value is None else value, **common)
+def make_widget(make, f, value, suggestions=()):
+    "The widget of the field `f`, by a form's `Looks.make`."
+    common = dict(description=label_of(f), style=dict(description_width="128px"), layout=dict(width="240px" if "max" in f.metadata else "380px", max_width="100%"))
+    if options := options_of(f): return make(widgets.Dropdown, options=options, value=AUTOMATIC if value is None else value, **common)
     typed = dict(value=write_typed(value), placeholder="automatic" if type(None) in kinds(f) else "", continuous_update=False, **common)
-    if f.metadata.get("lines"): return widgets.Textarea(rows=f.metadata["lines"], **typed)
-    return widgets.Combobox(options=list(suggestions), ensure_option=False, **typed) if suggestions else widgets.Text(**typed)
+    if f.metadata.get("lines"): return make(widgets.Textarea, rows=f.metadata["lines"], **typed)
+    return make(widgets.Combobox, options=list(suggestions), ensure_option=False, **typed) if suggestions else make(widgets.Text, **typed)
 
 # %% ../nbs/25_fields.ipynb #366431d8
 def write_typed(value) -> str:
@@ -137,20 +147,20 @@ def write_typed(value) -> str:
     return short if short and float(short) == value else str(value)
 
 # %% ../nbs/25_fields.ipynb #68769b5d
-def make_slider(f):
+def make_slider(make, f):
     "A slider to stand beside the widget of the field `f`, where its metadata has a `min`, a `max` and a `step`; else None."
     if "max" not in f.metadata: return None
     slider = widgets.IntSlider if kinds(f) == (int,) else widgets.FloatSlider
-    return slider(value=f.default, readout=False, continuous_update=False, layout=widgets.Layout(width="136px"), **{name: f.metadata[name] for name in ("min", "max", "step")})
+    return make(slider, value=f.default, readout=False, continuous_update=False, layout=dict(width="136px"), **{name: f.metadata[name] for name in ("min", "max", "step")})
 
 # %% ../nbs/25_fields.ipynb #9bf7a8e8
 class Row:
     "A field's widget and, beside it, its `help` or what is wrong with its value."
-    def __init__(self, f, value, edited, suggestions=(), help=""):
-        self.field, self.widget, self.hint, self.help = f, make_widget(f, value, suggestions), widgets.HTML(layout=widgets.Layout(flex="1 1 240px", min_width="0")), help
-        self.slider = make_slider(f)
+    def __init__(self, make, f, value, edited, suggestions=(), help=""):
+        self.field, self.widget, self.hint, self.help = f, make_widget(make, f, value, suggestions), make(widgets.HTML, layout=dict(flex="1 1 240px", min_width="0")), help
+        self.slider = make_slider(make, f)
         parts = [self.widget, self.slider, self.hint] if self.slider else [self.widget, self.hint]
-        self.box = widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+        self.box = make(widgets.HBox, children=parts, layout=dict(flex_flow="row wrap", align_items="center"))
         self.box.add_class("cg-row")
         self.mark("")
         self.show(value)
@@ -179,9 +189,9 @@ class Row:
 class Form:
     "The rows of some fields of `values.config`, in step with it both ways. What is bad is marked and does not reach the config."
     def __init__(self, values, names, suggestions=None):
-        self.values, self.busy, known = values, False, {f.name: f for f in fields(values.config)}
+        self.values, self.busy, known, make = values, False, {f.name: f for f in fields(values.config)}, Looks().make
         def help_of(f): return in_labels(f.metadata.get("help", ""), values.config)
-        self.rows = {name: Row(known[name], getattr(values.config, name), functools.partial(self.edited, name), (suggestions or {}).get(name, ()), help_of(known[name])) for name in names}
+        self.rows = {name: Row(make, known[name], getattr(values.config, name), functools.partial(self.edited, name), (suggestions or {}).get(name, ()), help_of(known[name])) for name in names}
         self.box = widgets.VBox([row.box for row in self.rows.values()])
         values.listeners.append(self.follow)
 

@@ -141,6 +141,8 @@ class Live(Listener, Course):
 
     def on_save(self, args, state, control, **kwargs): self.saved.append(f"checkpoint-{state.global_step}")
 
+    def on_substep_end(self, args, state, control, **kwargs): self.breathe()
+
     def on_step_end(self, args, state, control, model=None, processing_class=None, **kwargs):
         self.step = state.global_step
         self.breathe()

@@ -45,7 +45,12 @@ class BlockTrainer(Trainer):
                 part = {name: value[start:start + self.micro_batch] for name, value in inputs.items()}
                 self.share, last = len(part["input_ids"]) / blocks, start + self.micro_batch >= blocks
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(model): losses.append(super().training_step(model, part))
+                if not last: self.tell_part()
         return torch.stack(losses).sum()
+
+    def tell_part(self):
+        "A part of a step is done, and the step is not: what the stock Trainer's callbacks hear between micro-batches."
+        self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The part's mean loss times its share of the step: blocks are full, so these add up to the step's mean over all tokens but each block's first."
@@ -195,6 +200,7 @@ def probe(trainer, plan) -> Plan:
                     loss.backward()
                     loss.item()  # waits for the device
                 seconds.append(time.perf_counter() - started)
+                trainer.tell_part()
         finally: model.zero_grad(set_to_none=True)
     return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.optimizer), step_seconds=min(seconds[1:]) * blocks / part)  # the first fills caches and heap
 

@@ -1,5 +1,5 @@
 "A notebook in a browser, as its reader has it before her."
-import time
+import contextlib, time
 from dataclasses import dataclass
 
 import nbformat
@@ -47,11 +47,12 @@ class Notebook:
         self.page.wait_for_function(ALL_RAN, arg=self.at["prompt"], timeout=seconds * 1000)
 
     def wait_until(self, condition, seconds=20):
-        "Until `condition()` holds, for what is not on the page."
+        "Until `condition()` holds, for what is not on the page; -> what it then returned."
         end = time.monotonic() + seconds
-        while not condition():
+        while not (met := condition()):
             assert time.monotonic() < end, f"not in {seconds} s"
             self.page.wait_for_timeout(100)
+        return met
 
     def interrupt(self):
         "■ of the toolbar."
@@ -60,9 +61,10 @@ class Notebook:
     def saved(self):
         "The notebook as it is on the disk after a click on Save."
         path, before = self.server.folder/self.name, (self.server.folder/self.name).stat().st_mtime_ns
+        def written():
+            with contextlib.suppress(ValueError): return path.stat().st_mtime_ns != before and nbformat.read(path, as_version=4)  # servers write in place, and for a moment there is a part of it
         self.page.locator(self.at["save"]).first.click()
-        self.wait_until(lambda: path.stat().st_mtime_ns != before)
-        return nbformat.read(path, as_version=4)
+        return self.wait_until(written)
 
     def panel(self, title):
         "The panel whose heading begins with `title`."
