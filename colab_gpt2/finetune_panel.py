@@ -7,7 +7,7 @@ __all__ = ['COUNTED', 'MAIN', 'ADVANCED', 'known_size', 'Forecaster', 'describe_
            'describe_result', 'Settings', 'FinetunePanel', 'Probed']
 
 # %% ../nbs/30_finetune_panel.ipynb #a07893a2
-import html, warnings
+import html, os, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,8 +75,11 @@ def what_differs(checkpoint, config, plan) -> str:
 
 # %% ../nbs/30_finetune_panel.ipynb #284fcd86
 def describe_folder(config, plan=None) -> tuple:
-    "(what lies in the output folder and what that means for the start, whether the start is refused), with the settings of `plan` too; '' for a new or empty one."
+    "(what lies in the output folder and what that means for the start, whether the start is refused), with the settings of `plan` too; '' for a new or an empty one that can be written."
     folder = Path(config.output_dir).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir(): return f"{there} is a file, and the model needs a folder: choose another one.", True
+    if not os.access(there, os.R_OK | os.W_OK | os.X_OK): return f"Nothing can be written in {there}: choose another folder.", True
     if not folder.is_dir() or not any(folder.iterdir()): return "", False
     newest = find_checkpoints(folder)[-1:]
     there = f"{config.output_dir} holds {newest[0].name}" if newest else f"{config.output_dir} is not empty"
