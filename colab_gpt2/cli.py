@@ -226,9 +226,10 @@ def archive(folder: Annotated[str, typer.Option(help="the folder of a saved mode
 # %% ../nbs/34_cli.ipynb #c20d05cb
 @command
 def save(archive: Annotated[str, typer.Option(help="the file to save")] = "gpt2-tuned.tar.gz",
-         folder: Annotated[str, typer.Option(help="folder on the Drive")] = "colab-gpt2", drive: DriveFolder = None):
+         folder: Annotated[str, typer.Option(help="folder on the Drive")] = "colab-gpt2", drive: DriveFolder = None,
+         overwrite: Annotated[bool, typer.Option("--overwrite", help="replace another file of that name there, instead of numbering the new one")] = False):
     "Copy an archive to the Drive and verify it.\n\nExample: colab-gpt2 save --archive gpt2-tuned.tar.gz"
-    return steps.save(archive, folder, drive=drive)
+    return steps.save(archive, folder, drive=drive, overwrite=overwrite)
 
 # %% ../nbs/34_cli.ipynb #54cd57b0
 @command

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['DAY', 'NOTE', 'FLUSHED', 'Copy', 'discard', 'discard_leftovers', 'write_synced', 'copy_once', 'retried', 'is_folder',
-           'drive_path', 'make_folder', 'transfer', 'copy_verified', 'mount_error', 'my_drive', 'drive_folder',
-           'mount_drive', 'flush_drive', 'check_folder', 'save_to_drive', 'find_archive', 'restore_from_drive']
+           'drive_path', 'make_folder', 'shared_sha256', 'transfer', 'copy_verified', 'mount_error', 'my_drive',
+           'drive_folder', 'mount_drive', 'flush_drive', 'check_folder', 'numbered', 'beside_others', 'save_to_drive',
+           'find_archive', 'restore_from_drive']
 
 # %% ../nbs/17_drive.ipynb #04d5bba8
-import contextlib, errno, hashlib, logging, os, socket, stat, sys, tarfile, tempfile, threading, time
+import contextlib, errno, hashlib, itertools, logging, os, socket, stat, sys, tarfile, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .archives import ADVICE, Archive, byte_bar, empty_folder, explained, extract_archive, refusal
+from .archives import ADVICE, AGAIN, Archive, byte_bar, empty_folder, explained, extract_archive, refusal
 from .core import Record, check_number, check_space, human_bytes, human_time, nearest, sha256_of
 from .runtime import in_colab
 
@@ -114,12 +115,16 @@ def make_folder(folder):
         raise error from e
 
 # %% ../nbs/17_drive.ipynb #9956680f
+def shared_sha256(source, other):
+    "The SHA-256 of the file `source` if `other` is a file with the same bytes, else None. The lengths are compared first."
+    if not os.path.isfile(other) or os.stat(other).st_size != source.stat().st_size: return None
+    sha256 = sha256_of(source)
+    return sha256 if sha256_of(other) == sha256 else None
+
 def transfer(source, destination, progress):
     "One attempt of `copy_verified`: (SHA-256, note)."
+    if sha256 := shared_sha256(source, destination): return sha256, "It was there already, the same byte for byte."
     old = os.stat(destination).st_size if os.path.isfile(destination) else None  # bytes
-    if old == source.stat().st_size:
-        sha256 = sha256_of(source)
-        if sha256_of(destination) == sha256: return sha256, "It was there already, the same byte for byte."
     make_folder(destination.parent)
     check_space(destination.parent, source.stat().st_size, f"Copying {source.name}")
     discard_leftovers(destination)
@@ -147,7 +152,7 @@ def mount_error(error, mountpoint):
         return RuntimeError("Drive can only be mounted from a cell of the notebook, not from a script or a !command. Call mount_drive() in a cell, then run this again.")
     if name == "MessageError": return PermissionError(f"Drive was not authorised ({reason}). Run mount_drive() again and allow the access that the browser asks for.")
     if name in ("TIMEOUT", "EOF"): return TimeoutError(f"Drive did not answer while mounting ({name} of pexpect). Run mount_drive() again; a Drive with thousands of files at its top is slow: move them into folders.")
-    if isinstance(error, ValueError) and "mount failed" in str(error): return OSError(f"Drive did not mount ({error}). Wait a minute and run mount_drive(force_remount=True).")
+    if isinstance(error, ValueError) and "mount failed" in str(error): return OSError(f"Drive did not mount ({error}). Wait a minute. {AGAIN}.")
     if isinstance(error, ValueError): return ValueError(f"Drive cannot be mounted at {mountpoint}: {str(error).rstrip('.')}. Use mount_drive('/content/drive').")
     return RuntimeError(f"This runtime cannot mount Drive ({reason}). Connect the notebook to a hosted Colab runtime, or name a folder to save in.")
 
@@ -181,7 +186,7 @@ def mount_drive(mountpoint=None,  # on Colab: where (default /content/drive); el
         with contextlib.redirect_stdout(sys.stderr): drive.mount(str(mountpoint), force_remount=force_remount, readonly=readonly)
     except Exception as e: raise mount_error(e, mountpoint) from e
     if found := my_drive(mountpoint): return found
-    raise OSError(f"Drive is mounted at {mountpoint}, but there is no MyDrive in it. Run mount_drive(force_remount=True) in a cell.")
+    raise OSError(f"Drive is mounted at {mountpoint}, but there is no MyDrive in it. {AGAIN}.")
 
 # %% ../nbs/17_drive.ipynb #8a995293
 def flush_drive():
@@ -201,17 +206,32 @@ def check_folder(folder):
     "ValueError unless `folder` is a path that stays inside the Drive."
     if refusal(tarfile.TarInfo(str(folder))): raise ValueError(f"folder is {str(folder)!r}; it must be a path inside Drive, such as 'colab-gpt2'.")
 
+# %% ../nbs/17_drive.ipynb #55446af7
+def numbered(path, number):
+    "`path` with `number` before its ending, model-2.tar.gz; as it is for 1."
+    ending = next((e for e in (".tar.gz", ".tgz") if path.name.lower().endswith(e)), path.suffix)
+    return path if number == 1 else path.with_name(f"{path.name[:len(path.name) - len(ending)]}-{number}{path.name[len(path.name) - len(ending):]}")
+
+def beside_others(source, destination):
+    "The first of `destination`, its number 2, 3, … that is not there, or that has the content of `source` already."
+    paths = (numbered(destination, number) for number in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path) or shared_sha256(source, path))
+
 # %% ../nbs/17_drive.ipynb #1817f449
 def save_to_drive(archive, folder="colab-gpt2", *,
                   drive=None,  # the folder to save below; default: `mount_drive()`
+                  overwrite=False,  # replace another file of that name? Without it that stays, and the copy gets the next free name: gpt2-tuned-2.tar.gz
                   flush=False,  # wait for the upload, and unmount?
                   progress=True) -> Copy:
-    "Copy an `Archive`, or any file, to `folder` on Drive and read it back. What that does not prove is in the note of the result, and that it replaced another file of its name, if it did."
+    "Copy an `Archive`, or any file, to `folder` on Drive and read it back. The note of the result says what that does not prove, and what became of another file of its name."
     source = Path(getattr(archive, "path", archive))
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
     check_folder(folder)
     drive = mount_drive() if drive is None else drive_folder(drive, make=True)
-    copy = copy_verified(source, drive/folder/source.name, progress=progress)
+    wanted = drive/folder/source.name
+    with explained(f"Reading {wanted.parent}"): target = wanted if overwrite else retried(lambda: beside_others(source, wanted), attempts=3, wait=1.0)
+    copy = copy_verified(source, target, progress=progress)
+    if target != wanted: copy = replace(copy, note=f"{wanted.name} is another file there and stays as it is. {copy.note}".strip())
     if isinstance(archive, Archive) and copy.sha256 != archive.sha256: raise OSError(f"{source} is no longer the archive that was made. {copy.path} holds what it is now; archive the model again.")
     if flush: flush_drive()
     if not in_colab() or drive.name not in ("MyDrive", "My Drive"): return copy
@@ -237,4 +257,6 @@ def restore_from_drive(name,  # of an archive in Drive or its folder colab-gpt2,
         if not source.is_file(): source = find_archive(name, mount_drive() if drive is None else drive_folder(drive))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".restoring-") as local:
-            return extract_archive(copy_verified(source, Path(local)/source.name, progress=progress).path, folder, progress=progress)
+            fetched = copy_verified(source, Path(local)/source.name, progress=progress).path
+            try: return extract_archive(fetched, folder, progress=progress)
+            except ValueError as e: raise ValueError(str(e).replace(str(fetched), str(source))) from None  # the file that is still there

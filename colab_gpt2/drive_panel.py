@@ -6,13 +6,13 @@
 __all__ = ['DriveConfig', 'Saved', 'archives_on', 'describe_saved', 'DrivePanel']
 
 # %% ../nbs/32_drive_panel.ipynb #495166c6
-import html
+import functools, html
 from dataclasses import dataclass
 from pathlib import Path
 
 import ipywidgets as widgets
 
-from .archives import Archive, archive_model, explained
+from .archives import AGAIN, Archive, archive_model, explained
 from .config import changed, value
 from .core import Record, human_bytes, sha256_of
 from .drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
@@ -28,7 +28,7 @@ class DriveConfig(Record):
     "What to save where."
     model: str = value("gpt2-tuned", "the folder of the fine-tuned model")
     archive: str | None = value(None, "the file to pack it into, .tar.gz (default: the folder's name)")
-    overwrite: bool = value(False, "replace an archive of that name on this machine", label="Replace archive")
+    overwrite: bool = value(False, "replace an archive of that name, here and on the Drive; without it that stays, and on the Drive the new one is numbered", label="Replace archive")
     drive: str | None = value(None, "a folder that stands for the Drive; in Colab the mounted Drive is used")
     folder: str = value("colab-gpt2", "the folder on the Drive", label="Folder on it")
     restore_to: str = value("restored", "where a restored model goes: a new folder", label="Restore to")
@@ -66,16 +66,18 @@ def describe_saved(saved) -> str:
 class DrivePanel(Stoppable):
     "The Drive: `config` is a DriveConfig, `result` a Saved. Made from a FinetunePanel it takes the folder of the model from there."
     title, lead = "5. Save to Drive", "A Colab machine is gone with its files when the session ends; what is on the Drive stays."
+    packed = {}  # path -> SHA-256 of the archives that were made here, by whichever panel: Run all makes new ones
 
     def __init__(self, before=None, **values):
         if not in_colab(): values = {"drive": "drive", **values}
         taken = {"model": (before.saved or before.config).output_dir} if before else {}
         super().__init__(Values(changed(DriveConfig(), **(taken | values))))
-        self.mounted, self.packed = None, {}  # `packed`: path -> SHA-256 of the archives that were made here
+        self.before, self.mounted, self.looked = before, None, None  # `looked`: at which folder of which Drive
         self.awaited = taken["model"] if before and not before.saved and "model" not in values else None  # a model that is not made yet
         self.earlier = taken["model"] if before and before.earlier else None  # one that was there before the training
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
         self.kept_there = widgets.Dropdown(options=[("nothing yet", "")], description="On the Drive", style=dict(description_width="128px"), layout=widgets.Layout(width="440px", max_width="100%"))
+        self.kept_there.observe(lambda _: self.refresh(), "value")
         self.target = Form(self.values, ["restore_to"])
         self.buttons = dict(mount=button("Mount", self.mount, tooltip="Mount the Drive and look what is there"), save=button("Pack and save", self.start, primary=True),
                             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
@@ -93,13 +95,13 @@ class DrivePanel(Stoppable):
         drive = dict(drive=self.config.drive) if self.config.drive else {}
         overwrite = dict(overwrite=True) if self.config.overwrite else {}
         return "\n\n".join([as_python("archive_model", dict(folder=self.config.model, path=self.config.archive_path, **overwrite), "archive"),
-                            as_python("save_to_drive", dict(archive=self.config.archive_path, folder=self.config.folder, **drive), "copy"),
+                            as_python("save_to_drive", dict(archive=self.config.archive_path, folder=self.config.folder, **drive, **overwrite), "copy"),
                             "# and back, on another day\n" + as_python("restore_from_drive", dict(name=self.fetched(), folder=self.config.restore_to, **drive), "restored")])
 
     def shell(self):
-        drive = dict(drive=self.config.drive) if self.config.drive else {}
-        return "\n".join([as_shell("archive", dict(folder=self.config.model, path=self.config.archive_path)) + " --overwrite" * self.config.overwrite,
-                          as_shell("save", dict(archive=self.config.archive_path, folder=self.config.folder, **drive)), "# and back, on another day",
+        drive, overwrite = dict(drive=self.config.drive) if self.config.drive else {}, " --overwrite" * self.config.overwrite
+        return "\n".join([as_shell("archive", dict(folder=self.config.model, path=self.config.archive_path)) + overwrite,
+                          as_shell("save", dict(archive=self.config.archive_path, folder=self.config.folder, **drive)) + overwrite, "# and back, on another day",
                           as_shell("restore", dict(name=self.fetched(), folder=self.config.restore_to, **drive))])
 
     def fetched(self) -> str:
@@ -107,25 +109,44 @@ class DrivePanel(Stoppable):
         return self.kept_there.value or f"{self.config.folder}/{Path(self.config.archive_path).name}"
 
     def refresh(self):
+        missing = {name: said for name in ("model", "drive") if (said := self.missing(name))}
+        if self.values.doubt(missing): return  # everyone was told, this panel too
+        if self.looked not in (None, (self.config.drive, self.config.folder)):  # what is shown is of another one
+            self.looked, self.quota.value = None, ""
+            self.offer([])
         super().refresh()
-        for made in self.buttons.values(): made.disabled = self.running or bool(self.values.problems)
-        self.buttons["restore"].disabled |= not self.kept_there.value
+        wrong = self.values.problems | missing
+        for made in self.buttons.values(): made.disabled = self.running or bool(wrong)
+        self.buttons["restore"].disabled = self.running or bool(wrong.keys() - {"model", "archive"}) or not self.kept_there.value
+        self.buttons["mount"].disabled = self.running or bool(wrong.keys() & {"drive", "folder"})
+
+    def missing(self, name) -> str:
+        "What is said of a `model` that is not there, or a `drive` that is no folder; '' for what is good, or awaited."
+        given = getattr(self.config, name)
+        path = Path(given).expanduser() if given else None
+        if name == "model": return "" if given == self.awaited or path.is_dir() else f"There is no folder {given}."
+        return f"{given} is a file; name a folder to save in." if path and path.is_file() else ""
+
+    def offer(self, archives):
+        "Have `archives`, (shown, path) each, be those that can be restored, the first of them chosen."
+        self.kept_there.options = archives or [("nothing yet", "")]
+        self.kept_there.value = self.kept_there.options[0][1]
 
     def mount(self):
-        "Mount the Drive and look at its room and its archives; -> its folder. In Colab, call it in a cell: the browser asks for permission."
-        return self.work(self.look, "Mounting the Drive …", lambda drive: f"The Drive is at {drive}.")
+        "Mount the Drive, anew if the last error asks for that, and look at its room and its archives; -> its folder. In Colab, call it in a cell: the browser asks for permission."
+        return self.work(functools.partial(self.look, again=AGAIN in str(self.error)), "Mounting the Drive …", lambda drive: f"The Drive is at {drive}.")
 
-    def look(self) -> Path:
-        self.mounted = mount_drive(self.config.drive)
+    def look(self, again=False) -> Path:
+        self.mounted = mount_drive(self.config.drive, force_remount=again)
         with explained(f"Looking at {self.mounted}"): (size, free), there = disk(self.mounted), archives_on(self.mounted, self.config.folder)
         self.quota.value = meter("Drive", size - free, size, f"{human_bytes(free)} free of {human_bytes(size)}")
-        self.kept_there.options = there or [("nothing yet", "")]
-        self.kept_there.value = self.kept_there.options[0][1]
-        self.refresh()
+        self.looked = self.config.drive, self.config.folder
+        self.offer(there)
         return self.mounted
 
     def start(self):
         "Pack the model, copy it to the Drive, read it back; -> the Saved, or None."
+        if self.awaited and self.before: self.before.refresh()  # it may have been restored, or made by others
         if self.config.model == self.awaited: return self.say(UNFINISHED, "⚠")
         return self.work(self.pack_and_save, "Packing and saving …", lambda saved: f"Saved {saved.copy.path.name}, {human_bytes(saved.copy.bytes)}, and read it back with the same SHA-256.")
 
@@ -140,7 +161,7 @@ class DrivePanel(Stoppable):
         drive = self.look()
         packed = archive_model(self.config.model, self.config.archive_path, overwrite=self.config.overwrite or self.is_own(self.config.archive_path), progress=self.report)
         self.packed[packed.path] = packed.sha256  # the copying may fail, and then the next attempt replaces it
-        saved = Saved(packed, save_to_drive(packed, self.config.folder, drive=drive, progress=self.report))
+        saved = Saved(packed, save_to_drive(packed, self.config.folder, drive=drive, overwrite=self.config.overwrite, progress=self.report))
         self.view.value = describe_saved(saved)
         self.keep(self.view.value)
         self.look()

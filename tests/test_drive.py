@@ -220,7 +220,7 @@ def test_unpacking_that_cannot_be_written(colab, archive, my_drive, fault, line)
 
 @pytest.mark.parametrize("fault, kind, line", [
     (dict(authorization_denied=True), PermissionError, "Drive was not authorised (MessageError: Error: credential propagation was unsuccessful). Run mount_drive() again"),
-    (dict(mount_failed=True), OSError, "Drive did not mount (mount failed). Wait a minute and run mount_drive(force_remount=True)."),
+    (dict(mount_failed=True), OSError, "Drive did not mount (mount failed). Wait a minute. Mount it again, by Mount in the panel or mount_drive(force_remount=True) in a cell."),
     (dict(mount_failed=": timeout during initial read of root folder"), OSError, "(mount failed: timeout during initial read of root folder)"),
     (dict(mount_timeout=True), TimeoutError, "Drive did not answer while mounting (TIMEOUT of pexpect).")])
 def test_mount_that_fails(colab, capsys, fault, kind, line):
@@ -287,7 +287,7 @@ def test_a_mount_that_has_gone(colab, my_drive, archive):
     save_to_drive(archive, drive=my_drive, progress=False)
     with colab.faults(disconnected=True):
         for action in (lambda: mount_drive(colab.mountpoint), lambda: save_to_drive(archive, drive=my_drive), lambda: restore_from_drive("gpt2-tuned.tar.gz", archive.path.parent/"new", drive=my_drive)):
-            with pytest.raises(OSError, match=r"Drive's mount has gone \(errno 107\). Run mount_drive\(force_remount=True\) in a cell, then try again.") as e: action()
+            with pytest.raises(OSError, match=r"Drive's mount has gone \(errno 107\). Mount it again, by Mount in the panel or mount_drive\(force_remount=True\) in a cell; then try again.") as e: action()
             assert e.value.errno == errno.ENOTCONN
         assert mount_drive(colab.mountpoint, force_remount=True) == my_drive
         assert save_to_drive(archive, drive=my_drive, progress=False).sha256 == archive.sha256
@@ -412,15 +412,25 @@ def test_save_and_restore_on_colab(colab, archive, model, tmp_path, monkeypatch)
 
 
 def test_the_note_says_what_was_replaced(colab, archive, my_drive, old):
-    saved = save_to_drive(archive, drive=my_drive, progress=False)
+    saved = save_to_drive(archive, drive=my_drive, overwrite=True, progress=False)
     assert saved.path == old and saved.note.startswith("It replaced a file of the same name with other content (3 B). Read back whole, but from this machine")
     changed = bytearray(old.read_bytes())
     changed[-1] ^= 1
     old.write_bytes(changed)  # of the same size
-    assert "It replaced a file" in save_to_drive(archive, drive=my_drive, progress=False).note
+    assert "It replaced a file" in save_to_drive(archive, drive=my_drive, overwrite=True, progress=False).note
     assert "replaced" not in save_to_drive(archive, drive=my_drive, progress=False).note
     old.unlink()
     assert "replaced" not in save_to_drive(archive, drive=my_drive, progress=False).note
+
+
+def test_the_model_of_another_day_stays(colab, archive, my_drive, old):
+    "Its archive has the same name, and lies where it is found; so does the second copy of the new one."
+    before = old.read_bytes()
+    for _ in range(2):
+        saved = save_to_drive(archive, drive=my_drive, progress=False)
+        assert saved.path == old.with_name("gpt2-tuned-2.tar.gz") and old.read_bytes() == before
+        assert saved.note.startswith("gpt2-tuned.tar.gz is another file there and stays as it is. ") and "Read back whole, but from this machine" in saved.note
+    assert sorted(os.listdir(old.parent)) == ["gpt2-tuned-2.tar.gz", "gpt2-tuned.tar.gz"]
 
 
 @pytest.mark.parametrize("drive, folder, line", [("/proc/xx", "f", "The folder /proc/xx cannot be made (No such file or directory)."), ("/proc", "xx", "The folder /proc/xx cannot be made (No such file or directory)."),
