@@ -103,8 +103,9 @@ class DataPanel(Stoppable):
         self.files = widgets.VBox([row(*self.uploads, widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; put a larger one beside the notebook and name it</span>")), self.own.box])
         self.view, self.fetch = widgets.HTML(), button("Fetch and look", self.start, primary=True)
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
-        for upload, name in zip(self.uploads, self.own.rows): upload.observe(lambda change, name=name: self.receive(name, change["new"]), "value")
-        self.assemble(self.choice, self.files, row(self.fetch, self.halt), self.status, self.far, self.view)
+        for upload, name in zip(self.uploads, self.own.rows): upload.observe(lambda change, name=name: self.take_upload(name, change["owner"]), "value")
+        self.fetched = None  # what `view` shows, as `source` tells it
+        self.assemble(self.choice, self.files, row(self.fetch, self.halt, self.again), self.status, self.far, self.view)
         if shared.suggestion and not isinstance(before, Panel): self.say(shared.suggestion, "ℹ")
 
     def chosen(self): return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
@@ -118,18 +119,38 @@ class DataPanel(Stoppable):
         if name != OWN: self.values.set(dataset=name, train_file=None, eval_file=None)
         elif not self.config.train_file: self.values.mark({"train_file": "Upload a text, or type the path of one."}, ["train_file"])
 
+    def take_upload(self, name, upload):
+        "Receive what the widget `upload` holds, and empty it: the same file, chosen once more, would be no change."
+        value = upload.value
+        upload.set_trait("value", type(value)())
+        self.receive(name, value)
+
     def receive(self, name, value):
         "A file has been uploaded for the field `name`."
         for filename, content in uploaded_files(value).items():
-            self.view.value = ""  # of the text before
+            self.clear()
             path = self.work(lambda: keep_upload(filename, content, Path(UPLOADS)/name), f"Receiving {filename} …", lambda path: f"{filename} is in {path}.")
             if path: self.values.set(**{name: path})
 
+    def source(self) -> tuple:
+        "The settings that a preview depends on."
+        return tuple(getattr(self.config, name) for name in ("dataset", "train_file", "eval_file", "model", "tokenizer", "block_size"))
+
+    def clear(self):
+        "No longer show the text before."
+        self.view.value, self.fetched = "", None
+
     def refresh(self):
         "A file that is not there is marked at once."
+        if self.fetched not in (None, self.source()) and not self.running:
+            self.clear()
+            self.say("")
         super().refresh()
-        missing = {name: f"There is no file {path}." for name in self.own.rows if (path := getattr(self.config, name)) and not Path(path).expanduser().is_file()}
-        if self.config.eval_file and not self.config.train_file: missing["train_file"] = "A held-out text needs a text to train on beside it."
+        refused = {name: self.values.problems[name] for name in self.own.rows if name in self.values.typed}  # by the config
+        missing = {name: f"There is no file {path}." for name in self.own.rows if name not in refused and (path := getattr(self.config, name)) and not Path(path).expanduser().is_file()}
+        self.offer_again(missing)
+        missing |= refused
+        if self.config.eval_file and not self.config.train_file: missing.setdefault("train_file", "A held-out text needs a text to train on beside it.")
         if self.chosen() == OWN and not self.config.train_file: missing.setdefault("train_file", "Upload a text, or type the path of one.")
         if missing != {name: said for name, said in self.values.problems.items() if name in self.own.rows}: return self.values.mark(missing, self.own.rows)
         if self.chosen() not in dict(self.choice.options).values(): self.choice.options = self.offered()  # which selects the first, and that is it
@@ -149,9 +170,10 @@ class DataPanel(Stoppable):
         return self.work(self.fetch_and_look, "Fetching and reading the text …", self.describe)
 
     def fetch_and_look(self):
-        self.view.value = ""  # of the text before
+        self.clear()
+        source = self.source()
         preview = look_into(self.config, progress=self.report)
-        self.view.value = describe_preview(preview)
+        self.view.value, self.fetched = describe_preview(preview), source
         self.keep(self.view.value)
         return self.finish(preview)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from .archives import AGAIN, Archive, archive_model, explained
-from .config import changed, value
+from .config import changed, check_paths, value
 from .core import Record, human_bytes, sha256_of
 from .drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
 from .fields import Form, Values
@@ -26,16 +26,17 @@ from .steps import archive_name
 @dataclass(frozen=True)
 class DriveConfig(Record):
     "What to save where."
-    model: str = value("gpt2-tuned", "the folder of the fine-tuned model")
-    archive: str | None = value(None, "the file to pack it into, .tar.gz (default: the folder's name)")
+    model: str = value("gpt2-tuned", "the folder of the fine-tuned model", path=True)
+    archive: str | None = value(None, "the file to pack it into, .tar.gz (default: the folder's name)", path=True)
     overwrite: bool = value(False, "replace an archive of that name, here and on the Drive; without it that stays, and on the Drive the new one is numbered", label="Replace archive")
-    drive: str | None = value(None, "a folder that stands for the Drive; in Colab the mounted Drive is used")
+    drive: str | None = value(None, "a folder that stands for the Drive; in Colab the mounted Drive is used", path=True)
     folder: str = value("colab-gpt2", "the folder on the Drive", label="Folder on it")
-    restore_to: str = value("restored", "where a restored model goes: a new folder", label="Restore to")
+    restore_to: str = value("restored", "where a restored model goes: a new folder", label="Restore to", path=True)
 
     def __post_init__(self):
         for name in ("model", "folder", "restore_to"):
             if not getattr(self, name): raise ValueError(f"{name} is empty; give a value.")
+        check_paths(self)
         check_folder(self.folder)
         if self.archive and not self.archive.lower().endswith((".tar.gz", ".tgz")): raise ValueError(f"archive is {self.archive!r}; it must end in .tar.gz or .tgz.")
 
@@ -82,7 +83,7 @@ class DrivePanel(Stoppable):
         self.buttons = dict(mount=button("Mount", self.mount, tooltip="Mount the Drive and look what is there"), save=button("Pack and save", self.start, primary=True),
                             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
         self.quota, self.view = widgets.HTML(), widgets.HTML()
-        self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"], self.halt), self.status, self.far, self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
+        self.assemble(self.form.box, row(self.buttons["mount"], self.buttons["save"], self.halt, self.again), self.status, self.far, self.quota, self.view, self.kept_there, self.target.box, row(self.buttons["restore"]))
         if before: before.followers.append(lambda result: self.take(before))
         if not in_colab(): self.say(f"This is not Colab, so {f'the folder {self.config.drive} stands for the Drive' if self.config.drive else 'name a folder that stands for the Drive'}.", "ℹ")
 
@@ -115,6 +116,7 @@ class DrivePanel(Stoppable):
             self.looked, self.quota.value = None, ""
             self.offer([])
         super().refresh()
+        self.offer_again(missing)
         wrong = self.values.problems | missing
         for made in self.buttons.values(): made.disabled = self.running or bool(wrong)
         self.buttons["restore"].disabled = self.running or bool(wrong.keys() - {"model", "archive"}) or not self.kept_there.value

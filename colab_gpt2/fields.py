@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'AUTOMATIC', 'label_of', 'in_labels', 'refusal', 'fields_nam
            'read_typed', 'options_of', 'Looks', 'make_widget', 'write_typed', 'make_slider', 'Row', 'Form']
 
 # %% ../nbs/25_fields.ipynb #f4bf76e7
-import functools, html, re, types
+import contextlib, functools, html, re, types
 from dataclasses import fields, replace
 
 import ipywidgets as widgets
@@ -16,7 +16,7 @@ import ipywidgets as widgets
 def label_of(f): return f.metadata.get("label") or f.name.replace("_", " ").capitalize()
 
 # %% ../nbs/25_fields.ipynb #542c9162
-NAMES = re.compile(r"\b(?P<name>\w*_\w+|\w+(?==True\b|='\w+'))(?:=True\b|='(?P<value>\w+)')?|(?<=set )resume\b|(?<=with )resume\b|\bresume(?= and )")  # `resume` is a plain word elsewhere
+NAMES = re.compile(r"(?<![/~])\b(?![\w.]*/)(?P<name>\w*_\w+|\w+(?==True\b|='\w+'))(?:=True\b|='(?P<value>\w+)')?|(?<=set )resume\b|(?<=with )resume\b|\bresume(?= and )")  # `resume` is a plain word elsewhere
 
 def in_labels(message, config) -> str:
     "`message`, in which the fields of a dataclass `config` are called by their labels; a name that it has not stays as it is."
@@ -107,6 +107,8 @@ def read_typed(f, typed):
     if str not in allowed: typed = typed.strip()
     if not typed and type(None) in allowed: return None
     if not {int, float} & set(allowed): return typed
+    if int in allowed:
+        with contextlib.suppress(ValueError): return int(typed)  # by way of a float a long one would be another
     try: number = float(typed)
     except ValueError: return typed
     return int(number) if int in allowed and number.is_integer() else number

@@ -15,7 +15,7 @@ import ipywidgets as widgets
 
 from .callbacks import Listener
 from .checkpoints import find_checkpoints, read_manifest
-from .config import pick_block_size
+from .config import pick_block_size, pick_learning_rate
 from .core import human_bytes, human_time
 from .fields import Form, fields_named, in_labels
 from .finetune import Interrupted, finetune, finished_config
@@ -41,27 +41,37 @@ def known_size(config, shape):
 # %% ../nbs/30_finetune_panel.ipynb #0455ff28
 class Forecaster:
     "Plans for a config as it changes: shapes of models and sizes of texts are found out once, and a plan that a run has measured is kept for as long as it holds."
-    def __init__(self, runtime=None): self.runtime, self.known, self.measured = runtime or check_runtime(), {}, (None, None)
+    def __init__(self, runtime=None): self.runtime, self.known, self.measured = runtime or check_runtime(), {}, None
 
     def plan(self, config) -> Plan:
         "The plan of `config`. ValueError, FileNotFoundError or ConnectionError in the words of whatever refuses."
-        was, plan = self.measured
-        if was and replace(config, resume=was.resume, overwrite_output_dir=was.overwrite_output_dir) == was: return plan
-        text = tuple(getattr(config, name) for name in ("model", "dataset", "train_file", "eval_file", "block_size", "tokenizer", "cache_dir"))
+        if self.measured and self.measured[0] == self.key(config): return self.measured[1]
+        text = *(getattr(config, name) for name in ("model", "dataset", "train_file", "eval_file", "block_size", "tokenizer", "cache_dir")), *self.files(config)
         if config.model not in self.known: self.known[config.model] = load_config(config.model, cache_dir=config.cache_dir)
         if text not in self.known: self.known[text] = known_size(config, self.known[config.model])
         return plan_run(self.known[config.model], self.known[text], pick_run_precision(config, self.runtime), config)
+
+    def keep(self, config, plan):
+        "`plan` was measured: it is the plan of `config` from now on."
+        self.measured = self.key(config), plan
+
+    def key(self, config) -> tuple: return replace(config, resume=False, overwrite_output_dir=False), self.files(config)
+
+    def files(self, config) -> tuple:
+        "Size and time of each file that the text is read from: another may take its name."
+        paths = [Path(name).expanduser() for name in (config.dataset, config.train_file, config.eval_file) if name]
+        return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
 
     def forget(self):
         "What was estimated of texts can perhaps be counted now."
         self.known.clear()
 
 # %% ../nbs/30_finetune_panel.ipynb #eb59c059
-def describe_plan(plan) -> str:
-    "The HTML of a Plan: memory as a bar, time and batch in words, the reasons folded away."
+def describe_plan(plan, config) -> str:
+    "The HTML of the Plan of `config`: memory as a bar, time, batch and learning rate in words, the reasons folded away."
     said = "measured" if plan.source == "probe" else "estimated"
     time = f"about {human_time(plan.seconds)}, {plan.steps:,} steps of {step_time(plan.step_seconds)}" if plan.seconds else f"{plan.steps:,} steps; how long one takes is measured when it starts"
-    batch = f"{plan.micro_batch} × {plan.gradient_accumulation_steps} blocks of {plan.block_size} tokens a step, {'LoRA' if plan.method == 'lora' else 'all weights'}, {plan.precision}"
+    batch = f"{plan.micro_batch} × {plan.gradient_accumulation_steps} blocks of {plan.block_size} tokens a step, {'LoRA' if plan.method == 'lora' else 'all weights'}, {plan.precision}, learning rate {pick_learning_rate(config, plan.parameters, plan.method):g}"
     return (f"<b>{'It fits' if plan.fits else '⚠ It may not fit'}</b>{meter('Memory', plan.peak_bytes, plan.limit_bytes, f'{human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)}, {said}')}"
             f"<div class='cg-meter'><span>Time</span><span style='grid-column:2/4'>{time} ({said}), and the measuring before and after</span></div>"
             f"<div class='cg-meter'><span>Batch</span><span style='grid-column:2/4'>{batch}</span></div>{folded('Why', chr(10).join(plan.reasons))}")
@@ -136,9 +146,10 @@ class Settings(Panel):
         text = self.config.train_file or self.config.dataset
         why = self.values.suggestion if (self.config.model, text) == (self.values.began.model, self.values.began.dataset) else ""
         self.text.value = f"<span class='cg-hint' style='margin:0'>Text: <b>{html.escape(str(text))}</b>{self.origin}</span>" + (f"<p class='cg-note'>ℹ {html.escape(why)}</p>" if why else "")
-        shown = describe_plan(plan) if plan else f"<div class='cg-error' role='alert'>⚠ {html.escape(refused, quote=False)}</div>"
+        shown = describe_plan(plan, self.config) if plan else f"<div class='cg-error' role='alert'>⚠ {html.escape(refused, quote=False)}</div>"
         notes = [*(str(warning.message) for warning in told), in_folder]
         self.plan.value = shown + "".join(f"<p class='cg-note'>{html.escape(note)}</p>" for note in notes if note)
+        self.offer_again(self.refused)
         self.allow(not (self.values.problems or self.refused))
 
     def foresee(self):
@@ -169,12 +180,24 @@ class FinetunePanel(Settings):
 
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
-        self.live, self.saved = None, finished_config(self.config.output_dir)
-        self.earlier = self.saved is not None
+        self.live, self.saved, self.earlier = None, None, False
+        self.left = None  # the folder in which this panel's last run has begun to train
         self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(3))
         self.buttons = dict(start=button("Start", self.start, primary=True), stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
                             save=button("Save now", self.save_now, tooltip="Save a checkpoint and go on"), sample=button("Sample now", self.sample_now, tooltip="Generate a text and go on"))
-        self.assemble(self.text, self.form.box, self.advanced, self.more.box, self.plan, row(*self.buttons.values()), self.status, self.progress, self.charts, self.samples)
+        self.assemble(self.text, self.form.box, self.advanced, self.more.box, self.plan, row(*self.buttons.values(), self.again), self.status, self.progress, self.charts, self.samples)
+
+    def refresh(self):
+        self.look_for_model()
+        super().refresh()
+
+    def look_for_model(self):
+        "A finished model that others have put into the output folder is `earlier`, until a run of this panel begins there or has left one of its own."
+        if self.running or self.left == self.config.output_dir or self.saved and not self.earlier: return
+        there = finished_config(self.config.output_dir)
+        if there == self.saved: return
+        self.saved, self.earlier = there, there is not None
+        self.finish(None)
 
     def allow(self, start): self.enable(start=start)
 
@@ -190,6 +213,7 @@ class FinetunePanel(Settings):
 
     def start(self, callbacks=()):
         "Fine-tune, and come back when it is done, stopped or has failed; -> the FinetuneResult, or None. `callbacks` are further TrainerCallbacks."
+        self.refresh()  # what refused it may have gone
         if self.buttons["start"].disabled: return self.say("Not started: " + next(iter(self.values.problems.values()), self.refused), "⚠")
         return self.work(lambda: self.run(callbacks), "At work. The buttons are obeyed after each step.", self.describe)
 
@@ -213,11 +237,12 @@ class FinetunePanel(Settings):
 
     def leave(self, saved):
         "The folder holds the finished model of the config `saved`, or for None no finished one: those who follow hear of it."
-        self.saved, self.earlier = saved, False
+        self.saved, self.earlier, self.left = saved, False, self.live.config.output_dir
         self.finish(None)
 
     def can_go_on(self, error) -> bool:
-        "Whether the run that `error` ended has left a whole checkpoint to go on from. Weights that became NaN need other settings first."
+        "Whether the run that `error` ended has left a whole checkpoint to go on from, in the folder of the settings as they are now. Weights that became NaN need other settings first."
+        if self.config.output_dir != self.live.config.output_dir: return False
         newest = find_checkpoints(Path(self.live.config.output_dir).expanduser())[-1:]
         return not isinstance(error, FloatingPointError) and bool(newest) and newest[0].name in self.live.saved
 
@@ -231,7 +256,8 @@ class FinetunePanel(Settings):
         return f"Done in {human_time(result.seconds)}: {what} {result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}, saved in {result.output_dir}."
 
     def interrupted(self, error):
-        super().interrupted(f"{error.saved} Start goes on from there." if isinstance(error, Interrupted) else error)
+        onward = "Start goes on from there." if self.can_go_on(error) else f"To go on from there, set Output folder to {self.live.config.output_dir} again, and Go on to yes."
+        super().interrupted(f"{error.saved} {onward}" if isinstance(error, Interrupted) else error)
         if self.live and self.live.losses: self.keep(f"<p>{html.escape(str(error))}</p>{describe_samples(self.live.samples)}", self.live.charts())
 
     def stop(self):
@@ -255,8 +281,8 @@ class Probed(Listener):
 
     def on_stage(self, stage, plan=None, resumed_from=None, **facts):
         if stage in ("probing", "measuring after"): self.panel.leave(self.panel.live.config if stage == "measuring after" else None)
-        if plan: self.panel.plan.value = describe_plan(plan)
-        if plan and plan.source == "probe": self.panel.forecaster.measured = self.panel.live.config, plan
+        if plan: self.panel.plan.value = describe_plan(plan, self.panel.live.config)
+        if plan and plan.source == "probe": self.panel.forecaster.keep(self.panel.live.config, plan)
         if resumed_from: self.panel.say(f"Going on from {resumed_from}.", "⏳")
 
     def on_save(self, args, state, control, **kwargs): self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.live.config.output_dir}.", "✓")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import ipywidgets as widgets
 
-from .config import changed, value
-from .core import Record, check_number
+from .config import changed, check_paths, value
+from .core import Record
 from .decode import Sampling
 from .fields import Form, Values
-from .generate import stream
+from .generate import check_request, stream
 from .model import MODELS, load_model, load_tokenizer, locate
 from .panel import EARLIER, UNFINISHED, Stoppable, button, row, sentence
 from .progress import describe_samples
@@ -27,8 +27,8 @@ from .snippets import as_python, as_shell
 @dataclass(frozen=True)
 class GenerateConfig(Record):
     "What to generate from, and how. Bad values are refused when it is made, in the words of `Sampling`."
-    model: str = value("gpt2-tuned", "the fine-tuned model: a folder, a name or a Hub id")
-    compare_with: str | None = value(None, "the model to compare with, such as the one that was fine-tuned", label="Compared with")
+    model: str = value("gpt2-tuned", "the fine-tuned model: a folder, a name or a Hub id", path=True)
+    compare_with: str | None = value(None, "the model to compare with, such as the one that was fine-tuned", label="Compared with", path=True)
     prompt: str = value(" = Toronto Raptors = \n", "the text to go on from, taken as typed", lines=3)
     max_new_tokens: int = value(250, "length in tokens", label="New tokens", min=10, max=1000, step=10)
     temperature: float = value(1.0, "above 1 bolder, below 1 safer", min=0.05, max=2.0, step=0.05)
@@ -40,8 +40,8 @@ class GenerateConfig(Record):
     def __post_init__(self):
         for name in ("model", "prompt"):
             if not getattr(self, name): raise ValueError(f"{name} is empty; give a value.")
-        check_number("max_new_tokens", self.max_new_tokens, minimum=1, integer=True)
-        if self.seed is not None: check_number("seed", self.seed, minimum=0, integer=True)
+        check_request(self.max_new_tokens, self.seed)
+        check_paths(self)
         Sampling(**self.sampling())
 
     def sampling(self) -> dict: return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
@@ -77,13 +77,13 @@ class GeneratePanel(Stoppable):
     def __init__(self, before=None, **values):
         super().__init__(Values(changed(GenerateConfig(), **values)))
         self.own, self.taken = set(values), {}  # fields that were set here; what came from the panel before
-        self.awaited, self.earlier = None, None  # a model that it has not made yet; one that was there before it
+        self.before, self.awaited, self.earlier = before, None, None  # a model that it has not made yet; one that was there before it
         self.cache_dir, self.tokenizers = None, {}  # of the run that made the model: where the Hub's files are kept; model -> another tokenizer than its own
         self.loaded = {}
         self.form = Form(self.values, [name for name in GenerateConfig.__dataclass_fields__], dict(model=MODELS, compare_with=MODELS))
         self.buttons = dict(start=button("Generate", self.start, primary=True), stop=self.halt)
         self.view = widgets.HTML()
-        self.assemble(self.form.box, row(*self.buttons.values()), self.status, self.view)
+        self.assemble(self.form.box, row(*self.buttons.values(), self.again), self.status, self.view)
         if before: self.come_after(before)
 
     def come_after(self, panel):
@@ -122,6 +122,7 @@ class GeneratePanel(Stoppable):
         unknown = {name: said for name in ("model", "compare_with") if (said := self.unknown(getattr(self.config, name)))}
         if self.values.doubt(unknown): return  # everyone was told, this panel too
         super().refresh()
+        self.offer_again(unknown)
         self.buttons["start"].disabled = self.running or bool(self.values.problems | unknown)
 
     def unknown(self, model) -> str:
@@ -141,6 +142,7 @@ class GeneratePanel(Stoppable):
 
     def start(self):
         "Generate, and come back when the texts are whole or were stopped; -> the Sides, or None."
+        if self.awaited and self.before: self.before.refresh()  # the model may have been restored
         self.refresh()  # a folder may be there that was not
         if wrong := self.values.problems | self.values.doubts: return self.say(next(iter(wrong.values())), "⚠")
         if self.config.model == self.awaited: return self.say(UNFINISHED, "⚠")

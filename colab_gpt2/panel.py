@@ -143,6 +143,8 @@ class Panel(Shown):
         super().__init__()
         self.values, self.result, self.error, self.said, self.notes, self.followers = values, None, None, "", [], []
         self.status, self.code = widgets.HTML(), widgets.HTML()
+        self.again = button("Look again", lambda: self.refresh(), tooltip="See whether what was missing is there now")
+        self.again.layout.display = "none"
         for name in ("cg-panel", self.mark): self.box.add_class(name)
 
     def assemble(self, *parts):
@@ -159,6 +161,10 @@ class Panel(Shown):
         "Show what follows from the config: a subclass adds to it."
         shown = "".join(folded(title, text) for title, text in (("The same in Python", self.python()), ("The same in a shell", self.shell())))
         if self.code.value != shown: self.code.value = shown
+
+    def offer_again(self, missing):
+        "Show the button *Look again* where something is `missing` that can come without a word to this panel: a file, a folder, a network."
+        self.again.layout.display = "" if missing else "none"
 
     def say(self, text, sign="", error=None):
         "One sentence of state, in the words of the panel's fields, the notes beneath it, and, folded away, the traceback of `error`."
@@ -222,8 +228,8 @@ class Stoppable(Panel):
         "As any panel, and the notebook's interrupt button stops it too. A subclass's `refresh` sees `running`: while it is set no button but `halt` should take a click."
         if Panel.at_work: return super().work(action, doing, done)
         self.running, self.stopping, self.told = True, False, 0.0
-        self.refresh()
         try:
+            self.refresh()
             with interrupts_reach(self.stop): return super().work(action, doing, done)
         finally:
             self.running, self.far.value = False, ""

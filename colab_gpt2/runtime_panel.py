@@ -63,7 +63,7 @@ class RuntimePanel(Panel):
 
     def start(self):
         "Look at the machine now; -> the Runtime."
-        return self.work(self.look, "Looking at the machine …", lambda runtime: "A GPU is ready." if runtime.device == "cuda" else "No GPU, but the work goes on, with less.")
+        return self.work(self.look, "Looking at the machine …", lambda runtime: "A GPU is ready." if runtime.device != "cpu" else "No GPU, but the work goes on, with less.")
 
     def look(self):
         runtime = check_runtime(self.config.path)

@@ -117,6 +117,82 @@ def test_two_uploads_of_one_name_stay_two_texts(tmp_path, monkeypatch):
     assert Path(panel.config.train_file).read_text() == "Read this instead ." and not panel.fetch.disabled
 
 
+def test_the_same_file_can_be_uploaded_again(tmp_path, monkeypatch):
+    "After another text was chosen, or when the first time another panel was at work. What is said of it names the path."
+    monkeypatch.chdir(tmp_path)
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache")))
+    for _ in range(2):
+        panel.choice.value = "a text of my own"
+        upload(panel.uploads[0], "text.txt", "Read this .")
+        assert panel.config.train_file == "uploads/train_file/text.txt" and panel.said == "text.txt is in uploads/train_file/text.txt." and not panel.fetch.disabled
+        panel.choice.value = "python-docs"
+    other = colab_gpt2.RuntimePanel()
+    other.work(lambda: upload(panel.uploads[1], "text.txt", "Measure on this ."), "At work", str)
+    assert panel.config.eval_file is None and "is at work" in panel.said
+    upload(panel.uploads[1], "text.txt", "Measure on this .")
+    assert panel.config.eval_file == "uploads/eval_file/text.txt"
+
+
+def test_another_text_of_the_same_name_is_another_forecast(quick, tmp_path):
+    panel = colab_gpt2.FinetunePanel(quick, max_steps=-1)
+    before = panel.forecaster.plan(panel.config).steps
+    Path(quick.train_file).write_text(Path(quick.train_file).read_text() * 5)
+    panel.values.set(seed=8)
+    assert panel.forecaster.plan(panel.config).steps > 3 * before
+
+
+def test_a_path_that_no_file_can_have_is_marked(quick):
+    "Such as the text itself, pasted where its path belongs."
+    panel = colab_gpt2.DataPanel(quick)
+    field = panel.own.rows["train_file"]
+    good = field.widget.value
+    for bad, said in (("The tide came in. " * 20, "no file has so long a name"), ("~nobody-here/text.txt", "knows no user 'nobody-here'"), ("a\0b", "There is no file")):
+        field.widget.value = bad
+        assert panel.fetch.disabled and said in field.hint.value and (panel.start(), panel.running) == (None, False)
+        field.widget.value = good
+        assert not panel.fetch.disabled
+    assert panel.start()
+
+
+def test_start_is_on_again_when_what_refused_it_has_gone(quick):
+    "The folder was emptied in the file browser, of which no panel hears."
+    Path(quick.output_dir).mkdir()
+    (Path(quick.output_dir)/"notes.txt").write_text("x")
+    panel = colab_gpt2.FinetunePanel(quick)
+    assert panel.buttons["start"].disabled and panel.again.layout.display == ""
+    (Path(quick.output_dir)/"notes.txt").unlink()
+    panel.again.click()
+    assert not panel.buttons["start"].disabled and panel.again.layout.display == "none"
+    (Path(quick.output_dir)/"notes.txt").write_text("x")
+    panel.again.click()
+    (Path(quick.output_dir)/"notes.txt").unlink()
+    assert panel.start()
+
+
+def test_a_model_that_was_restored_into_the_awaited_folder_serves(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = colab_gpt2.FinetunePanel(quick, max_steps=2, output_dir="tuned")
+    first.start()
+    assert colab_gpt2.DrivePanel(first, drive="mine").start()
+    Path("tuned").rename("moved"), Path("tuned.tar.gz").unlink()
+    panel = colab_gpt2.FinetunePanel(quick, output_dir="tuned")
+    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel, drive="mine", restore_to="tuned")
+    assert writing.start() is None and "no finished model yet" in writing.said
+    keeping.mount()
+    assert keeping.restore() and writing.start() and keeping.start()
+    panel.form.rows["output_dir"].widget.value = "new"
+    assert panel.saved is None and writing.start() is None and not panel.buttons["start"].disabled
+    panel.form.rows["output_dir"].widget.value = "moved"
+    assert panel.saved.output_dir == writing.config.model == "moved" and writing.start() and "earlier run" in writing.status.value
+
+
+def test_another_output_folder_in_mid_run_is_not_gone_on_in(quick):
+    panel = colab_gpt2.FinetunePanel(quick)
+    def leave(): panel.form.rows["output_dir"].widget.value = "elsewhere"; panel.live.stop()
+    assert panel.start(callbacks=[At(2, leave)]) is None and "Stopped at step" in panel.said and f"set Output folder to {quick.output_dir} again" in panel.said
+    assert not panel.config.resume
+
+
 @pytest.mark.parametrize("value", [{"text.txt": dict(metadata={}, content=b"Read this .")}, ({"name": "text.txt", "content": memoryview(b"Read this .")},)])
 def test_an_upload_is_received_in_the_shape_of_either_version(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
