@@ -34,4 +34,4 @@ def test_a_click_is_handled_while_a_cell_runs(opened, record_property):
     notebook.wait_until_run(20)
     loop, after = notebook.saved().cells
     assert after.outputs[0].text == f"afterwards: {notebook.page.get_by_text('stopped at').last.text_content().split()[-1]}\n"
-    assert seconds < 1 and notebook.complaints == [], (seconds, notebook.complaints)
+    assert seconds < 3 and notebook.complaints == [], (seconds, notebook.complaints)

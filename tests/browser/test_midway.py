@@ -9,7 +9,7 @@ from test_newcomer import fill, press, wait_said
 
 pytestmark = pytest.mark.timeout(300)
 APP = "from colab_gpt2 import FinetunePanel, app\n\nshown = app()\nshown"
-RUN = """training = FinetunePanel(model="tiny", dataset="python-docs", max_new_tokens=20, logging_steps=1, output_dir="midway", overwrite_output_dir=True)
+RUN = """training = FinetunePanel(model="tiny", dataset="python-docs", max_new_tokens=20, logging_steps=1, num_train_epochs=20, output_dir="midway", overwrite_output_dir=True)
 display(training)
 training.start();"""
 

@@ -141,7 +141,7 @@ def test_own_text_by_hand(ran, tmp_path):
     assert "Traceback" not in wait_said(panel, "picture.txt is binary")
     ran.picture("refused-text", panel)
     upload(panel, "Upload a text", own)
-    wait_said(panel, "mine.txt is in uploads")
+    wait_said(panel, "mine.txt is in uploads/train_file/mine.txt.")
     press(panel, "Fetch and look")
     wait_said(panel, "The text is here")
     assert "The cat sat on the mat" in panel.get_by_label("How the text begins").inner_text()
