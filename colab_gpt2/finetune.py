@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['check_output_dir', 'check_sources', 'check_alone', 'FinetuneResult', 'Interrupted', 'said_in_one_line',
-           'checkpoint_to_resume', 'load_finished', 'check_room', 'settle_compiled', 'train_model', 'pick_split',
-           'training_blocks', 'held_out_blocks', 'plan_training', 'training_facts', 'release_memory', 'finetune',
-           'finished_config']
+           'checkpoint_to_resume', 'load_finished', 'check_room', 'settle_compiled', 'as_trained', 'train_model',
+           'pick_split', 'training_blocks', 'held_out_blocks', 'plan_training', 'training_facts', 'release_memory',
+           'finetune', 'finished_config']
 
 # %% ../nbs/20_finetune.ipynb #a5ca4e7c
-import contextlib, errno, functools, gc, json, os, shutil, tempfile, time, warnings
+import contextlib, errno, functools, gc, json, math, os, shutil, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from .lora import merge_adapters
 from .plan import Plan, check_packages, pick_run_precision, plan_run
 from .runtime import Runtime, check_runtime, out_of_memory
 from .trainer import check_trainer_args, identify, make_trainer, settle, training_arguments
-from .tune import compiled, keep_freed_memory, recomputing, repeated_blocks
+from .tune import compiled, keep_freed_memory, recomputing, repeated_blocks, return_freed_memory
 
 # %% ../nbs/20_finetune.ipynb #85386443
 def check_output_dir(config) -> Path:
@@ -160,6 +160,14 @@ def settle_compiled(trainer, plan, around) -> Plan:
         warnings.warn(f"torch.compile failed ({said}), so the model is trained without it.", stacklevel=2)
         return settle(trainer, replace(plan, torch_compile=False))
 
+# %% ../nbs/20_finetune.ipynb #bd6f6135
+def as_trained(plan, micro_batch) -> Plan:
+    "`plan` with the `micro_batch` that the training ended with, which is less where memory ran out in spite of the plan."
+    if micro_batch >= plan.micro_batch: return plan
+    batch = plan.micro_batch * plan.gradient_accumulation_steps
+    return replace(plan, micro_batch=micro_batch, gradient_accumulation_steps=math.ceil(batch / micro_batch),
+                   reasons=(*plan.reasons, f"Memory ran out with {plan.micro_batch} blocks at once, and the training ended with {micro_batch}."))
+
 # %% ../nbs/20_finetune.ipynb #21f15d24
 def train_model(config, trainer, plan, resumed_from=None) -> Plan:
     """Train the trainer's model in place, from the checkpoint `resumed_from` where there is one; -> the plan as a probed step corrected it.
@@ -175,6 +183,7 @@ def train_model(config, trainer, plan, resumed_from=None) -> Plan:
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
         tell(listeners, "on_stage", "training", plan=plan)
         trainer.train(resume_from_checkpoint=resumed_from and str(resumed_from))
+        plan = as_trained(plan, trainer.micro_batch)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the wrapper computes in half precision for ever after
     step, of = trainer.state.global_step, trainer.state.max_steps
     saved = Path(config.output_dir)/f"checkpoint-{step}"
@@ -219,6 +228,7 @@ def training_facts(trainer) -> dict:
 def release_memory():
     "Give back what nobody refers to any more; the Trainer's parts refer to each other, so that only the collector finds them."
     gc.collect()
+    return_freed_memory()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/20_finetune.ipynb #ffe78b2c
@@ -234,6 +244,7 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     report = progress or functools.partial(tell, callbacks, "on_progress")
     config = replace(config, output_dir=str(output_dir))
     check_sources(config)
+    release_memory()  # of a run before this one in the same process
     runtime = pick_run_precision(config, check_runtime(output_dir))
     check_packages(config, runtime)
     tell(callbacks, "on_progress", "Fetching the text", 0, 1)

@@ -197,7 +197,7 @@ def load_config(config, cache_dir=None):
 # %% ../nbs/05_model.ipynb #cbac441d
 def new_model(config, seed=None):
     "A model with random weights, in fp32; with a `seed` the same ones every time, and torch's own generator is left as it was."
-    with loading(type(config).__name__), torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with loading(type(config).__name__), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 

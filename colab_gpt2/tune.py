@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_MAX', 'use_fused_gelu', 'drop_attention_dropout', 'training_forward', 'head_multiple',
-           'tune_model', 'repeated_blocks', 'compiled', 'recomputing', 'casting_once', 'keep_freed_memory']
+           'tune_model', 'repeated_blocks', 'WhileTraining', 'uncompiled', 'compiled', 'recomputing', 'casting_once',
+           'glibc', 'keep_freed_memory', 'return_freed_memory']
 
 # %% ../nbs/07_tune.ipynb #7790e898
 import contextlib, ctypes, functools, sys, types
@@ -66,11 +67,27 @@ def repeated_blocks(model):
     "The blocks of a transformer: the longest list of modules in it. One of its own class is compiled once for all."
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=())
 
+# %% ../nbs/07_tune.ipynb #1ba8eb50
+class WhileTraining:
+    "The call of a module `block`: the compiled one, `fast`, while it trains, else its own."
+    paused = False  # of the class, not of a thread: a GPU's backward pass computes again in a thread of its own
+    def __init__(self, block, fast): self.block, self.fast = block, fast
+    def __call__(self, *args, **kwargs): return (self.fast if self.block.training and not WhileTraining.paused else self.block._call_impl)(*args, **kwargs)
+
+@contextlib.contextmanager
+def uncompiled(when=True):
+    "Inside, modules that are `compiled` run as they are, if `when`."
+    WhileTraining.paused = when
+    try: yield
+    finally: WhileTraining.paused = False
+
 # %% ../nbs/07_tune.ipynb #213ac17b
 @contextlib.contextmanager
 def compiled(blocks):
-    "Compile each of the modules `blocks` for a while."
-    for block in blocks: block.compile()
+    "Compile each of the modules `blocks` for a while; in evaluation and inside `uncompiled` they run as they are."
+    for block in blocks:
+        block.compile()
+        block._compiled_call_impl = WhileTraining(block, block._compiled_call_impl)
     try: yield
     finally:
         for block in blocks: block._compiled_call_impl = None
@@ -92,8 +109,15 @@ def casting_once(device):
 # %% ../nbs/07_tune.ipynb #1e5c9dda
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
+def glibc(name):
+    "A function of glibc, or None where there is another library."
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
 def keep_freed_memory() -> bool:
     "Have glibc keep what is freed for the next buffer; -> whether there is a glibc to ask. It holds until the process ends."
-    if not sys.platform.startswith("linux"): return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = glibc("mallopt")
     return bool(mallopt and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+
+def return_freed_memory():
+    "Have glibc give back once what it has kept: the next plan counts the memory that is free."
+    if trim := glibc("malloc_trim"): trim(0)

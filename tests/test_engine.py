@@ -142,11 +142,7 @@ def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_pat
     saved = AutoModelForCausalLM.from_pretrained(tmp_path/"whole")
     assert type(saved).__name__ == "GPT2LMHeadModel" and saved.num_parameters() == whole.parameters
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4: raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, callbacks=[Stop()])
+    with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, callbacks=[Stop(4)])
     resumed = run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, resume=True)
     assert resumed.resumed_from.endswith("checkpoint-3") and resumed.steps == 8
     for a, b in zip(load_model(str(tmp_path/"whole")).parameters(), load_model(str(tmp_path/"broken")).parameters()): assert torch.equal(a, b)
@@ -160,7 +156,7 @@ def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch, error
     plain = run(text, tmp_path/"plain")
     calls = scarce_memory(monkeypatch, 2, error, first)
     with pytest.warns(UserWarning, match="Not enough memory for 4 blocks at once; the step is taken with 2"): scarce = run(text, tmp_path/"scarce")
-    assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4]) and max(calls[-8:]) == 2
+    assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4]) and max(calls[-8:]) == scarce.plan.micro_batch == 2
     assert scarce.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
 
 
@@ -248,6 +244,45 @@ def test_the_loss_under_ddp_with_accumulation(tmp_path):
     (2 * model(input_ids=ids, labels=ids).loss).backward()
     for rank in (0, 1):
         for name, gradient in torch.load(f"{store}-{rank}.pt").items(): torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
+
+
+class Stop(TrainerCallback):
+    "An interrupt in the middle of a step."
+    def __init__(self, step): self.step = step
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step: raise KeyboardInterrupt
+
+
+def test_a_run_goes_on_with_the_learning_rate_that_is_set_now(text, tmp_path):
+    "The optimizer's state in a checkpoint has the old one, and the old weight decay. The schedule is where it was."
+    with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=3, warmup_steps=0, callbacks=[Stop(4)])
+    used = []
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **kwargs): used.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+    run(text, tmp_path/"out", save_steps=3, warmup_steps=0, resume=True, learning_rate=8e-6, weight_decay=0.3, callbacks=[Look()])
+    assert [first for first, _ in used] == [(pytest.approx(1e-6 * left), 0.3) for left in (5, 4, 3, 2, 1)] and {second[1] for _, second in used} == {0.}
+
+
+def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path):
+    "Its checkpoints have the scaler's state, of which nothing else has a use."
+    plain = run(text, tmp_path/"plain", save_steps=3)
+    with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=3, callbacks=[Stop(4)])
+    torch.save(torch.amp.GradScaler("cpu", init_scale=65536.).state_dict(), tmp_path/"out"/"checkpoint-3"/"scaler.pt")
+    result = run(text, tmp_path/"out", save_steps=3, resume=True)
+    assert result.resumed_from.endswith("checkpoint-3") and result.perplexity_after.value == plain.perplexity_after.value
+
+
+def test_only_whole_parts_are_compiled(text, tmp_path, monkeypatch):
+    "The last step of an epoch has fewer blocks than a step, and a sample has another length at every token: each would be compiled anew."
+    shapes = []
+    def backend(graph, inputs):
+        shapes.append(next(tuple(i.shape[:2]) for i in inputs if i.ndim == 3))
+        return graph.forward
+    monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=backend, dynamic=False)))
+    plain = run(text, tmp_path/"plain", max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, torch_compile=False)
+    assert plain.train_tokens // 64 % 8 and not shapes
+    result = run(text, tmp_path/"out", max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, torch_compile=True)
+    assert set(shapes) == {(4, 64)} and result.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
 
 
 def test_a_run_goes_on_where_compiling_fails(text, tmp_path, monkeypatch):
