@@ -28,7 +28,7 @@ class DriveConfig(Record):
     "What to save where."
     model: str = value("gpt2-tuned", "the folder of the fine-tuned model", path=True)
     archive: str | None = value(None, "the file to pack it into, .tar.gz (default: the folder's name)", path=True)
-    overwrite: bool = value(False, "replace an archive of that name, here and on the Drive; without it that stays, and on the Drive the new one is numbered", label="Replace archive")
+    overwrite: bool = value(False, "replace another file of that name, here and on the Drive; else the Drive keeps both, the new one numbered", label="Replace archive")
     drive: str | None = value(None, "a folder that stands for the Drive; in Colab the mounted Drive is used", path=True)
     folder: str = value("colab-gpt2", "the folder on the Drive", label="Folder on it")
     restore_to: str = value("restored", "where a restored model goes: a new folder", label="Restore to", path=True)
