@@ -199,6 +199,10 @@ class FinetunePanel(Settings):
         self.saved, self.earlier = there, there is not None
         self.finish(None)
 
+    def offer_again(self, missing):
+        "As any panel; but that a run of its own has left something in its folder is what was to be expected."
+        super().offer_again(missing and self.left != self.config.output_dir)
+
     def allow(self, start): self.enable(start=start)
 
     def enable(self, **able):
