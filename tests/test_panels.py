@@ -281,6 +281,7 @@ def test_a_run_that_is_refused_leaves_the_result(quick):
     panel = colab_gpt2.FinetunePanel(quick)
     result = panel.start()
     assert panel.buttons["start"].disabled and panel.start() is None and panel.said.startswith("Not started") and panel.result is result and panel.saved
+    assert panel.again.layout.display == "none"  # its own run has left what refuses the next: nothing is missing
 
 
 def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
