@@ -144,10 +144,10 @@ def ask_for_drive() -> str:
     except (OSError, RuntimeError, ValueError) as e: return f"{e} Everything else works without it, and the last step asks again."
 
 # %% ../nbs/21_steps.ipynb #143e1e0d
-def save_or_say_why(archive, folder, drive, overwrite=False, progress=True) -> dict:
+def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     "`path` of the copy on the Drive, or None and `why`; `failed` is true where a Drive was there, or asked for, and has no copy."
     if not has_drive(drive): return dict(path=None, why="this is not Colab, and no folder was given to stand for a Drive", failed=False)
-    try: return dict(path=str(save(archive, folder, drive=drive, overwrite=overwrite, progress=progress).path), why=None, failed=False)
+    try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
     except (OSError, RuntimeError, ValueError, NotImplementedError) as e: return dict(path=None, why=str(e), failed=True)
 
 # %% ../nbs/21_steps.ipynb #3f624cd5
@@ -179,7 +179,7 @@ def run(config: FinetuneConfig | None = None, *, archive_path=None, drive=None, 
     if has_drive(drive): open_drive(drive)
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
     packed = archive(finetuned.output_dir, archive_path, overwrite=again, progress=progress)
-    saved = save_or_say_why(packed.path, drive_folder, drive, again, progress)
+    saved = save_or_say_why(packed.path, drive_folder, drive, progress)
     return RunResult(finetuned, packed, saved, time.perf_counter() - started)
 
 # %% ../nbs/21_steps.ipynb #078e0c88
