@@ -13,7 +13,7 @@ BAR = dict(rule="at least", bar=1.5)  # set for tiny, 8 x 250 tokens, on a CPU w
 
 def load(options) -> tuple:
     "`(model, tokenizer)` that know of no token that ends a text: tiny with its weights, the others with random ones."
-    from colab_gpt2.model import load_model, load_tokenizer
+    from colab_gpt2.model.loading import load_model, load_tokenizer
     name, = options.models
     model = load_model("tiny") if name == "tiny" else load_model(from_scratch=True, config=name, seed=options.seed)
     tokenizer = load_tokenizer("tiny" if name == "tiny" else options.tokenizer)
@@ -22,7 +22,7 @@ def load(options) -> tuple:
 
 
 def ours(options, model, tokenizer):
-    from colab_gpt2.generate import generate
+    from colab_gpt2.generation import generate
     made = generate(model, PROMPT, tokenizer=tokenizer, samples=options.samples, max_new_tokens=options.tokens, progress=False, **KNOBS)
     assert [sample.tokens for sample in made] == [options.tokens] * options.samples
 

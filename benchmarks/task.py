@@ -84,9 +84,9 @@ def device_environment(options) -> dict:
 
 def load_blocks(options):
     "`(tokenizer, Blocks)` of the text; made anew in every process."
-    from colab_gpt2.blocks import tokenize_file
-    from colab_gpt2.data import load_corpus
-    from colab_gpt2.model import load_tokenizer
+    from colab_gpt2.text.tokens import tokenize_file
+    from colab_gpt2.text.corpus import load_corpus
+    from colab_gpt2.model.loading import load_tokenizer
     tokenizer = load_tokenizer(options.tokenizer)
     text = load_corpus("python-docs", progress=False).train if str(options.text) == "python-docs" else options.text
     return tokenizer, tokenize_file(text, tokenizer, options.block_size, split="train", progress=False, minimum_blocks=options.batch)
@@ -94,7 +94,7 @@ def load_blocks(options):
 
 def make_config(options, vocabulary, dropout=True):
     "The transformers config of `options.size`, with GPT-2's dropout or without. `toy` has the `vocabulary` of the text."
-    from colab_gpt2.model import load_config
+    from colab_gpt2.model.loading import load_config
     from transformers import GPT2Config
     none = {} if dropout else dict(attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)
     if options.size == "toy":
@@ -128,15 +128,15 @@ def stock_trainer(options, model, blocks, **arguments):
 
 
 def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtime, **changes):
-    """`(trainer, Plan, train)` as `colab_gpt2.finetune` makes them, planned for two epochs of the text, as by default, to be stopped after `options.steps`;
+    """`(trainer, Plan, train)` as `colab_gpt2.training` makes them, planned for two epochs of the text, as by default, to be stopped after `options.steps`;
     `train()` gives the Plan as the probe corrected it. `adapt` may change the Runtime, `changes` the FinetuneConfig."""
     from dataclasses import replace
     from colab_gpt2.config import FinetuneConfig
-    from colab_gpt2.finetune import plan_training, train_model
-    from colab_gpt2.model import load_model
-    from colab_gpt2.plan import pick_run_precision
+    from colab_gpt2.training import plan_training, train_model
+    from colab_gpt2.model.loading import load_model
+    from colab_gpt2.planning.plan import pick_run_precision
     from colab_gpt2.runtime import check_runtime
-    from colab_gpt2.trainer import make_trainer
+    from colab_gpt2.engine.trainer import make_trainer
     whole = FinetuneConfig(effective_batch_size=options.batch, block_size=options.block_size, seed=options.seed, save_steps=-1, output_dir="output", **changes)
     ours, runtime = replace(whole, max_steps=options.steps), adapt(pick_run_precision(whole, check_runtime()))
     model = load_model(from_scratch=True, config=config, seed=options.seed).to(runtime.device)
@@ -208,14 +208,14 @@ def memory_field(options) -> str: return "gpu_peak_bytes" if options.device == "
 
 def model_flops_utilisation(config, block_size, tokens_per_second, peak) -> float:
     "MFU = tokens/s x (6·N + 12·L·C·T) / peak, N without the position embeddings; `peak` in FLOP/s."
-    from colab_gpt2.forecast import flops_per_token, shape_of
+    from colab_gpt2.planning.memory import flops_per_token, shape_of
     return tokens_per_second * flops_per_token(shape_of(config), block_size) / peak
 
 
 def gpu_peak(options) -> float | None:
     "FLOP/s of the GPU in half precision by its data sheet; None on a CPU, or where the library does not know it."
     if options.device == "cpu": return None
-    from colab_gpt2.forecast import device_of
+    from colab_gpt2.planning.memory import device_of
     from colab_gpt2.runtime import check_runtime
     known = device_of(check_runtime())
     return known and known.peak_half

@@ -5,8 +5,8 @@ import numpy as np, pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer
 import colab_gpt2
-from colab_gpt2 import blocks as blocks_module
-from colab_gpt2.blocks import Encoder, cut_pattern, read_segments, tokenize_file
+from colab_gpt2.text import tokens as blocks_module
+from colab_gpt2.text.tokens import Encoder, cut_pattern, read_segments, tokenize_file
 
 DATA = Path(__file__).parents[1]/"../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not on this machine")
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
 JOB = """
 import sys, time
 from transformers import AutoTokenizer
-from colab_gpt2 import blocks
+from colab_gpt2.text import tokens as blocks
 tokenizer_folder, cache, text, pieces = sys.argv[1:]  # pieces: how many to encode before it hangs
 blocks.EVERY, call, encoded = 1, blocks.Encoder.__call__, []
 def slowly(self, segments):
@@ -280,7 +280,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from colab_gpt2.blocks import tokenize_file
+from colab_gpt2.text.tokens import tokenize_file
 tokenizer_folder, cache, *texts = sys.argv[1:]
 for text in texts:
     tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 512, cache_dir=cache, progress=False)

@@ -4,7 +4,7 @@ import json, os, subprocess, sys, tracemalloc, zipfile
 import pytest
 
 from colab_gpt2.core import sha256_of
-from colab_gpt2.data import SPLITS, WIKITEXT, check_text, load_corpus, titles
+from colab_gpt2.text.corpus import SPLITS, WIKITEXT, check_text, load_corpus, titles
 
 ARTICLES = "".join(f" \n = Number {n} = \n \n It is {n} , and {'very ' * n}large . \n" for n in range(30))
 
@@ -121,7 +121,7 @@ def test_a_folder_of_parquet(load, tmp_path):
 
 
 def test_python_docs_need_no_network_and_no_heavy_import(tmp_path):
-    code = ("import sys, json; from colab_gpt2.data import load_corpus; c = load_corpus('python-docs', cache_dir=sys.argv[1]);"
+    code = ("import sys, json; from colab_gpt2.text.corpus import load_corpus; c = load_corpus('python-docs', cache_dir=sys.argv[1]);"
             "print(json.dumps([c.to_dict(), sorted({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))]))")
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True, env={**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
     corpus, heavy = json.loads(run.stdout)

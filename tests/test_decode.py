@@ -7,9 +7,9 @@ from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from colab_gpt2.decode import GPT2Reader, GraphReader, ModelReader, Sampling, candidates, decode, is_stock_gpt2, open_reader, penalise
-from colab_gpt2.model import load_model, new_model
-from colab_gpt2.tune import tune_model
+from colab_gpt2.model.decoding import GPT2Reader, GraphReader, ModelReader, Sampling, candidates, decode, is_stock_gpt2, open_reader, penalise
+from colab_gpt2.model.loading import load_model, new_model
+from colab_gpt2.model.tune import tune_model
 
 SMALL = dict(n_layer=3, n_embd=48, n_head=4, n_positions=64, vocab_size=500, initializer_range=0.2)
 

@@ -3,8 +3,8 @@ import hashlib, io, os, time, zipfile
 
 import pytest, requests
 
-from colab_gpt2.data import Published, load_corpus
-from colab_gpt2.downloads import USER_AGENT, download
+from colab_gpt2.text.corpus import Published, load_corpus
+from colab_gpt2.text.downloads import USER_AGENT, download
 from helpers.servers import Mirror
 
 CONTENT = os.urandom(300_000)

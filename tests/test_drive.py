@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from colab_gpt2 import archives, ask_for_drive
-from colab_gpt2.archives import archive_model, check_archive_path, extract_archive
+from colab_gpt2 import ask_for_drive
+from colab_gpt2.storage import archives
+from colab_gpt2.storage.archives import archive_model, check_archive_path, extract_archive
 from colab_gpt2.core import sha256_of
-from colab_gpt2.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
+from colab_gpt2.storage.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
 from helpers.colab_stub import colab, environment, stub
 
 def tree(folder):
@@ -231,7 +232,7 @@ def test_mount_that_fails(colab, capsys, fault, kind, line):
 
 def test_the_drive_is_asked_for_before_the_work(colab, monkeypatch):
     "Refused, which stops nothing; then allowed."
-    monkeypatch.setattr("colab_gpt2.drive.mount_drive", lambda: mount_drive(colab.mountpoint))  # /content/drive is not ours to make
+    monkeypatch.setattr("colab_gpt2.storage.drive.mount_drive", lambda: mount_drive(colab.mountpoint))  # /content/drive is not ours to make
     with colab.faults(authorization_denied=True): said = ask_for_drive()
     assert said.startswith("Drive was not authorised") and said.endswith("Everything else works without it, and the last step asks again.")
     assert ask_for_drive() == f"The Drive is mounted at {colab.mountpoint/'MyDrive'}."
@@ -375,7 +376,7 @@ def test_killed_in_the_middle(archive, tmp_path):
     (tmp_path/"drive/gpt2-tuned.tar.gz").write_text("old")
     code = f"""
 import time
-from colab_gpt2 import drive
+from colab_gpt2.storage import drive
 drive.sha256_of = lambda *args, **kwargs: (print("written", flush=True), time.sleep(60))
 drive.copy_verified({str(archive.path)!r}, {str(tmp_path/'drive')!r}, progress=False)"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -391,7 +392,7 @@ drive.copy_verified({str(archive.path)!r}, {str(tmp_path/'drive')!r}, progress=F
 
 def test_interrupted_in_the_middle(archive, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr("colab_gpt2.drive.sha256_of", interrupt)
+    monkeypatch.setattr("colab_gpt2.storage.drive.sha256_of", interrupt)
     (tmp_path/"drive").mkdir()
     with pytest.raises(KeyboardInterrupt): copy_verified(archive.path, tmp_path/"drive", progress=False)
     assert os.listdir(tmp_path/"drive") == []
@@ -400,7 +401,7 @@ def test_interrupted_in_the_middle(archive, tmp_path, monkeypatch):
 # ---- saving and restoring
 
 def test_save_and_restore_on_colab(colab, archive, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("colab_gpt2.drive.mount_drive", lambda: mount_drive(colab.mountpoint))  # /content/drive is not ours to make
+    monkeypatch.setattr("colab_gpt2.storage.drive.mount_drive", lambda: mount_drive(colab.mountpoint))  # /content/drive is not ours to make
     saved = save_to_drive(archive, progress=False)
     assert saved.path == colab.mountpoint/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz" and saved.sha256 == archive.sha256
     assert saved.note.startswith("Read back whole, but from this machine: Drive uploads in the background")

@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, TrainerCallback
 
-from colab_gpt2.finetune import finetune
-from colab_gpt2.loss import linear_cross_entropy
-from colab_gpt2.model import load_model, new_model
-from colab_gpt2.tune import tune_model
+from colab_gpt2.training import finetune
+from colab_gpt2.model.loss import linear_cross_entropy
+from colab_gpt2.model.loading import load_model, new_model
+from colab_gpt2.model.tune import tune_model
 
 CONFIG = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, vocab_size=203, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
 
@@ -173,7 +173,7 @@ def test_another_error_of_a_step_is_raised_as_it_is(text, tmp_path, monkeypatch)
 
 def scarce_memory(monkeypatch, room, error, first=1):
     "From the training's call `first` on, more than `room` blocks at once raise `error`; -> the list of the blocks of each call."
-    module, calls = importlib.import_module("colab_gpt2.trainer"), []
+    module, calls = importlib.import_module("colab_gpt2.engine.trainer"), []
     tune = module.tune_model
 
     def tuned(model, **options):
@@ -220,8 +220,8 @@ REPLICA = """
 import sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config
-from colab_gpt2.model import new_model
-from colab_gpt2.tune import tune_model
+from colab_gpt2.model.loading import new_model
+from colab_gpt2.model.tune import tune_model
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 model = new_model(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.), seed=0)

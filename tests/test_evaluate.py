@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import colab_gpt2
-from colab_gpt2.blocks import Blocks, tokenize_file
-from colab_gpt2.evaluate import compare, perplexity, report_card
+from colab_gpt2.text.tokens import Blocks, tokenize_file
+from colab_gpt2.evaluation import compare, perplexity, report_card
 
 TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
 TEXT = " = Ada Lovelace = \n\n Ada Lovelace was an English mathematician and writer , known for her work on the Analytical Engine . \n" * 4
@@ -90,7 +90,7 @@ def test_a_model_without_logits_to_keep(small, make_blocks):
 def test_logits_stay_small(small, make_blocks, monkeypatch):
     shapes = []
     hook = small.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
-    monkeypatch.setattr(importlib.import_module("colab_gpt2.evaluate"), "logits_batch", lambda *args: 2)
+    monkeypatch.setattr(importlib.import_module("colab_gpt2.evaluation"), "logits_batch", lambda *args: 2)
     perplexity(small, make_blocks(np.zeros(60, int)), stride=4, progress=False)
     hook.remove()
     assert shapes[0] == (1, 16, 60) and {s[:2] for s in shapes[1:-1]} <= {(2, 4), (1, 4)}

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from colab_gpt2.evaluate import evaluation_mode
-from colab_gpt2.generate import Request, TextPieces, encode_prompt, generate, stream
-from colab_gpt2.model import load_model, load_tokenizer
+from colab_gpt2.evaluation import evaluation_mode
+from colab_gpt2.generation import Request, TextPieces, encode_prompt, generate, stream
+from colab_gpt2.model.loading import load_model, load_tokenizer
 
 PROMPT = " = Toronto Raptors = \n"
 

@@ -3,8 +3,8 @@ import hashlib, io, json, os, subprocess, sys, zipfile
 
 import pytest
 
-from colab_gpt2.data import WIKITEXT
-from colab_gpt2.model import TINY
+from colab_gpt2.text.corpus import WIKITEXT
+from colab_gpt2.model.loading import TINY
 from helpers.servers import Hub
 
 LINES = {"train": [" \n", " = One = \n", " \n", " Some text . \n"] * 50, "validation": [" \n", " = Two = \n", " \n", " Größe . \n"], "test": [" \n", " = Three = \n"]}
@@ -34,7 +34,7 @@ def a_zip(texts):
 
 START = """
 import json, sys
-from colab_gpt2.data import *
+from colab_gpt2.text.corpus import *
 result = {}
 def failing(f, *args, **kwargs):
     try: return f(*args, **kwargs) and "no error"
@@ -102,7 +102,7 @@ def test_the_real_splits_survive_the_way_through_the_hub(hub, ask, shared):
 
 
 MODEL_CODE = """
-from colab_gpt2.model import *
+from colab_gpt2.model.loading import *
 import time
 began = time.monotonic()
 for name in ("gpt2", "owner/name"):
@@ -139,7 +139,7 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
 
 
 BUSY_CODE = """
-from colab_gpt2.model import *
+from colab_gpt2.model.loading import *
 import time
 began = time.monotonic()
 result["said"] = [failing(load, "owner/name") for load in (load_model, load_tokenizer)]

@@ -4,9 +4,9 @@ import json
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BloomConfig, GPT2Config, GPTNeoXConfig, T5Config
 
-from colab_gpt2.generate import generate
-from colab_gpt2.model import MODELS, TINY, check_match, load_model, load_tokenizer, model_context, new_model
-from colab_gpt2.plan import TextSize, plan_run
+from colab_gpt2.generation import generate
+from colab_gpt2.model.loading import MODELS, TINY, check_match, load_model, load_tokenizer, model_context, new_model
+from colab_gpt2.planning.plan import TextSize, plan_run
 from colab_gpt2.runtime import check_runtime
 
 SMALL = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=100)

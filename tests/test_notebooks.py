@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[1]/"nbs").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if p.parent.name != "tutorials")
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(notebook, shell):
-    ran = shell("nbdev_test", "--path", notebook, "--do_print", cwd=notebook.parents[1])
+    ran = shell("nbdev_test", "--path", notebook, "--do_print", cwd=ROOT)
     assert ran.returncode == 0 and "Success" in ran.stdout, ran.stdout + ran.stderr

@@ -7,7 +7,7 @@ import pytest
 
 import colab_gpt2
 from colab_gpt2.config import FinetuneConfig
-from colab_gpt2.snippets import as_python, as_shell, differing
+from colab_gpt2.panels.snippets import as_python, as_shell, differing
 from helpers.colab_stub import colab, stub
 
 
@@ -77,19 +77,19 @@ def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
     panel.values.set(model="gpt2")
     assert "no GPU" not in panel.text.value and "no GPU" not in colab_gpt2.FinetunePanel(model="gpt2").text.value
     monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cuda", ""))
-    monkeypatch.setattr("colab_gpt2.data.hub_trouble", lambda: "gave no answer")
+    monkeypatch.setattr("colab_gpt2.text.corpus.hub_trouble", lambda: "gave no answer")
     text = colab_gpt2.DataPanel()
     assert "The Hub gave no answer" in text.said
     with monkeypatch.context() as here:
         here.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
         text.start()
         assert text.error is None and "The Hub gave no answer" in colab_gpt2.FinetunePanel(text).text.value  # though the text's panel has said something else since
-    monkeypatch.setattr("colab_gpt2.data.hub_trouble", lambda: "")
+    monkeypatch.setattr("colab_gpt2.text.corpus.hub_trouble", lambda: "")
     assert colab_gpt2.DataPanel().config == FinetuneConfig()
 
 
 def test_a_text_that_was_fetched_is_counted(quick, monkeypatch):
-    import colab_gpt2.finetune_panel as module
+    import colab_gpt2.panels.finetune as module
     text = colab_gpt2.DataPanel(quick)
     monkeypatch.setattr(module, "COUNTED", 100)  # bytes: as if the text were a long one
     training = colab_gpt2.FinetunePanel(text)
@@ -239,8 +239,8 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
 def test_what_follows_waits_for_a_finished_model(quick):
     "An older model lies in the folder; the run that is to replace it is stopped, and later goes on to its end."
     import shutil
-    from colab_gpt2.model import TINY
-    from colab_gpt2.panel import UNFINISHED
+    from colab_gpt2.model.loading import TINY
+    from colab_gpt2.panels.panel import UNFINISHED
     shutil.copytree(TINY, quick.output_dir)
     panel = colab_gpt2.FinetunePanel(quick, overwrite_output_dir=True)
     writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel)
@@ -252,7 +252,7 @@ def test_what_follows_waits_for_a_finished_model(quick):
 @pytest.mark.parametrize("what, said", [("Fetching", "loading"), ("Loading", "loading"), ("Tokenising train.txt", "loading"), ("Tokenising eval.txt", "loading"), ("Generating", "measuring")])
 def test_stop_is_obeyed_before_the_training(quick, what, said):
     "While the text is fetched, the model loaded, tokens are cut and the first sample is written: in a sentence, and nothing half written is left."
-    from colab_gpt2.callbacks import Listener
+    from colab_gpt2.engine.callbacks import Listener
     panel, heard = colab_gpt2.FinetunePanel(replace(quick, max_new_tokens=40)), []
     class Press(Listener):
         def on_stage(self, stage, **facts): panel.live.pump = lambda: panel.live.what.startswith(what) and not heard and (heard.append(panel.live.what), panel.buttons["stop"].click())
@@ -265,7 +265,7 @@ def test_stop_is_obeyed_before_the_training(quick, what, said):
 @pytest.mark.parametrize("where, left", [("training", False), ("measuring after", True)])
 def test_the_result_is_that_of_the_last_run(quick, where, left):
     "The first run ends, the second is stopped: in the middle it leaves no model, while it is measured it does, though no result."
-    from colab_gpt2.panel import UNFINISHED
+    from colab_gpt2.panels.panel import UNFINISHED
     panel = colab_gpt2.FinetunePanel(quick)
     writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel)
     assert panel.start() is panel.result is not None and writing.start().whole
@@ -374,7 +374,7 @@ def test_a_run_outlives_its_pump_and_its_picture(quick, recwarn):
 
 
 def test_a_warning_of_the_forecast_is_a_note(quick, recwarn):
-    from colab_gpt2.plan import named_runtime
+    from colab_gpt2.planning.plan import named_runtime
     panel = colab_gpt2.FinetunePanel(quick)
     panel.forecaster.runtime = named_runtime("T4")
     panel.values.set(precision="bf16")
@@ -400,7 +400,7 @@ def test_pump_and_pictures_cost_under_two_percent(quick):
 # The Drive, with the stub of Colab
 
 def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
-    from colab_gpt2.model import TINY
+    from colab_gpt2.model.loading import TINY
     monkeypatch.chdir(tmp_path)
     assert colab_gpt2.DrivePanel().config.drive is None  # the mounted one
     panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint), restore_to=str(tmp_path/"back"))
@@ -410,7 +410,7 @@ def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
 
 
 def test_a_copy_that_failed_is_tried_again(colab, tmp_path):
-    from colab_gpt2.model import TINY
+    from colab_gpt2.model.loading import TINY
     panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint))
     with colab.faults(full=4096): assert panel.start() is None and "is full" in panel.said
     assert panel.start().copy.path.stat().st_size == (tmp_path/"tiny.tar.gz").stat().st_size

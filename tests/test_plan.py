@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, MambaConfig, T5Config
 
-from colab_gpt2 import steps
+from colab_gpt2 import tasks
 from colab_gpt2.config import FinetuneConfig
-from colab_gpt2.forecast import COSTS, DEVICES, Recipe, at_backward, at_end, at_loss, forecast_memory, forecast_step, layer_bytes, memory_terms, shape_of
-from colab_gpt2.lora import add_adapters
-from colab_gpt2.model import MODELS, TINY, load_config, new_model
-from colab_gpt2.plan import BYTES_A_TOKEN, TextSize, effective_batch, estimate_text, memory_limit, named_runtime, plan_run
-from colab_gpt2.tune import casting_once, tune_model
+from colab_gpt2.planning.memory import COSTS, DEVICES, Recipe, at_backward, at_end, at_loss, forecast_memory, forecast_step, layer_bytes, memory_terms, shape_of
+from colab_gpt2.model.lora import add_adapters
+from colab_gpt2.model.loading import MODELS, TINY, load_config, new_model
+from colab_gpt2.planning.plan import BYTES_A_TOKEN, TextSize, effective_batch, estimate_text, memory_limit, named_runtime, plan_run
+from colab_gpt2.model.tune import casting_once, tune_model
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 WIKITEXT_2 = TextSize(2_417_786, 1024, "known")
@@ -334,7 +334,7 @@ def test_a_text_of_ones_own_is_counted_or_weighed(tmp_path):
     text = tmp_path/"own.txt"
     text.write_text("The tide came in at noon and went out again . \n" * 2000)
     own = dict(train_file=str(text), eval_file=str(text), cache_dir=str(tmp_path/"cache"), gpu="T4", progress=False)
-    with pytest.warns(UserWarning, match="the same text"): counted, weighed = steps.plan(model="tiny", **own), steps.plan(model="gpt2", **own)
+    with pytest.warns(UserWarning, match="the same text"): counted, weighed = tasks.plan(model="tiny", **own), tasks.plan(model="gpt2", **own)
     assert "counted by the model's tokenizer" in str(counted.reasons)
     assert "an estimate from 94.0 kB" in str(weighed.reasons) and weighed.tokens == int(94_000 / BYTES_A_TOKEN["gpt2"])
 
@@ -357,7 +357,7 @@ def test_bad_usage_is_one_line(shell):
 @pytest.mark.parametrize("config, words", [(BertConfig(), "it is of type bert"), (T5Config(), "it is of type t5"), (MambaConfig(), "a model of type mamba needs is not known here")])
 def test_a_plan_of_another_kind_of_model_is_refused_in_one_line(tmp_path, config, words):
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=words) as e: steps.plan(model=str(tmp_path), dataset="python-docs", gpu="T4", progress=False)
+    with pytest.raises(ValueError, match=words) as e: tasks.plan(model=str(tmp_path), dataset="python-docs", gpu="T4", progress=False)
     assert "\n" not in str(e.value)
 
 

@@ -8,7 +8,7 @@ from jupyter_client.manager import start_new_kernel
 
 LOOP = """
 import threading, time
-from colab_gpt2.pump import interrupts_reach, pump
+from colab_gpt2.panels.pump import interrupts_reach, pump
 asked, steps = [], 0
 def loop():
     global steps
@@ -169,5 +169,5 @@ def test_a_page_that_is_opened_in_mid_run_learns_which_widgets_there_are(kernel,
 
 
 def test_an_empty_pump_costs_little(kernel):
-    seconds = float(run(kernel, "from timeit import timeit\nfrom colab_gpt2.pump import pump\nprint(timeit(pump, number=1000) / 1000)"))
+    seconds = float(run(kernel, "from timeit import timeit\nfrom colab_gpt2.panels.pump import pump\nprint(timeit(pump, number=1000) / 1000)"))
     assert seconds < 1e-3, f"{seconds * 1e6:.0f} microseconds"  # a step of the smallest model takes some 100,000

@@ -63,7 +63,7 @@ def test_the_tutorials_command(folder, tutorial):
 @pytest.fixture
 def command(folder, tmp_path, monkeypatch, capsys):
     "The same in this process, which has torch already: -> (exit code, what it said)."
-    from colab_gpt2.run_language_modeling import main
+    from colab_gpt2.legacy.run_language_modeling import main
     monkeypatch.chdir(folder)
     def call(flags):
         code = main(shlex.split(flags) + [f"--cache_dir={tmp_path/'cache'}", "--disable_tqdm"])
@@ -185,7 +185,7 @@ def test_bad_usage_is_one_line_and_nothing_is_loaded(tmp_path, flags, words):
 
 
 def test_help_is_quick_and_shows_every_flag(tmp_path):
-    code = ("import sys, colab_gpt2.run_language_modeling; from colab_gpt2.flags import FLAGS, make_parser; text = make_parser().format_help(); "
+    code = ("import sys, colab_gpt2.legacy.run_language_modeling; from colab_gpt2.legacy.flags import FLAGS, make_parser; text = make_parser().format_help(); "
             "assert all(f'--{name}' in text for name in FLAGS) and 'Example:' in text; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 from colab_gpt2 import FinetuneConfig, plan
-from colab_gpt2.model import TINY
+from colab_gpt2.model.loading import TINY
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb"

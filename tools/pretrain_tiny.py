@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from colab_gpt2.runtime import pick_precision
-from colab_gpt2.tune import keep_freed_memory, tune_model
+from colab_gpt2.model.tune import keep_freed_memory, tune_model
 
 TITLE = re.compile(r"(?m)^ = [^=].*[^=] = $")
 CONTEXT, VOCABULARY = 512, 8192

@@ -7,7 +7,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 LOOP = """
 import re, time
 import ipywidgets as widgets
-from colab_gpt2.pump import pump
+from colab_gpt2.panels.pump import pump
 asked, button, said = [], widgets.Button(description="Stop the loop"), widgets.HTML()
 button.on_click(lambda _: asked.append(True))
 display(button, said)
