@@ -11,7 +11,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def pack_ours(options, tokenizer) -> int:
-    from colab_gpt2.text.tokens import tokenize_file
+    from colab_gpt2.text.token_store import tokenize_file
     return len(tokenize_file(options.text, tokenizer, options.block_size, progress=False))
 
 
@@ -35,7 +35,7 @@ def pack_with_map(options, tokenizer) -> int:
 
 def pack_side(options) -> dict:
     "One side in this process: seconds and blocks."
-    import colab_gpt2.text.tokens, datasets
+    import colab_gpt2.text.token_store, datasets
     from colab_gpt2.model.loading import load_tokenizer
     tokenizer, pack = load_tokenizer(options.tokenizer), pack_with_map if options.side == "map" else pack_ours
     started = time.perf_counter()

@@ -84,7 +84,7 @@ def device_environment(options) -> dict:
 
 def load_blocks(options):
     "`(tokenizer, Blocks)` of the text; made anew in every process."
-    from colab_gpt2.text.tokens import tokenize_file
+    from colab_gpt2.text.token_store import tokenize_file
     from colab_gpt2.text.corpus import load_corpus
     from colab_gpt2.model.loading import load_tokenizer
     tokenizer = load_tokenizer(options.tokenizer)

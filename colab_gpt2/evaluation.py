@@ -13,7 +13,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from .core import Record, check_number, nearest
-from .text.tokens import Blocks
+from .text.token_store import Blocks
 from .model.loading import keeps_logits, model_context
 
 # %% ../nbs/60_evaluation.ipynb #91db7027

@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers.trainer_callback import TrainerState
 
-from .text.tokens import tokenize_file
+from .text.token_store import tokenize_file
 from .engine.callbacks import tell
 from .engine.checkpoints import abandoned_folders, find_checkpoints, read_manifest, remove_checkpoint, save_model, sort_checkpoints
 from .config import FinetuneConfig, changed, pick_block_size, pick_learning_rate

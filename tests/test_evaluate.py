@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import colab_gpt2
-from colab_gpt2.text.tokens import Blocks, tokenize_file
+from colab_gpt2.text.token_store import Blocks, tokenize_file
 from colab_gpt2.evaluation import compare, perplexity, report_card
 
 TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"

@@ -133,7 +133,7 @@ def side_by_side(config) -> FinetuneConfig:
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #f858750c
 def measure(job, config, model):
     "Perplexity of the saved `model`, a name or a folder, on the text of `--eval_data_file`."
-    from colab_gpt2.text.tokens import tokenize_file
+    from colab_gpt2.text.token_store import tokenize_file
     from colab_gpt2.text.corpus import check_text
     from colab_gpt2.evaluation import perplexity
     from colab_gpt2.training import pick_run_precision
@@ -157,7 +157,7 @@ def watcher(job, config):
     "A TrainerCallback that shows the perplexity on the way."
     from tqdm import tqdm
     from transformers import TrainerCallback
-    from colab_gpt2.text.tokens import tokenize_file
+    from colab_gpt2.text.token_store import tokenize_file
     from colab_gpt2.evaluation import perplexity
     from colab_gpt2.training import pick_run_precision
     from colab_gpt2.runtime import check_runtime

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..text.tokens import tokenize_corpus
+from ..text.token_store import tokenize_corpus
 from ..config import pick_block_size
 from ..core import Record, human_bytes, replacing
 from ..text.corpus import PYTHON_DOCS, SPLITS, Corpus, check_text

@@ -1,12 +1,14 @@
-"Cutting a text never changes a token, memory does not grow with it, and what is on disk is whole, or as it was, or gone on with."
-import errno, hashlib, io, json, random, resource, signal, subprocess, sys, time
+"The ids on the disk are those of the text, memory does not grow with it, and what is on the disk is complete, or as it was, or resumed."
+import errno, hashlib, json, random, resource, signal, subprocess, sys, time
 from pathlib import Path
+
 import numpy as np, pytest
-from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer
+
 import colab_gpt2
-from colab_gpt2.text import tokens as blocks_module
-from colab_gpt2.text.tokens import Encoder, cut_pattern, read_segments, tokenize_file
+from colab_gpt2.text import token_store
+from colab_gpt2.text.token_store import tokenize_file
+from colab_gpt2.text.tokens import Encoder
 
 DATA = Path(__file__).parents[1]/"../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not on this machine")
@@ -14,43 +16,6 @@ TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
 
 @pytest.fixture(scope="module")
 def tiny(): return AutoTokenizer.from_pretrained(TINY)
-
-@pytest.fixture(scope="module", params=["tiny", pytest.param("gpt2", marks=needs_data)])
-def tokenizer(request): return AutoTokenizer.from_pretrained(TINY if request.param == "tiny" else DATA/"gpt2-tokenizer")
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer): return Encoder(tokenizer)
-
-def ids_of(encoder, segments): return np.frombuffer(encoder(segments), encoder.dtype).tolist()
-
-def in_pieces(encoder, text, size):
-    "The ids of `text` read `size` characters at a time, and how many segments there were."
-    pieces = list(read_segments(io.StringIO(text, newline=""), encoder.cut, size))
-    segments = [s for piece in pieces for s in piece]
-    assert "".join(segments) == text and all(segments)
-    assert sum(len(s.split()) for s in segments) == len(text.split())
-    return [i for piece in pieces for i in ids_of(encoder, piece)], len(segments)
-
-NASTY = ["a  b", "a \n\n b", "\n\t\n x\t\ty", "it's  'tis we'll  'll\n's 're", "a\r\n\r\nb\rc", "\xa0 \xa0a \xa0\n\xa0b", "a\x1c b\x1c\n c \x1c\x1d x",
-         "\u3000\u3000中文字。\n\u3000\u3000第二段 日本語\u3000かな", "😀 😀\n👩‍👩‍👧  e\u0301 \u0301x", "x<|endoftext|> y  <|endoftext|>  z \n<|endoftext|>\n", " <|endoftext|", "<  |endof text|>",
-         "a \u180e b\u200b \u200bc \u2028d\u2029 e \x85f", "1 2  3\n4 ½ Ⅷ ²  _x", " ", "\n", "\n\n\n", " a", "a ", "\ufeffa \ufeffb", "\U00010400 \U0001d7d8 \u2160",
-         "".join(map(chr, range(1, 160))), " ".join(map(chr, range(1, 160))), " " * 5000 + "x" + "\n" * 5000, "a" * 5000 + " " + "é" * 5000, "\t \n" * 3000 + "<", "😀" * 2000]
-
-@pytest.mark.parametrize("text", NASTY)
-def test_a_cut_changes_no_token(tokenizer, encoder, text):
-    for whole in (text, text * 3, "b " + text + " c"):
-        expected = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
-        for size in (1, 2, 3, 5, 1 << 18): assert in_pieces(encoder, whole, size)[0] == expected
-
-def test_a_cut_changes_no_token_of_random_texts(encoder):
-    chance, cuts = random.Random(0), 0
-    parts = [*" \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u180e\u2003\u2028\u3000\u200b", "  ", " \n", "\r\n", *"aZé中1٣½'’.,<|>_-=\u0301😀\x00", "'s", "'ll", "<|endoftext|>", "the", "don't"]
-    for _ in range(1500):
-        text = "".join(chance.choices(parts, k=chance.randint(1, 40)))
-        ids, pieces = in_pieces(encoder, text, chance.randint(1, 12))
-        assert ids == encoder.encode([text])[0], ascii(text)
-        cuts += pieces - 1
-    assert cuts > 1500  # else the test shows nothing
 
 @needs_data
 @pytest.mark.parametrize("name, tokens, blocks_of_1024", [("wikitext-2-raw/wiki.valid.raw", 249_887, 244), ("wikitext-2-raw/wiki.test.raw", None, None),
@@ -63,29 +28,6 @@ def test_a_cut_changes_no_token_of_a_real_text(tmp_path, name, tokens, blocks_of
     assert np.array_equal(blocks.stream, expected) and blocks.dtype == "uint16" and blocks.vocabulary_size == 50257
     assert (blocks.words, blocks.bytes, blocks.sha256) == (len(text.split()), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     if tokens: assert (blocks.tokens, len(blocks)) == (tokens, blocks_of_1024)  # as published with the data
-
-@needs_data
-@pytest.mark.parametrize("size, memory", [(20, 1 << 20), (1000, 100), (1 << 18, 0)])
-def test_neither_the_size_of_a_piece_nor_what_is_remembered_changes_a_token(size, memory):
-    text, encoder = (DATA/"wikitext-2-raw/wiki.test.raw").read_bytes().decode()[:200_000], Encoder(AutoTokenizer.from_pretrained(DATA/"gpt2-tokenizer"), memory)
-    assert in_pieces(encoder, text, size)[0] == encoder.encode([text])[0]
-
-@pytest.mark.parametrize("token", [AddedToken("<a>", lstrip=True), AddedToken("<a>", rstrip=True), AddedToken("<a>", single_word=True), AddedToken("New York")])
-def test_tokens_that_reach_beyond_themselves_are_not_cut_at(tiny, token):
-    backend = Tokenizer.from_str(tiny.backend_tokenizer.to_str())
-    assert cut_pattern(backend)
-    backend.add_tokens([token])
-    assert cut_pattern(backend) is None
-
-@pytest.mark.parametrize("change", [dict(normalizer={"type": "NFC"}), dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
-                                    dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}), dict(pre_tokenizer=None)])
-def test_other_tokenizers_get_the_text_in_one_go(tiny, change):
-    assert cut_pattern(Tokenizer.from_str(json.dumps(json.loads(tiny.backend_tokenizer.to_str()) | change))) is None
-
-def test_a_tokenizer_that_throws_dice_remembers_nothing(tiny):
-    backend = Tokenizer.from_str(tiny.backend_tokenizer.to_str())
-    backend.model.dropout = 0.5
-    assert cut_pattern(backend) is None
 
 def test_a_tokenizer_in_python_and_a_large_vocabulary(tiny, tmp_path):
     (tmp_path/"a.txt").write_text("héllo  wörld\n" * 3, encoding="utf-8")
@@ -144,16 +86,16 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
 JOB = """
 import sys, time
 from transformers import AutoTokenizer
-from colab_gpt2.text import tokens as blocks
+from colab_gpt2.text import token_store
 tokenizer_folder, cache, text, pieces = sys.argv[1:]  # pieces: how many to encode before it hangs
-blocks.EVERY, call, encoded = 1, blocks.Encoder.__call__, []
+token_store.EVERY, call, encoded = 1, token_store.Encoder.__call__, []
 def slowly(self, segments):
     if len(encoded) == int(pieces): time.sleep(600)
     encoded.append(sum(map(len, segments)))
     return call(self, segments)
-blocks.Encoder.__call__ = slowly
+token_store.Encoder.__call__ = slowly
 print("ready", flush=True)
-blocks.tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 64, cache_dir=cache, progress=False)
+token_store.tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 64, cache_dir=cache, progress=False)
 print(sum(encoded), flush=True)
 """
 
@@ -230,7 +172,7 @@ def interrupted(tiny, cache, long_text, monkeypatch, error, every=1):
         return call(self, segments)
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "__call__", failing)
-        patch.setattr(blocks_module, "EVERY", every)
+        patch.setattr(token_store, "EVERY", every)
         with pytest.raises(type(error)) as e: tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
     return e.value
 
@@ -280,7 +222,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from colab_gpt2.text.tokens import tokenize_file
+from colab_gpt2.text.token_store import tokenize_file
 tokenizer_folder, cache, *texts = sys.argv[1:]
 for text in texts:
     tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 512, cache_dir=cache, progress=False)
