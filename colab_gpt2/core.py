@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['replacing', 'plain', 'Record', 'nearest', 'human_bytes', 'human_time', 'current_umask', 'sync', 'settle_files',
-           'atomic', 'leftovers', 'Told', 'make_bar', 'check_number', 'sha256_of', 'check_space', 'cache_folder']
+           'atomic', 'leftovers', 'Told', 'make_bar', 'check_number', 'sha256_of', 'check_space', 'cache_folder',
+           'retried']
 
 # %% ../nbs/00_core.ipynb #0b0b9bfa
-import contextlib, dataclasses, difflib, hashlib, html, math, os, re, shutil, tempfile
+import contextlib, dataclasses, difflib, hashlib, html, logging, math, os, re, shutil, tempfile, time
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #f9a2c4bf
@@ -168,3 +169,20 @@ def check_space(path, needed, what):
 def cache_folder(cache_dir=None):
     "Where downloads and token files are kept: `cache_dir`, else `colab_gpt2` under `$XDG_CACHE_HOME` or `~/.cache`."
     return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"colab_gpt2").expanduser()
+
+# %% ../nbs/00_core.ipynb #4a9058d6
+def retried(
+    action,  # a function without arguments
+    passing,  # a function of the exception: may it pass by itself?
+    attempts=3,  # in all
+    wait=1.0,  # seconds before the second attempt, twice as many before the third, and so on
+):
+    "`action()`, tried again after an error that is `passing`. An error with a `wait` of its own is given at least that many seconds."
+    for attempt in range(1, attempts):
+        try: return action()
+        except Exception as e:
+            if not passing(e): raise
+            logging.getLogger(__name__).info("attempt %d of %d failed: %s", attempt, attempts, e)
+            pause = max(wait * 2 ** (attempt - 1), getattr(e, "wait", 0))
+        time.sleep(pause)
+    return action()
