@@ -19,6 +19,7 @@ import typer
 from . import __version__, tasks
 from .config import FinetuneConfig
 from .core import Record, plain
+from .errors import Sentence
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
 app = typer.Typer(name="colab-gpt2", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -105,7 +106,7 @@ def option(name, kind, default, help) -> inspect.Parameter:
 # %% ../nbs/65_cli.ipynb #24f67f56
 def config_options(defaults) -> list:
     "One option for every field of FinetuneConfig; `trainer_args` are given as NAME=VALUE, as often as needed."
-    made = [option(f.name, f.type, getattr(defaults, f.name), f.metadata["help"] + (f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""))
+    made = [option(f.name, f.type, getattr(defaults, f.name), Sentence(f.metadata["help"]).render(lambda name, *_: "--" + name.replace("_", "-")) + (f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""))
             for f in fields(FinetuneConfig) if f.name != "trainer_args"]
     return made + [option("trainer_arg", Optional[list[str]], None, "NAME=VALUE for transformers.TrainingArguments; may be repeated")]
 

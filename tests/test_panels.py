@@ -287,7 +287,7 @@ def test_a_run_that_is_refused_leaves_the_result(quick):
 def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     def fail(): raise MemoryError("Out of memory, and nothing is left to divide; set a smaller block_size.")
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
-    assert panel.start(callbacks=[At(4, fail)]) is None and "set a smaller “Block size”" in panel.said and "set “Go on” to no" in panel.status.value
+    assert panel.start(callbacks=[At(4, fail)]) is None and "set a smaller “Block size”" in panel.said and "set “Resume” to no" in panel.status.value
     rows = panel.form.rows
     rows["block_size"].widget.value = "32"
     assert "of a run with Block size 64" in panel.plan.value
@@ -312,7 +312,7 @@ def test_an_error_before_the_first_checkpoint_starts_anew(quick):
     "What lies in the folder is another run's: the panel does not go on from it by itself."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick)
-    assert panel.start() is None and "set Go on, or Start over" in panel.said and not panel.config.resume
+    assert panel.start() is None and "set Resume, or Overwrite" in panel.said and not panel.config.resume
 
 
 def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch, tmp_path):

@@ -42,7 +42,7 @@ def small(attention=0.0, residual=0.1, layers=3, vocabulary=5000):
 def training(config, recipe):
     "A model as `recipe` says, and a function that takes one micro-batch forward and, if asked, backward."
     model = new_model(config, seed=0).train()
-    if recipe.tune: tune_model(model, attention_dropout=recipe.attention_dropout)
+    if recipe.tune: tune_model(model, keep_attention_dropout=recipe.keep_attention_dropout)
     if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision)
     if recipe.recompute: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     def part(backward=True):
@@ -68,7 +68,7 @@ def saved_bytes(config, recipe):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by peft
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("options, attention, residual, rel", [
-    (dict(), 0.0, 0.0, 0.005), (dict(), 0.1, 0.1, 0.005), (dict(attention_dropout=True), 0.1, 0.1, 0.08), (dict(recompute=True), 0.1, 0.1, 1e-6), (dict(tune=False), 0.1, 0.1, 0.15), (dict(method="lora"), 0.1, 0.1, 0.03)])
+    (dict(), 0.0, 0.0, 0.005), (dict(), 0.1, 0.1, 0.005), (dict(keep_attention_dropout=True), 0.1, 0.1, 0.08), (dict(recompute=True), 0.1, 0.1, 1e-6), (dict(tune=False), 0.1, 0.1, 0.15), (dict(method="lora"), 0.1, 0.1, 0.03)])
 def test_a_layer_keeps_what_the_forecast_says(precision, options, attention, residual, rel):
     recipe = Recipe(4, 256, precision=precision, device="cpu", **options)
     counted = saved_bytes(small(attention, residual, 3), recipe) - saved_bytes(small(attention, residual, 2), recipe)

@@ -151,7 +151,7 @@ def identify(config, blocks, plan) -> dict:
 def make_trainer(config, model, tokenizer, blocks, plan, runtime, callbacks=(), progress=True) -> BlockTrainer:
     """A trainer of `model`, tuned and given adapters as `config` and `plan` say, over `blocks`. It speaks through its `meter`, its `bar` and `callbacks` only.
     Nothing is written, nothing deleted yet."""
-    if config.tune: tune_model(model, attention_dropout=config.attention_dropout)
+    if config.tune: tune_model(model, keep_attention_dropout=config.keep_attention_dropout)
     if plan.method == "lora": model = add_adapters(model, config.lora_rank, plan.precision, config.seed)
     batch, meter, stop, garbage = plan.micro_batch * plan.gradient_accumulation_steps, Meter(runtime.device), StopOnInterrupt(), FreezeGarbage()
     bar, arguments = Bar(meter, min(batch, len(blocks)) * blocks.block_size, progress), training_arguments(config, plan, runtime, model.num_parameters())

@@ -52,12 +52,12 @@ def head_multiple(hidden) -> int:
 # %% ../../nbs/model/22_tune.ipynb #d55743d9
 def tune_model(
     model,  # a causal language model of transformers; it is changed in place
-    *, attention_dropout: bool = False,  # keep the dropout inside attention that the model's config has
+    *, keep_attention_dropout: bool = False,  # keep the dropout inside attention that the model's config has
 ) -> tuple:  # of sentences: what was changed
     "Make a GPT-2 fast to train. Any other architecture is left as it is, with one sentence that says so. Twice is as good as once."
     model.loss_type = "ForCausalLM"  # unset, transformers warns and guesses the same
     if type(model) is not GPT2LMHeadModel: return (f"{type(model).__name__} trains as transformers has it: only GPT-2 is made faster.",)
-    gelus, dropouts = use_fused_gelu(model), 0 if attention_dropout else drop_attention_dropout(model)
+    gelus, dropouts = use_fused_gelu(model), 0 if keep_attention_dropout else drop_attention_dropout(model)
     model.forward = types.MethodType(training_forward, model)
     return ("The loss is computed in chunks, without logits in memory.",) + (("GELU is one fused operation.",) if gelus else ()) + (
         ("Attention has no dropout, and so its fastest kernel.",) if dropouts else ())

@@ -12,6 +12,8 @@ from dataclasses import fields, replace
 
 import ipywidgets as widgets
 
+from ..errors import Sentence
+
 # %% ../../nbs/panels/73_fields.ipynb #d0bcbaac
 def label_of(f): return f.metadata.get("label") or f.name.replace("_", " ").capitalize()
 
@@ -192,7 +194,7 @@ class Form:
     "The rows of some fields of `values.config`, in step with it both ways. What is bad is marked and does not reach the config."
     def __init__(self, values, names, suggestions=None):
         self.values, self.busy, known, make = values, False, {f.name: f for f in fields(values.config)}, Looks().make
-        def help_of(f): return in_labels(f.metadata.get("help", ""), values.config)
+        def help_of(f): return Sentence(f.metadata.get("help", "")).render(lambda name, *_: f"“{label_of(known[name])}”")
         self.rows = {name: Row(make, known[name], getattr(values.config, name), functools.partial(self.edited, name), (suggestions or {}).get(name, ()), help_of(known[name])) for name in names}
         self.box = widgets.VBox([row.box for row in self.rows.values()])
         values.listeners.append(self.follow)

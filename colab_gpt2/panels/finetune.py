@@ -95,10 +95,10 @@ def describe_folder(config, plan=None) -> tuple:
     there = f"{config.output_dir} holds {newest[0].name}" if newest else f"{config.output_dir} is not empty"
     if config.overwrite_output_dir: return f"{there}: this run starts over and replaces it.", False
     if config.resume and not newest: return f"{there} and has no whole checkpoint: there is nothing to go on from.", True
-    if config.resume and plan and (was := what_differs(newest[0], config, plan)): return f"{there}, of a run with {was}. To go on, set that again; to train with the settings as they are, set Go on to no and Start over to yes.", True
+    if config.resume and plan and (was := what_differs(newest[0], config, plan)): return f"{there}, of a run with {was}. To go on, set that again; to train with the settings as they are, set Resume to no and Overwrite to yes.", True
     if config.resume and plan and int(newest[0].name.split("-")[1]) >= plan.steps: return f"{there}, and that is the last step of this run: no training is left, and Start would only measure and save the model again. To train on, raise Epochs.", False
     if config.resume: return f"{there}: this run goes on from it.", False
-    return f"{there}: set {'Go on, or ' if newest else ''}Start over, or choose another folder.", True
+    return f"{there}: set {'Resume, or ' if newest else ''}Overwrite, or choose another folder.", True
 
 # %% ../../nbs/panels/78_finetune.ipynb #4620edac
 def describe_result(result, live) -> str:
@@ -113,7 +113,7 @@ def describe_result(result, live) -> str:
 # %% ../../nbs/panels/78_finetune.ipynb #81825838
 MAIN = ("model", "num_train_epochs", "block_size", "effective_batch_size", "learning_rate", "output_dir", "resume", "overwrite_output_dir", "prompt")
 ADVANCED = ("max_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "precision", "method", "lora_rank", "optim", "gradient_checkpointing", "per_device_train_batch_size",
-            "gradient_accumulation_steps", "torch_compile", "tune", "attention_dropout", "from_scratch", "tokenizer", "seed", "logging_steps", "save_steps", "eval_split", "eval_stride", "max_new_tokens")
+            "gradient_accumulation_steps", "torch_compile", "tune", "keep_attention_dropout", "from_scratch", "tokenizer", "seed", "logging_steps", "save_steps", "eval_split", "eval_stride", "max_new_tokens")
 
 # %% ../../nbs/panels/78_finetune.ipynb #e7a1249e
 class Settings(Panel):
@@ -253,14 +253,14 @@ class FinetunePanel(Settings):
     def go_on_next(self, error):
         "The next start goes on from what the run saved. What helps against a lack of memory makes it another run, for which it must not."
         self.values.set(resume=True, overwrite_output_dir=False)
-        if isinstance(error, MemoryError): self.note("Start goes on from the checkpoint, with the settings as they were. To start over with others, set “Go on” to no and “Start over” to yes.")
+        if isinstance(error, MemoryError): self.note("Start goes on from the checkpoint, with the settings as they were. To start over with others, set “Resume” to no and “Overwrite” to yes.")
 
     def describe(self, result):
         what = "perplexity" if result.tokens_per_second else "no training was left; perplexity"
         return f"Done in {human_time(result.seconds)}: {what} {result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}, saved in {result.output_dir}."
 
     def interrupted(self, error):
-        onward = "Start goes on from there." if self.can_go_on(error) else f"To go on from there, set Output folder to {self.live.config.output_dir} again, and Go on to yes."
+        onward = "Start goes on from there." if self.can_go_on(error) else f"To go on from there, set Output folder to {self.live.config.output_dir} again, and Resume to yes."
         super().interrupted(f"{error.saved} {onward}" if isinstance(error, Interrupted) else error)
         if self.live and self.live.losses: self.keep(f"<p>{html.escape(str(error))}</p>{describe_samples(self.live.samples)}", self.live.charts())
 

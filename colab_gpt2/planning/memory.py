@@ -79,7 +79,7 @@ class Recipe(Record):
     recompute: bool = False  # compute a layer's activations again in the backward pass instead of keeping them
     lora_rank: int = 16
     tune: bool = True  # the fast engine; False: transformers' model as it is
-    attention_dropout: bool = False  # as the config has it; the stock model always does
+    keep_attention_dropout: bool = False  # as the config has it; the stock model always does
 
     def __post_init__(self):
         for name, least in dict(micro_batch=1, block_size=2, gradient_accumulation_steps=1, lora_rank=1).items():
@@ -178,7 +178,7 @@ def mask_bytes(shape, recipe, size) -> float:
 # %% ../../nbs/planning/30_memory.ipynb #5595ff6c
 def keeps_matrices(shape, recipe) -> bool:
     "Whether attention keeps its T×T matrices: with dropout, anywhere but on CUDA."
-    return shape.attention_dropout > 0 and recipe.device != "cuda" and (recipe.attention_dropout or not is_tuned(shape, recipe))
+    return shape.attention_dropout > 0 and recipe.device != "cuda" and (recipe.keep_attention_dropout or not is_tuned(shape, recipe))
 
 # %% ../../nbs/planning/30_memory.ipynb #0097e2af
 def head_copy(shape, recipe) -> int:

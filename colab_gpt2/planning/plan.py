@@ -113,7 +113,7 @@ PATIENCE = 2.5  # seconds, by the forecast, that a micro-batch may take on a CPU
 def possible_ways(shape, block_size, runtime, config, tokens=None) -> list:
     "A list of ways to train, the best first; each is a list of Recipes, the largest micro-batch first. A text of few `tokens` is not divided into parts that it has no blocks for."
     there, recomputing = blocks_a_step(config, block_size, tokens), [False, True] if config.gradient_checkpointing is None else [config.gradient_checkpointing]
-    same = dict(block_size=block_size, precision=runtime.precision.dtype, device=runtime.device, lora_rank=config.lora_rank, tune=config.tune, attention_dropout=config.attention_dropout)
+    same = dict(block_size=block_size, precision=runtime.precision.dtype, device=runtime.device, lora_rank=config.lora_rank, tune=config.tune, keep_attention_dropout=config.keep_attention_dropout)
     sizes = [n for n in micro_batches(config) if n <= there] or [there]  # one that is asked for may be more than there is
     ways = [[Recipe(micro_batch=n, gradient_accumulation_steps=math.ceil(there / n), method=method, optimizer=optimizer, recompute=recompute, **same) for n in sizes]
             for method, optimizer in methods(config, runtime) for recompute in recomputing]
