@@ -7,7 +7,8 @@ from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from colab_gpt2.model.decoding import GPT2Reader, GraphReader, ModelReader, Sampling, candidates, decode, is_stock_gpt2, open_reader, penalise
+from colab_gpt2.model.decoding import GPT2Reader, GraphReader, ModelReader, decode, is_stock_gpt2, open_reader
+from colab_gpt2.model.sampling import Sampling, candidates, penalise
 from colab_gpt2.model.loading import load_model, new_model
 from colab_gpt2.model.tune import tune_model
 
@@ -154,7 +155,7 @@ KNOBS = [(0.7, 50, 1.0), (1.0, 0, 0.9), (1.3, 40, 0.5), (0.9, 0, 1.0), (1.0, 1, 
 
 def check_distribution(logits, expected_logits, tokens, temperature, top_k, top_p, penalty):
     scores, found = candidates(penalise(logits, tokens, penalty), Sampling(temperature, top_k, top_p))
-    got = torch.zeros_like(logits).scatter(1, found, scores.softmax(-1))
+    got = scores.softmax(-1) if found is None else torch.zeros_like(logits).scatter(1, found, scores.softmax(-1))
     expected = filtered(tokens, expected_logits, temperature, top_k, top_p, penalty)
     assert torch.equal(got > 0, expected > 0) and torch.allclose(got, expected, rtol=0, atol=1e-6)
 

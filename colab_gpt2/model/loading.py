@@ -23,9 +23,16 @@ from ..text.corpus import hub_trouble
 from ..runtime import out_of_memory
 
 # %% ../../nbs/model/20_loading.ipynb #8c79dab5
-def gpt2_parameters(layers, width, context, vocabulary):
-    "How many parameters a GPT-2 of these dimensions has, its output layer tied to the token embedding."
-    return (vocabulary + context) * width + layers * (12 * width * width + 13 * width) + 2 * width
+def gpt2_parameters(
+    layers, width, context, vocabulary,  # as in `ModelInfo`
+    inner=None,  # width of the feed-forward part; None: 4 · width
+    tied=True,  # the output layer is the token embedding
+) -> int:
+    "How many parameters a GPT-2 of these dimensions has."
+    inner = inner or 4 * width
+    attention, feed_forward, norms = 4 * width * (width + 1), 2 * width * inner + inner + width, 4 * width
+    embeddings = (vocabulary * (1 if tied else 2) + context) * width
+    return embeddings + layers * (attention + feed_forward + norms) + 2 * width
 
 # %% ../../nbs/model/20_loading.ipynb #2c4c8caa
 @dataclass(frozen=True)

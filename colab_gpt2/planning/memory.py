@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from ..config import METHODS, OPTIMIZERS, PRECISIONS
 from ..core import Record, check_number, nearest
 from ..model.loss import CHUNK_SIZE, EXACT_LOGITS, EXACT_ROWS
-from ..model.loading import check_causal, model_context
+from ..model.loading import check_causal, gpt2_parameters, model_context
 
 # %% ../../nbs/planning/30_memory.ipynb #7644379e
 @dataclass(frozen=True)
@@ -51,11 +51,8 @@ def shape_of(model) -> Shape:
 def count_parameters(config) -> int:
     "Parameters of the causal model that `config` describes; tied weights count once."
     if config.model_type != "gpt2": return count_on_meta(config)
-    L, C, V, T = config.n_layer, config.n_embd, config.vocab_size, config.n_positions
-    inner = config.n_inner or 4*C
-    attention, mlp, norms = 4*C*C + 4*C, 2*C*inner + inner + C, 4*C
-    head = 0 if config.tie_word_embeddings else V*C
-    return V*C + T*C + L*(attention + mlp + norms) + 2*C + head
+    return gpt2_parameters(config.n_layer, config.n_embd, config.n_positions, config.vocab_size, config.n_inner,
+                           config.tie_word_embeddings)
 
 # %% ../../nbs/planning/30_memory.ipynb #425def98
 def count_on_meta(config) -> int:
