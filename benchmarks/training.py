@@ -23,7 +23,7 @@ PROBED = 3  # micro-batches that the library's probe learns from before the firs
 def our_side(options, config, tokenizer, blocks) -> dict:
     changes = dict(torch_compile=True) if options.side == "ours-compiled" else {}
     trainer, plan, train = our_trainer(options, config, tokenizer, blocks, **changes)
-    found, plan = measure(options, trainer, options.batch, train, done=PROBED * plan.micro_batch)
+    found, plan = measure(options, trainer, options.batch, train, done=PROBED * plan.recipe.micro_batch)
     if changes and not plan.torch_compile: raise SystemExit("torch.compile failed here, and nothing compiled was measured.")
     return {**found, "plan": plan}
 

@@ -215,7 +215,7 @@ class Bench(Record):
 
     def _rows(self):
         return [("model", self.model), ("speed", f"{self.tokens_per_second:,.0f} training tokens/s, the median of {self.steps} steps without the first two"),
-                ("batch", f"{self.plan.micro_batch} × {self.plan.gradient_accumulation_steps} blocks of {self.plan.block_size} tokens, {self.plan.precision}"),
+                ("batch", f"{self.plan.recipe.micro_batch} × {self.plan.recipe.gradient_accumulation_steps} blocks of {self.plan.recipe.block_size} tokens, {self.plan.recipe.precision}"),
                 ("machine", f"{self.runtime.device_name}, {self.runtime.cores} cores")]
 
 # %% ../nbs/64_tasks.ipynb #d968664f

@@ -143,7 +143,7 @@ def check_room(config, plan):
     """OSError unless the disk has room for the least that a run writes: the model, and the checkpoint that an interrupt saves, or two where they
     are saved on the way and none is there yet, since a new one is whole before the old one goes. A checkpoint is 12 bytes a parameter: weights
     and AdamW's two moments in fp32; one of adapters is too small to count."""
-    saved = 0 if plan.method == "lora" else 1 if config.save_steps == -1 or find_checkpoints(config.output_dir) else 2
+    saved = 0 if plan.recipe.method == "lora" else 1 if config.save_steps == -1 or find_checkpoints(config.output_dir) else 2
     check_space(config.output_dir, plan.parameters * (4 + 12 * saved), "The run")
 
 # %% ../nbs/63_training.ipynb #a7e07c54
@@ -163,10 +163,9 @@ def settle_compiled(trainer, plan, around) -> Plan:
 # %% ../nbs/63_training.ipynb #bd6f6135
 def as_trained(plan, micro_batch) -> Plan:
     "`plan` with the `micro_batch` that the training ended with, which is less where memory ran out in spite of the plan."
-    if micro_batch >= plan.micro_batch: return plan
-    batch = plan.micro_batch * plan.gradient_accumulation_steps
-    return replace(plan, micro_batch=micro_batch, gradient_accumulation_steps=math.ceil(batch / micro_batch),
-                   reasons=(*plan.reasons, f"Memory ran out with {plan.micro_batch} blocks at once, and the training ended with {micro_batch}."))
+    if micro_batch >= plan.recipe.micro_batch: return plan
+    reason = f"Memory ran out with a micro-batch of {plan.recipe.micro_batch} blocks; the training ended with {micro_batch}."
+    return plan.with_micro_batch(micro_batch, reason)
 
 # %% ../nbs/63_training.ipynb #21f15d24
 def train_model(config, trainer, plan, resumed_from=None) -> Plan:
@@ -177,7 +176,7 @@ def train_model(config, trainer, plan, resumed_from=None) -> Plan:
     if trainer.args.device.type == "cpu": keep_freed_memory()
     with said_in_one_line(config), contextlib.ExitStack() as around:
         for manager in (trainer.stop.listening(), quiet(), contextlib.closing(trainer.bar), trainer.garbage.thawing()): around.enter_context(manager)
-        if plan.recompute: around.enter_context(recomputing(trainer.model))
+        if plan.recipe.gradient_checkpointing: around.enter_context(recomputing(trainer.model))
         listeners = trainer.callback_handler.callbacks
         tell(listeners, "on_stage", "probing", stop=trainer.stop)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
@@ -264,7 +263,7 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     def measure(stage, **facts):
         tell(callbacks, "on_stage", stage, **facts)
         with said_in_one_line(config):
-            measured = (perplexity(model, held_out, stride=config.eval_stride, precision=plan.precision, progress=progress, watch=functools.partial(tell, callbacks, "on_measuring")),
+            measured = (perplexity(model, held_out, stride=config.eval_stride, precision=plan.recipe.precision, progress=progress, watch=functools.partial(tell, callbacks, "on_measuring")),
                         generate(model, config.prompt, tokenizer=tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=report)[0])
         tell(callbacks, "on_measured", *measured)
         return measured
@@ -273,9 +272,9 @@ def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=Tru
     trainer = make_trainer(config, model, tokenizer, train, plan, runtime, callbacks, progress)
     plan = train_model(config, trainer, plan, resumed_from)
     done = training_facts(trainer)
-    if plan.method == "lora": model = trainer.model
+    if plan.recipe.method == "lora": model = trainer.model
     del trainer  # with the optimizer's moments: measuring needs the room
-    if plan.method == "lora": model = merge_adapters(model, load).to(runtime.device)
+    if plan.recipe.method == "lora": model = merge_adapters(model, load).to(runtime.device)
     release_memory()
     tell(callbacks, "on_stage", "saving")
     with said_in_one_line(config): save_model(model, tokenizer, output_dir)

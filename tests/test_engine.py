@@ -138,7 +138,7 @@ def test_the_parts_of_a_step_share_the_copies_in_half_precision(text, tmp_path):
 
 def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_path):
     whole = run(text, tmp_path/"whole", method="lora", learning_rate=5e-3)
-    assert whole.plan.method == "lora" and whole.perplexity_after.value < 0.9 * whole.perplexity_before.value
+    assert whole.plan.recipe.method == "lora" and whole.perplexity_after.value < 0.9 * whole.perplexity_before.value
     saved = AutoModelForCausalLM.from_pretrained(tmp_path/"whole")
     assert type(saved).__name__ == "GPT2LMHeadModel" and saved.num_parameters() == whole.parameters
 
@@ -156,7 +156,7 @@ def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch, error
     plain = run(text, tmp_path/"plain")
     calls = scarce_memory(monkeypatch, 2, error, first)
     with pytest.warns(UserWarning, match="Not enough memory for 4 blocks at once; the step is taken with 2"): scarce = run(text, tmp_path/"scarce")
-    assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4]) and max(calls[-8:]) == scarce.plan.micro_batch == 2
+    assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4]) and max(calls[-8:]) == scarce.plan.recipe.micro_batch == 2
     assert scarce.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
 
 

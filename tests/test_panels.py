@@ -295,7 +295,7 @@ def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     assert panel.buttons["start"].disabled and all("exclude each other" in rows[name].hint.value for name in ("resume", "overwrite_output_dir"))
     rows["resume"].widget.value = False
     assert not panel.buttons["start"].disabled and "starts over" in panel.plan.value
-    assert panel.start().plan.block_size == 32
+    assert panel.start().plan.recipe.block_size == 32
 
 
 @pytest.mark.parametrize("error, said", [(OSError(28, "No space left on device"), "Kept: checkpoint-3"), (MemoryError("Out of memory"), "Out of memory"), (KeyboardInterrupt(), "Stopped.")])

@@ -44,10 +44,10 @@ def training(config, recipe):
     model = new_model(config, seed=0).train()
     if recipe.tune: tune_model(model, keep_attention_dropout=recipe.keep_attention_dropout)
     if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision)
-    if recipe.recompute: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     def part(backward=True):
         ids = torch.randint(config.vocab_size, (recipe.micro_batch, recipe.block_size))
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.half, cache_enabled=not recipe.recompute): loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.half, cache_enabled=not recipe.gradient_checkpointing): loss = model(input_ids=ids, labels=ids).loss
         return loss.backward() if backward else loss
     return model, part
 
@@ -68,13 +68,13 @@ def saved_bytes(config, recipe):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by peft
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("options, attention, residual, rel", [
-    (dict(), 0.0, 0.0, 0.005), (dict(), 0.1, 0.1, 0.005), (dict(keep_attention_dropout=True), 0.1, 0.1, 0.08), (dict(recompute=True), 0.1, 0.1, 1e-6), (dict(tune=False), 0.1, 0.1, 0.15), (dict(method="lora"), 0.1, 0.1, 0.03)])
+    (dict(), 0.0, 0.0, 0.005), (dict(), 0.1, 0.1, 0.005), (dict(keep_attention_dropout=True), 0.1, 0.1, 0.08), (dict(gradient_checkpointing=True), 0.1, 0.1, 1e-6), (dict(tune=False), 0.1, 0.1, 0.15), (dict(method="lora"), 0.1, 0.1, 0.03)])
 def test_a_layer_keeps_what_the_forecast_says(precision, options, attention, residual, rel):
     recipe = Recipe(4, 256, precision=precision, device="cpu", **options)
     counted = saved_bytes(small(attention, residual, 3), recipe) - saved_bytes(small(attention, residual, 2), recipe)
     copied = 16 * 192 * recipe.lora_rank if recipe.method == "lora" else 12 * 192**2  # weights of the layer that autocast copies: the adapters', or all
-    copies = 2 * copied if recipe.half and not recipe.recompute else 0
-    assert counted - copies == pytest.approx(4*4*256*192 if recipe.recompute else layer_bytes(shape_of(small(attention, residual)), recipe), rel=rel)
+    copies = 2 * copied if recipe.half and not recipe.gradient_checkpointing else 0
+    assert counted - copies == pytest.approx(4*4*256*192 if recipe.gradient_checkpointing else layer_bytes(shape_of(small(attention, residual)), recipe), rel=rel)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by peft
@@ -114,17 +114,17 @@ def forecast_of_tensors(config, recipe): return sum(bytes for name, bytes in mem
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batch, parts, vocabulary, block_size", [(1, 1, 5000, 256), (1, 1, 5000, 32), (2, 2, 5000, 256), (6, 1, 5000, 256), (6, 2, 500, 256)])
-def test_a_step_takes_what_the_forecast_says(tmp_path, precision, recompute, micro_batch, parts, vocabulary, block_size):
-    config, recipe = small(vocabulary=vocabulary), Recipe(micro_batch, block_size, parts, precision, "cpu", recompute=recompute)
+def test_a_step_takes_what_the_forecast_says(tmp_path, precision, gradient_checkpointing, micro_batch, parts, vocabulary, block_size):
+    config, recipe = small(vocabulary=vocabulary), Recipe(micro_batch, block_size, parts, precision, "cpu", gradient_checkpointing=gradient_checkpointing)
     assert peak_of_a_step(config, recipe, tmp_path/"trace.json") == pytest.approx(forecast_of_tensors(config, recipe), rel=0.03)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # asked for by peft
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("options, rel", [(dict(), 0.03), (dict(recompute=True), 0.1), (dict(method="lora"), 0.1)])  # in the backward pass a wide layer's gradients come on top
+@pytest.mark.parametrize("options, rel", [(dict(), 0.03), (dict(gradient_checkpointing=True), 0.1), (dict(method="lora"), 0.1)])  # in the backward pass a wide layer's gradients come on top
 def test_a_step_of_a_wider_mlp_takes_what_the_forecast_says(tmp_path, precision, options, rel):
     config, recipe = small(), Recipe(6, 256, 2, precision, "cpu", **options)
     config.n_inner = 16 * config.n_embd
@@ -141,7 +141,7 @@ def test_a_step_of_lora_takes_what_the_forecast_says(tmp_path, precision, micro_
 
 def test_those_steps_have_their_peaks_at_three_moments():
     def peak(recipe, **shape): return max((at_loss, at_backward, at_end), key=lambda moment: sum(moment(shape_of(small(**shape)), recipe).values()))
-    assert [peak(Recipe(6, 256)), peak(Recipe(6, 256, recompute=True), vocabulary=500), peak(Recipe(1, 32))] == [at_loss, at_backward, at_end]
+    assert [peak(Recipe(6, 256)), peak(Recipe(6, 256, gradient_checkpointing=True), vocabulary=500), peak(Recipe(1, 32))] == [at_loss, at_backward, at_end]
 
 
 BASE = Recipe(4, 512, 2, "bf16")
@@ -151,7 +151,7 @@ BASE = Recipe(4, 512, 2, "bf16")
 def test_forecast_grows_with_what_costs(more): assert forecast_memory(load_config("gpt2"), replace(BASE, **more)) > forecast_memory(load_config("gpt2"), BASE)
 
 
-@pytest.mark.parametrize("less", [dict(recompute=True), dict(optimizer="adamw_bnb_8bit"), dict(method="lora"), dict(gradient_accumulation_steps=1)])
+@pytest.mark.parametrize("less", [dict(gradient_checkpointing=True), dict(optimizer="adamw_bnb_8bit"), dict(method="lora"), dict(gradient_accumulation_steps=1)])
 @pytest.mark.parametrize("name", SIZES)
 def test_forecast_falls_with_what_saves(less, name): assert forecast_memory(load_config(name), replace(BASE, **less)) < forecast_memory(load_config(name), BASE)
 
@@ -159,8 +159,8 @@ def test_forecast_falls_with_what_saves(less, name): assert forecast_memory(load
 def test_time_follows_the_work():
     shape, device = shape_of(load_config("gpt2-xl")), DEVICES["A100-80"]
     full = forecast_step(shape, BASE, device)
-    assert full < forecast_step(shape, replace(BASE, recompute=True), device) < 1.4 * full
-    assert forecast_step(shape, replace(BASE, method="lora"), device) < forecast_step(shape, replace(BASE, method="lora", recompute=True), device) < full
+    assert full < forecast_step(shape, replace(BASE, gradient_checkpointing=True), device) < 1.4 * full
+    assert forecast_step(shape, replace(BASE, method="lora"), device) < forecast_step(shape, replace(BASE, method="lora", gradient_checkpointing=True), device) < full
     assert forecast_step(shape, replace(BASE, precision="fp32"), device) > 10 * full
 
 
@@ -176,14 +176,13 @@ TOO_SMALL = ("CPU", "gpt2-xl")  # 6.2 GB of weights in fp32 and the heap's holes
 @pytest.mark.parametrize("name", SIZES)
 def test_every_size_has_a_plan_on_every_machine_but_the_largest_without_a_gpu(gpu, name):
     plan = plan_of(name, named_runtime(gpu))
-    assert (plan.method, plan.recompute) == MATRIX[gpu][SIZES.index(name)] and plan.optimizer == "adamw_torch_fused"
+    assert (plan.recipe.method, plan.recipe.gradient_checkpointing) == MATRIX[gpu][SIZES.index(name)] and plan.recipe.optimizer == "adamw_torch_fused"
     assert plan.fits == (plan.peak_bytes <= plan.limit_bytes) == ((gpu, name) != TOO_SMALL) and plan.limit_bytes < named_runtime(gpu).ram + (DEVICES[gpu].memory if gpu != "CPU" else 0)
-    assert plan.micro_batch * plan.gradient_accumulation_steps == 8 and plan.steps == 2 * math.ceil(2361 / 8)
-    assert plan.precision == {"T4": "fp16", "CPU": "fp32"}.get(gpu, "bf16")
+    assert plan.blocks_per_step == 8 and plan.steps == 2 * math.ceil(2361 / 8)
+    assert plan.recipe.precision == {"T4": "fp16", "CPU": "fp32"}.get(gpu, "bf16")
     assert plan.seconds == pytest.approx(plan.steps * plan.step_seconds, abs=100) and plan.reasons[0].startswith("It fits" if plan.fits else "It does not fit")
     assert plan.limit_bytes == memory_limit(named_runtime(gpu))
-    recipe = Recipe(plan.micro_batch, 1024, plan.gradient_accumulation_steps, plan.precision, named_runtime(gpu).device, plan.method, plan.optimizer, plan.recompute)
-    assert plan.peak_bytes == forecast_memory(load_config(name), recipe)
+    assert plan.peak_bytes == forecast_memory(load_config(name), plan.recipe)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -204,9 +203,9 @@ def test_as_memory_shrinks_each_way_comes_in_its_turn():
     for tenths in range(600, 30, -1):
         plan = plan_of("gpt2-xl", of_memory(T4, tenths * 1e8))
         if not plan.fits: break
-        way = WAYS.index((plan.method, plan.optimizer, plan.recompute))
-        if last and last[0] == way: assert plan.micro_batch <= last[1]  # in one way the micro-batch only falls
-        last = way, plan.micro_batch
+        way = WAYS.index((plan.recipe.method, plan.recipe.optimizer, plan.recipe.gradient_checkpointing))
+        if last and last[0] == way: assert plan.recipe.micro_batch <= last[1]  # in one way the micro-batch only falls
+        last = way, plan.recipe.micro_batch
         if not seen or seen[-1] != way: seen.append(way)
     assert seen == list(range(6))
     assert all(not plan_of("gpt2-xl", of_memory(T4, tenths * 1e8)).fits for tenths in range(tenths, 1, -1))
@@ -215,9 +214,9 @@ def test_as_memory_shrinks_each_way_comes_in_its_turn():
 def test_only_what_is_installed_is_planned():
     bare = of_memory(T4, 15e9, {})
     assert not plan_of("gpt2-xl", bare).fits and "Install peft" in plan_of("gpt2-xl", bare).reasons[0]
-    assert plan_of("gpt2-xl", of_memory(T4, 22e9)).optimizer == "adamw_bnb_8bit"
+    assert plan_of("gpt2-xl", of_memory(T4, 22e9)).recipe.optimizer == "adamw_bnb_8bit"
     plan = plan_of("gpt2-xl", of_memory(T4, 22e9, {"peft": "0.20.0"}))
-    assert plan.method == "lora" and "8-bit AdamW was not tried: bitsandbytes is not installed." in plan.reasons
+    assert plan.recipe.method == "lora" and "8-bit AdamW was not tried: bitsandbytes is not installed." in plan.reasons
     assert "8-bit" not in str(plan_of("gpt2-large", T4).reasons)  # recomputation, which comes before it, was enough
 
 
@@ -226,7 +225,7 @@ def test_a_text_shorter_than_the_batch_is_a_step_of_its_own_length(batch):
     text = TextSize(64 * 1024, 1024, "known")
     plan, alone = plan_of("gpt2", T4, text, effective_batch_size=batch), plan_of("gpt2", T4, text, effective_batch_size=64)
     assert plan.step_seconds == alone.step_seconds and plan.seconds == alone.seconds and plan.steps == 2
-    assert plan.micro_batch * plan.gradient_accumulation_steps == batch and plan.micro_batch <= 64  # the batch is kept, by which a checkpoint is known
+    assert plan.blocks_per_step == batch and plan.recipe.micro_batch <= 64  # the batch is kept, by which a checkpoint is known
     assert not plan_of("gpt2", T4, text, effective_batch_size=batch, max_steps=100).torch_compile  # six minutes, not an hour
 
 
@@ -235,24 +234,24 @@ def test_a_text_shorter_than_the_batch_is_a_step_of_its_own_length(batch):
 def test_the_effective_batch_is_constant(batch, gpu):
     for name in SIZES:
         plan = plan_of(name, named_runtime(gpu), effective_batch_size=batch)
-        assert plan.fits == ((gpu, name) != TOO_SMALL) and plan.micro_batch * plan.gradient_accumulation_steps == batch
+        assert plan.fits == ((gpu, name) != TOO_SMALL) and plan.blocks_per_step == batch
 
 
 @pytest.mark.parametrize("fixed, expected", [
     (dict(per_device_train_batch_size=2), dict(micro_batch=2, gradient_accumulation_steps=4, fits=True)),
     (dict(gradient_accumulation_steps=2), dict(micro_batch=4, gradient_accumulation_steps=2, fits=True)),
     (dict(per_device_train_batch_size=3, gradient_accumulation_steps=5), dict(micro_batch=3, gradient_accumulation_steps=5, fits=True)),
-    (dict(gradient_checkpointing=True), dict(recompute=True, method="full", fits=True)),
-    (dict(method="lora"), dict(method="lora", recompute=False, fits=True)),
+    (dict(gradient_checkpointing=True), dict(gradient_checkpointing=True, method="full", fits=True)),
+    (dict(method="lora"), dict(method="lora", gradient_checkpointing=False, fits=True)),
     (dict(optim="adamw_bnb_8bit"), dict(optimizer="adamw_bnb_8bit", method="full", fits=True)),
     (dict(precision="fp32"), dict(precision="fp32", fits=True)),
     (dict(torch_compile=True), dict(torch_compile=True)),
-    (dict(tune=False), dict(recompute=False, method="full", fits=True)),
-    (dict(per_device_train_batch_size=64, gradient_accumulation_steps=1, gradient_checkpointing=False), dict(micro_batch=64, recompute=False, fits=False))])
+    (dict(tune=False), dict(gradient_checkpointing=False, method="full", fits=True)),
+    (dict(per_device_train_batch_size=64, gradient_accumulation_steps=1, gradient_checkpointing=False), dict(micro_batch=64, gradient_checkpointing=False, fits=False))])
 def test_what_is_asked_for_is_kept(fixed, expected):
     plan = plan_of("gpt2", T4, **fixed)
-    assert {name: getattr(plan, name) for name in expected} == expected
-    assert plan.micro_batch * plan.gradient_accumulation_steps == effective_batch(FinetuneConfig(**fixed))
+    assert {name: plan.to_dict()[name] for name in expected} == expected
+    assert plan.blocks_per_step == effective_batch(FinetuneConfig(**fixed))
 
 
 @pytest.mark.parametrize("fixed, words", [
@@ -320,7 +319,7 @@ def ask(shell, *words, **env):
 def test_a_plan_for_another_machine_downloads_nothing(shell, tmp_path):
     empty = dict(HF_HOME=str(tmp_path/"hf"), XDG_CACHE_HOME=str(tmp_path/"cache"))
     said = ask(shell, "--model", "gpt2-xl", "--gpu", "t4", HF_ENDPOINT="http://127.0.0.1:9", **empty)
-    assert {"fits", "method", "peak_bytes", "limit_bytes", "seconds", "micro_batch", "gradient_accumulation_steps", "precision", "optimizer", "recompute", "reasons"} <= set(said)
+    assert {"fits", "method", "peak_bytes", "limit_bytes", "seconds", "micro_batch", "gradient_accumulation_steps", "precision", "optimizer", "gradient_checkpointing", "reasons"} <= set(said)
     assert (said["fits"], said["method"], said["tokens"]) == (True, "lora", 2_417_786) and "nothing was downloaded" in str(said["reasons"])
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

@@ -125,9 +125,9 @@ def training_arguments(config, plan, runtime, parameters) -> TrainingArguments:
     "The TrainingArguments of a run of a model with so many `parameters`. ValueError where it refuses a value of `config.trainer_args`."
     same = ("num_train_epochs", "max_steps", "weight_decay", "warmup_steps", "lr_scheduler_type", "max_grad_norm", "seed", "logging_steps")
     decided = dict(
-        output_dir=config.output_dir, learning_rate=pick_learning_rate(config, parameters, plan.method), optim=plan.optimizer,
-        per_device_train_batch_size=plan.micro_batch * plan.gradient_accumulation_steps,  # a step's batch in one: BlockTrainer divides it
-        bf16=plan.precision == "bf16", fp16=plan.precision == "fp16", use_cpu=runtime.device == "cpu",
+        output_dir=config.output_dir, learning_rate=pick_learning_rate(config, parameters, plan.recipe.method), optim=plan.recipe.optimizer,
+        per_device_train_batch_size=plan.blocks_per_step,  # a step's batch in one: BlockTrainer divides it
+        bf16=plan.recipe.precision == "bf16", fp16=plan.recipe.precision == "fp16", use_cpu=runtime.device == "cpu",
         save_strategy="no" if config.save_steps == -1 else "steps", save_steps=max(config.save_steps, 1), logging_first_step=True,
         logging_nan_inf_filter=False,  # its check costs a wait for the device at every step; StopOnNaN looks when a loss is logged
         dataloader_pin_memory=runtime.device == "cuda", disable_tqdm=True, report_to="none")
@@ -140,7 +140,7 @@ def training_arguments(config, plan, runtime, parameters) -> TrainingArguments:
 # %% ../../nbs/engine/42_trainer.ipynb #9b833c62
 def identify_settings(config, plan) -> dict:
     "The settings that make a run this one and no other."
-    return dict(block_size=plan.block_size, batch=plan.micro_batch * plan.gradient_accumulation_steps, seed=config.seed, method=plan.method if plan.method == "full" else f"lora of rank {config.lora_rank}")
+    return dict(block_size=plan.recipe.block_size, batch=plan.blocks_per_step, seed=config.seed, method=plan.recipe.method if plan.recipe.method == "full" else f"lora of rank {config.lora_rank}")
 
 # %% ../../nbs/engine/42_trainer.ipynb #77f3cabc
 def identify(config, blocks, plan) -> dict:
@@ -152,8 +152,8 @@ def make_trainer(config, model, tokenizer, blocks, plan, runtime, callbacks=(), 
     """A trainer of `model`, tuned and given adapters as `config` and `plan` say, over `blocks`. It speaks through its `meter`, its `bar` and `callbacks` only.
     Nothing is written, nothing deleted yet."""
     if config.tune: tune_model(model, keep_attention_dropout=config.keep_attention_dropout)
-    if plan.method == "lora": model = add_adapters(model, config.lora_rank, plan.precision, config.seed)
-    batch, meter, stop, garbage = plan.micro_batch * plan.gradient_accumulation_steps, Meter(runtime.device), StopOnInterrupt(), FreezeGarbage()
+    if plan.recipe.method == "lora": model = add_adapters(model, config.lora_rank, plan.recipe.precision, config.seed)
+    batch, meter, stop, garbage = plan.blocks_per_step, Meter(runtime.device), StopOnInterrupt(), FreezeGarbage()
     bar, arguments = Bar(meter, min(batch, len(blocks)) * blocks.block_size, progress), training_arguments(config, plan, runtime, model.num_parameters())
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
@@ -161,8 +161,8 @@ def make_trainer(config, model, tokenizer, blocks, plan, runtime, callbacks=(), 
                            callbacks=[meter, stop, StopOnNaN(), bar, garbage, *callbacks])
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which belongs to the caller
     trainer.meter, trainer.stop, trainer.bar, trainer.garbage = meter, stop, bar, garbage
-    trainer.micro_batch, trainer.checkpoints_to_keep = plan.micro_batch, config.save_total_limit
-    if plan.recompute: trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # half-precision copies of the layer at work only
+    trainer.micro_batch, trainer.checkpoints_to_keep = plan.recipe.micro_batch, config.save_total_limit
+    if plan.recipe.gradient_checkpointing: trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)  # half-precision copies of the layer at work only
     trainer.identity = identify(config, blocks, plan)
     return trainer
 
@@ -203,8 +203,8 @@ def moment_bytes(model, optimizer) -> int:
 def probe(trainer, plan) -> Plan:
     "`plan` with the peak memory and the time of a step as measured on its own blocks: `Plan.corrected`. What torch raises for memory, see `out_of_memory`, where not even that fits."
     model, device = trainer.model, trainer.args.device
-    blocks = min(plan.micro_batch * plan.gradient_accumulation_steps, len(trainer.train_dataset))  # of a step: a text may have fewer than the batch
-    part = min(plan.micro_batch, blocks)
+    blocks = min(plan.blocks_per_step, len(trainer.train_dataset))  # of a step: a text may have fewer than the batch
+    part = min(plan.recipe.micro_batch, blocks)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(part)])
     batch = {name: value.to(device) for name, value in batch.items()}
     model.train()
@@ -221,21 +221,19 @@ def probe(trainer, plan) -> Plan:
                 seconds.append(time.perf_counter() - started)
                 trainer.tell_part()
         finally: model.zero_grad(set_to_none=True)
-    return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.optimizer), step_seconds=min(seconds[1:]) * blocks / part)  # the first fills caches and heap
+    return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.recipe.optimizer), step_seconds=min(seconds[1:]) * blocks / part)  # the first fills caches and heap
 
 # %% ../../nbs/engine/42_trainer.ipynb #27e03498
 def settle(trainer, plan) -> Plan:
     "Probe `plan`, with ever smaller micro-batches until one fits; `trainer.micro_batch` follows. A micro-batch of one is kept, fitting or not."
     while True:
-        trainer.micro_batch = plan.micro_batch
+        trainer.micro_batch = plan.recipe.micro_batch
         try: probed = probe(trainer, plan)
         except Exception as e:
-            if plan.micro_batch == 1 or not out_of_memory(e): raise
+            if plan.recipe.micro_batch == 1 or not out_of_memory(e): raise
             probed = replace(plan, fits=False)
-        if plan.micro_batch == 1 and not probed.fits: warnings.warn(f"The probed step needed {human_bytes(probed.peak_bytes)}, more than the {human_bytes(plan.limit_bytes)} that are sure to be there. The run goes on, and may run out of memory.", stacklevel=3)
-        if probed.fits or plan.micro_batch == 1: return probed
-        batch = plan.micro_batch * plan.gradient_accumulation_steps
-        micro = max(n for n in range(1, plan.micro_batch // 2 + 1) if batch % n == 0)
-        plan = replace(plan, micro_batch=micro, gradient_accumulation_steps=batch // micro,
-                       reasons=(*plan.reasons, f"A probed step did not fit with {plan.micro_batch} blocks at once: {micro} instead."))
+        if plan.recipe.micro_batch == 1 and not probed.fits: warnings.warn(f"The probed step needed {human_bytes(probed.peak_bytes)}, more than the {human_bytes(plan.limit_bytes)} that are sure to be there. The run goes on, and may run out of memory.", stacklevel=3)
+        if probed.fits or plan.recipe.micro_batch == 1: return probed
+        micro = max(n for n in range(1, plan.recipe.micro_batch // 2 + 1) if plan.blocks_per_step % n == 0)
+        plan = plan.with_micro_batch(micro, f"A probed step did not fit with {plan.recipe.micro_batch} blocks in a micro-batch: {micro} instead.")
         trainer.lower_micro_batch(trainer.model, micro)

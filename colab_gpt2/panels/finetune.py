@@ -71,7 +71,7 @@ def describe_plan(plan, config) -> str:
     "The HTML of the Plan of `config`: memory as a bar, time, batch and learning rate in words, the reasons folded away."
     said = "measured" if plan.source == "probe" else "estimated"
     time = f"about {human_time(plan.seconds)}, {plan.steps:,} steps of {step_time(plan.step_seconds)}" if plan.seconds else f"{plan.steps:,} steps; how long one takes is measured when it starts"
-    batch = f"{plan.micro_batch} × {plan.gradient_accumulation_steps} blocks of {plan.block_size} tokens a step, {'LoRA' if plan.method == 'lora' else 'all weights'}, {plan.precision}, learning rate {pick_learning_rate(config, plan.parameters, plan.method):g}"
+    batch = f"{plan.recipe.micro_batch} × {plan.recipe.gradient_accumulation_steps} blocks of {plan.recipe.block_size} tokens a step, {'LoRA' if plan.recipe.method == 'lora' else 'all weights'}, {plan.recipe.precision}, learning rate {pick_learning_rate(config, plan.parameters, plan.recipe.method):g}"
     return (f"<b>{'It fits' if plan.fits else '⚠ It may not fit'}</b>{meter('Memory', plan.peak_bytes, plan.limit_bytes, f'{human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)}, {said}')}"
             f"<div class='cg-meter'><span>Time</span><span style='grid-column:2/4'>{time} ({said}), and the measuring before and after</span></div>"
             f"<div class='cg-meter'><span>Batch</span><span style='grid-column:2/4'>{batch}</span></div>{folded('Why', chr(10).join(plan.reasons))}")

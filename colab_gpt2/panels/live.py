@@ -55,7 +55,7 @@ class Course:
         if self.ended: return parts[0]
         if taken: parts.append(f"{human_time(seconds / taken * (self.steps - self.step))} left")
         if self.losses: parts.append(f"loss {self.losses[-1][1]:.3f}")
-        if taken and self.plan: parts.append(f"{taken * self.plan.micro_batch * self.plan.gradient_accumulation_steps * self.plan.block_size / seconds:,.0f} tokens/s")
+        if taken and self.plan: parts.append(f"{taken * self.plan.blocks_per_step * self.plan.recipe.block_size / seconds:,.0f} tokens/s")
         return " · ".join(parts)
 
     def charts(self) -> list: return charts(self.losses, self.measured, self.steps)

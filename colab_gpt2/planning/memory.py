@@ -73,7 +73,7 @@ class Recipe(Record):
     device: str = "cuda"  # or "cpu", "mps": attention with dropout and dropout's masks differ
     method: str = "full"  # or "lora"
     optimizer: str = "adamw_torch_fused"  # or "adamw_bnb_8bit"
-    recompute: bool = False  # compute a layer's activations again in the backward pass instead of keeping them
+    gradient_checkpointing: bool = False  # compute a layer's activations again in the backward pass instead of keeping them
     lora_rank: int = 16
     tune: bool = True  # the fast engine; False: transformers' model as it is
     keep_attention_dropout: bool = False  # as the config has it; the stock model always does
@@ -136,9 +136,9 @@ def held(shape, recipe) -> dict:
 # %% ../../nbs/planning/30_memory.ipynb #ed76bbdc
 def activations(shape, recipe) -> dict:
     "Bytes that the forward pass saves for the backward pass: with recomputation only each layer's input."
-    tuned, C, layers = is_tuned(shape, recipe), shape.width, 0 if recipe.recompute else shape.layers
+    tuned, C, layers = is_tuned(shape, recipe), shape.width, 0 if recipe.gradient_checkpointing else shape.layers
     last = getattr(COSTS, f"last_{numbers(recipe)}") + norms_of_lora(recipe) if tuned else 0
-    inputs = (2 if numbers(recipe) == "lora" else 4)*recipe.tokens*C*shape.layers if recipe.recompute else 0  # in the residual stream's precision
+    inputs = (2 if numbers(recipe) == "lora" else 4)*recipe.tokens*C*shape.layers if recipe.gradient_checkpointing else 0  # in the residual stream's precision
     return {"activations": inputs + last*recipe.tokens*C + layers*layer_bytes(shape, recipe), "dropout of the embeddings": mask_bytes(shape, recipe, 4) if tuned else 0}
 
 # %% ../../nbs/planning/30_memory.ipynb #408e788a
@@ -187,7 +187,7 @@ def half_copies(shape, recipe) -> int:
     "Bytes of the copies in half precision: of all weights, of the output layer and a layer's four products with recomputation, or of the adapters in LoRA, and there the output layer's."
     if not recipe.half: return 0
     if recipe.method == "lora": return 2*trained_parameters(shape, recipe) + head_copy(shape, recipe)
-    return head_copy(shape, recipe) + 2*(4*shape.width**2 + 2*shape.width*shape.inner) if recipe.recompute else 2*shape.parameters
+    return head_copy(shape, recipe) + 2*(4*shape.width**2 + 2*shape.width*shape.inner) if recipe.gradient_checkpointing else 2*shape.parameters
 
 # %% ../../nbs/planning/30_memory.ipynb #71305a89
 def embedding_gradient(shape, recipe) -> int:
@@ -230,14 +230,14 @@ def at_loss(shape, recipe) -> dict:
 def at_backward(shape, recipe) -> dict:
     "Bytes when the backward pass begins, and the output layer's gradient is scaled into a second one in fp32."
     copies = half_copies(shape, recipe) - (0 if in_place(recipe) else head_copy(shape, recipe))
-    return {**after_forward(shape, recipe), "half-precision copies of the weights": copies, "the layer computed again": layer_bytes(shape, recipe) if recipe.recompute else 0,
+    return {**after_forward(shape, recipe), "half-precision copies of the weights": copies, "the layer computed again": layer_bytes(shape, recipe) if recipe.gradient_checkpointing else 0,
             "the embedding's gradient in the making": (1 if in_place(recipe) else 2)*embedding_gradient(shape, recipe)}
 
 # %% ../../nbs/planning/30_memory.ipynb #ba858bab
 def at_end(shape, recipe) -> dict:
     "Bytes at the end of the backward pass: every gradient, those of the embedding as an output and as an input besides, one of which is among them where no earlier part left any, and the copies that serve all parts of a step."
     making = (2 if recipe.gradient_accumulation_steps > 1 else 1)*embedding_gradient(shape, recipe)
-    copies = 0 if recipe.recompute else half_copies(shape, recipe) - head_copy(shape, recipe)
+    copies = 0 if recipe.gradient_checkpointing else half_copies(shape, recipe) - head_copy(shape, recipe)
     return {**held(shape, recipe), "half-precision copies of the weights": copies, "gradients": 4*trained_parameters(shape, recipe), "the embedding's gradient in the making": making}
 
 # %% ../../nbs/planning/30_memory.ipynb #12072651
@@ -312,7 +312,7 @@ def flops_per_token(shape, block_size) -> int:
 def work(recipe) -> float:
     """Operations of a step in units of full training's, which are a third forward and two thirds backward, half of these for the weights' gradients: those LoRA
     does not need, its adapters' being too small to count. Recomputation is one more forward pass."""
-    return (2/3 if recipe.method == "lora" else 1) + (1/3 if recipe.recompute else 0)
+    return (2/3 if recipe.method == "lora" else 1) + (1/3 if recipe.gradient_checkpointing else 0)
 
 # %% ../../nbs/planning/30_memory.ipynb #751fef08
 def forecast_step(shape, recipe, device, tokens=None) -> float | None:

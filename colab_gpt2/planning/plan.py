@@ -115,7 +115,7 @@ def possible_ways(shape, block_size, runtime, config, tokens=None) -> list:
     there, recomputing = blocks_a_step(config, block_size, tokens), [False, True] if config.gradient_checkpointing is None else [config.gradient_checkpointing]
     same = dict(block_size=block_size, precision=runtime.precision.dtype, device=runtime.device, lora_rank=config.lora_rank, tune=config.tune, keep_attention_dropout=config.keep_attention_dropout)
     sizes = [n for n in micro_batches(config) if n <= there] or [there]  # one that is asked for may be more than there is
-    ways = [[Recipe(micro_batch=n, gradient_accumulation_steps=math.ceil(there / n), method=method, optimizer=optimizer, recompute=recompute, **same) for n in sizes]
+    ways = [[Recipe(micro_batch=n, gradient_accumulation_steps=math.ceil(there / n), method=method, optimizer=optimizer, gradient_checkpointing=recompute, **same) for n in sizes]
             for method, optimizer in methods(config, runtime) for recompute in recomputing]
     def quick(recipe): return runtime.device != "cpu" or forecast_step(shape, replace(recipe, gradient_accumulation_steps=1), device_of(runtime)) <= PATIENCE
     return [[r for r in way if quick(r)] or way[-1:] for way in ways]
@@ -135,7 +135,7 @@ def first_fit(shape, block_size, runtime, config, tokens=None) -> Recipe | None:
 def describe(recipe) -> str:
     "A Recipe in words."
     words = "LoRA" if recipe.method == "lora" else "full training"
-    extras = [name for name, on in (("8-bit AdamW", recipe.optimizer == OPTIMIZERS[1]), ("recomputation", recipe.recompute)) if on]
+    extras = [name for name, on in (("8-bit AdamW", recipe.optimizer == OPTIMIZERS[1]), ("recomputation", recipe.gradient_checkpointing)) if on]
     return words + (f" with {' and '.join(extras)}" if extras else "")
 
 # %% ../../nbs/planning/31_plan.ipynb #6484d6ec
@@ -186,24 +186,32 @@ def pick_compile(config, runtime, seconds):
 class Plan(Record):
     "How a model will be trained on a machine, and why. Bytes and seconds are estimates until a probe has measured them."
     fits: bool
-    method: str  # "full": every weight is trained; "lora": adapters only
+    recipe: Recipe  # how: method, precision, micro-batch and the rest
     peak_bytes: int
     limit_bytes: int  # what may be used: 90% of the GPU's memory, or of the RAM that is free
     seconds: float | None  # of training and compiling alone; None where the device's speed is unknown
     step_seconds: float | None
     steps: int
-    micro_batch: int  # blocks at a time
-    gradient_accumulation_steps: int  # micro-batches a step
-    block_size: int
-    precision: str
-    optimizer: str
-    recompute: bool  # whether activations are computed again in the backward pass to save memory
     torch_compile: bool
     tokens: int  # of the training text
     parameters: int
     device: str
     reasons: tuple  # sentences; the first says whether it fits, and if not, what to change
     source: str = "forecast"  # or "probe"
+
+    @property
+    def blocks_per_step(self) -> int: return self.recipe.micro_batch * self.recipe.gradient_accumulation_steps
+
+    def to_dict(self) -> dict:
+        "As one flat dict, the recipe's fields among the plan's own; `device` is the device's name."
+        own = super().to_dict()
+        return {**own.pop("recipe"), **own}
+
+    def with_micro_batch(self, micro_batch, reason):
+        "The plan with a smaller micro-batch in as many more accumulation steps, and the `reason` for it."
+        parts = math.ceil(self.blocks_per_step / micro_batch)
+        recipe = replace(self.recipe, micro_batch=micro_batch, gradient_accumulation_steps=parts)
+        return replace(self, recipe=recipe, reasons=(*self.reasons, reason))
 
     def _rows(self): return plan_rows(self)
 
@@ -217,15 +225,15 @@ def step_time(seconds) -> str:
 # %% ../../nbs/planning/31_plan.ipynb #20fa0611
 def plan_rows(plan) -> list:
     "The rows of a Plan's table: does it fit, how, how long, why."
-    blocks = plan.tokens // plan.block_size
+    blocks = plan.tokens // plan.recipe.block_size
     said, share = "measured" if plan.source == "probe" else "estimate", plan.peak_bytes / plan.limit_bytes
-    batch = f"{plan.micro_batch} × {plan.gradient_accumulation_steps} = {plan.micro_batch * plan.gradient_accumulation_steps} blocks of {plan.block_size} tokens a step"
-    if blocks < plan.micro_batch * plan.gradient_accumulation_steps: batch += f", but the text has {blocks}"
-    extras = [name for name, on in (("recomputation", plan.recompute), ("torch.compile", plan.torch_compile)) if on]
+    batch = f"{plan.recipe.micro_batch} × {plan.recipe.gradient_accumulation_steps} = {plan.blocks_per_step} blocks of {plan.recipe.block_size} tokens a step"
+    if blocks < plan.blocks_per_step: batch += f", but the text has {blocks}"
+    extras = [name for name, on in (("recomputation", plan.recipe.gradient_checkpointing), ("torch.compile", plan.torch_compile)) if on]
     time = "unknown" if plan.seconds is None else f"{human_time(plan.seconds)} for {plan.steps:,} steps of {step_time(plan.step_seconds)}"
     return [("fits", f"{'yes' if plan.fits else 'no'}, {plan.device}"),
             ("memory", f"{'█' * min(20, round(20*share)):░<20} {human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)} ({said})"),
-            ("how", ", ".join([{"full": "full training", "lora": "LoRA"}[plan.method], plan.precision, plan.optimizer, *extras])), ("batch", batch),
+            ("how", ", ".join([{"full": "full training", "lora": "LoRA"}[plan.recipe.method], plan.recipe.precision, plan.recipe.optimizer, *extras])), ("batch", batch),
             ("time", f"{time} ({said})"), ("why", "\n".join(plan.reasons))]
 
 # %% ../../nbs/planning/31_plan.ipynb #bcfb7f20
@@ -265,8 +273,8 @@ def plan_run(
     rough = [] if shape.gpt2 else [f"The memory is a rough estimate: its constants were measured on GPT-2, and this is a model of type {getattr(model, 'config', model).model_type}."]
     reasons = (*memory_reasons(shape, runtime, config, ways, recipe, change), *rough, *missing_packages(config, runtime), f"Precision {runtime.precision}.", text_reason(blocks, steps, there),
                time_reason(runtime, seconds), compile_words)
-    return Plan(peak <= limit, recipe.method, peak, limit, seconds, step, steps, micro, effective_batch(config) // micro, blocks.block_size, recipe.precision,
-                recipe.optimizer, recipe.recompute, compiled, blocks.tokens, shape.parameters, runtime.device_name, reasons)
+    recipe = replace(recipe, micro_batch=micro, gradient_accumulation_steps=effective_batch(config) // micro)
+    return Plan(peak <= limit, recipe, peak, limit, seconds, step, steps, compiled, blocks.tokens, shape.parameters, runtime.device_name, reasons)
 
 # %% ../../nbs/planning/31_plan.ipynb #f1617aa4
 def memory_reasons(shape, runtime, config, ways, recipe, change) -> list:
