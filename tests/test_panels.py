@@ -341,7 +341,7 @@ def test_what_was_suggested_for_tiny_is_not_left_to_another_model(monkeypatch):
 
 def test_a_bad_value_is_marked_where_it_was_typed(quick):
     panel = colab_gpt2.FinetunePanel(quick)
-    for form, name, bad, said in ((panel.form, "model", "./nofolder", "There is no folder ./nofolder"), (panel.form, "model", "no-such/model", "no-such/model is not whole in the cache"),
+    for form, name, bad, said in ((panel.form, "model", "./nofolder", "There is no folder ./nofolder"), (panel.form, "model", "no-such/model", "no-such/model is not complete in the cache"),
                                   (panel.more, "tokenizer", "nope", "Unknown model"), (panel.more, "eval_stride", "100000", "Stride is 100000; it must be")):
         good = form.rows[name].widget.value
         form.rows[name].widget.value = bad
