@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-colab test-browser bench sync clean
+.PHONY: demo test test-colab test-browser bench show sync clean
 
 .venv/ready: $(SOURCES) constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,10 @@ bench: .venv/ready
 	failed=0; for question in training equality packing sampling forecast; do \
 		.venv/bin/python benchmarks/$$question.py --device cpu || failed=1; done; \
 	.venv/bin/python benchmarks/table.py || failed=1; exit $$failed
+
+# After a change to a notebook: run it twice and keep what its cells show; `python tools/show.py NOTEBOOK` does it for one.
+show: .venv/ready
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python tools/show.py
 
 # Before a commit: clean the notebooks, of widgets too, export the package, bring links into step with settings.ini, make the README from nbs/index.ipynb.
 sync: .venv/ready

@@ -1,0 +1,44 @@
+"""Work in a process of its own that does not wait for its imports: it is forked from one that has imported torch and transformers.
+
+What depends on the start of a process (which modules a command loads, what the environment changes at import, signals) is run by `shell`.
+"""
+import multiprocessing, os, pickle, subprocess, sys, tempfile
+from pathlib import Path
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2",
+                              "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+                              "IPython.core.interactiveshell", "nbdev.test", "typer", "rich.console"])
+
+
+def forked(function, *args, cwd=None, env=None, timeout=300):
+    "Call `function(*args)` in a forked process; -> CompletedProcess with text, and with what the function gave as its `result`."
+    with tempfile.TemporaryDirectory(prefix="forked-") as folder:
+        process = FORKS.Process(target=_child, args=(folder, function, args, str(cwd or os.getcwd()), {**os.environ, **(env or {})}))
+        process.start()
+        process.join(timeout)
+        out, err = ((Path(folder)/name).read_text(encoding="utf-8") if (Path(folder)/name).exists() else "" for name in ("stdout", "stderr"))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([function.__name__, *args], timeout, out, err)
+        done = subprocess.CompletedProcess(args, process.exitcode, out, err)
+        done.result = pickle.loads((Path(folder)/"result").read_bytes()) if (Path(folder)/"result").exists() else None
+    return done
+
+
+def _child(folder, function, args, cwd, env):
+    for name, number in (("stdout", 1), ("stderr", 2)): os.dup2(os.open(Path(folder)/name, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    tempfile.tempdir = None
+    result = function(*args)
+    (Path(folder)/"result").write_bytes(pickle.dumps(result))
+
+
+def command(*words):
+    "`colab-gpt2` with these words."
+    from colab_gpt2.cli import main
+    sys.argv = ["colab-gpt2", *words]
+    main()
