@@ -18,9 +18,10 @@ def in_python(name, *value) -> str:
 
 # %% ../nbs/01_errors.ipynb #c33851bd
 class _Words(dict):
-    "What `str.format_map` looks up: the values that were given; any other name is a field, as `name_of` calls it."
+    "What `str.format_map` looks up: the values that were given, told in the same words; any other name is a field, as `name_of` calls it."
     def __init__(self, values, name_of):
-        super().__init__(values)
+        told = {k: worded(v, name_of) for k, v in values.items() if isinstance(v, (Sentence, BaseException))}
+        super().__init__({**values, **told})
         self.name_of = name_of
 
     def __missing__(self, key):
