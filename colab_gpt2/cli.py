@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'SHARED', 'RENAMED', 'DriveFolder', 'TEXT', 'WORK', 'name_of', 'one_line', 'errors_in_one_line', 'bad_usage',
-           'as_typed', 'readable', 'quiet_libraries', 'answer', 'option', 'config_options', 'parse_pairs',
-           'take_config', 'Command', 'command', 'check', 'fetch', 'plan', 'finetune', 'evaluate', 'generate', 'archive',
-           'save', 'restore', 'run', 'demo', 'bench', 'show_version', 'main']
+           'as_typed', 'readable', 'quiet_libraries', 'answer', 'config_options', 'parse_pairs', 'take_config',
+           'Command', 'command', 'check', 'fetch', 'plan', 'finetune', 'evaluate', 'generate', 'archive', 'save',
+           'restore', 'run', 'demo', 'bench', 'show_version', 'main']
 
 # %% ../nbs/65_cli.ipynb #27f64d5b
 import contextlib, inspect, itertools, json, random, sys, warnings
@@ -21,6 +21,7 @@ from . import __version__, tasks
 from .config import FinetuneConfig
 from .core import Record, plain
 from .errors import Sentence, worded
+from .model.sampling import Sampling
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
 app = typer.Typer(
@@ -114,31 +115,23 @@ SHARED = dict(
     as_json=Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")],
     debug=Annotated[bool, typer.Option("--debug", help="show the traceback of an error")])
 
-# %% ../nbs/65_cli.ipynb #926bbb2d
-def option(
-    name,
-    kind,  # its type
-    default,
-    help,
-) -> inspect.Parameter:
-    "A keyword parameter that typer turns into `--name`."
-    made = typer.Option(help=help, show_default=default not in (None, False))
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made])
-
 # %% ../nbs/65_cli.ipynb #24f67f56
 def config_options(
-    defaults,  # a FinetuneConfig
+    defaults,  # a FinetuneConfig, or another record whose fields have helps
     names=None,  # of the fields to offer, in a string; default: all
 ) -> list:
-    "An option for each field; `trainer_args` are given as NAME=VALUE, as often as needed."
-    offered = [f for f in fields(defaults) if names is None or f.name in names.split()]
+    "A keyword parameter for each field, which typer turns into an option; `trainer_args` are NAME=VALUE, as often as needed."
     made = []
-    for f in offered:
-        help = Sentence(f.metadata["help"]).render(name_of)
+    for f in fields(defaults):
+        if names and f.name not in names.split(): continue
+        kind, default, help, flags = f.type, getattr(defaults, f.name), Sentence(f.metadata["help"]).render(name_of), []
         if "choices" in f.metadata: help += f" ({', '.join(f.metadata['choices'])})"
-        made.append(option(f.name, f.type, getattr(defaults, f.name), help))
-    pairs = option("trainer_args", Optional[list[str]], None, "NAME=VALUE for transformers.TrainingArguments; may be repeated")
-    return [pairs if p.name == "trainer_args" else p for p in made]
+        if f.name == "trainer_args":
+            kind, default, flags = Optional[list[str]], None, [name_of(f.name)]
+            help = "NAME=VALUE for transformers.TrainingArguments; may be repeated"
+        typed = typer.Option(*flags, help=help, show_default=default not in (None, False))
+        made.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, typed]))
+    return made
 
 # %% ../nbs/65_cli.ipynb #0ae447fc
 def parse_pairs(
@@ -146,7 +139,7 @@ def parse_pairs(
 ) -> dict:
     "The values by name; one is read as JSON where it is JSON."
     parsed = {}
-    for pair in pairs or ():
+    for pair in pairs:
         name, sign, text = pair.partition("=")
         if not (name and sign):
             raise ValueError(Sentence("{trainer_args} is {pair!r}; write NAME=VALUE, as in adam_beta2=0.95.", pair=pair))
@@ -155,11 +148,14 @@ def parse_pairs(
     return parsed
 
 # %% ../nbs/65_cli.ipynb #7d2908fa
-def take_config(arguments, defaults) -> FinetuneConfig:
-    "`defaults` with its fields that are in `arguments`, which are taken out of them; a value that is refused is `bad_usage`."
+def take_config(
+    arguments,  # by name; what belongs to the config is taken out
+    defaults=FinetuneConfig(),
+):
+    "`defaults` with the values of `arguments`; one that is refused is `bad_usage`."
     with bad_usage():
         named = {f.name: arguments.pop(f.name) for f in fields(defaults) if f.name in arguments}
-        if "trainer_args" in named: named["trainer_args"] = parse_pairs(named["trainer_args"])
+        if "trainer_args" in named: named["trainer_args"] = parse_pairs(named["trainer_args"] or ())
         return replace(defaults, **named)
 
 # %% ../nbs/65_cli.ipynb #7d2908fd
@@ -178,7 +174,7 @@ class Command(TyperCommand):
 
 # %% ../nbs/65_cli.ipynb #f02bdded
 def command(
-    defaults=None,  # a FinetuneConfig: the function is called with a `config` made from these and the options
+    defaults=None,  # a record: the function's `config` is made from it and the options
     names=None,  # of its fields that the function reads, in a string; default: all
 ):
     "Register a function as a subcommand; its docstring is the help."
@@ -249,15 +245,12 @@ def evaluate(config):
     return tasks.evaluate(config.model, config)
 
 # %% ../nbs/65_cli.ipynb #6baf5015
-@command()
+@command(Sampling())
 def generate(
+    config,
     prompt: Annotated[str, typer.Option(help="the text to continue, taken as typed")] = " = Toronto Raptors = \n",
     model: Annotated[str, typer.Option(help="a name, a Hub id or a folder")] = "gpt2-tuned",
     max_new_tokens: Annotated[int, typer.Option(help="length in tokens")] = 250,
-    temperature: Annotated[float, typer.Option(help="below 1 safer, above 1 wilder")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="keep the k most likely tokens; 0 for all")] = 50,
-    top_p: Annotated[float, typer.Option(help="nucleus: keep the smallest set of tokens with this probability")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="above 1 penalizes repetition")] = 1.0,
     seed: Annotated[Optional[int], typer.Option(help="the same seed gives the same text")] = None,
     samples: Annotated[int, typer.Option(help="how many")] = 1,
     tokenizer: Annotated[Optional[str], typer.Option(help="a name, a Hub id or a folder (default: the model's own)")] = None,
@@ -266,19 +259,16 @@ def generate(
     as_json=False,
 ):
     "Generate text from a prompt.\n\nExample: colab-gpt2 generate --model tiny --prompt ' = History = ' --seed 1"
-    from colab_gpt2.generation import Sampling, check_request, generate, stream
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    with bad_usage():
-        Sampling(**sampling)
-        check_request(max_new_tokens, seed, samples)
-    options = dict(max_new_tokens=max_new_tokens, seed=seed, stop=tuple(stop or ()), tokenizer=tokenizer, cache_dir=cache_dir, **sampling)
+    from colab_gpt2.generation import check_request, generate, stream
+    with bad_usage(): check_request(max_new_tokens, seed, samples)
+    options = dict(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), tokenizer=tokenizer, cache_dir=cache_dir, **config.to_dict())
     if as_json or samples != 1:
-        made = generate(model, prompt, samples=samples, **options)
+        made = generate(model, prompt, samples=samples, seed=seed, **options)
         return dict(samples=made) if as_json else made
     if seed is None:
-        options["seed"] = random.randrange(2**31)
-        typer.echo(f"note: seed {options['seed']}", err=True)
-    return itertools.chain([prompt], stream(model, prompt, **options))
+        seed = random.randrange(2**31)
+        typer.echo(f"note: seed {seed}", err=True)
+    return itertools.chain([prompt], stream(model, prompt, seed=seed, **options))
 
 # %% ../nbs/65_cli.ipynb #2e818088
 @command()

@@ -84,7 +84,8 @@ def check_number(
 ):
     "`value`, if it is a finite number within the limits; else a ValueError that says which rule broke."
     kind = numbers.Integral if integer else numbers.Real
-    good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, kind) and not isinstance(value, bool)
+    good = good and (isinstance(value, numbers.Integral) or math.isfinite(value))  # an int may be too large for isfinite
     if good and (above is None or value > above) and not (minimum is not None and value < minimum):
         if maximum is None or value <= maximum: return value
     limits = [f"{sign} {limit}" for sign, limit in ((">", above), ("≥", minimum), ("≤", maximum)) if limit is not None]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import FinetuneConfig, changed, pick_block_size
-from .core import Record, check_number, human_bytes
+from .core import Record, human_bytes
+from .errors import Sentence, check_number
 
 # %% ../nbs/64_tasks.ipynb #efe36024
 def check(path=".") -> Record:
@@ -132,7 +133,8 @@ def open_drive(drive):
     from colab_gpt2.storage.drive import drive_folder, mount_drive
     if drive is not None: return drive_folder(drive, make=True)
     try: return mount_drive()
-    except (OSError, RuntimeError, ValueError) as e: warnings.warn(f"{e} The run goes on without, and tries again at its end.", stacklevel=3)
+    except (OSError, RuntimeError, ValueError) as e: 
+        warnings.warn(Sentence("{why} The run continues without it and tries again at its end.", why=e), stacklevel=3)
 
 # %% ../nbs/64_tasks.ipynb #9e71669d
 def ask_for_drive() -> str:
@@ -141,14 +143,16 @@ def ask_for_drive() -> str:
     from colab_gpt2.runtime import in_colab
     if not in_colab(): return "This is not Colab: there is no Drive to allow, and a folder will stand for it."
     try: return f"The Drive is mounted at {mount_drive()}."
-    except (OSError, RuntimeError, ValueError) as e: return f"{e} Everything else works without it, and the last step asks again."
+    except (OSError, RuntimeError, ValueError) as e: 
+        return Sentence("{why} Everything else works without it, and the last step asks again.", why=e)
 
 # %% ../nbs/64_tasks.ipynb #143e1e0d
 def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     "`path` of the copy on the Drive, or None and `why`; `failed` is true where a Drive was there, or asked for, and has no copy."
     if not has_drive(drive): return dict(path=None, why="this is not Colab, and no folder was given to stand for a Drive", failed=False)
     try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
-    except (OSError, RuntimeError, ValueError, NotImplementedError) as e: return dict(path=None, why=str(e), failed=True)
+    except (OSError, RuntimeError, ValueError, NotImplementedError) as e:
+        return dict(path=None, why=Sentence("{why}", why=e), failed=True)
 
 # %% ../nbs/64_tasks.ipynb #3f624cd5
 @dataclass(frozen=True)
@@ -174,8 +178,10 @@ def run(config: FinetuneConfig | None = None, *, archive_path=None, drive=None, 
     from colab_gpt2.training import finetune
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir or config.resume
-    try: check_archive_path(archive_path or archive_name(config.output_dir), overwrite=again)
-    except FileExistsError as e: raise FileExistsError(f"{str(e).split('. ')[0]}. Set archive_path to another file, or overwrite_output_dir to replace it.") from None
+    target = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
+    if target.exists() and not again:
+        said = "{path} exists; set {archive_path} to another file, or {overwrite_output_dir=True} to overwrite it."
+        raise FileExistsError(Sentence(said, path=target))
     if has_drive(drive): open_drive(drive)
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
     packed = archive(finetuned.output_dir, archive_path, overwrite=again, progress=progress)
