@@ -27,7 +27,8 @@ class Bars:
     def open(self, what, done, total):
         from tqdm import tqdm  # by those who work, not by `colab-gpt2 --help`
         self.what = what
-        self.bar = tqdm(desc=what, total=total, initial=done, unit="", unit_scale=(total or 10_000) >= 10_000, **self.options)
+        many = total is None or total >= 10_000
+        self.bar = tqdm(desc=what, total=total, initial=done, unit="", unit_scale=many, **self.options)
 
     def close(self):
         "End the bar, if there is one: what is printed next begins on a line of its own."
