@@ -99,7 +99,11 @@ def atomic(
     with tempfile.TemporaryDirectory(dir=place, prefix=prefix, suffix=".part") as temporary:
         target = Path(temporary, "folder" if folder else path.name)
         if folder: target.mkdir()
-        yield target
+        try: yield target
+        except BaseException:
+            if not folder:
+                with contextlib.suppress(OSError): target.unlink()  # a Drive under load may refuse to list a folder
+            raise
         _settle(temporary)
         if not inside: os.replace(target, path)
         else:

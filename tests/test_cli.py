@@ -143,7 +143,7 @@ def test_archive_and_save_refuse(cli, tmp_path):
     (tmp_path/"out").mkdir()
     refused(cli("archive", "--folder", "out"), 1, "out")
     (tmp_path/"a.tar.gz").write_bytes(b"mine")
-    refused(cli("save", "--archive", "a.tar.gz"), 1, "Name a folder to save in instead")
+    refused(cli("save", "--archive", "a.tar.gz"), 1, "Name a folder to save in: --drive.")
     refused(cli("bench", "--steps", "0"), 2, "--steps is 0")
     refused(cli("plan", "--gpu", "X5"), 2, "known are T4")
     refused(cli("archive", "--folder", "out", "--path", "a.tar.gz"), 1, "out")

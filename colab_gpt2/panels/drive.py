@@ -12,10 +12,10 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..storage.archives import AGAIN, Archive, archive_model, explained
+from ..storage.archives import Archive, archive_model, explained
 from ..config import changed, check_paths, value
 from ..core import Record, human_bytes, sha256_of
-from ..storage.drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
+from ..storage.drive import GONE, Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
 from .fields import Form, Values
 from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row
 from ..runtime import disk, in_colab
@@ -136,7 +136,7 @@ class DrivePanel(Stoppable):
 
     def mount(self):
         "Mount the Drive, anew if the last error asks for that, and look at its room and its archives; -> its folder. In Colab, call it in a cell: the browser asks for permission."
-        return self.work(functools.partial(self.look, again=AGAIN in str(self.error)), "Mounting the Drive …", lambda drive: f"The Drive is at {drive}.")
+        return self.work(functools.partial(self.look, again=getattr(self.error, "errno", None) == GONE), "Mounting the Drive …", lambda drive: f"The Drive is at {drive}.")
 
     def look(self, again=False) -> Path:
         self.mounted = mount_drive(self.config.drive, force_remount=again)

@@ -1,0 +1,223 @@
+"Archives: the same bytes, nothing that leads elsewhere, every fault, and what is left on disk."
+import io, os, re, shutil, subprocess, sys, tarfile, tracemalloc
+
+import pytest
+
+from colab_gpt2.core import current_umask, sha256_of
+from colab_gpt2.errors import fields_of
+from colab_gpt2.storage.archives import archive_model, check_archive_path, extract_archive
+from colab_gpt2.storage.drive import copy_verified, mount_drive
+from helpers.archives import archive, make_model, model, tree
+from helpers.colab_stub import colab, stub
+
+
+@pytest.fixture
+def my_drive(colab): return mount_drive(colab.mountpoint)
+
+
+def peak_of(action):
+    "Bytes of Python memory that `action` needed at its peak."
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+
+
+# ---- archives
+
+def test_same_bytes_from_another_place_time_umask_and_user(archive, model, tmp_path):
+    other = shutil.copytree(model, tmp_path/"elsewhere"/"named otherwise", copy_function=shutil.copyfile)
+    for path in other.iterdir(): path.chmod(0o600)
+    code = f"""
+import os
+from colab_gpt2 import archive_model
+os.umask(0o077)
+archive_model({str(other)!r}, 'x.tar.gz', progress=False)"""
+    elsewhere = {**os.environ, "TZ": "Asia/Tokyo", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=elsewhere)
+    assert (tmp_path/"x.tar.gz").read_bytes() == archive.path.read_bytes()
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    model = make_model(tmp_path/"output", 64 << 20)
+    assert peak_of(lambda: archive_model(model, tmp_path/"a.tar.gz", progress=False)) < 8 << 20
+    assert peak_of(lambda: extract_archive(tmp_path/"a.tar.gz", tmp_path/"back", progress=False)) < 8 << 20
+    assert peak_of(lambda: copy_verified(model/"model.safetensors", tmp_path/"copy", progress=False)) < 8 << 20
+    copies = tmp_path/"back/model.safetensors", tmp_path/"copy"
+    assert {sha256_of(path) for path in copies} == {sha256_of(model/"model.safetensors")}
+
+
+def test_a_link_to_a_file_is_packed_as_the_file(model, tmp_path):
+    """The Hub's cache is a folder of links into another."""
+    (tmp_path/"blob").write_text("content")
+    (model/"vocab.json").symlink_to(tmp_path/"blob")
+    archive_model(model, tmp_path/"a.tar.gz", progress=False)
+    back = extract_archive(tmp_path/"a.tar.gz", tmp_path/"back", progress=False)
+    assert not (back/"vocab.json").is_symlink() and (back/"vocab.json").read_text() == "content"
+
+
+def test_packed_inside_its_own_folder(model):
+    first = archive_model(model, model/"gpt2-tuned.tar.gz", progress=False)
+    assert archive_model(model, model/"gpt2-tuned.tar.gz", overwrite=True, progress=False) == first
+    assert first.files == ("config.json", "model.safetensors")
+
+
+@pytest.mark.parametrize("name, missing", [("config.json", "config.json"), ("model.safetensors", "*.safetensors")])
+def test_no_model_no_archive(model, tmp_path, name, missing):
+    (model/name).unlink()
+    (tmp_path/"a.tar.gz").write_text("old")
+    line = f"{model} holds no complete model: it has no {missing}. Give the output folder of a finished fine-tuning."
+    with pytest.raises(FileNotFoundError, match=re.escape(line)): archive_model(model, tmp_path/"a.tar.gz")
+    assert tree(tmp_path)["a.tar.gz"] == b"old"
+
+
+TAKEN = "{} exists. Give another path, or overwrite=True to replace it."
+BAD_NAME = "{} is not a valid archive name: it must end in .tar.gz or .tgz."
+
+
+@pytest.mark.parametrize("name, overwrite, kind, line", [
+    ("notes.tar.gz", False, FileExistsError, TAKEN),
+    ("dangling.tgz", False, FileExistsError, TAKEN),
+    ("notes.txt", True, ValueError, BAD_NAME),
+    ("output/model.safetensors", True, ValueError, BAD_NAME),
+    ("output", True, IsADirectoryError, "{} is a folder; name a file in it that ends in .tar.gz.")])
+def test_no_file_is_replaced_unasked(model, tmp_path, name, overwrite, kind, line):
+    for known in ("notes.tar.gz", "notes.txt"): (tmp_path/known).write_text("a year of notes")
+    (tmp_path/"dangling.tgz").symlink_to(tmp_path/"elsewhere")
+    before = tree(tmp_path)
+    for action in (lambda: check_archive_path(tmp_path/name, overwrite),
+                   lambda: archive_model(model, tmp_path/name, overwrite=overwrite, progress=False)):
+        with pytest.raises(kind) as e: action()
+        assert str(e.value) == line.format(tmp_path/name)
+        assert fields_of(e.value) == (("overwrite",) if kind is FileExistsError else ())
+        assert tree(tmp_path) == before and (tmp_path/"dangling.tgz").is_symlink()
+
+
+def test_replaced_when_that_is_said(archive, model, tmp_path):
+    (tmp_path/"b.tgz").write_text("old")
+    again = archive_model(model, tmp_path/"b.tgz", overwrite=True, progress=False)
+    assert again.sha256 == archive.sha256 == sha256_of(tmp_path/"b.tgz")
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_leftovers_of_a_killed_save_are_not_packed(archive, model, tmp_path, checkpoints):
+    for name in (".saving.abc", "samples/.saving.def"): make_model(model/name, 1000)
+    os.truncate(model/".saving.abc"/"model.safetensors", 10)
+    for name in (".DS_Store", "._model.safetensors"): (model/name).write_text("x")
+    again = archive_model(model, tmp_path/"b.tar.gz", checkpoints=checkpoints, progress=False)
+    assert again.files == ("config.json", "model.safetensors") and again.sha256 == archive.sha256
+
+
+def test_half_written_model_is_not_packed(model, tmp_path):
+    os.truncate(model/"model.safetensors", 1000)
+    with pytest.raises(ValueError, match="model.safetensors is truncated or corrupted"):
+        archive_model(model, tmp_path/"a.tar.gz")
+    assert not (tmp_path/"a.tar.gz").exists()
+
+
+@pytest.mark.parametrize("fault, line", [
+    (dict(full=50_000), "the disk, or Drive's quota, is full"), (dict(read_only=True), "the folder is read-only"),
+    (dict(io_error=True), "an input/output error (errno 5)"), (dict(quota=1000), "has 0 B free")])
+def test_archive_that_cannot_be_written(colab, model, my_drive, fault, line):
+    (my_drive/"a.tar.gz").write_text("old")
+    with colab.faults(**fault), pytest.raises(OSError, match=re.escape(line)) as e:
+        archive_model(model, my_drive/"a.tar.gz", overwrite=True, progress=False)
+    assert f"Packing {model} into {my_drive/'a.tar.gz'}" in str(e.value) and "\n" not in str(e.value)
+    assert tree(my_drive) == {"a.tar.gz": b"old"}
+
+
+def test_progress_is_on_stderr_and_can_be_turned_off(tmp_path, capsys):
+    model = make_model(tmp_path/"output", 3 << 20)
+    archive_model(model, tmp_path/"a.tar.gz", progress=False)
+    assert capsys.readouterr() == ("", "")
+    archive = archive_model(model, tmp_path/"a.tar.gz", overwrite=True)
+    copy_verified(archive.path, tmp_path/"b.tar.gz")
+    out, err = capsys.readouterr()
+    assert out == "" and "Packing a.tar.gz: 100%" in err
+    assert "Copying a.tar.gz: 100%" in err and "Reading a.tar.gz back: 100%" in err
+
+
+# ---- unpacking what others made
+
+def evil(path, **fields):
+    "An archive of a good file and then one with `fields`."
+    with tarfile.open(path, "w:gz") as tar:
+        for kind in (dict(name="config.json"), fields):
+            member = tarfile.TarInfo()
+            for name, value in kind.items(): setattr(member, name, value)
+            member.size = 2 if member.isreg() else 0
+            tar.addfile(member, io.BytesIO(b"{}"))
+    return path
+
+
+ABSOLUTE, PARENT, LINK, DEVICE = "is an absolute path", "is a path with ..", "is a link", "is a device file"
+EVIL = [
+    (dict(name="/etc/evil"), ABSOLUTE), (dict(name="C:\\evil"), ABSOLUTE),
+    (dict(name="../evil"), PARENT), (dict(name="a/../../evil"), PARENT), (dict(name="..\\evil"), PARENT),
+    (dict(name="link", type=tarfile.SYMTYPE, linkname="config.json"), LINK),
+    (dict(name="link", type=tarfile.SYMTYPE, linkname="/etc"), LINK),
+    (dict(name="link", type=tarfile.LNKTYPE, linkname="config.json"), LINK),
+    (dict(name="null", type=tarfile.CHRTYPE, devmajor=1, devminor=3), DEVICE),
+    (dict(name="disk", type=tarfile.BLKTYPE), DEVICE), (dict(name="pipe", type=tarfile.FIFOTYPE), DEVICE),
+    (dict(name="config.json"), "appears twice"), (dict(name="config.json/x"), "is a file inside a file")]
+
+
+@pytest.mark.parametrize("fields, reason", EVIL, ids=[f"{i}-{reason}" for i, (_, reason) in enumerate(EVIL)])
+@pytest.mark.parametrize("filtered", [True, False], ids=["with data_filter", "as before 3.10.12"])
+def test_evil_archives_write_nothing(tmp_path, monkeypatch, fields, reason, filtered):
+    if not filtered: monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    (tmp_path/"in").mkdir()
+    path = evil(tmp_path/"in"/"evil.tar.gz", **fields)
+    before = tree(tmp_path)
+    line = f"{path} holds {fields['name']!r}, which {reason}. Nothing was unpacked"
+    with pytest.raises(ValueError, match=re.escape(line)): extract_archive(path, tmp_path/"in"/"new")
+    assert tree(tmp_path) == before and os.listdir(tmp_path/"in") == ["evil.tar.gz"]
+
+
+def test_pythons_own_filter_is_asked_too(tmp_path, monkeypatch):
+    if not hasattr(tarfile, "data_filter"): pytest.skip("this Python has no tarfile.data_filter")
+    def refuse(member, folder): raise tarfile.SpecialFileError(member)
+    monkeypatch.setattr(tarfile, "data_filter", refuse)
+    with pytest.raises(ValueError, match="is a special file. Nothing was unpacked"):
+        extract_archive(evil(tmp_path/"a.tar.gz", name="b"), tmp_path/"new")
+
+
+def test_modes_and_owners_of_an_archive_do_not_come_along(tmp_path):
+    foreign = evil(tmp_path/"a.tar.gz", name="x", mode=0o6777, uid=12345, gid=12345)
+    extract_archive(foreign, tmp_path/"new", progress=False)
+    status, mask = (tmp_path/"new"/"x").stat(), current_umask()
+    assert status.st_mode & 0o7777 == 0o666 & ~mask and (tmp_path/"new").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert (status.st_uid, status.st_gid) == (os.getuid(), os.getgid())
+
+
+def test_an_archive_made_by_tar(model, tmp_path):
+    if not shutil.which("tar"): pytest.skip("there is no tar here")
+    subprocess.run(["tar", "-czf", tmp_path/"2020.tar.gz", "-C", tmp_path, "output/"], check=True)
+    assert tree(extract_archive(tmp_path/"2020.tar.gz", tmp_path/"back", progress=False)/"output") == tree(model)
+
+
+def test_unpacked_into_an_empty_folder_that_stays_the_same(archive, tmp_path, monkeypatch):
+    (tmp_path/"here").mkdir()
+    monkeypatch.chdir(tmp_path/"here")
+    extract_archive(archive.path, ".", progress=False)
+    assert sorted(os.listdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(FileExistsError, match="is not empty, and nothing in it will be overwritten"):
+        extract_archive(archive.path, ".")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 100_000, -1])
+def test_archive_that_was_cut_off(archive, tmp_path, cut):
+    (tmp_path/"cut.tar.gz").write_bytes(archive.path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="cut.tar.gz is truncated, corrupted or not a .tar.gz"):
+        extract_archive(tmp_path/"cut.tar.gz", tmp_path/"new")
+    assert not (tmp_path/"new").exists() and not list(tmp_path.glob(".new*"))
+
+
+@pytest.mark.parametrize("fault, line", [
+    (dict(full=100_000), "the disk, or Drive's quota, is full"), (dict(read_only=True), "the folder is read-only"),
+    (dict(quota=1000), "needs 200.1 kB and")])
+def test_unpacking_that_cannot_be_written(colab, archive, my_drive, fault, line):
+    with colab.faults(**fault), pytest.raises(OSError, match=re.escape(line)):
+        extract_archive(archive.path, my_drive/"new", progress=False)
+    assert os.listdir(my_drive) == []
