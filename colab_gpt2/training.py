@@ -30,7 +30,7 @@ from .model.lora import merge_adapters
 from .planning.plan import Plan, check_packages, pick_run_precision, plan_run
 from .runtime import Runtime, check_runtime, out_of_memory
 from .engine.trainer import check_trainer_args, identify, make_trainer, settle, training_arguments
-from .model.tune import compiled, keep_freed_memory, recomputing, repeated_blocks, return_freed_memory
+from .model.tune import compiled, gradient_checkpointing, keep_freed_memory, repeated_blocks, return_freed_memory
 
 # %% ../nbs/63_training.ipynb #85386443
 def check_output_dir(config) -> Path:
@@ -176,7 +176,7 @@ def train_model(config, trainer, plan, resumed_from=None) -> Plan:
     if trainer.args.device.type == "cpu": keep_freed_memory()
     with said_in_one_line(config), contextlib.ExitStack() as around:
         for manager in (trainer.stop.listening(), quiet(), contextlib.closing(trainer.bar), trainer.garbage.thawing()): around.enter_context(manager)
-        if plan.recipe.gradient_checkpointing: around.enter_context(recomputing(trainer.model))
+        if plan.recipe.gradient_checkpointing: around.enter_context(gradient_checkpointing(trainer.model))
         listeners = trainer.callback_handler.callbacks
         tell(listeners, "on_stage", "probing", stop=trainer.stop)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
