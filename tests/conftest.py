@@ -3,8 +3,10 @@ import os, subprocess, sys
 from pathlib import Path
 
 import pytest
+from helpers.forks import command, forked
 
 ROOT = Path(__file__).parents[1]
+COMMAND_LINE = [sys.executable, "-c", "from colab_gpt2.cli import main; main()"]  # in a process of its own
 
 
 @pytest.fixture(scope="session")
@@ -17,10 +19,13 @@ def shared():
 
 @pytest.fixture
 def shell(tmp_path):
-    "Run a command in an empty folder; -> CompletedProcess with text. `colab-gpt2` is the command line of this environment."
+    """Run a command in an empty folder; -> CompletedProcess with text. `colab-gpt2` is the command line of this environment: forked from a
+    process that has imported torch, unless the test sets environment variables, which libraries read when they are imported."""
     def run(*words, timeout=300, cwd=tmp_path, **env):
-        words = [sys.executable, "-c", "from colab_gpt2.cli import main; main()", *words[1:]] if words[0] == "colab-gpt2" else list(words)
-        return subprocess.run([str(w) for w in words], cwd=cwd, env={**os.environ, **env}, text=True, capture_output=True, timeout=timeout)
+        words = [str(w) for w in words]
+        if words[0] == "colab-gpt2" and not env: return forked(command, *words[1:], cwd=cwd, timeout=timeout)
+        if words[0] == "colab-gpt2": words = [*COMMAND_LINE, *words[1:]]
+        return subprocess.run(words, cwd=cwd, env={**os.environ, **env}, text=True, capture_output=True, timeout=timeout)
     return run
 
 

@@ -6,6 +6,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import colab_gpt2
+from conftest import COMMAND_LINE
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("[0-9]*.ipynb"), key=lambda p: p.name)
@@ -127,7 +128,7 @@ def test_import_is_light(shell):
 def test_help_is_quick(shell):
     def seconds():
         started = time.perf_counter()
-        assert shell("colab-gpt2", "--help").returncode == 0
+        assert shell(*COMMAND_LINE, "--help").returncode == 0
         return time.perf_counter() - started
     assert min(seconds() for _ in range(5)) < 0.5
 
