@@ -93,7 +93,8 @@ def test_options_become_the_words_of_a_side():
 def options(**changes): return SimpleNamespace(**{**dict(device="cpu", size="gpt2"), **changes})
 
 
-def measured(speed, memory, mfu=None): return dict(tokens_per_second=speed, peak_bytes=memory, gpu_peak_bytes=memory, mfu=mfu)
+def measured(speed, memory, mfu=None):
+    return dict(tokens_per_second=speed, peak_bytes=memory, gpu_peak_bytes=memory, mfu=mfu)
 
 
 def test_bars_of_training_are_against_the_tutorial_and_the_better_stock_trainer():

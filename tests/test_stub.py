@@ -102,14 +102,17 @@ def test_mount_checks_in_order(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("TBE_EPHEM_CREDS_ADDR", "x")
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'kernel'"): drive.mount(str(at))
     with stub.pretend():
-        with stub.faults(authorization_denied=True), pytest.raises(_message.MessageError, match="^Error: credential propagation was unsuccessful$"): drive.mount(str(at))
+        with stub.faults(authorization_denied=True), pytest.raises(_message.MessageError, match="^Error: credential propagation was unsuccessful$"):
+            drive.mount(str(at))
         with pytest.raises(ValueError, match="in a directory that exists"): drive.mount(str(at))
         (tmp_path/"full").mkdir()
         (tmp_path/"full"/"file").touch()
         (tmp_path/"link").symlink_to(tmp_path)
         for name, message in (("link", "symlink"), ("full", "already contain files"), ("full/file", "either be a directory")):
-            with stub.faults(mount_failed=True), pytest.raises(ValueError, match=message): drive.mount(str(tmp_path/name))
-        with stub.faults(mount_failed=": a reason"), pytest.raises(ValueError, match="^mount failed: a reason$"): drive.mount(str(tmp_path/"drive"))
+            with stub.faults(mount_failed=True), pytest.raises(ValueError, match=message):
+                drive.mount(str(tmp_path/name))
+        with stub.faults(mount_failed=": a reason"), pytest.raises(ValueError, match="^mount failed: a reason$"):
+            drive.mount(str(tmp_path/"drive"))
         with stub.faults(mount_timeout=True), pytest.raises(Exception) as e: drive.mount(str(tmp_path/"drive"))
         assert f"{e.type.__module__}.{e.type.__name__}" == "pexpect.exceptions.TIMEOUT"
         assert not (tmp_path/"drive").exists()
@@ -127,7 +130,8 @@ def test_files_outlive_the_mount(colab):
     asked = len(colab.stub.requests)
     drive.mount(str(colab.mountpoint))
     assert len(colab.stub.requests) == asked + 1  # it asks for authorisation even when mounted
-    with colab.faults(flush_failed=True), pytest.raises(ValueError, match="^flush_and_unmount failed$"): drive.flush_and_unmount()
+    with colab.faults(flush_failed=True), pytest.raises(ValueError, match="^flush_and_unmount failed$"):
+        drive.flush_and_unmount()
 
 
 # ---- faults of files
@@ -158,7 +162,8 @@ def test_full(colab, my_drive):
 
 
 def test_quota_is_what_disk_usage_says(colab, my_drive):
-    with colab.faults(quota=8192): assert shutil.disk_usage(my_drive).free == 8192 and shutil.disk_usage("/").free != 8192
+    with colab.faults(quota=8192):
+        assert shutil.disk_usage(my_drive).free == 8192 and shutil.disk_usage("/").free != 8192
     assert shutil.disk_usage(my_drive).free != 8192
 
 

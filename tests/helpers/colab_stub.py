@@ -17,7 +17,8 @@ def environment(**variables):
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     "google.colab._stub, freshly imported, with the folder `tmp_path/drive-backing` behind the Drive; this process is not on Colab."
-    for name in ("COLAB_RELEASE_TAG", "TBE_EPHEM_CREDS_ADDR", "TBE_RUNTIME_ADDR", "COLAB_STUB_FAULTS", "COLAB_STUB_SECRETS"): monkeypatch.delenv(name, raising=False)
+    for name in ("COLAB_RELEASE_TAG", "TBE_EPHEM_CREDS_ADDR", "TBE_RUNTIME_ADDR", "COLAB_STUB_FAULTS", "COLAB_STUB_SECRETS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLAB_STUB_DRIVE", str(tmp_path/"drive-backing"))
     monkeypatch.syspath_prepend(str(SOURCE))
     from google.colab import _stub, drive
@@ -32,4 +33,5 @@ def stub(monkeypatch, tmp_path):
 def colab(stub, tmp_path):
     "A cell of a Colab notebook: `.mountpoint` is where to mount, `.backing` the folder behind the Drive, `.stub` the switches."
     (tmp_path/"content").mkdir()
-    with stub.pretend(): yield SimpleNamespace(stub=stub, faults=stub.faults, mountpoint=tmp_path/"content"/"drive", backing=tmp_path/"drive-backing")
+    with stub.pretend():
+        yield SimpleNamespace(stub=stub, faults=stub.faults, mountpoint=tmp_path/"content"/"drive", backing=tmp_path/"drive-backing")

@@ -82,24 +82,31 @@ class Hub(Server):
         if found: return self.resolve(request, "datasets" if found[1] else "models", *found.groups()[1:])
         send(request, 200 if path == "/" else 404)
 
-    def missing(self, request, code): send(request, 404, b'{"error":"not found"}', X_Error_Code=code, X_Error_Message=code, Content_Type="application/json")
+    def missing(self, request, code):
+        send(request, 404, b'{"error":"not found"}', X_Error_Code=code, X_Error_Message=code, Content_Type="application/json")
 
-    def commit(self, files): return hashlib.sha1(repr(sorted((p, hashlib.sha1(b).digest()) for p, b in files.items())).encode()).hexdigest()
+    def commit(self, files):
+        return hashlib.sha1(repr(sorted((p, hashlib.sha1(b).digest()) for p, b in files.items())).encode()).hexdigest()
 
     def api(self, request, body, kind, name, call, revision, folder):
         files = self.repos.get((kind, name))
         if files is None: return self.missing(request, "RepoNotFound")
         commit = self.commit(files)
         if revision not in (None, "main", commit): return self.missing(request, "RevisionNotFound")
-        if call == "tree": reply = self.entries(files, [p for p in self.tree(files) if p.startswith(f"{folder}/" if folder else "")])
-        elif call == "paths-info": reply = self.entries(files, [p for p in json.loads(body)["paths"] if p in self.tree(files)])
-        elif call == "refs": reply = dict(branches=[dict(name="main", ref="refs/heads/main", targetCommit=commit)], tags=[], converts=[])
-        else: reply = dict(id=name, modelId=name, sha=commit, private=False, gated=False, disabled=False, tags=[], downloads=0, likes=0,
+        if call == "tree":
+            reply = self.entries(files, [p for p in self.tree(files) if p.startswith(f"{folder}/" if folder else "")])
+        elif call == "paths-info":
+            reply = self.entries(files, [p for p in json.loads(body)["paths"] if p in self.tree(files)])
+        elif call == "refs":
+            reply = dict(branches=[dict(name="main", ref="refs/heads/main", targetCommit=commit)], tags=[], converts=[])
+        else:
+            reply = dict(id=name, modelId=name, sha=commit, private=False, gated=False, disabled=False, tags=[], downloads=0, likes=0,
                            lastModified="2024-01-04T16:49:18.000Z", createdAt="2022-03-02T23:29:22.000Z", siblings=[dict(rfilename=p) for p in files])
         if call == "tree" and folder and not reply: return self.missing(request, "EntryNotFound")
         send(request, 200, json.dumps(reply).encode(), Content_Type="application/json")
 
-    def tree(self, files): return {**{"/".join(p.split("/")[:n]): None for p in files for n in range(1, p.count("/") + 1)}, **files}
+    def tree(self, files):
+        return {**{"/".join(p.split("/")[:n]): None for p in files for n in range(1, p.count("/") + 1)}, **files}
 
     def entries(self, files, paths):
         return [dict(type="file", path=p, size=len(files[p]), oid=hashlib.sha1(files[p]).hexdigest()) if p in files
@@ -125,7 +132,8 @@ class Mirror(Server):
         self.faults[path] = list(faults)
 
     def answer(self, request, path, body):
-        if (request.headers.get("User-Agent") or "").startswith(tuple(self.refuse) or ("\0",)): return send(request, 403, b"no robots")
+        if (request.headers.get("User-Agent") or "").startswith(tuple(self.refuse) or ("\0",)):
+            return send(request, 403, b"no robots")
         if path not in self.files: return send(request, 404)
         content, fault = self.files[path], self.faults.get(path) and self.faults[path].pop(0)
         if not fault: return send_file(request, content, self.ranges, ETag='"1"')

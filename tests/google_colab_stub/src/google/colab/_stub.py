@@ -42,7 +42,8 @@ class Faults:
     def set(self, **switches):
         "Turn switches on or off until further notice."
         from google.colab import _faulty
-        if unknown := set(switches) - set(dataclasses.asdict(self)): raise TypeError(f"no such fault: {', '.join(sorted(unknown))}")
+        if unknown := set(switches) - set(dataclasses.asdict(self)):
+            raise TypeError(f"no such fault: {', '.join(sorted(unknown))}")
         for name, value in switches.items(): setattr(self, name, value)
         _faulty.install_or_remove()
 

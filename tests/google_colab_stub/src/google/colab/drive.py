@@ -45,10 +45,13 @@ def flush_and_unmount(timeout_ms=24 * 60 * 60 * 1000):
 
 def _check(mountpoint):
     if os.path.islink(mountpoint): raise ValueError("Mountpoint must not be a symlink")
-    if os.path.isdir(mountpoint) and os.listdir(mountpoint): raise ValueError("Mountpoint must not already contain files")
-    if not os.path.isdir(mountpoint) and os.path.exists(mountpoint): raise ValueError("Mountpoint must either be a directory or not exist")
+    if os.path.isdir(mountpoint) and os.listdir(mountpoint):
+        raise ValueError("Mountpoint must not already contain files")
+    if not os.path.isdir(mountpoint) and os.path.exists(mountpoint):
+        raise ValueError("Mountpoint must either be a directory or not exist")
     normed = os.path.normpath(mountpoint)
-    if "/" in normed and not os.path.exists(os.path.dirname(normed)): raise ValueError("Mountpoint must be in a directory that exists")
+    if "/" in normed and not os.path.exists(os.path.dirname(normed)):
+        raise ValueError("Mountpoint must be in a directory that exists")
 
 
 def _note():
@@ -64,7 +67,8 @@ def _mounted_at():
 
 def _link(mountpoint):
     os.makedirs(mountpoint, exist_ok=True)
-    for name, target in LINKS.items(): os.symlink(os.path.join(_stub.drive_folder(), target), os.path.join(mountpoint, name))
+    for name, target in LINKS.items():
+        os.symlink(os.path.join(_stub.drive_folder(), target), os.path.join(mountpoint, name))
     with open(_note(), "w") as f: f.write(os.path.abspath(mountpoint))
 
 
