@@ -37,8 +37,8 @@ def name_of(name, *value) -> str:
     return f"--no-{flag}" if value[0] is False else f"--{flag} {value[0]}"
 
 # %% ../nbs/65_cli.ipynb #0ba5d3db
-def one_line(error) -> str:
-    "An error or a warning in one line, with the options' names; its class where it has no message."
+def one_line(error, name_of=name_of) -> str:
+    "An error or a warning in one line, with a door's names; its class where it has no message."
     return " ".join(worded(error, name_of).split()) or type(error).__name__
 
 # %% ../nbs/65_cli.ipynb #ce7f6373
@@ -83,13 +83,13 @@ def readable(result) -> str:
     return "\n".join(f"{k:{width}}  " + v.replace("\n", "\n" + " " * (width + 2)) for k, v in rows)
 
 # %% ../nbs/65_cli.ipynb #897fcaed
-def quiet_libraries(echo=lambda note: typer.echo(f"note: {one_line(note)}", err=True)):
-    "Our own warnings become notes, by `echo`; those of other packages, and their logs below errors, are left out."
+def quiet_libraries(name_of=name_of):
+    "Our own warnings become notes on stderr; those of other packages, and their logs below errors, are left out."
     import transformers
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = lambda message, *_, **__: echo(message)
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {one_line(message, name_of)}", err=True)
 
 # %% ../nbs/65_cli.ipynb #60846a14
 def answer(
