@@ -11,8 +11,8 @@ import contextlib, html, itertools, math
 from dataclasses import dataclass, replace
 import numpy as np, torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from .core import Record, check_number, nearest
+from .reporting import counter, reporting
 from .text.token_store import Blocks
 from .model.loading import keeps_logits, model_context
 
@@ -121,8 +121,7 @@ def perplexity(
     batch_size: int = None,  # windows at a time; default `logits_batch`
     device=None,  # moves the model there; default where it is
     precision: str = "fp32",  # "bf16" or "fp16": autocast, for a GPU
-    progress: bool = True,
-    watch=None,  # called with (scored, all) tokens after each batch; what it raises ends the measuring
+    progress=True,  # a bar on stderr, or a function of (what, done, total)
 ) -> Perplexity:  # per token; `.per("word")` and `.per("byte")` cost nothing
     """exp of the mean nats a token, every token of the stream but the first scored exactly once, with at least `context - stride` tokens before it (if there are as many).
 
@@ -134,13 +133,13 @@ def perplexity(
     length, vocabulary = min(context, blocks.tokens - 1), model.get_input_embeddings().weight.shape[0]
     size = lambda scored: batch_size or logits_batch(scored if keeps_logits(model) else length, length, vocabulary, device.type != "cpu")
     nats, done = 0.0, 0
-    with evaluating(model.to(device), device, precision), tqdm(total=blocks.tokens - 1, unit="token", unit_scale=True, desc=f"Perplexity of {blocks.split or 'the text'}", disable=not progress) as bar:
+    with reporting(progress) as report, evaluating(model.to(device), device, precision):
+        add = counter(report, f"Perplexity of {blocks.split or 'the text'}", blocks.tokens - 1)
         for ids, scored in batches(blocks.stream, context, stride, size):
             nats += score(model, ids.to(device), scored)
             if not math.isfinite(nats): raise RuntimeError(f"The model's loss on the {blocks.split or 'unnamed'} text is {nats} after {done:,} tokens: its weights are damaged{', or its activations too large for fp16' if precision == 'fp16' else ''}.")
             done += len(ids) * scored
-            bar.update(len(ids) * scored)
-            if watch: watch(done, blocks.tokens - 1)
+            add(len(ids) * scored)
     return Perplexity(math.nan, "token", blocks.split, stride, context, blocks.tokens - 1, blocks.words, blocks.bytes, nats, precision).per("token")
 
 # %% ../nbs/60_evaluation.ipynb #75e25d4b

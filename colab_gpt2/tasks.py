@@ -15,6 +15,7 @@ from pathlib import Path
 from .config import FinetuneConfig, changed, pick_block_size
 from .core import Record, human_bytes
 from .errors import Sentence, check_number
+from .reporting import reporting
 
 # %% ../nbs/64_tasks.ipynb #efe36024
 def check(path=".") -> Record:
@@ -43,8 +44,8 @@ def size_for_plan(config, context, download, progress=True):
     "The training text as `Blocks` where text and tokenizer are there, or may be and can be fetched; else a `TextSize`."
     corpus, tokenizer = corpus_for_plan(config, download, progress), tokenizer_for_plan(config, download)
     if corpus and tokenizer:
-        from colab_gpt2.training import training_blocks
-        return training_blocks(config, corpus, tokenizer, context, progress)
+        from colab_gpt2.preparing import training_blocks
+        with reporting(progress) as report: return training_blocks(config, corpus, tokenizer, context, report)
     from colab_gpt2.planning.plan import estimate_text
     return estimate_text(config, pick_block_size(config, context), corpus.path("train").stat().st_size if corpus else None)
 
@@ -78,14 +79,11 @@ def fetch_for(config, progress=True):
 def evaluate(model="gpt2-tuned", config: FinetuneConfig | None = None, *, progress=True, **changes) -> Record:
     "Perplexity of `model` (a name or a folder) on the text of `config`, per token, word and byte, at its `eval_stride` or at two strides: a `ReportCard`."
     from colab_gpt2.evaluation import report_card
-    from colab_gpt2.training import held_out_blocks, pick_run_precision
-    from colab_gpt2.model.loading import check_match, load_model, load_tokenizer, model_context
-    config = changed(config, **{**changes, "model": model})
-    runtime = pick_run_precision(config, check())
-    tokenizer, loaded = load_tokenizer(config.tokenizer or model, cache_dir=config.cache_dir), load_model(model, cache_dir=config.cache_dir).to(runtime.device)
-    check_match(loaded, tokenizer)
-    blocks = held_out_blocks(config, fetch_for(config, progress), tokenizer, model_context(loaded), progress)
-    return report_card(loaded, blocks, strides=config.eval_stride and (config.eval_stride,), precision=runtime.precision.dtype, progress=progress)
+    from colab_gpt2.preparing import prepare
+    config = changed(config, **{**changes, "model": model, "from_scratch": False})
+    with reporting(progress) as report:
+        ready = prepare(config, report, train=False)
+        return report_card(ready.model, ready.held_out, strides=config.eval_stride and (config.eval_stride,), precision=ready.runtime.precision.dtype, progress=report)
 
 # %% ../nbs/64_tasks.ipynb #7661410d
 def archive(folder="gpt2-tuned", path=None, *, overwrite=False, progress=True) -> Record:
@@ -230,19 +228,15 @@ def check_steps(steps): check_number("steps", steps, minimum=3, integer=True, hi
 # %% ../nbs/64_tasks.ipynb #0f924c60
 def bench(config: FinetuneConfig | None = None, *, steps=8, progress=True, **changes) -> Bench:
     "Train for some steps and throw the result away: training tokens a second over the median step."
-    from colab_gpt2.training import Interrupted, check_packages, make_trainer, pick_run_precision, plan_training, train_model, training_blocks
-    from colab_gpt2.model.loading import load_model, load_tokenizer, model_context
+    from colab_gpt2.preparing import prepare
+    from colab_gpt2.training import Interrupted, make_trainer, plan_training, train_model
     check_steps(steps)
     config = changed(config or DEMO, **changes)
-    runtime = pick_run_precision(config, check())
-    check_packages(config, runtime)
-    model = load_model(config.model, from_scratch=config.from_scratch, seed=config.seed, cache_dir=config.cache_dir).to(runtime.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
-    blocks = training_blocks(config, fetch_for(config, progress), tokenizer, model_context(model), progress)
-    planned = plan_training(config, model.config, blocks, runtime)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, reporting(progress) as report:
+        ready = prepare(config, report, held_out=False)
+        planned = plan_training(config, ready.model.config, ready.train, ready.runtime)
         short = replace(config, max_steps=steps, save_steps=-1, output_dir=scratch)
-        trainer = make_trainer(short, model, tokenizer, blocks, planned, runtime, progress=progress)
+        trainer = make_trainer(short, ready.model, ready.tokenizer, ready.train, planned, ready.runtime, report=report)
         try: planned = train_model(short, trainer, planned)
         except Interrupted: raise KeyboardInterrupt("stopped; nothing was measured, and nothing is kept") from None
-    return Bench(config.model, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), trainer.state.global_step, planned, runtime)
+    return Bench(config.model, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), trainer.state.global_step, planned, ready.runtime)

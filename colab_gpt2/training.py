@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['check_output_dir', 'check_sources', 'check_alone', 'FinetuneResult', 'Interrupted', 'said_in_one_line',
            'checkpoint_to_resume', 'load_finished', 'check_room', 'settle_compiled', 'as_trained', 'train_model',
-           'pick_split', 'training_blocks', 'held_out_blocks', 'plan_training', 'training_facts', 'release_memory',
-           'finetune', 'finished_config']
+           'plan_training', 'training_facts', 'all_told', 'evaluate_and_sample', 'train_and_merge', 'finetune',
+           'finished_config']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
-import contextlib, errno, functools, gc, json, math, os, shutil, tempfile, time, warnings
+import contextlib, errno, json, math, os, shutil, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,20 +17,20 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers.trainer_callback import TrainerState
 
-from .text.token_store import tokenize_file
-from .engine.callbacks import tell
+from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
 from .engine.checkpoints import abandoned_folders, find_checkpoints, read_manifest, remove_checkpoint, save_model, sort_checkpoints
-from .config import FinetuneConfig, changed, pick_block_size, pick_learning_rate
-from .core import Record, check_space, human_bytes, human_time, replacing
-from .text.corpus import load_corpus
+from .config import FinetuneConfig, changed
+from .core import Record, atomic, check_space, human_bytes, human_time
 from .evaluation import Perplexity, perplexity
 from .generation import generate
-from .model.loading import check_match, load_model, load_tokenizer, model_context, quiet
+from .model.loading import quiet
 from .model.lora import merge_adapters
-from .planning.plan import Plan, check_packages, pick_run_precision, plan_run
-from .runtime import Runtime, check_runtime, out_of_memory
+from .planning.plan import Plan, plan_run
+from .preparing import prepare, release_memory, starting_model
+from .reporting import reporting
+from .runtime import Runtime, out_of_memory
 from .engine.trainer import check_trainer_args, identify, make_trainer, settle, training_arguments
-from .model.tune import compiled, gradient_checkpointing, keep_freed_memory, repeated_blocks, return_freed_memory
+from .model.tune import compiled, gradient_checkpointing, keep_freed_memory, repeated_blocks
 
 # %% ../nbs/63_training.ipynb #85386443
 def check_output_dir(config) -> Path:
@@ -170,17 +170,17 @@ def as_trained(plan, micro_batch) -> Plan:
 # %% ../nbs/63_training.ipynb #21f15d24
 def train_model(config, trainer, plan, resumed_from=None) -> Plan:
     """Train the trainer's model in place, from the checkpoint `resumed_from` where there is one; -> the plan as a probed step corrected it.
-    `Interrupted` after Ctrl-C, unless the last step was done by then. Starting over removes the whole checkpoints of the run before. Listeners hear "probing" and "training"."""
+    `Interrupted` after Ctrl-C, unless the last step was done by then. Starting over removes the whole checkpoints of the run before. Listeners hear of PROBING and TRAINING."""
     if resumed_from and load_finished(trainer, resumed_from, plan.steps): return plan
     for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir else (): remove_checkpoint(path)
     if trainer.args.device.type == "cpu": keep_freed_memory()
     with said_in_one_line(config), contextlib.ExitStack() as around:
-        for manager in (trainer.stop.listening(), quiet(), contextlib.closing(trainer.bar), trainer.garbage.thawing()): around.enter_context(manager)
+        for manager in (trainer.stop.listening(), quiet(), trainer.garbage.thawing()): around.enter_context(manager)
         if plan.recipe.gradient_checkpointing: around.enter_context(gradient_checkpointing(trainer.model))
         listeners = trainer.callback_handler.callbacks
-        tell(listeners, "on_stage", "probing", stop=trainer.stop)
+        tell(listeners, "on_stage", PROBING, stop=trainer.stop)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
-        tell(listeners, "on_stage", "training", plan=plan)
+        tell(listeners, "on_stage", TRAINING, plan=plan)
         trainer.train(resume_from_checkpoint=resumed_from and str(resumed_from))
         plan = as_trained(plan, trainer.micro_batch)
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the wrapper computes in half precision for ever after
@@ -189,26 +189,6 @@ def train_model(config, trainer, plan, resumed_from=None) -> Plan:
     if trainer.stop.asked and step < of and saved in find_checkpoints(config.output_dir):
         raise Interrupted(f"Stopped at step {step} of {of}; saved in {saved}.")
     return plan
-
-# %% ../nbs/63_training.ipynb #14337be5
-def pick_split(corpus, wanted) -> str:
-    "The split to measure on: `wanted`, or the other held-out one where the text has just that; ValueError where it has none."
-    there = [s for s in (wanted, "test", "validation") if getattr(corpus, s)]
-    if not there: raise ValueError(f"{corpus.name} has no text to measure on; give eval_file.")
-    return there[0]
-
-# %% ../nbs/63_training.ipynb #a140a549
-def training_blocks(config, corpus, tokenizer, context, progress=True):
-    "The training text in blocks that fit a model of so much `context`; ValueError where it is shorter than one, or there is just a text to measure on."
-    if config.eval_file and not config.train_file: raise ValueError(f"eval_file is {config.eval_file!r} and train_file is missing; give both.")
-    return tokenize_file(corpus.path("train"), tokenizer, pick_block_size(config, context), split="train", minimum_blocks=1, cache_dir=config.cache_dir, progress=progress)
-
-# %% ../nbs/63_training.ipynb #ca495e4b
-def held_out_blocks(config, corpus, tokenizer, context, progress=True):
-    "The text to measure on; one of the user's own is called by its file's name."
-    split = pick_split(corpus, config.eval_split)
-    label = Path(config.eval_file).name if config.eval_file else split
-    return tokenize_file(corpus.path(split), tokenizer, pick_block_size(config, context), split=label, cache_dir=config.cache_dir, progress=progress)
 
 # %% ../nbs/63_training.ipynb #c146a1a6
 def plan_training(config, model, blocks, runtime) -> Plan:
@@ -223,67 +203,66 @@ def training_facts(trainer) -> dict:
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
     return dict(steps=trainer.state.global_step, epochs=trainer.state.epoch or 0., tokens_per_second=trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), losses=losses)
 
-# %% ../nbs/63_training.ipynb #d0375dcb
-def release_memory():
-    "Give back what nobody refers to any more; the Trainer's parts refer to each other, so that only the collector finds them."
-    gc.collect()
-    return_freed_memory()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+# %% ../nbs/63_training.ipynb #deb9601b
+def all_told(shown, callbacks):
+    "A report that `shown` hears, and then each Listener among `callbacks`."
+    def report(what, done, total):
+        shown(what, done, total)
+        tell(callbacks, "on_progress", what, done, total)
+    return report
+
+# %% ../nbs/63_training.ipynb #2b37bb8b
+def evaluate_and_sample(config, prepared, model, precision, report) -> tuple:
+    "(Perplexity of `model` on the held-out text, Sample that it writes)."
+    with said_in_one_line(config):
+        found = perplexity(model, prepared.held_out, stride=config.eval_stride, precision=precision, progress=report)
+        samples = generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=report)
+    return found, samples[0]
+
+# %% ../nbs/63_training.ipynb #8aaf668a
+def train_and_merge(config, prepared, plan, callbacks, shown, resumed_from) -> tuple:
+    "(trained model, Plan as trained, `training_facts`). The optimizer's moments are released: evaluating needs the room."
+    trainer = make_trainer(config, prepared.model, prepared.tokenizer, prepared.train, plan, prepared.runtime, callbacks, shown)
+    plan = train_model(config, trainer, plan, resumed_from)
+    model, facts = trainer.model, training_facts(trainer)
+    del trainer
+    if plan.recipe.method == "lora": model = merge_adapters(model, lambda: starting_model(config)).to(prepared.runtime.device)
+    release_memory()
+    return model, plan, facts
 
 # %% ../nbs/63_training.ipynb #ffe78b2c
 def finetune(config: FinetuneConfig | None = None, *, callbacks=(), progress=True, **changes) -> FinetuneResult:
-    """Fine-tune a model on a text as `config` (or the defaults) with `changes` says; save it, and measure it before and after.
+    """Fine-tune a model on a text as `config` (or the defaults) with `changes` says; save it, and evaluate it before and after.
 
     `callbacks` are transformers' TrainerCallbacks; a `Listener` among them hears of the other stages too. Raises what the parts raise, each in one line; `Interrupted` after Ctrl-C, with a checkpoint saved."""
     started, config = time.perf_counter(), changed(config, **changes)
     check_alone()
     check_trainer_args(config)
     output_dir = check_output_dir(config)
-    tell(callbacks, "on_stage", "loading")
-    report = progress or functools.partial(tell, callbacks, "on_progress")
     config = replace(config, output_dir=str(output_dir))
     check_sources(config)
-    release_memory()  # of a run before this one in the same process
-    runtime = pick_run_precision(config, check_runtime(output_dir))
-    check_packages(config, runtime)
-    tell(callbacks, "on_progress", "Fetching the text", 0, 1)
-    corpus = load_corpus(config.dataset, train_file=config.train_file, eval_file=config.eval_file, cache_dir=config.cache_dir, progress=report)
-    tell(callbacks, "on_progress", "Loading the model", 0, 1)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
-    load = lambda: load_model(config.model, from_scratch=config.from_scratch, seed=config.seed, cache_dir=config.cache_dir)
-    model = load().to(runtime.device)
-    check_match(model, tokenizer)
-    tell(callbacks, "on_progress", "Reading the text", 0, 1)
-    train, held_out = (cut(config, corpus, tokenizer, model_context(model), report) for cut in (training_blocks, held_out_blocks))
-    plan = plan_training(config, model, train, runtime)
-    check_room(config, plan)
-    training_arguments(config, plan, runtime, model.num_parameters())  # what it refuses is said before anything slow
-    resumed_from = checkpoint_to_resume(config, model, identify(config, train, plan))
-
-    def measure(stage, **facts):
-        tell(callbacks, "on_stage", stage, **facts)
-        with said_in_one_line(config):
-            measured = (perplexity(model, held_out, stride=config.eval_stride, precision=plan.recipe.precision, progress=progress, watch=functools.partial(tell, callbacks, "on_measuring")),
-                        generate(model, config.prompt, tokenizer=tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens, progress=report)[0])
-        tell(callbacks, "on_measured", *measured)
-        return measured
-
-    before, sample_before = measure("measuring before", plan=plan, resumed_from=resumed_from)
-    trainer = make_trainer(config, model, tokenizer, train, plan, runtime, callbacks, progress)
-    plan = train_model(config, trainer, plan, resumed_from)
-    done = training_facts(trainer)
-    if plan.recipe.method == "lora": model = trainer.model
-    del trainer  # with the optimizer's moments: measuring needs the room
-    if plan.recipe.method == "lora": model = merge_adapters(model, load).to(runtime.device)
-    release_memory()
-    tell(callbacks, "on_stage", "saving")
-    with said_in_one_line(config): save_model(model, tokenizer, output_dir)
-    after, sample_after = measure("measuring after")
+    with reporting(progress) as shown:
+        report = all_told(shown, callbacks)
+        tell(callbacks, "on_stage", LOADING)
+        prepared = prepare(config, report)
+        plan = plan_training(config, prepared.model, prepared.train, prepared.runtime)
+        check_room(config, plan)
+        training_arguments(config, plan, prepared.runtime, plan.parameters)  # what it refuses is said before anything slow
+        resumed_from = checkpoint_to_resume(config, prepared.model, identify(config, prepared.train, plan))
+        tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=resumed_from)
+        before, sample_before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report)
+        tell(callbacks, "on_measured", before, sample_before)
+        model, plan, facts = train_and_merge(config, prepared, plan, callbacks, shown, resumed_from)
+        tell(callbacks, "on_stage", SAVING)
+        with said_in_one_line(config): save_model(model, prepared.tokenizer, output_dir)
+        tell(callbacks, "on_stage", AFTER)
+        after, sample_after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report)
+        tell(callbacks, "on_measured", after, sample_after)
     result = FinetuneResult(
-        model=config.model, parameters=model.num_parameters(), dataset=corpus.name, train_tokens=train.tokens, perplexity_before=before, perplexity_after=after,
-        output_dir=config.output_dir, samples=dict(before=sample_before, after=sample_after), resumed_from=resumed_from and str(resumed_from), plan=plan,
-        config=config, runtime=runtime, seconds=time.perf_counter() - started, **done)
-    with replacing(output_dir/"finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))
+        model=config.model, parameters=model.num_parameters(), dataset=prepared.dataset, train_tokens=prepared.train.tokens,
+        perplexity_before=before, perplexity_after=after, output_dir=config.output_dir, samples=dict(before=sample_before, after=sample_after),
+        resumed_from=resumed_from and str(resumed_from), plan=plan, config=config, runtime=prepared.runtime, seconds=time.perf_counter() - started, **facts)
+    with atomic(output_dir/"finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))
     return result
 
 # %% ../nbs/63_training.ipynb #7d3cd2aa

@@ -32,7 +32,7 @@ def test_run_gives_what_it_promises(shell, own, tmp_path):
     assert said["samples"]["before"]["prompt"] == said["samples"]["after"]["prompt"] and said["samples"]["before"]["seed"] == said["samples"]["after"]["seed"]
     assert set(said["archive"]) >= {"path", "bytes", "sha256"} and Path(tmp_path, said["archive"]["path"]).stat().st_size == said["archive"]["bytes"]
     assert Path(tmp_path, said["drive"]["path"]).exists()
-    assert "fine-tuning" in ran.stderr and "Traceback" not in ran.stderr
+    assert "Fine-tuning" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_generate_streams_to_stdout(shell):

@@ -249,7 +249,7 @@ def test_what_follows_waits_for_a_finished_model(quick):
     assert panel.start().steps == 12 and writing.start().whole
 
 
-@pytest.mark.parametrize("what, said", [("Fetching", "loading"), ("Loading", "loading"), ("Tokenising train.txt", "loading"), ("Tokenising eval.txt", "loading"), ("Generating", "measuring")])
+@pytest.mark.parametrize("what, said", [("Fetching", "loading"), ("Loading", "loading"), ("Tokenising train.txt", "loading"), ("Tokenising eval.txt", "loading"), ("Perplexity", "evaluating"), ("Generating", "evaluating")])
 def test_stop_is_obeyed_before_the_training(quick, what, said):
     "While the text is fetched, the model loaded, tokens are cut and the first sample is written: in a sentence, and nothing half written is left."
     from colab_gpt2.engine.callbacks import Listener
@@ -262,7 +262,7 @@ def test_stop_is_obeyed_before_the_training(quick, what, said):
     assert panel.start().steps == 12
 
 
-@pytest.mark.parametrize("where, left", [("training", False), ("measuring after", True)])
+@pytest.mark.parametrize("where, left", [("training", False), ("evaluating after", True)])
 def test_the_result_is_that_of_the_last_run(quick, where, left):
     "The first run ends, the second is stopped: in the middle it leaves no model, while it is measured it does, though no result."
     from colab_gpt2.panels.panel import UNFINISHED

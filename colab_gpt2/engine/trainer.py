@@ -23,6 +23,7 @@ from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from ..core import human_bytes
 from ..model.lora import add_adapters
 from ..planning.plan import Plan
+from ..reporting import silent
 from ..runtime import out_of_memory
 from ..model.tune import casting_once, tune_model, uncompiled
 
@@ -148,13 +149,13 @@ def identify(config, blocks, plan) -> dict:
     return dict(text=blocks.sha256, **identify_settings(config, plan))
 
 # %% ../../nbs/engine/42_trainer.ipynb #e3e30b34
-def make_trainer(config, model, tokenizer, blocks, plan, runtime, callbacks=(), progress=True) -> BlockTrainer:
+def make_trainer(config, model, tokenizer, blocks, plan, runtime, callbacks=(), report=silent) -> BlockTrainer:
     """A trainer of `model`, tuned and given adapters as `config` and `plan` say, over `blocks`. It speaks through its `meter`, its `bar` and `callbacks` only.
     Nothing is written, nothing deleted yet."""
     if config.tune: tune_model(model, keep_attention_dropout=config.keep_attention_dropout)
     if plan.recipe.method == "lora": model = add_adapters(model, config.lora_rank, plan.recipe.precision, config.seed)
     batch, meter, stop, garbage = plan.blocks_per_step, Meter(runtime.device), StopOnInterrupt(), FreezeGarbage()
-    bar, arguments = Bar(meter, min(batch, len(blocks)) * blocks.block_size, progress), training_arguments(config, plan, runtime, model.num_parameters())
+    bar, arguments = Bar(meter, min(batch, len(blocks)) * blocks.block_size, report), training_arguments(config, plan, runtime, model.num_parameters())
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad

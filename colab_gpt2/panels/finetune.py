@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..engine.callbacks import Listener
+from ..engine.callbacks import AFTER, PROBING, Listener
 from ..engine.checkpoints import find_checkpoints, read_manifest
 from ..config import pick_block_size, pick_learning_rate
 from ..core import human_bytes, human_time
@@ -284,7 +284,7 @@ class Probed(Listener):
     def __init__(self, panel): self.panel = panel
 
     def on_stage(self, stage, plan=None, resumed_from=None, **facts):
-        if stage in ("probing", "measuring after"): self.panel.leave(self.panel.live.config if stage == "measuring after" else None)
+        if stage in (PROBING, AFTER): self.panel.leave(self.panel.live.config if stage == AFTER else None)
         if plan: self.panel.plan.value = describe_plan(plan, self.panel.live.config)
         if plan and plan.source == "probe": self.panel.forecaster.keep(self.panel.live.config, plan)
         if resumed_from: self.panel.say(f"Going on from {resumed_from}.", "⏳")

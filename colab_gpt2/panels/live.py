@@ -8,7 +8,7 @@ __all__ = ['charts', 'describe_samples', 'Course', 'Live']
 # %% ../../nbs/panels/77_live.ipynb #b1b7fb2e
 import html, math, time, warnings
 
-from ..engine.callbacks import Listener
+from ..engine.callbacks import AFTER, BEFORE, Listener
 from ..core import human_time
 from ..generation import stream
 from .panel import progress_bar
@@ -33,8 +33,8 @@ def describe_samples(samples) -> str:
 # %% ../../nbs/panels/77_live.ipynb #d82b56ca
 class Course:
     "What is known of a run while it goes on, and the HTML of it."
-    STAGES = {"loading": "Loading the model and the text", "measuring before": "Measuring perplexity before", "probing": "Trying out a step", "training": "Training",
-              "saving": "Saving the model", "measuring after": "Measuring perplexity after"}
+    STAGES = {"loading": "Loading the model and the text", BEFORE: "Measuring perplexity before", "probing": "Trying out a step", "training": "Training",
+              "saving": "Saving the model", AFTER: "Measuring perplexity after"}
 
     def __init__(self):
         self.stage, self.what, self.share, self.stopping, self.plan = "loading", "", 0., False, None  # `share` of `what` is done
@@ -122,13 +122,11 @@ class Live(Listener, Course):
     def on_progress(self, what, done, total):
         self.what, self.share = what, done / total if total else 0.
         self.breathe()
-        if self.stopping: raise KeyboardInterrupt(f"Stopped while {self.stage.split()[0]}; {'the model is saved in ' + self.config.output_dir if self.stage == 'measuring after' else 'nothing was trained'}.")
-
-    def on_measuring(self, done, total): self.on_progress("Held-out text", done, total)
+        if self.stopping: raise KeyboardInterrupt(f"Stopped while {self.stage.split()[0]}; {'the model is saved in ' + self.config.output_dir if self.stage == AFTER else 'nothing was trained'}.")
 
     def on_measured(self, perplexity, sample):
         self.measured.append((self.step, perplexity.value))
-        self.samples.append(("Before the training" if self.stage == "measuring before" else "After the training", sample.prompt, sample.text))
+        self.samples.append(("Before the training" if self.stage == BEFORE else "After the training", sample.prompt, sample.text))
         self.breathe(now=True)
 
     def on_train_begin(self, args, state, control, **kwargs):
