@@ -21,7 +21,8 @@ def loop():
 """
 BUTTONS = """
 import ipywidgets as widgets
-stop, start, slider, other = widgets.Button(description="Stop"), widgets.Button(description="Start"), widgets.IntSlider(), widgets.Button()
+stop, start, other = (widgets.Button(description=name) for name in ("Stop", "Start", "Other"))
+slider = widgets.IntSlider()
 stop.on_click(lambda _: asked.append(True))
 def start_loop(_):
     with interrupts_reach(lambda: asked.append(True)): loop()
@@ -110,8 +111,8 @@ def test_a_click_is_handled_in_the_middle_and_cells_wait(kernel, buttons, where)
 @pytest.fixture
 def subshell(kernel, buttons):
     """JupyterLab has widgets' messages handled in one: the loop that a click starts, and the click that ends it.
-    ipykernel 7.4 sends there what belongs to widgets that a message from there has changed, as a panel's buttons are when any of
-    them is pressed."""
+    ipykernel 7.4 sends there what belongs to widgets that a message from there has changed, as a panel's buttons are
+    when any of them is pressed."""
     known = kernel.kernel_info(reply=True, timeout=30)["content"].get("supported_features", [])
     if "kernel subshells" not in known: pytest.skip("this ipykernel is older than subshells, 7.0")
     kernel.control_channel.send(kernel.session.msg("create_subshell_request"))
@@ -135,10 +136,13 @@ def test_a_click_is_handled_in_a_subshell(kernel, buttons, subshell):
     assert steps_taken(kernel) < 150
 
 
+def interrupt_by_signal(kernel): kernel.parent.interrupt_kernel()
+
+
 def interrupt_by_message(kernel): kernel.control_channel.send(kernel.session.msg("interrupt_request", {}))
 
 
-@pytest.mark.parametrize("press", [lambda kernel: kernel.parent.interrupt_kernel(), interrupt_by_message], ids=["a signal", "a message"])
+@pytest.mark.parametrize("press", [interrupt_by_signal, interrupt_by_message])
 def test_the_interrupt_button_reaches_a_subshell(kernel, buttons, subshell, press):
     "Also after a cell, for which the kernel sets its own handler; after the loop a cell can be interrupted as before."
     click(kernel, buttons["start"], subshell)
@@ -169,7 +173,7 @@ def test_the_browser_hears_that_each_change_was_dealt_with(kernel, buttons):
 
 
 def test_a_page_that_is_opened_in_mid_run_learns_which_widgets_there_are(kernel, buttons):
-    "JupyterLab asks which kernel this is, then which widgets there are, and shows none before: answers during the loop."
+    "JupyterLab asks which kernel this is, then which widgets there are, and shows none before it knows."
     running = kernel.execute("loop()")
     listen(kernel, looping)
     for ask, kind in ((kernel.kernel_info, "kernel_info_reply"), (kernel.comm_info, "comm_info_reply")):

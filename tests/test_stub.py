@@ -57,22 +57,30 @@ def test_printed_lines(colab, capsys):
 
 
 def test_what_the_package_imports():
-    out = python("import sys, google.colab; print(sorted(m for m in sys.modules if m.startswith('google')), hasattr(google, '__file__') and google.__file__)")
-    assert "google.colab.drive" in out and "userdata" not in out and "errors" not in out
-    assert out.rstrip().endswith(("None", "False"))
+    modules, file = python("""
+import sys, google.colab
+print(sorted(m for m in sys.modules if m.startswith('google')))
+print(getattr(google, '__file__', None))""").splitlines()
+    assert "google.colab.drive" in modules and "userdata" not in modules and "errors" not in modules
+    assert file == "None"
 
 
 def test_installed_it_shadows_nothing(tmp_path):
-    """Beside another package of the namespace, in the same folder and in another one."""
-    copy = shutil.copytree(STUB, tmp_path/"copy", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))  # a build writes beside its source
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", tmp_path/"site", copy], check=True)
+    "With another package of the namespace, in the same folder and in another one."
+    unbuilt = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    copy = shutil.copytree(STUB, tmp_path/"copy", ignore=unbuilt)  # a build writes into its source
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", tmp_path/"site", copy], check=True)
     for place, name in (("site", "protobuf"), ("elsewhere", "auth")):
         (tmp_path/place/"google"/name).mkdir(parents=True)
         (tmp_path/place/"google"/name/"__init__.py").write_text(f"name = {name!r}")
     assert not (tmp_path/"site/google/__init__.py").exists()
-    code = "import google.protobuf, google.auth, google.colab; print(google.protobuf.name, google.auth.name, google.colab.__file__)"
+    code = """
+import google.protobuf, google.auth, google.colab
+print(google.protobuf.name, google.auth.name, google.colab.__file__)"""
+    expected = ["protobuf", "auth", str(tmp_path/"site/google/colab/__init__.py")]
     for places in (("site", "elsewhere"), ("elsewhere", "site")):
-        assert python(code, PYTHONPATH=os.pathsep.join(str(tmp_path/p) for p in places)).split() == ["protobuf", "auth", str(tmp_path/"site/google/colab/__init__.py")]
+        assert python(code, PYTHONPATH=os.pathsep.join(str(tmp_path/p) for p in places)).split() == expected
 
 
 # ---- being Colab
@@ -102,13 +110,14 @@ def test_mount_checks_in_order(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("TBE_EPHEM_CREDS_ADDR", "x")
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'kernel'"): drive.mount(str(at))
     with stub.pretend():
-        with stub.faults(authorization_denied=True), pytest.raises(_message.MessageError, match="^Error: credential propagation was unsuccessful$"):
+        denied = "^Error: credential propagation was unsuccessful$"
+        with stub.faults(authorization_denied=True), pytest.raises(_message.MessageError, match=denied):
             drive.mount(str(at))
         with pytest.raises(ValueError, match="in a directory that exists"): drive.mount(str(at))
         (tmp_path/"full").mkdir()
         (tmp_path/"full"/"file").touch()
         (tmp_path/"link").symlink_to(tmp_path)
-        for name, message in (("link", "symlink"), ("full", "already contain files"), ("full/file", "either be a directory")):
+        for name, message in (("link", "symlink"), ("full", "already contain files"), ("full/file", "be a directory")):
             with stub.faults(mount_failed=True), pytest.raises(ValueError, match=message):
                 drive.mount(str(tmp_path/name))
         with stub.faults(mount_failed=": a reason"), pytest.raises(ValueError, match="^mount failed: a reason$"):
@@ -168,9 +177,10 @@ def test_quota_is_what_disk_usage_says(colab, my_drive):
 
 
 def read_only_actions(folder):
-    return [lambda: (folder/"new").write_text("x"), lambda: (folder/"new").mkdir(), lambda: (folder/"old.txt").unlink(),
-            lambda: os.replace(folder/"old.txt", folder/"new"), lambda: os.truncate(folder/"old.txt", 0), lambda: os.open(folder/"new", os.O_CREAT | os.O_RDWR),
-            lambda: shutil.copyfile(__file__, folder/"new"), lambda: shutil.rmtree(folder/"sub")]
+    new, old = folder/"new", folder/"old.txt"
+    return [lambda: new.write_text("x"), lambda: new.mkdir(), lambda: old.unlink(), lambda: os.replace(old, new),
+            lambda: os.truncate(old, 0), lambda: os.open(new, os.O_CREAT | os.O_RDWR),
+            lambda: shutil.copyfile(__file__, new), lambda: shutil.rmtree(folder/"sub")]
 
 
 @pytest.mark.parametrize("by", ["fault", "mount"])
@@ -188,7 +198,8 @@ def test_read_only(colab, my_drive, by):
 @pytest.mark.parametrize("fault, code", [("io_error", errno.EIO), ("disconnected", errno.ENOTCONN)])
 def test_errors_of_the_connection(colab, my_drive, fault, code):
     with colab.faults(**{fault: True}):
-        for action in (lambda: (my_drive/"new").write_text("x"), lambda: (my_drive/"old.txt").read_text(), lambda: os.listdir(my_drive)):
+        for action in (lambda: (my_drive/"new").write_text("x"), lambda: (my_drive/"old.txt").read_text(),
+                       lambda: os.listdir(my_drive)):
             with pytest.raises(OSError) as e: action()
             assert number(e) == code
     with colab.faults(**{fault: 2}):  # the next two reads and writes, then all is well
@@ -233,8 +244,9 @@ def test_only_the_drive_is_hit_and_nothing_stays_replaced(stub, colab, my_drive,
         (tmp_path/"local").write_text("fine")
         shutil.copytree(SOURCE, tmp_path/"tree")
         assert (tmp_path/"local").read_text() == "fine"
-        for spelling in (link/"old.txt", colab.mountpoint/"My Drive"/"old.txt", colab.backing/"MyDrive"/"old.txt", os.path.relpath(my_drive/"old.txt")):
-            with pytest.raises(OSError): open(spelling)
+        folders = link, colab.mountpoint/"My Drive", colab.backing/"MyDrive", os.path.relpath(my_drive)
+        for folder in folders:
+            with pytest.raises(OSError): open(os.path.join(folder, "old.txt"))
     assert open.__name__ == "faulty_open"
     drive.flush_and_unmount()
     assert open.__name__ == "open" and os.stat.__module__ == "posix" and os.replace.__module__ == "posix"
@@ -252,7 +264,8 @@ with _stub.pretend():
     except OSError as e: print(e.errno)
     print(userdata.get("HF_TOKEN"))
 """
-    env = environment(COLAB_STUB_DRIVE=str(tmp_path/"backing"), COLAB_STUB_FAULTS='{"full": 4096}', COLAB_STUB_SECRETS='{"HF_TOKEN": "hf_x"}')
+    env = environment(COLAB_STUB_DRIVE=str(tmp_path/"backing"), COLAB_STUB_FAULTS='{"full": 4096}',
+                      COLAB_STUB_SECRETS='{"HF_TOKEN": "hf_x"}')
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert out.stdout.splitlines() == ["Mounted at drive", str(errno.ENOSPC), "hf_x"], out.stderr
     assert (tmp_path/"backing/MyDrive/a").stat().st_size == 4096
@@ -264,7 +277,7 @@ def test_files(colab, tmp_path, monkeypatch, capsys):
     from google.colab import files
     monkeypatch.chdir(tmp_path)
     colab.stub.uploads.update({"a.txt": b"one"})
-    assert files.upload() == {"a.txt": b"one"} and files.upload() == {"a (1).txt": b"one"} and files.upload() == {"a (2).txt": b"one"}
+    for name in ("a.txt", "a (1).txt", "a (2).txt"): assert files.upload() == {name: b"one"}
     assert files.upload("content") == {"content/a.txt": b"one"}
     files.upload_file("b.txt")
     assert (tmp_path/"b.txt").read_bytes() == b"one"
@@ -279,8 +292,8 @@ def test_files(colab, tmp_path, monkeypatch, capsys):
 
 def test_without_a_kernel(stub, tmp_path):
     from google.colab import files, output, userdata
-    calls = [files.upload, lambda: files.upload_file("a"), lambda: files.download(__file__), lambda: files.view(__file__), lambda: userdata.get("X"),
-             lambda: output.eval_js("1"), output.enable_custom_widget_manager]
+    calls = [files.upload, lambda: files.upload_file("a"), lambda: files.download(__file__),
+             lambda: files.view(__file__), lambda: userdata.get("X"), lambda: output.eval_js("1"), output.enable_custom_widget_manager]
     for call in calls:
         with pytest.raises(AttributeError): call()
     output.clear()

@@ -13,7 +13,7 @@ def tree(folder):
 
 
 def make_model(folder, size=200_000):
-    "A folder that holds a model whose weights have `size` bytes that do not shrink (of which at most 1 MB is not zero)."
+    "A folder with a model; its weights have `size` bytes, the first MB of which is random and does not shrink."
     folder.mkdir(parents=True)
     header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     with open(folder/"model.safetensors", "wb") as f:

@@ -1,4 +1,4 @@
-"""Fixtures around tests/google_colab_stub. A test imports the ones that it uses: `from helpers.colab_stub import colab, stub`."""
+"Fixtures for tests/google_colab_stub. A test imports those it uses: `from helpers.colab_stub import colab, stub`."
 import os, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +11,15 @@ SOURCE = STUB/"src"
 
 def environment(**variables):
     "The variables for a subprocess that is to find the stub."
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")])), **variables}
+    path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    "google.colab._stub, freshly imported, with the folder `tmp_path/drive-backing` behind the Drive; this process is not on Colab."
-    for name in ("COLAB_RELEASE_TAG", "TBE_EPHEM_CREDS_ADDR", "TBE_RUNTIME_ADDR", "COLAB_STUB_FAULTS", "COLAB_STUB_SECRETS"):
+    "google.colab._stub, freshly imported, not on Colab; the folder `tmp_path/drive-backing` is behind the Drive."
+    for name in ("COLAB_RELEASE_TAG", "TBE_EPHEM_CREDS_ADDR", "TBE_RUNTIME_ADDR", "COLAB_STUB_FAULTS",
+                 "COLAB_STUB_SECRETS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLAB_STUB_DRIVE", str(tmp_path/"drive-backing"))
     monkeypatch.syspath_prepend(str(SOURCE))
@@ -31,7 +33,7 @@ def stub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def colab(stub, tmp_path):
-    "A cell of a Colab notebook: `.mountpoint` is where to mount, `.backing` the folder behind the Drive, `.stub` the switches."
+    "A cell of a Colab notebook: `.mountpoint` to mount at, `.backing` folder of the Drive, `.stub` with the switches."
     (tmp_path/"content").mkdir()
-    with stub.pretend():
-        yield SimpleNamespace(stub=stub, faults=stub.faults, mountpoint=tmp_path/"content"/"drive", backing=tmp_path/"drive-backing")
+    mountpoint, backing = tmp_path/"content"/"drive", tmp_path/"drive-backing"
+    with stub.pretend(): yield SimpleNamespace(stub=stub, faults=stub.faults, mountpoint=mountpoint, backing=backing)

@@ -63,7 +63,7 @@ def send_file(request, body, ranges=True, **headers):
 
 
 class Hub(Server):
-    "The endpoints of huggingface.co that `load_dataset` and `from_pretrained` call: info, tree, paths-info and resolve."
+    "The endpoints of huggingface.co that `load_dataset` and `from_pretrained` call: info, tree, paths-info, resolve."
     def __init__(self):
         super().__init__()
         self.repos = {}
@@ -76,14 +76,16 @@ class Hub(Server):
     def answer(self, request, path, body):
         refused = next((status for start, status in self.refusals.items() if path.startswith(start)), None)
         if refused: return send(request, refused)
-        found = re.fullmatch(r"/api/(models|datasets)/([^/]+(?:/[^/]+)??)(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?", path)
+        call = r"(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?"
+        found = re.fullmatch(rf"/api/(models|datasets)/([^/]+(?:/[^/]+)??){call}", path)
         if found: return self.api(request, body, *found.groups())
         found = re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path)
         if found: return self.resolve(request, "datasets" if found[1] else "models", *found.groups()[1:])
         send(request, 200 if path == "/" else 404)
 
     def missing(self, request, code):
-        send(request, 404, b'{"error":"not found"}', X_Error_Code=code, X_Error_Message=code, Content_Type="application/json")
+        send(request, 404, b'{"error":"not found"}', X_Error_Code=code, X_Error_Message=code,
+             Content_Type="application/json")
 
     def commit(self, files):
         return hashlib.sha1(repr(sorted((p, hashlib.sha1(b).digest()) for p, b in files.items())).encode()).hexdigest()
@@ -100,8 +102,9 @@ class Hub(Server):
         elif call == "refs":
             reply = dict(branches=[dict(name="main", ref="refs/heads/main", targetCommit=commit)], tags=[], converts=[])
         else:
-            reply = dict(id=name, modelId=name, sha=commit, private=False, gated=False, disabled=False, tags=[], downloads=0, likes=0,
-                           lastModified="2024-01-04T16:49:18.000Z", createdAt="2022-03-02T23:29:22.000Z", siblings=[dict(rfilename=p) for p in files])
+            reply = dict(id=name, modelId=name, sha=commit, private=False, gated=False, disabled=False, tags=[],
+                         downloads=0, likes=0, lastModified="2024-01-04T16:49:18.000Z", createdAt="2022-03-02T23:29:22.000Z",
+                         siblings=[dict(rfilename=p) for p in files])
         if call == "tree" and folder and not reply: return self.missing(request, "EntryNotFound")
         send(request, 200, json.dumps(reply).encode(), Content_Type="application/json")
 
@@ -117,11 +120,12 @@ class Hub(Server):
         if files is None: return self.missing(request, "RepoNotFound")
         if revision not in ("main", self.commit(files)): return self.missing(request, "RevisionNotFound")
         if path not in files: return self.missing(request, "EntryNotFound")
-        send_file(request, files[path], ETag=f'"{hashlib.sha1(files[path]).hexdigest()}"', X_Repo_Commit=self.commit(files), Accept_Ranges="bytes")
+        etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
+        send_file(request, files[path], ETag=etag, X_Repo_Commit=self.commit(files), Accept_Ranges="bytes")
 
 
 class Mirror(Server):
-    "`files` (path -> bytes) with Range, and `faults`: what each path does to its next requests before it tells the truth."
+    "`files` (path -> bytes) with Range, and `faults`: what each path does to its next requests before it is honest."
     def __init__(self, files=()):
         super().__init__()
         self.files, self.faults, self.ranges = dict(files), {}, True

@@ -1,4 +1,4 @@
-"A stand-in for google.colab; see the README beside pyproject.toml. `errors` and `userdata` are not imported here, as in the real package."
+"A stand-in for google.colab; see README.md. As in the real package, `errors` and `userdata` are not imported here."
 from google.colab import _stub, auth, drive, files, output, runtime
 
 __all__ = ["auth", "drive", "files", "output", "runtime"]

@@ -10,8 +10,11 @@ import time
 from google.colab import _stub
 
 real_open = io.open
-LOOK, LIST, CHANGE, BOTH = "stat access", "listdir scandir", "mkdir rmdir unlink remove truncate ftruncate chmod utime", "rename replace link"
-real = {name: getattr(os, name) for name in f"open read write fsync sendfile statvfs {LOOK} {LIST} {CHANGE} {BOTH}".split() if hasattr(os, name)}
+LOOK, LIST = ["stat", "access"], ["listdir", "scandir"]
+CHANGE = ["mkdir", "rmdir", "unlink", "remove", "truncate", "ftruncate", "chmod", "utime"]
+BOTH = ["rename", "replace", "link"]  # of two paths
+replaced = ["open", "read", "write", "fsync", "sendfile", "statvfs", *LOOK, *LIST, *CHANGE, *BOTH]
+real = {name: getattr(os, name) for name in replaced if hasattr(os, name)}
 handles = {}  # descriptor -> (path on the Drive, (device, inode)), for files opened while the hooks are in
 FILE_FAULTS = ("full", "quota", "read_only", "io_error", "disconnected", "truncated", "corrupted", "slow")
 state = {"suspended": False, "mountpoint": None, "readonly": False, "hooked": False}
@@ -152,7 +155,8 @@ def os_open(path, flags, mode=0o777, *, dir_fd=None):
 def os_write(descriptor, data):
     path = on_drive(descriptor)
     if not path: return real["write"](descriptor, data)
-    return write_through(path, data, os.lseek(descriptor, 0, os.SEEK_CUR), lambda piece: real["write"](descriptor, piece))
+    position = os.lseek(descriptor, 0, os.SEEK_CUR)
+    return write_through(path, data, position, lambda piece: real["write"](descriptor, piece))
 
 
 def os_sendfile(out_fd, in_fd, *args, **kwargs):
@@ -171,8 +175,9 @@ def os_statvfs(path):
 
 
 def hooks():
-    table = {name: hooked(name, kind) for kind, names in {"look": LOOK, "list": LIST, "read": "read", "write": "fsync", "change": CHANGE}.items() for name in names.split()}
-    table |= {name: hooked(name, "change", paths=2) for name in BOTH.split()}
+    kinds = {"look": LOOK, "list": LIST, "read": ["read"], "write": ["fsync"], "change": CHANGE}
+    table = {name: hooked(name, kind) for kind, names in kinds.items() for name in names}
+    table |= {name: hooked(name, "change", paths=2) for name in BOTH}
     table |= {"open": os_open, "write": os_write, "sendfile": os_sendfile, "statvfs": os_statvfs}
     return {name: function for name, function in table.items() if name in real}
 
@@ -194,7 +199,8 @@ def in_pathlib(name, function):
 def install_or_remove():
     "Put the hooks in when a Drive is mounted or a file fault is on; take them out when neither is."
     default = _stub.Faults()
-    wanted = state["mountpoint"] is not None or any(getattr(_stub.faults, name) != getattr(default, name) for name in FILE_FAULTS)
+    faulty = any(getattr(_stub.faults, name) != getattr(default, name) for name in FILE_FAULTS)
+    wanted = state["mountpoint"] is not None or faulty
     if wanted == state["hooked"]: return
     for name, function in (hooks() if wanted else real).items(): put(name, function)
     builtins.open = io.open = faulty_open if wanted else real_open

@@ -96,9 +96,11 @@ def colab_shell():
 
 @contextlib.contextmanager
 def pretend(kernel=True, drive=None):
-    "Be on a Colab VM: in a cell, or in a subprocess of one (`kernel=False`). `drive` is the folder behind the Drive; it is unmounted at the end."
+    """Be on a Colab VM: in a cell, or in a subprocess of one (`kernel=False`). `drive` is the folder behind the Drive,
+    which is unmounted at the end."""
     from google.colab import drive as drive_module
-    new = {"COLAB_RELEASE_TAG": "release-colab_stub", "TBE_EPHEM_CREDS_ADDR": "127.0.0.1:9", "TBE_RUNTIME_ADDR": "127.0.0.1:9"}
+    address = "127.0.0.1:9"
+    new = {"COLAB_RELEASE_TAG": "release-colab_stub", "TBE_EPHEM_CREDS_ADDR": address, "TBE_RUNTIME_ADDR": address}
     if drive is not None: new["COLAB_STUB_DRIVE"] = os.fspath(drive)
     with changed(os.environ, new), colab_shell() if kernel else contextlib.nullcontext():
         try: yield

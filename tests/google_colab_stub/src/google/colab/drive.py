@@ -1,4 +1,4 @@
-"A Drive that is a folder. Mounting makes links to it appear under the mountpoint; unmounting takes them away and keeps the files."
+"A Drive that is a folder. Mounting puts links to it under the mountpoint; unmounting removes them, not the files."
 import os
 
 from google.colab import _faulty, _stub

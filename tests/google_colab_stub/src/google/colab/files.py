@@ -39,7 +39,8 @@ def view(filepath):
 
 def _picked():
     from google.colab import _message
-    _message.blocking_request("cell_javascript_eval", request={"script": "google.colab._files._uploadFiles()"}, timeout_sec=None)
+    script = {"script": "google.colab._files._uploadFiles()"}
+    _message.blocking_request("cell_javascript_eval", request=script, timeout_sec=None)
     return dict(_stub.uploads)
 
 

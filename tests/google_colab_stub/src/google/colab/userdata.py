@@ -18,7 +18,8 @@ class TimeoutException(errors.Error):
     "The front end did not answer within 10 seconds."
 
     def __init__(self, key):
-        super().__init__(f"Requesting secret {key} timed out. Secrets can only be fetched when running from the Colab UI.")
+        super().__init__(f"Requesting secret {key} timed out. "
+                         "Secrets can only be fetched when running from the Colab UI.")
 
 
 def get(key):
