@@ -19,14 +19,14 @@ class Sampling(Record):
     "How the next token is drawn from the model's distribution. Bad values are refused when it is made."
     temperature: float = value(1.0, "divides the logits: below 1 safer, above 1 bolder", min=0.05, max=2.0, step=0.05)
     top_k: int = value(50, "keep the k most likely tokens; 0 keeps all", label="Top k", min=0, max=200, step=1)
-    top_p: float = value(
-        1.0, "nucleus sampling: keep the smallest set of tokens with this probability", label="Top p", min=0.05, max=1.0, step=0.05)
-    repetition_penalty: float = value(1.0, "penalize repetition: above 1, tokens already in the text become less likely",
+    top_p: float = value(1.0, "nucleus sampling: keep the smallest set of tokens with this probability",
+                         label="Top p", min=0.05, max=1.0, step=0.05)
+    repetition_penalty: float = value(1.0, "penalize repetition: above 1, tokens of the text become less likely",
                                       min=1.0, max=2.0, step=0.05)
 
     def __post_init__(self):
         if self.temperature == 0:
-            raise ValueError(Sentence("{temperature} is 0; it must be a number > 0. For the most likely token each time set {top_k=1}."))
+            raise ValueError(Sentence("{temperature} is 0; it must be > 0. For the likeliest token each time set {top_k=1}."))
         check_number("temperature", self.temperature, above=0)
         check_number("top_k", self.top_k, minimum=0, integer=True, hint="0 keeps every token.")
         check_number("top_p", self.top_p, above=0, maximum=1)
@@ -47,8 +47,8 @@ def candidates(
     logits,  # (batch, vocabulary)
     sampling: Sampling,
 ) -> tuple:
-    """The scores of the tokens that may come next and their ids, both (batch, k), most likely first. The ids are None, and the
-    scores in the order of the vocabulary, where every token is kept. A score of -inf is a token that top-p took away."""
+    """The scores of the tokens that may come next and their ids, both (batch, k), most likely first. Where every token
+    is kept, the scores are in the vocabulary's order and the ids None. A score of -inf: a token that top-p removed."""
     size = logits.shape[-1]
     k = min(sampling.top_k or size, size)
     if k == size and sampling.top_p == 1: return (logits - logits.amax(-1, keepdim=True)) / sampling.temperature, None

@@ -1,15 +1,18 @@
-"Perplexity agrees with a slow, obvious loop, measures everything once and leaves the model as it was."
-import importlib, math
+"Perplexity agrees with a slow, obvious loop, scores everything once and leaves the model as it was."
+import math
 from dataclasses import replace
-from pathlib import Path
+
 import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-import colab_gpt2
-from colab_gpt2.text.token_store import Blocks, tokenize_file
-from colab_gpt2.evaluation import compare, perplexity, report_card
 
-TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
-TEXT = " = Ada Lovelace = \n\n Ada Lovelace was an English mathematician and writer , known for her work on the Analytical Engine . \n" * 4
+from colab_gpt2.errors import fields_of
+from colab_gpt2.evaluation import compare, perplexity, report_card
+from colab_gpt2.model.loading import TINY
+from colab_gpt2.text.token_store import Blocks, tokenize_file
+
+TEXT = (" = Ada Lovelace = \n\n Ada Lovelace was an English mathematician and writer , "
+        "known for her work on the Analytical Engine . \n") * 4
+RANDOM = np.random.default_rng
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
@@ -22,7 +25,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4))
+    sizes = dict(vocab_size=60, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.4))
 
 @pytest.fixture(scope="module")
 def tiny(): return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
@@ -31,27 +35,33 @@ def tiny(): return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float3
 def tiny_blocks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder/"ada.txt").write_text(TEXT)
-    return tokenize_file(folder/"ada.txt", AutoTokenizer.from_pretrained(TINY), 32, split="test", cache_dir=folder, progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    return tokenize_file(folder/"ada.txt", tokenizer, 32, split="test", cache_dir=folder, progress=False)
 
 @pytest.fixture
 def make_blocks(tmp_path):
     def make(ids, block_size=16, vocabulary_size=60):
         np.asarray(ids, dtype=np.uint16).tofile(tmp_path/"ids")
-        return Blocks(tmp_path/"ids", block_size, len(ids), words=len(ids) // 2, bytes=3 * len(ids), dtype="uint16", vocabulary_size=vocabulary_size, split="test", sha256="")
+        facts = dict(tokens=len(ids), words=len(ids) // 2, bytes=3 * len(ids), vocabulary_size=vocabulary_size)
+        return Blocks(tmp_path/"ids", block_size, **facts, dtype="uint16", split="test", sha256="")
     return make
 
 def one_at_a_time(model, ids, context, stride):
     "The nats of every token but the first, each by a forward pass of its own over what its window holds before it."
-    length, nats, window_end = min(context, len(ids) - 1), [], min(context, len(ids) - 1)
+    length, nats = min(context, len(ids) - 1), []
+    window_end = length
     for target in range(1, len(ids)):
         if target > window_end: window_end = min(window_end + stride, len(ids) - 1)
-        with torch.no_grad(): logits = model.eval()(torch.tensor([ids[window_end - length:target]]), use_cache=False).logits[0, -1]
+        seen = torch.tensor([ids[window_end - length:target]])
+        with torch.no_grad(): logits = model.eval()(seen, use_cache=False).logits[0, -1]
         nats.append(-logits.double().log_softmax(0)[ids[target]].item())
     return math.fsum(nats)
 
-@pytest.mark.parametrize("tokens, context, stride", [(50, 16, 8), (50, 16, 16), (49, 16, 16), (50, 16, 5), (50, 7, 1), (17, 16, 3), (16, 16, 16), (9, 16, 8), (2, 16, 8), (20, 1, 1)])
+@pytest.mark.parametrize("tokens, context, stride", [
+    (50, 16, 8), (50, 16, 16), (49, 16, 16), (50, 16, 5), (50, 7, 1),
+    (17, 16, 3), (16, 16, 16), (9, 16, 8), (2, 16, 8), (20, 1, 1)])
 def test_random_model_against_the_slow_loop(small, make_blocks, tokens, context, stride):
-    ids = np.random.default_rng(tokens).integers(0, 60, tokens).tolist()
+    ids = RANDOM(tokens).integers(0, 60, tokens).tolist()
     measured = perplexity(small, make_blocks(ids), stride=stride, context=context, progress=False)
     assert measured.tokens == tokens - 1
     assert measured.nats == pytest.approx(one_at_a_time(small, ids, context, stride), rel=1e-5)
@@ -66,12 +76,14 @@ def test_tiny_against_the_slow_loop(tiny, tiny_blocks, stride):
     assert measured.per("byte").value == pytest.approx(math.exp(slow / len(TEXT.encode())), rel=1e-4)
 
 def test_what_is_left_over_counts_and_a_short_text_can_be_measured(small, make_blocks):
-    ids = np.random.default_rng(1).integers(0, 60, 40).tolist()
-    assert perplexity(small, make_blocks(ids), stride=16, progress=False).nats != perplexity(small, make_blocks(ids[:32]), stride=16, progress=False).nats
-    assert len(make_blocks(ids[:9])) == 0 and perplexity(small, make_blocks(ids[:9]), progress=False).tokens == 8
+    ids = RANDOM(1).integers(0, 60, 40).tolist()
+    nats = [perplexity(small, make_blocks(some), stride=16, progress=False).nats for some in (ids, ids[:32])]
+    assert nats[0] != nats[1]
+    short = make_blocks(ids[:9])
+    assert len(short) == 0 and perplexity(small, short, progress=False).tokens == 8
 
 def test_the_batch_size_changes_nothing(small, make_blocks):
-    blocks = make_blocks(np.random.default_rng(2).integers(0, 60, 200))
+    blocks = make_blocks(RANDOM(2).integers(0, 60, 200))
     values = [perplexity(small, blocks, stride=8, batch_size=n, progress=False).nats for n in (1, 3, 100, None)]
     assert values == pytest.approx([values[0]] * 4, rel=1e-6)
 
@@ -84,13 +96,14 @@ class Stubborn(torch.nn.Module):
     def forward(self, input_ids, use_cache): return self.model(input_ids=input_ids, use_cache=use_cache)
 
 def test_a_model_without_logits_to_keep(small, make_blocks):
-    blocks = make_blocks(np.random.default_rng(3).integers(0, 60, 60))
-    assert perplexity(Stubborn(small), blocks, progress=False).nats == pytest.approx(perplexity(small, blocks, progress=False).nats, rel=1e-6)
+    blocks = make_blocks(RANDOM(3).integers(0, 60, 60))
+    stubborn, own = (perplexity(model, blocks, progress=False) for model in (Stubborn(small), small))
+    assert stubborn.nats == pytest.approx(own.nats, rel=1e-6)
 
 def test_logits_stay_small(small, make_blocks, monkeypatch):
     shapes = []
     hook = small.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
-    monkeypatch.setattr(importlib.import_module("colab_gpt2.evaluation"), "logits_batch", lambda *args: 2)
+    monkeypatch.setattr("colab_gpt2.evaluation.logits_batch", lambda *args: 2)
     perplexity(small, make_blocks(np.zeros(60, int)), stride=4, progress=False)
     hook.remove()
     assert shapes[0] == (1, 16, 60) and {s[:2] for s in shapes[1:-1]} <= {(2, 4), (1, 4)}
@@ -110,33 +123,50 @@ def test_the_model_is_left_as_it_was(small, make_blocks):
     small.zero_grad()
 
 def test_autocast(small, make_blocks):
-    blocks = make_blocks(np.random.default_rng(4).integers(0, 60, 60))
+    blocks = make_blocks(RANDOM(4).integers(0, 60, 60))
     full, half = (perplexity(small, blocks, precision=p, progress=False) for p in ("fp32", "bf16"))
     assert half.nats != full.nats and half.nats == pytest.approx(full.nats, rel=0.02) and half.precision == "bf16"
 
-@pytest.mark.parametrize("options, message", [
-    (dict(stride=0), "stride is 0; it must be a whole number, 1 or more, 16 or less"), (dict(stride=9, context=8), "stride is 9; .* 8 or less"), (dict(stride=math.nan), "stride is nan"),
-    (dict(context=17), "context is 17; .* The model's context is 16 tokens."), (dict(context=0), "context is 0"), (dict(batch_size=0), "batch_size is 0"), (dict(precision="half"), "no precision 'half'")])
-def test_bad_settings(small, make_blocks, options, message):
-    with pytest.raises(ValueError, match=message) as e: perplexity(small, make_blocks(np.zeros(40, int)), progress=False, **options)
-    assert "\n" not in str(e.value)
+def test_a_report_ends_the_work(small, make_blocks):
+    def stop(what, done, total):
+        if done: raise KeyboardInterrupt(f"{what}: {done} of {total}")
+    with pytest.raises(KeyboardInterrupt, match="Perplexity of test: 16 of 59"):
+        perplexity(small, make_blocks(np.zeros(60, int)), progress=stop)
 
-def test_bad_texts_and_models(small, make_blocks):
-    with pytest.raises(ValueError, match="The test text has 1 token; perplexity needs 2 or more"): perplexity(small, make_blocks([5]), progress=False)
-    with pytest.raises(ValueError, match="has the token 61 and the model's vocabulary ends at 59"): perplexity(small, make_blocks([1, 61, 2], vocabulary_size=62), progress=False)
-    perplexity(small, make_blocks([1, 59, 2], vocabulary_size=62), progress=False)  # a larger vocabulary does no harm while the text makes no use of it
+@pytest.mark.parametrize("options, message", [
+    (dict(stride=0), "stride is 0; it must be a whole number ≥ 1 and ≤ 16"),
+    (dict(stride=9, context=8), "stride is 9; .* ≤ 8"), (dict(stride=math.nan), "stride is nan"),
+    (dict(context=17), "context is 17; .* The model's context is 16 tokens."), (dict(context=0), "context is 0"),
+    (dict(batch_size=0), "batch_size is 0"), (dict(precision="half"), "precision is 'half'")])
+def test_bad_settings(small, make_blocks, options, message):
+    blocks = make_blocks(np.zeros(40, int))
+    with pytest.raises(ValueError, match=message) as e: perplexity(small, blocks, progress=False, **options)
+    assert "\n" not in str(e.value) and fields_of(e.value) == (next(iter(options)),)
+
+def test_bad_texts(small, make_blocks):
+    with pytest.raises(ValueError, match="The test text has 1 token; perplexity needs 2 or more"):
+        perplexity(small, make_blocks([5]), progress=False)
+    with pytest.raises(ValueError, match="has the token 61 and the model's vocabulary ends at 59"):
+        perplexity(small, make_blocks([1, 61, 2], vocabulary_size=62), progress=False)
+    unused = make_blocks([1, 59, 2], vocabulary_size=62)  # a larger vocabulary, which the text does not use
+    assert perplexity(small, unused, progress=False).tokens == 2
+
+def test_a_damaged_model(small, make_blocks):
     broken = GPT2LMHeadModel(small.config)
     broken.transformer.ln_f.weight.data[3] = math.inf
-    with pytest.raises(RuntimeError, match="The model's loss on the test text is nan after 0 tokens: its weights are damaged"): perplexity(broken, make_blocks(np.zeros(40, int)), progress=False)
+    with pytest.raises(RuntimeError, match="loss on the test text is nan after 0 tokens: its weights are damaged"):
+        perplexity(broken, make_blocks(np.zeros(40, int)), progress=False)
 
 def test_report_card(tiny, tiny_blocks):
     card = report_card(tiny, tiny_blocks, progress=False)
-    assert [(p.unit, p.stride, p.split) for p in card.rows] == [(unit, stride, "test") for stride in (32, 16) for unit in ("token", "word", "byte")]
+    expected = [(unit, stride, "test") for stride in (32, 16) for unit in ("token", "word", "byte")]
+    assert [(p.unit, p.stride, p.split) for p in card.rows] == expected
     worse = GPT2LMHeadModel(tiny.config).eval()
     both = compare(report_card(worse, tiny_blocks, progress=False), card)
     assert all(ratio < 1 for ratio in both.ratios) and len(both.to_dict()["before"]) == 6
     page = both._repr_html_()
-    assert all(f"<td>{text}</td>" in page for text in ("test", "per word", "16", f"{card.rows[0].value:.2f}", f"{both.ratios[0]:.3f}"))
+    shown = ("test", "per word", "16", f"{card.rows[0].value:.2f}", f"{both.ratios[0]:.3f}")
+    assert all(f"<td>{text}</td>" in page for text in shown)
     for name, value in dict(split="validation", stride=8, context=16, tokens=7).items():
         other = replace(card, rows=tuple(replace(p, **{name: value}) for p in card.rows))
-        with pytest.raises(ValueError, match="do not compare"): compare(other, card)
+        with pytest.raises(ValueError, match="are not comparable"): compare(other, card)
