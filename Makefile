@@ -32,11 +32,11 @@ demo: .venv/ready
 
 # Two processes with a thread each: a suite of many small models gains nothing by more threads.
 test: .venv/ready
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest -n 2 --dist worksteal
 
 # The same suite on Colab's versions of everything but torch and Python.
 test-colab: .venv-colab/ready
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv-colab/bin:$$PATH" .venv-colab/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv-colab/bin:$$PATH" .venv-colab/bin/python -m pytest -n 2 --dist worksteal
 
 # The tutorial and its panels in three front ends, as a reader clicks through them; one after the other, since the times of clicks are measured.
 test-browser: .venv/browser .venv-colab/browser | /usr/bin/chromium

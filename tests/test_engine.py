@@ -101,8 +101,8 @@ def test_twenty_steps_lose_what_the_stock_model_loses(precision, bound):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    for name, word in (("train", "day"), ("eval", "night")):
-        (folder/f"{name}.txt").write_text("".join(f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n" for i in range(60)))
+    for name, word, articles in (("train", "day", 60), ("eval", "night", 12)):
+        (folder/f"{name}.txt").write_text("".join(f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n" for i in range(articles)))
     return folder
 
 
@@ -112,13 +112,23 @@ def run(text, output_dir, **changes):
     return finetune(**{**options, **changes})
 
 
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory): return tmp_path_factory.mktemp("plain")
+
+
+@pytest.fixture(scope="module")
+def plain(text, plain_folder):
+    "The run that others are compared with, done once; it lies in `plain_folder`."
+    return run(text, plain_folder)
+
+
 @pytest.mark.parametrize("changes", [dict(tune=False), dict(gradient_checkpointing=True), dict(per_device_train_batch_size=2), dict(torch_compile=True)], ids=lambda c: next(iter(c)))
-def test_every_way_of_training_gives_the_same_model(text, tmp_path, changes):
-    plain, other = run(text, tmp_path/"plain"), run(text, tmp_path/"other", **changes)
+def test_every_way_of_training_gives_the_same_model(text, tmp_path, plain, plain_folder, changes):
+    other = run(text, tmp_path/"other", **changes)
     assert other.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
     assert [e["loss"] for e in other.losses] == pytest.approx([e["loss"] for e in plain.losses], rel=1e-4)
     assert plain.plan.source == other.plan.source == "probe"
-    for (name, a), b in zip(load_model(str(tmp_path/"plain")).state_dict().items(), load_model(str(tmp_path/"other")).state_dict().values()):
+    for (name, a), b in zip(load_model(str(plain_folder)).state_dict().items(), load_model(str(tmp_path/"other")).state_dict().values()):
         assert error(a, b) < 1e-3, name  # a key's bias has no gradient but rounding, which AdamW makes steps of: single numbers differ
 
 
@@ -152,8 +162,7 @@ def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_pat
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 412 bytes. Error code 12 (Cannot allocate memory)")
 
 @pytest.mark.parametrize("error, first", [(torch.OutOfMemoryError("pretended"), 7), (ON_CPU, 7), (ON_CPU, 1)], ids=["gpu", "cpu", "cpu, in the probe"])  # first: the call that fails first; three are the probe's
-def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch, error, first):
-    plain = run(text, tmp_path/"plain")
+def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch, plain, error, first):
     calls = scarce_memory(monkeypatch, 2, error, first)
     with pytest.warns(UserWarning, match="Not enough memory for 4 blocks at once; the step is taken with 2"): scarce = run(text, tmp_path/"scarce")
     assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4]) and max(calls[-8:]) == scarce.plan.recipe.micro_batch == 2
@@ -263,9 +272,8 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_set_now(text, tmp_path):
     assert [first for first, _ in used] == [(pytest.approx(1e-6 * left), 0.3) for left in (5, 4, 3, 2, 1)] and {second[1] for _, second in used} == {0.}
 
 
-def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path):
+def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path, plain):
     "Its checkpoints have the scaler's state, of which nothing else has a use."
-    plain = run(text, tmp_path/"plain", save_steps=3)
     with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=3, callbacks=[Stop(4)])
     torch.save(torch.amp.GradScaler("cpu", init_scale=65536.).state_dict(), tmp_path/"out"/"checkpoint-3"/"scaler.pt")
     result = run(text, tmp_path/"out", save_steps=3, resume=True)
