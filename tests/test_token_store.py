@@ -6,6 +6,7 @@ import numpy as np, pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 import colab_gpt2
+from colab_gpt2.errors import fields_of
 from colab_gpt2.text import token_store
 from colab_gpt2.text.token_store import tokenize_file
 from colab_gpt2.text.tokens import Encoder
@@ -61,10 +62,13 @@ def test_no_warning_and_no_word_on_stdout(tiny, tmp_path, capfd, recwarn):
     out, err = capfd.readouterr()
     assert out == "" and "Tokenising a.txt" in err and "longer than" not in err and not list(recwarn)
 
-@pytest.mark.parametrize("content, message", [(None, "a.txt"), (b"", "empty"), (b"a\x00b" * 99, "binary|NUL"), (b"caf\xe9 " * 99, "UTF-8"), (b"x", "The text has 1 tokens, which is 0 blocks of block_size 8")])
+@pytest.mark.parametrize("content, message", [
+    (None, "a.txt does not exist"), (b"", "empty"), (b"a\x00b" * 99, "binary"), (b"caf\xe9 " * 99, "UTF-8"),
+    (b"x", "The text has 1 tokens, which is 0 blocks of block_size 8")])
 def test_bad_texts_leave_nothing(tiny, tmp_path, content, message):
     if content is not None: (tmp_path/"a.txt").write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as e: tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path/"cache", progress=False, minimum_blocks=1)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
+        tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path/"cache", progress=False, minimum_blocks=1)
     assert "\n" not in str(e.value)
     if content != b"x": assert not (tmp_path/"cache").exists()
 
@@ -77,11 +81,13 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a write beyond 1,000 bytes fails, as on a full disk
-        with pytest.raises(OSError, match="tokens of .*a.txt could not be written to .*cache/tokens: .*Free some space or choose another cache_dir."): tokenize_file(path, tiny, 8, **options)
+        with pytest.raises(OSError, match="tokens of .*a.txt could not be written to .*cache/tokens: .*another cache_dir"):
+            tokenize_file(path, tiny, 8, **options)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {f.name: f.read_bytes() for f in blocks.path.parent.iterdir()} == old
 
-# A run that ends before its time. The text has a byte order mark, characters of several bytes and \r\n, so that a wrong place to go on from shows.
+# A run that ends before its time. The text has a byte order mark, characters of several bytes and \r\n: resuming at a
+# wrong place would show.
 
 JOB = """
 import sys, time
@@ -143,12 +149,15 @@ def wait_for_entry(cache, above=0, seconds=120):
 def encoded(monkeypatch):
     "How many characters this process encodes, piece by piece."
     sizes, call = [], Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda self, segments: (sizes.append(sum(map(len, segments))), call(self, segments))[1])
+    def counting(self, segments):
+        sizes.append(sum(map(len, segments)))
+        return call(self, segments)
+    monkeypatch.setattr(Encoder, "__call__", counting)
     return sizes
 
-def test_a_killed_run_is_gone_on_with(tiny, tmp_path, long_text, expected, job, encoded):
+def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, job, encoded):
     cache, done = tmp_path/"cache", 0
-    for _ in range(2):  # killed, gone on with, killed again
+    for _ in range(2):  # killed, resumed, killed again
         process = job(pieces=2)
         entry = wait_for_entry(cache, above=done)
         process.send_signal(signal.SIGKILL)
@@ -195,7 +204,8 @@ def test_without_an_entry_an_interrupted_run_leaves_nothing(tiny, tmp_path, long
 
 def test_a_full_disk_leaves_what_is_done(tiny, tmp_path, long_text, expected, monkeypatch, encoded):
     error = interrupted(tiny, tmp_path, long_text, monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    assert str(error).endswith("No space left on device. Free some space or choose another cache_dir. What is done stays, and the next run goes on from there.")
+    assert error.errno == errno.ENOSPC and fields_of(error) == ("cache_dir",)
+    assert str(error).endswith("What is done stays, and the next run resumes from there.")
     assert suffixes(tmp_path) == [".journal", ".part"]
     encoded.clear()
     assert digest(tokenize_file(long_text, tiny, 64, cache_dir=tmp_path, progress=False).path) == expected
@@ -208,7 +218,7 @@ def test_two_processes_do_the_work_once(tmp_path, long_text, expected, job):
     assert sum(int(words[-1]) for words in said) == len(long_text.read_bytes().decode("utf-8-sig"))
     assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected and suffixes(tmp_path/"cache") == [".ids", ".json"]
 
-def test_who_waits_goes_on_where_the_killed_one_stopped(tmp_path, long_text, expected, job):
+def test_who_waits_resumes_where_the_killed_one_stopped(tmp_path, long_text, expected, job):
     first = job(pieces=3)
     wait_for_entry(tmp_path/"cache")
     second = job()
