@@ -105,7 +105,7 @@ def atomic(
                 with contextlib.suppress(OSError): target.unlink()  # a Drive under load may refuse to list a folder
             raise
         _settle(temporary)
-        if not inside: os.replace(target, path)
+        if not (folder and path.is_dir()): os.replace(target, path)  # another process may have made it meanwhile
         else:
             for child in sorted(target.iterdir(), key=lambda p: p.stat().st_size): os.replace(child, path/child.name)
         _sync(place)

@@ -134,7 +134,7 @@ def job(tmp_path, long_text):
 
 def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
-def suffixes(cache): return sorted(f.suffix for f in (cache/"tokens").iterdir())
+def suffixes(cache): return sorted(f.suffix for f in (cache/"tokens").iterdir() if f.is_file())
 
 def wait_for_entry(cache, above=0, seconds=120):
     "The counts of the journal, as soon as they are of more than `above` bytes of text."

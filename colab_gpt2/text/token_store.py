@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['EVERY', 'Blocks', 'check_trainable', 'TokenFile', 'read_counts', 'stored_counts', 'is_at', 'sole_owner', 'write_ids',
-           'resume', 'open_text', 'write_part', 'write_owned', 'write_tokens', 'tokenize_file', 'tokenize_corpus']
+           'resume', 'open_text', 'write_through', 'write_part', 'write_owned', 'write_tokens', 'tokenize_file',
+           'tokenize_corpus']
 
-# %% ../../nbs/text/13_token_store.ipynb #eb249033
-import codecs, contextlib, fcntl, functools, io, json, os
+# %% ../../nbs/text/13_token_store.ipynb #ecb6a9b6
+import codecs, contextlib, fcntl, functools, io, json, os, shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import Record, atomic, cache_folder, human_bytes, sha256_of, sync
+from ..core import Record, atomic, cache_folder, human_bytes, leftovers, sha256_of
 from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from .corpus import check_text
@@ -143,6 +144,12 @@ def open_text(path, start):
     file.seek(start + len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8))
     return io.TextIOWrapper(file, encoding="utf-8", newline="")
 
+# %% ../../nbs/text/13_token_store.ipynb #ef024915
+def write_through(file):
+    "Put what was written to the open `file` on the disk."
+    file.flush()
+    os.fsync(file.fileno())
+
 # %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 EVERY = 1 << 26  # bytes of text between two entries in the journal: some seconds' work
 
@@ -154,16 +161,14 @@ def write_part(path, file, out, encoder, report=silent) -> dict:
     with open_text(path, counts["bytes"]) as text:
         for counts in write_ids(read_segments(text, encoder.cut), encoder, out, counts):
             if counts["bytes"] >= due:
-                out.flush()
-                sync(file.part)
+                write_through(out)
                 file.note(file.journal, counts)
                 due = counts["bytes"] + EVERY
             report(what, counts["bytes"], size)
-    out.flush()
-    sync(file.part)
+    write_through(out)
     return counts
 
-# %% ../../nbs/text/13_token_store.ipynb #a60d4f2b
+# %% ../../nbs/text/13_token_store.ipynb #1161d4e4
 def write_owned(path, file, out, encoder, report=silent) -> dict:
     "`write_part`, and the ids and their record put in place."
     try:
@@ -182,6 +187,7 @@ def write_tokens(path, file, encoder, report=silent) -> dict:
     try:
         file.ids.parent.mkdir(parents=True, exist_ok=True)
         with sole_owner(file.part) as out:
+            for old in leftovers(file.ids.parent): shutil.rmtree(old, ignore_errors=True)
             counts = stored_counts(file)
             if not counts: return write_owned(path, file, out, encoder, report)
             file.part.unlink()  # another process wrote the tokens while this one waited
