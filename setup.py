@@ -24,7 +24,7 @@ setup(
     classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Developers", "Natural Language :: English"]
         + [f"Programming Language :: Python :: {p}" for p in pythons[pythons.index(settings["min_python"]):]],
     packages=find_packages(include=["colab_gpt2", "colab_gpt2.*"]),
-    package_data={"colab_gpt2": ["py.typed", "assets/tiny/*"]},
+    package_data={"colab_gpt2": ["py.typed", "assets/*.css", "assets/*.js", "assets/tiny/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "lora", "browser")},

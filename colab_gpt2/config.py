@@ -11,7 +11,8 @@ import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from .core import Record, check_number, nearest
+from .core import Record, nearest
+from .errors import Sentence, check_choice, check_number
 
 # %% ../nbs/04_config.ipynb #1da4635b
 def value(default, help, **options):
@@ -86,13 +87,15 @@ def check_config(config):
     for name, rule in LIMITS.items():
         if getattr(config, name) is not None: check_number(name, getattr(config, name), **rule)
     for f in fields(config):
-        if getattr(config, f.name) == "": raise ValueError(f"{f.name} is empty; give a value.")
+        if getattr(config, f.name) == "": raise ValueError(Sentence(f"{{{f.name}}} is empty; give a value."))
         choices, chosen = f.metadata.get("choices"), getattr(config, f.name)
-        if choices and chosen not in (*choices, f.default): raise ValueError(f"{f.name} is {chosen!r}.{nearest(chosen, choices)}")
-        if f.type in (bool, bool | None) and chosen is not f.default and not isinstance(chosen, bool): raise ValueError(f"{f.name} is {chosen!r}; it must be True or False.")
+        if choices and chosen != f.default: check_choice(f.name, chosen, choices)
+        if f.type in (bool, bool | None) and chosen is not f.default and not isinstance(chosen, bool):
+            raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be True or False.", value=chosen))
     for name in ("max_steps", "save_steps"):
-        if getattr(config, name) == 0: raise ValueError(f"{name} is 0; it must be 1 or more, or -1 for no limit of its own.")
-    if config.resume and config.overwrite_output_dir: raise ValueError("resume and overwrite_output_dir exclude each other: go on with what is there, or start over.")
+        if getattr(config, name) == 0: raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1 for no limit."))
+    if config.resume and config.overwrite_output_dir:
+        raise ValueError(Sentence("{resume} and {overwrite_output_dir} exclude each other: choose one."))
     check_paths(config)
     check_batch(config)
 
@@ -103,9 +106,12 @@ def check_paths(config):
         given = getattr(config, f.name)
         if not (f.metadata.get("path") and isinstance(given, str)): continue
         try: path = Path(given).expanduser()
-        except RuntimeError: raise ValueError(f"{f.name} is {given!r}, and this machine knows no user {given.split('/')[0][1:]!r}; write the path without ~.") from None
+        except RuntimeError:
+            message = "{%s} is {value!r}, and there is no user {user!r} on this machine; write the path without ~." % f.name
+            raise ValueError(Sentence(message, value=given, user=given.split("/")[0][1:])) from None
         if len(os.fsencode(path)) > 4095 or any(len(os.fsencode(part)) > 255 for part in path.parts):
-            raise ValueError(f"{f.name} is a text of {len(given):,} characters, and no file has so long a name; give a path.")
+            message = "{%s} is a text of {size:,} characters, and no file has so long a name; give a path." % f.name
+            raise ValueError(Sentence(message, size=len(given)))
 
 # %% ../nbs/04_config.ipynb #f8a5b6be
 def check_batch(config):
@@ -113,7 +119,8 @@ def check_batch(config):
     micro, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
     for name, given in (("per_device_train_batch_size", micro), ("gradient_accumulation_steps", parts)):
         if given and not (micro and parts) and config.effective_batch_size % given:
-            raise ValueError(f"{name} is {given}, which does not divide effective_batch_size {config.effective_batch_size}; change one of them.")
+            message = "{%s} is {given}, which does not divide {effective_batch_size} {total}; change one of them." % name
+            raise ValueError(Sentence(message, given=given, total=config.effective_batch_size))
 
 # %% ../nbs/04_config.ipynb #bf542408
 def changed(config=None, **changes):
@@ -135,5 +142,6 @@ def pick_learning_rate(config, parameters, method="full") -> float:
 def pick_block_size(config, context) -> int:
     "Tokens in an example: `config`'s own, which must fit the model's `context`, else the context, 1024 at most."
     if config.block_size and config.block_size > context:
-        raise ValueError(f"block_size is {config.block_size}, but the model's context is {context} tokens; take {context} or less.")
+        message = "{block_size} is {value}, but the model's context is {context} tokens; take {context} or less."
+        raise ValueError(Sentence(message, value=config.block_size, context=context))
     return config.block_size or min(context, 1024)

@@ -7,6 +7,7 @@ import pytest
 
 import colab_gpt2
 from colab_gpt2.config import FinetuneConfig
+from colab_gpt2.errors import Sentence
 from colab_gpt2.panels.snippets import as_python, as_shell, differing
 from helpers.colab_stub import colab, stub
 
@@ -124,11 +125,11 @@ def test_the_same_file_can_be_uploaded_again(tmp_path, monkeypatch):
     for _ in range(2):
         panel.choice.value = "a text of my own"
         upload(panel.uploads[0], "text.txt", "Read this .")
-        assert panel.config.train_file == "uploads/train_file/text.txt" and panel.said == "text.txt is in uploads/train_file/text.txt." and not panel.fetch.disabled
+        assert panel.config.train_file == "uploads/train_file/text.txt" and panel.said == "text.txt uploaded (11 B, 3 words)." and not panel.fetch.disabled
         panel.choice.value = "python-docs"
     other = colab_gpt2.RuntimePanel()
     other.work(lambda: upload(panel.uploads[1], "text.txt", "Measure on this ."), "At work", str)
-    assert panel.config.eval_file is None and "is at work" in panel.said
+    assert panel.config.eval_file is None and "is busy" in panel.said
     upload(panel.uploads[1], "text.txt", "Measure on this .")
     assert panel.config.eval_file == "uploads/eval_file/text.txt"
 
@@ -146,7 +147,7 @@ def test_a_path_that_no_file_can_have_is_marked(quick):
     panel = colab_gpt2.DataPanel(quick)
     field = panel.own.rows["train_file"]
     good = field.widget.value
-    for bad, said in (("The tide came in. " * 20, "no file has so long a name"), ("~nobody-here/text.txt", "knows no user 'nobody-here'"), ("a\0b", "There is no file")):
+    for bad, said in (("The tide came in. " * 20, "no file has so long a name"), ("~nobody-here/text.txt", "there is no user 'nobody-here'"), ("a\0b", "There is no file")):
         field.widget.value = bad
         assert panel.fetch.disabled and said in field.hint.value and (panel.start(), panel.running) == (None, False)
         field.widget.value = good
@@ -189,7 +190,7 @@ def test_a_model_that_was_restored_into_the_awaited_folder_serves(quick, tmp_pat
 def test_another_output_folder_in_mid_run_is_not_gone_on_in(quick):
     panel = colab_gpt2.FinetunePanel(quick)
     def leave(): panel.form.rows["output_dir"].widget.value = "elsewhere"; panel.live.stop()
-    assert panel.start(callbacks=[At(2, leave)]) is None and "Stopped at step" in panel.said and f"set Output folder to {quick.output_dir} again" in panel.said
+    assert panel.start(callbacks=[At(2, leave)]) is None and "Stopped at step" in panel.said and f"set “Output folder” to {quick.output_dir} again" in panel.said
     assert not panel.config.resume
 
 
@@ -198,7 +199,7 @@ def test_an_upload_is_received_in_the_shape_of_either_version(value, tmp_path, m
     monkeypatch.chdir(tmp_path)
     panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache")))
     panel.receive("train_file", value)
-    assert panel.said.startswith("text.txt is in ") and Path(panel.config.train_file).read_text() == "Read this ."
+    assert panel.said.startswith("text.txt uploaded") and Path(panel.config.train_file).read_text() == "Read this ."
 
 
 def test_two_panels_edit_one_config(quick):
@@ -229,7 +230,7 @@ class At:
 def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     panel = colab_gpt2.FinetunePanel(quick)
     assert panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))]) is None
-    assert panel.said == f"Stopped at step 5 of 12; saved in {Path(quick.output_dir)/'checkpoint-5'}. Start goes on from there." and "<b>Stopped</b>" in panel.progress.value
+    assert panel.said == f"Stopped at step 5 of 12; saved in {Path(quick.output_dir)/'checkpoint-5'}. Start resumes from there." and "<b>Stopped</b>" in panel.progress.value
     assert panel.error is None and (Path(quick.output_dir)/"checkpoint-5").is_dir()
     assert panel.start().resumed_from.endswith("checkpoint-5") and "<b>Done</b>" in panel.progress.value
     capfd.readouterr()
@@ -249,15 +250,15 @@ def test_what_follows_waits_for_a_finished_model(quick):
     assert panel.start().steps == 12 and writing.start().whole
 
 
-@pytest.mark.parametrize("what, said", [("Fetching", "loading"), ("Loading", "loading"), ("Tokenising train.txt", "loading"), ("Tokenising eval.txt", "loading"), ("Perplexity", "evaluating"), ("Generating", "evaluating")])
-def test_stop_is_obeyed_before_the_training(quick, what, said):
+@pytest.mark.parametrize("what", ["Fetching", "Loading", "train.txt", "eval.txt", "Perplexity", "Generating"])
+def test_stop_is_obeyed_before_the_training(quick, what):
     "While the text is fetched, the model loaded, tokens are cut and the first sample is written: in a sentence, and nothing half written is left."
     from colab_gpt2.engine.callbacks import Listener
     panel, heard = colab_gpt2.FinetunePanel(replace(quick, max_new_tokens=40)), []
     class Press(Listener):
-        def on_stage(self, stage, **facts): panel.live.pump = lambda: panel.live.what.startswith(what) and not heard and (heard.append(panel.live.what), panel.buttons["stop"].click())
+        def on_stage(self, stage, **facts): panel.live.pump = lambda: what in panel.live.what and not heard and (heard.append(panel.live.what), panel.buttons["stop"].click())
     for kept in Path(quick.cache_dir).glob("tokens/*"): kept.unlink()  # the forecast has counted them
-    assert panel.start(callbacks=[Press()]) is None and panel.error is None and panel.said == f"Stopped while {said}; nothing was trained."
+    assert panel.start(callbacks=[Press()]) is None and panel.error is None and panel.said == "Stopped before the training; nothing was trained."
     assert len(heard) == 1 and not panel.buttons["start"].disabled and not list(Path(quick.output_dir).iterdir()) and not list(Path(quick.cache_dir).glob("tokens/*.part"))
     assert panel.start().steps == 12
 
@@ -285,16 +286,16 @@ def test_a_run_that_is_refused_leaves_the_result(quick):
 
 
 def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
-    def fail(): raise MemoryError("Out of memory, and nothing is left to divide; set a smaller block_size.")
+    def fail(): raise MemoryError(Sentence("Out of memory at a micro-batch of 1; set a smaller {block_size}."))
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
-    assert panel.start(callbacks=[At(4, fail)]) is None and "set a smaller “Block size”" in panel.said and "set “Resume” to no" in panel.status.value
+    assert panel.start(callbacks=[At(4, fail)]) is None and "set a smaller " in panel.said and "turn off “Resume”" in panel.status.value
     rows = panel.form.rows
     rows["block_size"].widget.value = "32"
-    assert "of a run with Block size 64" in panel.plan.value
+    assert "of a run with “Block size” 64" in panel.plan.value
     rows["overwrite_output_dir"].widget.value = True
     assert panel.buttons["start"].disabled and all("exclude each other" in rows[name].hint.value for name in ("resume", "overwrite_output_dir"))
     rows["resume"].widget.value = False
-    assert not panel.buttons["start"].disabled and "starts over" in panel.plan.value
+    assert not panel.buttons["start"].disabled and "overwrites it" in panel.plan.value
     assert panel.start().plan.recipe.block_size == 32
 
 
@@ -303,7 +304,7 @@ def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, sa
     def fail(): raise error
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3, overwrite_output_dir=True)
     assert panel.start(callbacks=[At(4, fail)]) is None
-    assert said in panel.said and "goes on from it" in panel.plan.value and not panel.buttons["start"].disabled
+    assert said in panel.said and "resumes from it" in panel.plan.value and not panel.buttons["start"].disabled
     result = panel.start()
     assert result.steps == 12 and result.resumed_from.endswith("checkpoint-3") and panel.error is None
 
@@ -312,7 +313,7 @@ def test_an_error_before_the_first_checkpoint_starts_anew(quick):
     "What lies in the folder is another run's: the panel does not go on from it by itself."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick)
-    assert panel.start() is None and "set Resume, or Overwrite" in panel.said and not panel.config.resume
+    assert panel.start() is None and "set “Resume” or “Overwrite”" in panel.said and not panel.config.resume
 
 
 def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch, tmp_path):
@@ -322,7 +323,7 @@ def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch,
     panel = colab_gpt2.FinetunePanel(quick)
     writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel, drive=str(tmp_path/"drive"))
     assert panel.start() is None and writing.start().before is not None and keeping.start().copy.path.exists()
-    assert all("Note: " in after.status.value and "holds the model of an earlier run" in after.status.value for after in (writing, keeping))
+    assert all("Note: This model is from an earlier run" in after.status.value for after in (writing, keeping))
     panel.values.set(overwrite_output_dir=True)
     assert panel.start() and writing.start() and "earlier run" not in writing.status.value
 
@@ -341,8 +342,8 @@ def test_what_was_suggested_for_tiny_is_not_left_to_another_model(monkeypatch):
 
 def test_a_bad_value_is_marked_where_it_was_typed(quick):
     panel = colab_gpt2.FinetunePanel(quick)
-    for form, name, bad, said in ((panel.form, "model", "./nofolder", "There is no folder ./nofolder"), (panel.form, "model", "no-such/model", "no-such/model is not complete in the cache"),
-                                  (panel.more, "tokenizer", "nope", "Unknown model"), (panel.more, "eval_stride", "100000", "Stride is 100000; it must be")):
+    for form, name, bad, said in ((panel.form, "model", "./nofolder", "./nofolder"), (panel.form, "model", "no-such/model", "no-such/model is not complete in the cache"),
+                                  (panel.more, "tokenizer", "nope", "nope"), (panel.more, "eval_stride", "100000", "“Stride” is 100000; it must be")):
         good = form.rows[name].widget.value
         form.rows[name].widget.value = bad
         assert panel.buttons["start"].disabled and [row for form in (panel.form, panel.more) for row, shown in form.rows.items() if "cg-bad" in shown.hint.value] == [name]
@@ -353,7 +354,7 @@ def test_a_bad_value_is_marked_where_it_was_typed(quick):
 
 def test_a_perplexity_that_rises_is_no_success(quick):
     panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.3, max_steps=4)
-    assert panel.start() and "Note: The perplexity has risen: lower Learning rate" in panel.status.value
+    assert panel.start() and "Note: The perplexity has risen: lower “Learning rate”" in panel.status.value
 
 
 @pytest.mark.parametrize("name", ["save", "stop"])
@@ -385,7 +386,7 @@ def test_a_warning_of_the_forecast_is_a_note(quick, recwarn):
 def test_a_second_panel_waits_while_one_is_at_work(quick):
     panel, other = colab_gpt2.FinetunePanel(quick), colab_gpt2.GeneratePanel(model="tiny")
     assert panel.start(callbacks=[At(2, other.start)]) is not None
-    assert other.result is None and other.said == "3. Fine-tune is at work. Wait until it is done, or stop it."
+    assert other.result is None and other.said == "3. Fine-tune is busy. Wait until it is done, or stop it."
 
 
 def test_pump_and_pictures_cost_under_two_percent(quick):
@@ -456,7 +457,7 @@ def test_the_interrupt_button_stops_and_saves_a_run_in_a_subshell(quick):
         manager.interrupt_kernel()
         listen(client, idle(running), timeout=60)
         said = run(client, "print(panel.said)")
-        assert re.match(r"Stopped at step \d+ of 4000; saved in .* Start goes on from there", said) and list(Path(quick.output_dir).glob("checkpoint-*"))
+        assert re.match(r"Stopped at step \d+ of 4000; saved in .* Start resumes from there", said) and list(Path(quick.output_dir).glob("checkpoint-*"))
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -61,7 +61,7 @@ def test_the_notebooks_own_stop_button(begun):
 def test_the_page_is_loaded_anew_while_a_click_trains(begun):
     before = stopped_at(begun)
     press(panel(begun), "Start")
-    wait_said(panel(begun), "Going on from")
+    wait_said(panel(begun), "Resuming from")
     load_anew(begun)
     begun.picture("loaded-anew")
     press(panel(begun), "Stop")
@@ -87,7 +87,7 @@ def test_app(begun):
     fill(training, "Block size", "128")
     training.get_by_text("blocks of 128 tokens a step").wait_for()
     tab("2. The text")
-    press(text, "Fetch and look")
+    press(text, "Load text")
     wait_said(text, "The text is here")
     assert "blocks of 128" in text.inner_text()
     tab("3. Fine-tune")
