@@ -1,11 +1,12 @@
-"Generation against transformers' own, and at its edges: half characters, stop strings, contexts that are full, bad input."
-import random, warnings
+"Generation against transformers' own, and at its edges: half characters, stop strings, full contexts, bad input."
+import inspect, random, warnings
 
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from colab_gpt2.errors import fields_of
 from colab_gpt2.evaluation import evaluation_mode
 from colab_gpt2.generation import Request, TextPieces, encode_prompt, generate, stream
 from colab_gpt2.model.loading import load_model, load_tokenizer
@@ -25,13 +26,15 @@ def tiny(): return load_model("tiny").eval()
 def small():
     "Random weights, the vocabulary of tiny, a context of 32: its texts are full of half characters."
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=8192, bos_token_id=0, eos_token_id=0))
+    sizes = dict(n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=8192)
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
 def theirs(model, tokenizer, prompt, new, **options):
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0, **options)
-    return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
+    greedy = dict(do_sample=False, max_new_tokens=new, pad_token_id=0, attention_mask=torch.ones_like(ids))
+    new_ids = model.generate(ids, **greedy, **options)[0, ids.shape[1]:]
+    return tokenizer.decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).rstrip("\ufffd")
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, " = Toronto Raptors = ", "The  city\n\n was", "日本"])
@@ -44,8 +47,10 @@ def test_greedy_is_that_of_transformers(tiny, tokenizer, prompt, penalty):
 
 def test_another_architecture(tokenizer):
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=8192, eos_token_id=0)).eval()
-    assert generate(llama, PROMPT, tokenizer=tokenizer, top_k=1, max_new_tokens=20)[0].text == theirs(llama, tokenizer, PROMPT, 20)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=8192)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, eos_token_id=0)).eval()
+    sample, = generate(llama, PROMPT, tokenizer=tokenizer, top_k=1, max_new_tokens=20)
+    assert sample.text == theirs(llama, tokenizer, PROMPT, 20)
 
 
 def test_model_that_does_not_know_logits_to_keep(small, tokenizer):
@@ -54,7 +59,8 @@ def test_model_that_does_not_know_logits_to_keep(small, tokenizer):
             super().__init__()
             self.inner, self.config = small, small.config
         def get_input_embeddings(self): return self.inner.get_input_embeddings()
-        def forward(self, input_ids, past_key_values=None, use_cache=None): return self.inner(input_ids, past_key_values=past_key_values, use_cache=use_cache)
+        def forward(self, input_ids, past_key_values=None, use_cache=None):
+            return self.inner(input_ids, past_key_values=past_key_values, use_cache=use_cache)
     options = dict(tokenizer=tokenizer, max_new_tokens=10, seed=1)
     assert generate(Wrapped(), "a", **options) == generate(small, "a", **options)
 
@@ -62,9 +68,10 @@ def test_model_that_does_not_know_logits_to_keep(small, tokenizer):
 def test_tokens_are_drawn_as_often_as_they_are_likely(small, tokenizer):
     ids = torch.tensor([tokenizer("The").input_ids])
     probabilities = (small.eval()(ids).logits[0, -1] / 0.02).topk(5).values.softmax(-1)  # cold, so that the five differ
-    drawn = [s.text for s in generate(small, "The", tokenizer=tokenizer, max_new_tokens=1, temperature=0.02, top_k=5, samples=4000, seed=0)]
-    counts = sorted((drawn.count(text) / 4000 for text in set(drawn)), reverse=True)
-    assert counts == pytest.approx(sorted(probabilities.tolist(), reverse=True)[:len(counts)], abs=0.03)
+    options = dict(tokenizer=tokenizer, max_new_tokens=1, temperature=0.02, top_k=5)
+    drawn = [s.text for s in generate(small, "The", samples=4000, seed=0, **options)]
+    shares = sorted((drawn.count(text) / 4000 for text in set(drawn)), reverse=True)
+    assert shares == pytest.approx(sorted(probabilities.tolist(), reverse=True)[:len(shares)], abs=0.03)
 
 
 def test_seed_gives_the_same_text_and_leaves_the_global_generator_alone(small, tokenizer):
@@ -88,7 +95,8 @@ def test_stream_is_generate_in_pieces(small, tokenizer, seed):
     stops = [whole.text[at:at + cut.randint(1, 9)] for at in cut.sample(range(len(whole.text) - 9), 2)]
     stopped, = generate(small, "The", stop=stops, **options)
     assert stopped.stopped == "stop" and stopped.tokens <= whole.tokens
-    assert any(whole.text.startswith(stopped.text + s) for s in stops) and not any(s in stopped.text for s in stops)
+    assert any(whole.text.startswith(stopped.text + s) for s in stops)
+    assert not any(s in stopped.text for s in stops)
     assert "".join(stream(small, "The", stop=stops, **options)) == stopped.text
 
 
@@ -113,7 +121,7 @@ def test_real_text_with_the_real_tokenizer_comes_back_whole(shared):
 def test_end_of_text_ends_only_its_own_sample(small, tokenizer):
     options = dict(tokenizer=tokenizer, max_new_tokens=30, samples=4, seed=3)
     whole = generate(small, "The", **options)
-    with evaluation_mode(small): ids = torch.cat(list(Request(small, "The", tokenizer, 30, 3, 4, (), None).steps()), 1).tolist()
+    with evaluation_mode(small): ids = torch.cat(list(Request(small, "The", **options).steps()), 1).tolist()
     small.generation_config.eos_token_id = [0, ids[0][10]]
     try: ended = generate(small, "The", **options)
     finally: small.generation_config.eos_token_id = 0
@@ -129,44 +137,57 @@ def test_250_tokens_though_the_context_is_32(small, tokenizer):
 
 def test_long_prompt_is_cut_from_the_left(small, tokenizer):
     long = "a b c d e f g " * 20 + "the end"
-    with pytest.warns(UserWarning, match="context is 32: only its last 31 are used") as caught: sample, = generate(small, long, tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    options = dict(tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    with pytest.warns(UserWarning, match="context is 32: only its last 31 are used") as caught:
+        sample, = generate(small, long, **options)
     assert caught[0].filename == __file__  # the warning points at the caller
     kept = tokenizer.decode(tokenizer(long).input_ids[-31:])
-    assert generate(small, kept, tokenizer=tokenizer, max_new_tokens=5, top_k=1)[0].text == sample.text
+    assert generate(small, kept, **options)[0].text == sample.text
     assert sample.prompt == long
 
 
 def test_empty_prompt_starts_from_the_end_of_text_token(small, tokenizer):
-    with pytest.warns(UserWarning, match="prompt is empty"): sample, = generate(small, "", tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    options = dict(tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    with pytest.warns(UserWarning, match="prompt is empty"): sample, = generate(small, "", **options)
     assert sample.prompt == "" and sample.tokens == 5
-    with pytest.warns(UserWarning, match="prompt is empty") as caught: pieces = stream(small, "", tokenizer=tokenizer, max_new_tokens=5, top_k=1)
+    with pytest.warns(UserWarning, match="prompt is empty") as caught: pieces = stream(small, "", **options)
     assert "".join(pieces) == sample.text and caught[0].filename == __file__
 
 
 def test_the_prompt_is_taken_as_typed(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for prompt in (" = Toronto Raptors = ", "  two  spaces \n\n", " ", "\t"): assert tokenizer.decode(encode_prompt(prompt, tokenizer, 512), clean_up_tokenization_spaces=False) == prompt
+        for prompt in (" = Toronto Raptors = ", "  two  spaces \n\n", " ", "\t"):
+            ids = encode_prompt(prompt, tokenizer, 512)
+            assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(temperature=0), "temperature is 0; .* For the likeliest token each time use top_k=1"), (dict(temperature=-1), "temperature is -1"),
-    (dict(temperature=float("nan")), "temperature is nan"), (dict(temperature=float("inf")), "temperature is inf"),
-    (dict(top_p=0), "top_p is 0"), (dict(top_p=2), "top_p is 2"), (dict(top_p=float("nan")), "top_p is nan"),
-    (dict(top_k=-1), "top_k is -1"), (dict(top_k=1.5), "top_k is 1.5"), (dict(repetition_penalty=0), "repetition_penalty is 0"),
-    (dict(samples=0), "samples is 0"), (dict(max_new_tokens=0), "max_new_tokens is 0"), (dict(max_new_tokens=-5), "max_new_tokens is -5"),
-    (dict(seed=-1), "seed is -1"), (dict(seed="x"), "seed is 'x'"), (dict(stop=""), "one character or more"), (dict(stop=["a", ""]), "one character or more"),
-    (dict(stop=[3]), "stop has 3"), (dict(prompt=7), "prompt is 7"), (dict(tokenizer=None), "pass tokenizer=")])
-def test_bad_input_gets_a_line(small, tokenizer, wrong, words):
-    options = {"prompt": "The", "tokenizer": tokenizer, "max_new_tokens": 2, **wrong}
+@pytest.mark.parametrize("field, value, words", [
+    ("temperature", 0, "temperature is 0; it must be > 0. For the likeliest token each time set top_k=1"),
+    ("temperature", -1, "temperature is -1"), ("temperature", float("nan"), "temperature is nan"),
+    ("temperature", float("inf"), "temperature is inf"),
+    ("top_p", 0, "top_p is 0"), ("top_p", 2, "top_p is 2"), ("top_p", float("nan"), "top_p is nan"),
+    ("top_k", -1, "top_k is -1"), ("top_k", 1.5, "top_k is 1.5"), ("repetition_penalty", 0, "repetition_penalty is 0"),
+    ("samples", 0, "samples is 0"), ("max_new_tokens", 0, "max_new_tokens is 0"),
+    ("max_new_tokens", -5, "max_new_tokens is -5"), ("seed", -1, "seed is -1"), ("seed", "x", "seed is 'x'"),
+    ("stop", "", "stop has ''"), ("stop", ["a", ""], "stop has ''"), ("stop", [3], "stop has 3"), ("prompt", 7, "prompt is 7"), ("tokenizer", None, "pass tokenizer=")])
+def test_bad_input_gets_a_line_that_knows_its_field(small, tokenizer, field, value, words):
+    options = {"prompt": "The", "tokenizer": tokenizer, "max_new_tokens": 2, field: value}
     with pytest.raises(ValueError, match=words) as error: generate(small, **options)
-    assert "\n" not in str(error.value)
-    if "samples" in wrong: return
+    assert "\n" not in str(error.value) and fields_of(error.value)[0] == field
+    if field == "samples": return
     with pytest.raises(ValueError, match=words): stream(small, **options)  # at the call, before a piece is read
 
 
+def test_an_unknown_setting_is_no_setting(small, tokenizer):
+    with pytest.raises(TypeError, match="temprature"): generate(small, "The", tokenizer=tokenizer, temprature=1)
+    with pytest.raises(TypeError, match="samples"): stream(small, "The", tokenizer=tokenizer, samples=2)
+    assert inspect.signature(generate).parameters["top_k"].default == 50
+
+
 def test_tokenizer_of_another_model(small, shared):
-    with pytest.raises(ValueError, match="do not belong together"): generate(small, "The", tokenizer=str(shared/"data"/"gpt2-tokenizer"))
+    with pytest.raises(ValueError, match="do not belong together"):
+        generate(small, "The", tokenizer=str(shared/"data"/"gpt2-tokenizer"))
 
 
 def test_damaged_weights_are_named(tokenizer):
@@ -190,7 +211,8 @@ def test_training_mode_comes_back(small, tokenizer):
 
 
 def test_a_name_is_loaded(tokenizer, tiny):
-    assert generate("tiny", PROMPT, max_new_tokens=3, seed=1, device="cpu") == generate(tiny, PROMPT, tokenizer="tiny", max_new_tokens=3, seed=1)
+    options = dict(max_new_tokens=3, seed=1)
+    assert generate("tiny", PROMPT, device="cpu", **options) == generate(tiny, PROMPT, tokenizer="tiny", **options)
 
 
 def test_sample_shows_its_prompt_and_escapes_both(small, tokenizer):
