@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-colab test-browser bench show sync clean
+.PHONY: demo test test-no-bf16 test-colab test-browser bench show sync clean
 
 .venv/ready: $(SOURCES) constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,11 @@ demo: .venv/ready
 # Two processes with a thread each: a suite of many small models gains nothing by more threads.
 test: .venv/ready
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest -n 2 --dist worksteal
+
+# The same on a CPU without bfloat16, rehearsed on one that has it; `ISA=AVX2` rehearses an older one.
+ISA ?= AVX512_CORE
+test-no-bf16: .venv/ready
+	ONEDNN_MAX_CPU_ISA=$(ISA) PYTHONPATH="$(CURDIR)/tests/no_bf16" OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest -n 2 --dist worksteal
 
 # The same suite on Colab's versions of everything but torch and Python.
 test-colab: .venv-colab/ready
