@@ -51,7 +51,7 @@ test-browser: .venv/browser .venv-colab/browser | /usr/bin/chromium
 bench: .venv/ready
 	failed=0; for question in training equality packing sampling forecast; do \
 		.venv/bin/python benchmarks/$$question.py --device cpu || failed=1; done; \
-	.venv/bin/python benchmarks/table.py || failed=1; exit $$failed
+	.venv/bin/python benchmarks/table.py --page || failed=1; exit $$failed
 
 # After a change to a notebook: run it twice and keep what its cells show; `python tools/show.py NOTEBOOK` does it for one.
 show: .venv/ready

@@ -1,6 +1,7 @@
-"""Everything on one CUDA GPU, with random weights and without a network: are the losses the stock Trainer's, how fast and in how much memory does it
-train, do the forecasts hold for all four sizes, would a T4 do, how fast does it sample. Each question is a program of its own; one that fails
-does not stop the others, and what was not asked, for want of time, is said."""
+"""Everything on one CUDA GPU, with random weights and without a network: are the losses the stock Trainer's, how fast
+and in how much memory does it train, are the forecasts right for all four sizes, would a T4 do, how fast does it
+sample. Each question is a program of its own; one that fails does not stop the others, and those that were skipped
+are named."""
 import argparse, os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -13,21 +14,25 @@ HERE = Path(__file__).parent
 
 
 def questions(options) -> dict:
-    "title -> (program, its options), the most important first; `--quick` runs each side once, for fewer steps, and leaves the largest models out."
+    """title -> (program, its options), the most important first; `--quick` runs each side once, for fewer steps, and
+    leaves the largest models out."""
     quick, sizes = options.quick, SIZES[:2] if options.quick else SIZES
-    common = dict(text=options.text, tokenizer=options.tokenizer, results=options.results, device="cuda")
+    common = dict(tokenizer=options.tokenizer, results=options.results, device="cuda")
+    trained = dict(common, text=options.text)
+    t4_sizes = ["gpt2-large:full"] if quick else ["gpt2-large:full", "gpt2-xl:lora"]
     return {
-        "equality": ("equality.py", dict(**common, batch=8, steps=20)),
-        "training": ("training.py", dict(**common, sides=[*PEERS, "ours", "ours-compiled"], batch=8, micro_batches=[8, 4, 2], warm_up=32, steps=8 if quick else 26,
-                                         rounds=1 if quick else 2)),
-        "forecast": ("forecast.py", dict(**common, sizes=sizes, steps=5 if quick else 8)),
-        "rehearsal of a T4": ("forecast.py", dict(**common, t4=True, sizes=["gpt2-large:full"] if quick else ["gpt2-large:full", "gpt2-xl:lora"], steps=4)),
-        "sampling": ("sampling.py", dict(tokenizer=options.tokenizer, results=options.results, device="cuda", rounds=1 if quick else 2)),
+        "equality": ("equality.py", dict(trained, batch=8, steps=20)),
+        "training": ("training.py", dict(trained, sides=[*PEERS, "ours", "ours-compiled"], batch=8, warm_up=32,
+                                         micro_batches=[8, 4, 2], steps=8 if quick else 26, rounds=1 if quick else 2)),
+        "forecast": ("forecast.py", dict(trained, sizes=sizes, steps=5 if quick else 8)),
+        "rehearsal of a T4": ("forecast.py", dict(trained, t4=True, sizes=t4_sizes, steps=4)),
+        "sampling": ("sampling.py", dict(common, rounds=1 if quick else 2)),
     }
 
 
-def ask(program, given, seconds) -> str:
-    "Run one program, its output shown, for at most `seconds`; -> '' or why there is no result. None of its sides outlives it: they would hold the GPU."
+def run_question(program, given, seconds) -> str:
+    """Run one program, its output shown, for at most `seconds`; returns '' or why there is no result. None of its sides
+    outlives it: they would keep the GPU."""
     with subprocess.Popen([sys.executable, str(HERE/program), *words(given)], start_new_session=True) as process:
         try: code = process.wait(seconds)
         except subprocess.TimeoutExpired: return f"stopped after {seconds:.0f} s"
@@ -36,18 +41,20 @@ def ask(program, given, seconds) -> str:
     return f"failed with {code}" if code else ""
 
 
-SHARES = {"equality": 0.2, "training": 0.4, "forecast": 0.2, "rehearsal of a T4": 0.15, "sampling": 0.05}  # of the time that is there for all
+SHARES = {  # of the time for all
+    "equality": 0.2, "training": 0.4, "forecast": 0.2, "rehearsal of a T4": 0.15, "sampling": 0.05}
 
 
-def ask_all(asked, minutes, shares=SHARES) -> dict:
-    """Ask the questions in their order: title -> '' or why there is no result. Each has its share of the time that is left, by `shares` among those still to
-    come, so that what one does not use goes to the next and none takes all."""
+def run_all(asked, minutes, shares=SHARES) -> dict:
+    """Run the questions in their order: title -> '' or why there is no result. Each has its share of the time that is
+    left, by `shares` among those still to come: unused time goes to the next, and none takes all."""
     until, outcome = time.monotonic() + 60 * minutes, {}
     for n, (title, (program, given)) in enumerate(asked.items()):
         share = shares[title] / sum(shares[other] for other in list(asked)[n:])
         seconds = (until - time.monotonic()) * share
         print(f"\n{title}: {seconds / 60:.1f} minutes", file=sys.stderr, flush=True)
-        outcome[title] = ask(program, given, seconds) if seconds > 0 else f"skipped: the {minutes:g} minutes were over"
+        if seconds > 0: outcome[title] = run_question(program, given, seconds)
+        else: outcome[title] = f"skipped: the {minutes:g} minutes were over"
     return outcome
 
 
@@ -56,8 +63,9 @@ def parse(words=None):
     options.add_argument("--quick", action="store_true", help="fewer rounds and steps, smaller models: it decides less")
     options.add_argument("--minutes", type=float, default=25.0, help="for all questions together")
     options.add_argument("--only", nargs="+", choices=SHARES, help="ask these alone")
-    options.add_argument("--text", default=TEXT if TEXT.exists() else "python-docs", help="a UTF-8 text to train on, or python-docs")
-    options.add_argument("--tokenizer", default=TOKENIZER if TOKENIZER.exists() else "tiny", help="a folder, or tiny")
+    text, tokenizer = TEXT if TEXT.exists() else "python-docs", TOKENIZER if TOKENIZER.exists() else "tiny"
+    options.add_argument("--text", default=text, help="a UTF-8 text to train on, or python-docs")
+    options.add_argument("--tokenizer", default=tokenizer, help="a folder, or tiny")
     options.add_argument("--results", default=RESULTS, type=Path, help="folder for the JSON")
     return options.parse_args(words)
 
@@ -65,8 +73,10 @@ def parse(words=None):
 def main():
     options = parse()
     import torch
-    if not torch.cuda.is_available(): raise SystemExit("There is no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured.")
-    missing = {title: why for title, why in ask_all({title: asked for title, asked in questions(options).items() if title in (options.only or SHARES)}, options.minutes).items() if why}
+    if not torch.cuda.is_available():
+        raise SystemExit("There is no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured.")
+    asked = {title: question for title, question in questions(options).items() if title in (options.only or SHARES)}
+    missing = {title: why for title, why in run_all(asked, options.minutes).items() if why}
     show(options.results, torch.cuda.get_device_name())
     print("\n".join(f"{title}: {why}" for title, why in missing.items()) or "Every question was answered.")
     sys.exit(bool(missing))

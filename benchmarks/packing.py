@@ -1,10 +1,12 @@
-"""How fast, and in how much memory, is a text tokenised and packed into blocks? Ours against what transformers' run_clm does with datasets: map the
-tokenizer over the lines, then map group_texts, each in as many processes as there are cores. Times are from the text file to blocks on the disk,
-without imports. Memory is that of all processes of a side together, sampled every 20 ms, ours for the text once and many times over."""
+"""How fast, and in how much memory, is a text tokenised and packed into blocks? Ours against what transformers'
+run_clm does with datasets: map the tokenizer over the lines, then map group_texts, each in as many processes as there
+are cores. Times are from the text file to blocks on the disk, without imports. Memory is that of all processes of a
+side together, sampled every 20 ms, ours for the text once and many times over."""
 import itertools, os, sys, tempfile, time
 from pathlib import Path
 
-from harness import alternate, compare, report, tell
+from harness import alternate, compare, emit, report
+from targets import target
 from task import device_environment, parser, settle, side_command
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -16,7 +18,8 @@ def pack_ours(options, tokenizer) -> int:
 
 
 def pack_with_map(options, tokenizer) -> int:
-    "As in transformers' examples/pytorch/language-modeling/run_clm.py: batches of 1,000 lines, whose rests are dropped."
+    """As in transformers' examples/pytorch/language-modeling/run_clm.py: batches of 1,000 lines, whose rests are
+    dropped."""
     from datasets import disable_progress_bars, load_dataset
     disable_progress_bars()
 
@@ -25,7 +28,8 @@ def pack_with_map(options, tokenizer) -> int:
     def group_texts(batch):
         joined = {name: list(itertools.chain(*batch[name])) for name in batch}
         length = len(joined["input_ids"]) // options.block_size * options.block_size
-        blocks = {name: [ids[i:i + options.block_size] for i in range(0, length, options.block_size)] for name, ids in joined.items()}
+        starts = range(0, length, options.block_size)
+        blocks = {name: [ids[i:i + options.block_size] for i in starts] for name, ids in joined.items()}
         return {**blocks, "labels": blocks["input_ids"].copy()}
 
     lines = load_dataset("text", data_files=str(options.text), split="train", keep_linebreaks=True)
@@ -50,21 +54,32 @@ def repeated(text, times, folder) -> Path:
     return path
 
 
+def rows_of(options, results) -> list:
+    def speed(run): return run["blocks"] / run["pack_seconds"]
+    goal = target("packing, blocks/s", "map") if options.times == 10 else None
+    once = f"peak memory of packing, {2 * options.times} times the text against once"
+    return [compare(f"packing {options.times} times the text, blocks/s", results, speed, "map", target=goal),
+            compare(once, results, "tree_peak_bytes", "ours, x1", "ours, many",
+                    target=target("peak memory of packing", "ours, x1")),
+            compare("peak memory of packing", results, "tree_peak_bytes", "map")]
+
+
 def main():
     options = parser(__doc__, steps=1, rounds=5)
-    options.add_argument("--times", type=int, default=10, help="the text so many times over for the speed, and twice as many for the memory")
+    options.add_argument("--times", type=int, default=10,
+                         help="the text so many times over for the speed, and twice as many for the memory")
     options = settle(options.parse_args())
-    if options.side: return tell(**pack_side(options))
+    if options.side: return emit(**pack_side(options))
     if str(options.text) == "python-docs": raise SystemExit("Packing reads a file: give --text a path.")
+    times = {"ours": options.times, "map": options.times, "ours, x1": 1, "ours, many": 2 * options.times}
     with tempfile.TemporaryDirectory() as folder:
-        texts = {label: repeated(options.text, times, folder) for label, times in (("ours", options.times), ("map", options.times), ("ours, x1", 1), ("ours, many", 2 * options.times))}
-        commands = {label: side_command(__file__, options, label.split(",")[0], text=path) for label, path in texts.items()}
-        results = alternate(commands, options.rounds, env=dict.fromkeys(commands, device_environment(options)), tree=True)
-    full = options.times == 10
-    rows = [compare(f"packing {options.times} times the text, blocks/s", results, lambda run: run["blocks"] / run["pack_seconds"], "map", **(dict(rule="at least", bar=2.0) if full else {})),
-            compare(f"peak memory of packing, {2 * options.times} times the text against once", results, "tree_peak_bytes", "ours, x1", "ours, many", rule="within", bar=0.1),
-            compare("peak memory of packing", results, "tree_peak_bytes", "map")]
-    report("packing", results, rows, commands=commands, device=options.device, folder=options.results, processes=CORES)
+        texts = {label: repeated(options.text, n, folder) for label, n in times.items()}
+        commands = {label: side_command(__file__, options, label.split(",")[0], text=path)
+                    for label, path in texts.items()}
+        env = dict.fromkeys(commands, device_environment(options))
+        results = alternate(commands, options.rounds, env=env, tree=True)
+    report("packing", results, rows_of(options, results), commands=commands, device=options.device,
+           folder=options.results, processes=CORES)
 
 
 if __name__ == "__main__": main()

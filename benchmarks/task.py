@@ -1,26 +1,30 @@
-"What every benchmark of training does: GPT-2 with random weights learns from blocks of a text, by the stock Trainer or by ours."
+"""What every benchmark of training does: GPT-2 with random weights learns from blocks of a text, by the stock Trainer
+or by ours."""
 import argparse, statistics, sys, time
 from pathlib import Path
 
-from colab_gpt2.core import check_number
+from colab_gpt2.errors import check_number
 from harness import RESULTS, ROOT, peak_bytes
 
 DATA = ROOT.parent/"shared"/"data"  # beside a developer's checkout
 TEXT, TOKENIZER = DATA/"wikitext-2-raw"/"wiki.valid.raw", DATA/"gpt2-tokenizer"
 SIZES = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-WARM_UP = 12  # blocks that a side learns from before its steps count: caches, torch.compile, and a heap that takes ten blocks and more to settle
+# blocks that a side learns from before its steps count: caches, torch.compile, a heap that grows for ten blocks
+WARM_UP = 12
 
 
 # Options
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter): "Defaults are told, line ends of the description kept."
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    "Shows defaults, and keeps the description's line ends."
 
 
 def parser(doc, *, steps, rounds, batch=8, steps_are="optimizer steps of every run") -> argparse.ArgumentParser:
     "The options that all benchmarks of training share. A side gets all of them again."
     options = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
     add = options.add_argument
-    add("--size", default="gpt2", choices=[*SIZES, "toy"], help="a GPT-2 with random weights; toy only tries the program out")
+    add("--size", default="gpt2", choices=[*SIZES, "toy"],
+        help="a GPT-2 with random weights; toy only tries the program out")
     add("--block-size", type=int, default=1024, help="tokens in a block")
     add("--batch", type=int, default=batch, help="blocks in an optimizer step")
     add("--steps", type=int, default=steps, help=steps_are)
@@ -35,20 +39,24 @@ def parser(doc, *, steps, rounds, batch=8, steps_are="optimizer steps of every r
     return options
 
 
-COUNTS = "block_size batch micro_batch micro_batches steps warm_up rounds times samples tokens requests".split()  # options of one program or another
+COUNTS = ("block_size", "batch", "micro_batch", "micro_batches", "steps", "warm_up", "rounds", "times", "samples",
+          "tokens", "requests")  # options of one program or another
 
 
 def check_counts(options):
     "SystemExit with one line where a count among the options is not 1 or more."
     for name in COUNTS:
-        given = getattr(options, name, None)
+        given, flag = getattr(options, name, None), f"--{name.replace('_', '-')}"
+        if given is None: continue
         try:
-            for value in given if isinstance(given, list) else [1 if given is None else given]: check_number(f"--{name.replace('_', '-')}", value, minimum=1, integer=True)
+            for value in given if isinstance(given, list) else [given]:
+                check_number(flag, value, minimum=1, integer=True)
         except ValueError as e: raise SystemExit(str(e)) from None
 
 
 def settle(options):
-    "Options that mean the same in any folder: paths whole, the device named. SystemExit with one line for a number below 1, or where a text, a tokenizer or a GPU is missing."
+    """Make options mean the same in any folder: absolute paths, a device named. SystemExit with one line for a number
+    below 1, and where a text, a tokenizer or a GPU is missing."""
     check_counts(options)
     for name, known in (("text", "python-docs"), ("tokenizer", "tiny")):
         if str(given := getattr(options, name, known)) == known: continue
@@ -57,7 +65,8 @@ def settle(options):
     options.results = options.results.resolve()
     if options.device != "cpu":
         import torch
-        if options.device == "cuda" and not torch.cuda.is_available(): raise SystemExit("There is no CUDA GPU here: torch.cuda.is_available() is False.")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("There is no CUDA GPU here: torch.cuda.is_available() is False.")
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     return options
 
@@ -83,22 +92,25 @@ def device_environment(options) -> dict:
 # What is trained, and on what
 
 def load_blocks(options):
-    "`(tokenizer, Blocks)` of the text; made anew in every process."
+    "`(tokenizer, Blocks)` of the text, made again in every process."
     from colab_gpt2.text.token_store import tokenize_file
     from colab_gpt2.text.corpus import load_corpus
     from colab_gpt2.model.loading import load_tokenizer
     tokenizer = load_tokenizer(options.tokenizer)
     text = load_corpus("python-docs", progress=False).train if str(options.text) == "python-docs" else options.text
-    return tokenizer, tokenize_file(text, tokenizer, options.block_size, split="train", progress=False, minimum_blocks=options.batch)
+    return tokenizer, tokenize_file(text, tokenizer, options.block_size, split="train", progress=False,
+                                    minimum_blocks=options.batch)
 
 
 def make_config(options, vocabulary, dropout=True):
-    "The transformers config of `options.size`, with GPT-2's dropout or without. `toy` has the `vocabulary` of the text."
+    """The transformers config of `options.size`, with GPT-2's dropout or without. `toy` has the `vocabulary` of the
+    text."""
     from colab_gpt2.model.loading import load_config
     from transformers import GPT2Config
     none = {} if dropout else dict(attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)
     if options.size == "toy":
-        return GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=options.block_size, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **none)
+        return GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=options.block_size, vocab_size=vocabulary,
+                          bos_token_id=0, eos_token_id=0, **none)
     config = load_config(options.size)
     config.update(none)
     return config
@@ -122,14 +134,15 @@ def half_precision(options) -> dict:
 def stock_trainer(options, model, blocks, **arguments):
     "transformers' own Trainer with its own defaults but for `arguments`; it saves, shows and reports nothing."
     from transformers import Trainer, TrainingArguments, default_data_collator
-    given = TrainingArguments(output_dir="output", max_steps=options.steps, seed=options.seed, save_strategy="no", report_to="none",
-                              disable_tqdm=True, use_cpu=options.device == "cpu", **arguments)
+    given = TrainingArguments(output_dir="output", max_steps=options.steps, seed=options.seed, save_strategy="no",
+                              report_to="none", disable_tqdm=True, use_cpu=options.device == "cpu", **arguments)
     return Trainer(model=model, args=given, train_dataset=blocks, data_collator=default_data_collator)
 
 
 def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtime, **changes):
-    """`(trainer, Plan, train)` as `colab_gpt2.training` makes them, planned for two epochs of the text, as by default, to be stopped after `options.steps`;
-    `train()` gives the Plan as the probe corrected it. `adapt` may change the Runtime, `changes` the FinetuneConfig."""
+    """`(trainer, Plan, train)` as `colab_gpt2.training` makes them for a model with random weights: planned for two
+    epochs of the text, as by default, and stopped after `options.steps`. `train()` returns the Plan as the probe
+    corrected it. `adapt` may change the Runtime, `changes` the FinetuneConfig."""
     from dataclasses import replace
     from colab_gpt2.config import FinetuneConfig
     from colab_gpt2.engine.trainer import make_trainer
@@ -137,7 +150,8 @@ def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtim
     from colab_gpt2.planning.plan import pick_run_precision
     from colab_gpt2.runtime import check_runtime
     from colab_gpt2.training import plan_training, train_model
-    whole = FinetuneConfig(effective_batch_size=options.batch, block_size=options.block_size, seed=options.seed, save_steps=-1, output_dir="output", **changes)
+    whole = FinetuneConfig(effective_batch_size=options.batch, block_size=options.block_size, seed=options.seed,
+                           save_steps=-1, output_dir="output", **changes)
     ours, runtime = replace(whole, max_steps=options.steps), adapt(pick_run_precision(whole, check_runtime()))
     model = load_model(from_scratch=True, config=config, seed=options.seed).to(runtime.device)
     plan = plan_training(whole, model, blocks, runtime)
@@ -148,7 +162,8 @@ def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtim
 # What is measured
 
 def make_clock(device):
-    "A TrainerCallback that notes when steps end; on a GPU by events on its own time line, since to ask it for the time would make it wait."
+    """A TrainerCallback that notes when steps end; on a GPU by events in its stream, since to ask for the time would
+    stall it."""
     import torch
     from transformers import TrainerCallback
 
@@ -173,14 +188,17 @@ def make_clock(device):
 
 
 def warm_up_steps(options, blocks_per_step, done=0) -> int:
-    "The steps, one at least, after which a side has learnt from `options.warm_up` blocks, as near as whole steps come; `done` blocks came before the first."
+    """The steps, one at least, after which a side has learnt from about `options.warm_up` blocks; `done` blocks came
+    before the first."""
     return max(1, round((options.warm_up - done) / blocks_per_step))
 
 
 def measure(options, trainer, blocks_per_step, train, done=0) -> tuple:
-    """`(found, what train() returned)`: the seconds of the steps, tokens a second over the median one of those that count, the losses that the Trainer
-    logged, and the GPU's peak. `done`: blocks that train() learns from before its first step, in a probe."""
-    clock, tokens, earlier = make_clock(options.device), blocks_per_step * options.block_size, peak_bytes()  # the library's probe has Linux begin anew
+    """`(found, what train() returned)`: the seconds of the steps, tokens a second over the median step of those that
+    count, the losses that the Trainer logged, and the GPU's peak. `done`: blocks that train() learns from in a probe,
+    before its first step."""
+    clock, tokens = make_clock(options.device), blocks_per_step * options.block_size
+    earlier = peak_bytes()  # the library's probe has Linux start again
     trainer.add_callback(clock)
     if options.device == "cuda":
         import torch
@@ -188,15 +206,17 @@ def measure(options, trainer, blocks_per_step, train, done=0) -> tuple:
     returned = train()
     seconds, history = clock.seconds(), trainer.state.log_history
     left_out = min(warm_up_steps(options, blocks_per_step, done), len(seconds) - 1)
-    counted = seconds[left_out:]
-    found = dict(step_seconds=seconds, left_out=left_out, seconds_per_step=statistics.median(counted), tokens_per_step=tokens,
-                 tokens_per_second=tokens / statistics.median(counted), losses=[entry["loss"] for entry in history if "loss" in entry],
-                 peak_bytes=max(earlier, peak_bytes()), training_loss=next(entry["train_loss"] for entry in reversed(history) if "train_loss" in entry))
-    return found | (gpu_memory() if options.device == "cuda" else {}), returned
+    typical = statistics.median(seconds[left_out:])
+    training_loss = next(entry["train_loss"] for entry in reversed(history) if "train_loss" in entry)
+    found = dict(step_seconds=seconds, left_out=left_out, seconds_per_step=typical, tokens_per_step=tokens,
+                 tokens_per_second=tokens / typical, losses=[entry["loss"] for entry in history if "loss" in entry],
+                 training_loss=training_loss, peak_bytes=max(earlier, peak_bytes()))
+    if options.device == "cuda": found |= gpu_memory()
+    return found, returned
 
 
 def gpu_memory() -> dict:
-    "Bytes of the GPU: the most that tensors took at once, the most that torch's allocator held for them, and what is in use beside it, CUDA's own."
+    "Bytes of the GPU: the most that tensors took, the most that torch's allocator reserved, and what CUDA itself uses."
     import torch
     free, total = torch.cuda.mem_get_info()
     return dict(gpu_peak_bytes=torch.cuda.max_memory_allocated(), gpu_reserved_bytes=torch.cuda.max_memory_reserved(),

@@ -1,18 +1,23 @@
 """How fast does GPT-2 learn, and in how much memory? Ours against three peers:
 
 tutorial        what the command of 2020 maps to: the stock Trainer's defaults, fp32, one block at a time
-stock           the stock Trainer in the device's best half precision, with as many blocks a step as ours, in the micro-batches that it is fastest with
+stock           the stock Trainer in the device's best half precision, with as many blocks a step as ours, in the
+                fastest of the micro-batches tried
 stock-compiled  the same with torch_compile
 
-ours is the default configuration; ours-compiled has torch_compile on whatever the plan says; ours-single takes one block a step, as the tutorial does,
-with which its memory is compared: gradients are then not kept from one part of a step to the next, on either side.
+ours is the default configuration; ours-compiled has torch_compile on whatever the plan says; ours-single takes one
+block a step, as the tutorial does. Its memory is compared: without accumulation, neither side keeps gradients between
+micro-batches.
 
-Every side learns from as many blocks before its steps count, and from as many in those that do, however many blocks it takes a step."""
+Every side learns from as many blocks before its steps count, and from as many in those that do, however many blocks it
+takes a step."""
 import statistics, sys
 
-from harness import alternate, compare, report, run_side, tell
-from task import (device_environment, gpu_peak, half_precision, load_blocks, make_config, measure, memory_field, model_flops_utilisation, our_trainer, parser,
-                  settle, side_command, stock_model, stock_trainer, warm_up_steps)
+from harness import alternate, compare, emit, report, run_side
+from targets import STANDARD, target
+from task import (device_environment, gpu_peak, half_precision, load_blocks, make_config, measure, memory_field,
+                  model_flops_utilisation, our_trainer, parser, settle, side_command, stock_model, stock_trainer,
+                  warm_up_steps)
 
 COMPILED = {"stock": False, "stock-compiled": True}
 PEERS, OURS = ("tutorial", *COMPILED), ("ours", "ours-single", "ours-compiled")
@@ -24,7 +29,8 @@ def our_side(options, config, tokenizer, blocks) -> dict:
     changes = dict(torch_compile=True) if options.side == "ours-compiled" else {}
     trainer, plan, train = our_trainer(options, config, tokenizer, blocks, **changes)
     found, plan = measure(options, trainer, options.batch, train, done=PROBED * plan.recipe.micro_batch)
-    if changes and not plan.torch_compile: raise SystemExit("torch.compile failed here, and nothing compiled was measured.")
+    if changes and not plan.torch_compile:
+        raise SystemExit("torch.compile failed here, and nothing compiled was measured.")
     return {**found, "plan": plan}
 
 
@@ -38,70 +44,114 @@ def peer_side(options, config, blocks) -> dict:
 
 
 def train_side(options) -> dict:
-    "One side in this process: what `measure` found, how it was set, and the MFU. `options.steps` count; those that warm up come before them."
+    """One side in this process: what `measure` found, how it was set, and the MFU. `options.steps` count; those that
+    warm up come before them."""
     options.steps += warm_up_steps(options, options.batch)
     tokenizer, blocks = load_blocks(options)
     config = make_config(options, blocks.vocabulary_size)
-    found, peak = peer_side(options, config, blocks) if options.side in PEERS else our_side(options, config, tokenizer, blocks), gpu_peak(options)
-    return {**found, "mfu": peak and model_flops_utilisation(config, options.block_size, found["tokens_per_second"], peak)}
+    if options.side in PEERS: found = peer_side(options, config, blocks)
+    else: found = our_side(options, config, tokenizer, blocks)
+    peak = gpu_peak(options)
+    mfu = peak and model_flops_utilisation(config, options.block_size, found["tokens_per_second"], peak)
+    return {**found, "mfu": mfu}
 
 
 def fastest_micro_batch(options, side, env) -> tuple:
-    "`(micro_batch, {micro_batch: tokens/s})`: each of `options.micro_batches` that divides the batch, tried in steps of its own size for as many blocks as the others."
+    """`(micro_batch, {micro_batch: tokens/s})`: each of `options.micro_batches` that divides the batch, tried in
+    steps of its own size for as many blocks as the others."""
     possible = [n for n in options.micro_batches if options.batch % n == 0]
-    if not possible: raise SystemExit(f"None of --micro-batches {options.micro_batches} divides --batch {options.batch}.")
-    most = max(possible)
-    tried = {n: speed_or_none(side_command(__file__, options, side, micro_batch=n, batch=n, steps=-(-most // n), warm_up=2 * most), env) for n in possible}
+    if not possible:
+        raise SystemExit(f"None of --micro-batches {options.micro_batches} divides --batch {options.batch}.")
+    most, tried = max(possible), {}
+    for n in possible:
+        steps = -(-most // n)
+        command = side_command(__file__, options, side, micro_batch=n, batch=n, steps=steps, warm_up=2 * most)
+        tried[n] = speed_or_none(command, env)
     return max(possible, key=lambda n: tried[n] or 0), tried
 
 
 def speed_or_none(command, env) -> float | None:
-    "Tokens a second of one side; None, and a word on stderr, where it does not run: more blocks at once may need more memory than there is."
+    """Tokens a second of one side; None, and a line on stderr, where it does not run: it may need more memory than
+    there is."""
     try: return run_side(command, env=env)["tokens_per_second"]
-    except RuntimeError as e: print(e, file=sys.stderr)
+    except RuntimeError as e:
+        print(e, file=sys.stderr)
+        return None
 
 
-def rows_of(options, results) -> list:
-    "The comparisons. The bars were set for GPT-2 124M, on a CPU with two cores and on an H100."
-    def bar(rule, value, device="cpu"): return dict(rule=rule, bar=value) if (options.device, options.size) == (device, "gpt2") else {}
-    def speed(label): return statistics.median(run["tokens_per_second"] for run in results[label])
-    rows, stock = [], sorted(set(results) & set(COMPILED), key=speed, reverse=True)
-    if "ours" not in results: return rows
-    if "tutorial" in results:
-        rows += [compare("training, tokens/s", results, "tokens_per_second", "tutorial", **bar("at least", 3.0)),
-                 compare("peak memory of training", results, memory_field(options), "tutorial")]
-        if "ours-single" in results:
-            rows += [compare("training one block a step, tokens/s", results, "tokens_per_second", "tutorial", "ours-single", **bar("at least", 3.0)),
-                     compare("peak memory of training one block a step", results, memory_field(options), "tutorial", "ours-single", **bar("at most", 0.55))]
-    for n, label in enumerate(stock):  # the bar is set against the better one
-        best = bar("at least", 2.0) | bar("at least", 1.3, "cuda") if n == 0 else {}
-        rows += [compare("training, tokens/s", results, "tokens_per_second", label, **(best if options.device == "cpu" or "ours-compiled" not in results else {})),
-                 compare("peak memory of training", results, memory_field(options), label)]
-        if n == 0 and "ours-single" in results: rows.append(compare("training one block a step, tokens/s", results, "tokens_per_second", label, "ours-single"))
-        if "ours-compiled" in results: rows.append(compare("training compiled, tokens/s", results, "tokens_per_second", label, "ours-compiled", **(best if options.device == "cuda" else {})))
-    own = sorted({"ours", "ours-compiled"} & set(results), key=speed) if results["ours"][0]["mfu"] else []
-    for label in own:  # the bar is for the faster one
-        aim = {**results, "45%": [dict(mfu=0.45)] * len(results[label])}
-        rows.append(compare(f"MFU, {label}", aim, "mfu", "45%", label, **(bar("at least", 1.0, "cuda") if label == own[-1] else {})))
+def speed(results, label) -> float: return statistics.median(run["tokens_per_second"] for run in results[label])
+
+
+def against_tutorial(options, results, goal) -> list:
+    memory, peer = memory_field(options), "tutorial"
+    def row(figure, field, ours="ours"):
+        return compare(figure, results, field, peer, ours, target=goal(figure, peer))
+    rows = [row("training, tokens/s", "tokens_per_second"), row("peak memory of training", memory)]
+    if "ours-single" not in results: return rows
+    return rows + [row("training one block a step, tokens/s", "tokens_per_second", "ours-single"),
+                   row("peak memory of training one block a step", memory, "ours-single")]
+
+
+def against_stock(options, results, peer, goal, faster) -> list:
+    """The rows for one stock Trainer; `goal` is the target of our side that is compared with it, None for the slower
+    Trainer."""
+    aims = {"ours-compiled" if options.device == "cuda" and "ours-compiled" in results else "ours": goal}
+    def row(figure, field, ours="ours", **target): return compare(figure, results, field, peer, ours, **target)
+    rows = [row("training, tokens/s", "tokens_per_second", target=aims.get("ours")),
+            row("peak memory of training", memory_field(options))]
+    if faster and "ours-single" in results:
+        rows.append(row("training one block a step, tokens/s", "tokens_per_second", "ours-single"))
+    if "ours-compiled" in results:
+        aim = aims.get("ours-compiled")
+        rows.append(row("training compiled, tokens/s", "tokens_per_second", "ours-compiled", target=aim))
     return rows
 
 
+def utilisation(results, goal) -> list:
+    "Ours against 45% of the GPU's FLOP/s; the target is for the faster of our sides."
+    own = sorted({"ours", "ours-compiled"} & set(results), key=lambda label: speed(results, label))
+    rows = []
+    for label in own:
+        against = {**results, "45%": [dict(mfu=0.45)] * len(results[label])}
+        aim = goal("MFU", "45%") if label == own[-1] else None
+        rows.append(compare(f"MFU, {label}", against, "mfu", "45%", label, target=aim))
+    return rows
+
+
+def rows_of(options, results) -> list:
+    "The comparisons with all peers that ran."
+    def goal(figure, peer): return target(figure, peer, options.device) if options.size == STANDARD else None
+    if "ours" not in results: return []
+    rows = against_tutorial(options, results, goal) if "tutorial" in results else []
+    stock = sorted(set(results) & set(COMPILED), key=lambda label: speed(results, label), reverse=True)
+    for label in stock:
+        faster, aim = label == stock[0], goal("training, tokens/s", "faster stock Trainer")
+        rows += against_stock(options, results, label, aim if faster else None, faster)
+    return rows + (utilisation(results, goal) if results["ours"][0]["mfu"] else [])
+
+
 def main():
-    options = parser(__doc__, steps=2, rounds=3, batch=4, steps_are="steps of --batch blocks that count; a side with one block a step takes as many blocks")
-    options.add_argument("--sides", nargs="+", default=[*PEERS, *OURS], choices=(*PEERS, *OURS), help="ours always runs")
-    options.add_argument("--micro-batches", type=int, nargs="+", default=[1, 2], help="micro-batches that the stock Trainer may choose from")
-    options.add_argument("--micro-batch", type=int, help="of one side")
+    options = parser(__doc__, steps=2, rounds=3, batch=4,
+                     steps_are="steps of --batch blocks that count; a side with one block a step takes as many blocks")
+    add = options.add_argument
+    add("--sides", nargs="+", default=[*PEERS, *OURS], choices=(*PEERS, *OURS), help="ours always runs")
+    add("--micro-batches", type=int, nargs="+", default=[1, 2],
+        help="micro-batches that the stock Trainer may choose from")
+    add("--micro-batch", type=int, help="of one side")
     options = settle(options.parse_args())
-    if options.side: return tell(**train_side(options))
+    if options.side: return emit(**train_side(options))
     env = device_environment(options)
     chosen = {label: fastest_micro_batch(options, label, env) for label in COMPILED if label in options.sides}
     def command(label):
         blocks = 1 if label in SINGLE else options.batch
-        return side_command(__file__, options, label, micro_batch=chosen.get(label, (None,))[0], batch=blocks, steps=options.steps * options.batch // blocks)
-    commands = {label: command(label) for label in dict.fromkeys([*options.sides, "ours"])}
-    failed, micro = {}, {label: dict(chosen=n, tried=tried) for label, (n, tried) in chosen.items()}
-    def tell_all(results): report("training", results, rows_of(options, results), commands=commands, device=options.device, folder=options.results, micro_batches=micro, failed=failed)
-    alternate(commands, options.rounds, env=dict.fromkeys(commands, env), failed=failed, each_round=tell_all)
+        return side_command(__file__, options, label, micro_batch=chosen.get(label, (None,))[0], batch=blocks,
+                            steps=options.steps * options.batch // blocks)
+    commands, failed = {label: command(label) for label in dict.fromkeys([*options.sides, "ours"])}, {}
+    micro = {label: dict(chosen=n, tried=tried) for label, (n, tried) in chosen.items()}
+    def report_all(results):
+        report("training", results, rows_of(options, results), commands=commands, device=options.device,
+               folder=options.results, micro_batches=micro, failed=failed)
+    alternate(commands, options.rounds, env=dict.fromkeys(commands, env), failed=failed, each_round=report_all)
     if failed: sys.exit(f"Failed: {', '.join(failed)}")
 
 

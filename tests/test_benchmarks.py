@@ -7,10 +7,11 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1]/"benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from harness import alternate, compare, report, run_side, shown, summary
+from harness import alternate, compare, report, run_side, summary
 import forecast, gpu, table, task, training
 
-TOY = ("--size", "toy", "--block-size", "32", "--batch", "2", "--text", "python-docs", "--tokenizer", "tiny", "--device", "cpu")
+TOY = ("--size", "toy", "--block-size", "32", "--batch", "2", "--text", "python-docs", "--tokenizer", "tiny",
+       "--device", "cpu")
 
 
 def python(code): return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n{code}"]
@@ -26,35 +27,45 @@ def test_a_summary_is_the_median_and_the_spread():
 def test_ratios_are_taken_pair_by_pair():
     "A machine that turns four times slower in the second round changes both sides, and no ratio."
     row = compare("speed", dict(ours=runs(300, 75, 330), peer=runs(100, 25, 100)), "value", "peer")
-    assert (row.ours.median, row.peer.median, row.ratio.median, row.ratio.least, row.ratio.most) == (300, 100, 3, 3, 3.3)
+    assert (row.ours.median, row.peer.median) == (300, 100)
+    assert (row.ratio.median, row.ratio.least, row.ratio.most) == (3, 3, 3.3)
     assert row.reached is None
     with pytest.raises(ValueError): compare("speed", dict(ours=runs(1), peer=runs(1, 2)), "value", "peer")
 
 
-@pytest.mark.parametrize("rule, bar, ours, reached", [
-    ("at least", 3.0, 30, True), ("at least", 3.0, 29.9, False), ("at most", 0.55, 5.5, True), ("at most", 0.55, 5.51, False),
-    ("within", 0.05, 10.4, True), ("within", 0.05, 9.6, True), ("within", 0.05, 9.4, False), ("within", 0.05, 10.6, False)])
-def test_a_bar_is_reached_or_not(rule, bar, ours, reached):
-    assert compare("figure", dict(ours=runs(ours), peer=runs(10)), lambda run: run["value"], "peer", rule=rule, bar=bar).reached is reached
+@pytest.mark.parametrize("rule, target, ours, reached", [
+    ("at least", 3.0, 30, True), ("at least", 3.0, 29.9, False),
+    ("at most", 0.55, 5.5, True), ("at most", 0.55, 5.51, False),
+    ("within", 0.05, 10.4, True), ("within", 0.05, 9.6, True),
+    ("within", 0.05, 9.4, False), ("within", 0.05, 10.6, False)])
+def test_a_target_is_reached_or_not(rule, target, ours, reached):
+    sides = dict(ours=runs(ours), peer=runs(10))
+    assert compare("figure", sides, lambda run: run["value"], "peer", target=(rule, target)).reached is reached
 
 
 def test_sides_run_in_turn_with_nothing_left_by_the_one_before(tmp_path):
     order = tmp_path/"order"
     def side(label): return python(f"""import os, pathlib
-from harness import tell
-left = [p for p in (*pathlib.Path().iterdir(), *pathlib.Path(os.environ['XDG_CACHE_HOME']).iterdir()) if p.name not in ('out', 'err')]
+from harness import emit
+folders = pathlib.Path(), pathlib.Path(os.environ['XDG_CACHE_HOME'])
+left = [p for folder in folders for p in folder.iterdir() if p.name not in ('out', 'err')]
 pathlib.Path('file').write_text('x')
 open({str(order)!r}, 'a').write({label!r})
 print('not JSON')
-tell(left=len(left), label={label!r}, hidden=os.environ.get('HIDDEN'))""")
+emit(left=len(left), label={label!r}, hidden=os.environ.get('HIDDEN'))""")
     results = alternate(dict(a=side("a"), b=side("b")), rounds=2, env=dict(b=dict(HIDDEN="yes")))
     assert order.read_text() == "abab"
-    assert [(run["label"], run["left"], run["hidden"]) for label in "ab" for run in results[label]] == [("a", 0, None)] * 2 + [("b", 0, "yes")] * 2
+    found = {label: [(run["label"], run["left"], run["hidden"]) for run in results[label]] for label in "ab"}
+    assert found == dict(a=[("a", 0, None)] * 2, b=[("b", 0, "yes")] * 2)
     assert all(run["seconds"] > 0 and run["peak_bytes"] > 1e6 for label in "ab" for run in results[label])
 
 
-@pytest.mark.parametrize("code, words", [("sys.exit('the disk is full')", "ended with 1:\nthe disk is full"), ("print('half a line')", "half a line"),
-                                         ("print([1])", "did not end with a line of JSON"), ("", "did not end with a line of JSON")])
+NO_JSON = "did not end with a line of JSON"
+
+
+@pytest.mark.parametrize("code, words", [
+    ("sys.exit('the disk is full')", "ended with 1:\nthe disk is full"), ("print('half a line')", "half a line"),
+    ("print([1])", NO_JSON), ("", NO_JSON)])
 def test_a_side_that_fails_says_why(code, words):
     with pytest.raises(RuntimeError) as e: run_side(python(code))
     assert words in str(e.value)
@@ -63,31 +74,36 @@ def test_a_side_that_fails_says_why(code, words):
 def test_memory_of_a_side_and_of_its_children():
     hold = "x = bytearray(60_000_000); time.sleep(0.6)"
     run = run_side(python(f"""import subprocess, time
-from harness import tell
+from harness import emit
 child = subprocess.Popen([sys.executable, '-c', 'import time; {hold}'])
 {hold}
-child.wait(), tell()"""), tree=True)
+child.wait()
+emit()"""), tree=True)
     assert 60e6 < run["peak_bytes"] < 115e6 < run["tree_peak_bytes"] < 230e6
 
 
 def test_a_report_can_be_read_back(tmp_path, capsys):
     results = dict(ours=runs(1, 2), peer=runs(4, 4))
-    row = compare("peak memory", results, "value", "peer", rule="at most", bar=0.55)
-    path = report("a question", results, [row], commands=dict(ours=[sys.executable, str(BENCHMARKS/"x.py")]), folder=tmp_path, extra=float("nan"))
+    row = compare("peak memory", results, "value", "peer", target=("at most", 0.55))
+    commands = dict(ours=[sys.executable, str(BENCHMARKS/"x.py")])
+    path = report("a question", results, [row], commands=commands, folder=tmp_path, extra=float("nan"))
     kept = json.loads(path.read_text())
     assert {"question", "date", "command", "machine", "commands", "rows", "runs", "extra"} == set(kept)
-    assert {"device", "cpu", "cores", "ram", "gpu", "system", "versions", "revision", "environment"} == set(kept["machine"])
+    facts = {"device", "cpu", "cores", "ram", "gpu", "system", "versions", "revision", "environment"}
+    assert set(kept["machine"]) == facts
     assert {"python", "torch", "transformers", "colab-gpt2"} <= set(kept["machine"]["versions"])
-    assert kept["runs"] == results and kept["commands"]["ours"] == "python benchmarks/x.py" and kept["rows"][0]["reached"] is True
+    assert kept["runs"] == results and kept["commands"]["ours"] == "python benchmarks/x.py"
+    assert kept["rows"][0]["reached"] is True
     assert table.row_from(kept["rows"][0]) == row
     assert path.name.startswith("a-question-") and "a question" in capsys.readouterr().out
-    found = table.read_results(tmp_path)
-    assert list(found) == [kept["machine"]["device"]]
-    assert "| peak memory | 2 B | 4 B | peer | 0.375 | 0.25 to 0.5 | at most 0.55 | yes |" in table.markdown(found[kept["machine"]["device"]])
+    (device, results), = table.read_results(tmp_path).items()
+    line = "| peak memory | 2 B | 4 B | peer | 0.375 | 0.25 to 0.5 | at most 0.55 | yes |"
+    assert device == kept["machine"]["device"] and line in table.markdown(table.rows_of(results))
 
 
 def test_options_become_the_words_of_a_side():
-    assert list(task.words(dict(block_size=8, sides=["a", "b"], quick=True, slow=False, side=None, seed=0))) == "--block-size 8 --sides a b --quick --seed 0".split()
+    given = dict(block_size=8, sides=["a", "b"], quick=True, slow=False, side=None, seed=0)
+    assert " ".join(task.words(given)) == "--block-size 8 --sides a b --quick --seed 0"
 
 
 def options(**changes): return SimpleNamespace(**{**dict(device="cpu", size="gpt2"), **changes})
@@ -97,44 +113,62 @@ def measured(speed, memory, mfu=None):
     return dict(tokens_per_second=speed, peak_bytes=memory, gpu_peak_bytes=memory, mfu=mfu)
 
 
-def test_bars_of_training_are_against_the_tutorial_and_the_better_stock_trainer():
-    figures = {"tutorial": (100, 8e9), "stock": (140, 6e9), "stock-compiled": (160, 6e9), "ours": (320, 5e9), "ours-single": (310, 4e9)}
-    results = {label: [measured(*speed_and_memory)] for label, speed_and_memory in figures.items()}
-    rows = {(row.figure, row.peer_label): (row.ratio.median, row.bar, row.reached) for row in training.rows_of(options(), results)}
-    assert rows["training, tokens/s", "tutorial"] == (3.2, 3.0, True) and rows["peak memory of training", "tutorial"][1] is None
-    assert rows["peak memory of training one block a step", "tutorial"] == (0.5, 0.55, True) and rows["training one block a step, tokens/s", "tutorial"] == (3.1, 3.0, True)
-    assert rows["training one block a step, tokens/s", "stock-compiled"] == (310 / 160, None, None) and ("training one block a step, tokens/s", "stock") not in rows
-    assert rows["training, tokens/s", "stock-compiled"] == (2.0, 2.0, True) and rows["training, tokens/s", "stock"][1] is None
-    assert all(row.rule is None for row in training.rows_of(options(size="toy"), results))
+def training_rows(figures, **changes):
+    "(figure, peer) -> Row of one run a side with these figures: label -> (tokens/s, bytes, MFU)."
+    results = {label: [measured(*values)] for label, values in figures.items()}
+    return {(row.figure, row.peer_label): row for row in training.rows_of(options(**changes), results)}
 
 
-def test_bars_on_a_gpu_are_for_our_faster_side():
-    figures = {"stock": (140, 0.3), "stock-compiled": (160, 0.34), "ours": (200, 0.4), "ours-compiled": (240, 0.46)}
-    results = {label: [measured(speed, 4e9, mfu)] for label, (speed, mfu) in figures.items()}
-    rows = {(row.figure, row.peer_label): (row.bar, row.reached) for row in training.rows_of(options(device="cuda"), results)}
-    assert rows["training compiled, tokens/s", "stock-compiled"] == (1.3, True) and rows["training, tokens/s", "stock-compiled"] == (None, None)
-    assert rows["MFU, ours-compiled", "45%"] == (1.0, True) and rows["MFU, ours", "45%"] == (None, None)
+FIGURES = {"tutorial": (100, 8e9), "stock": (140, 6e9), "stock-compiled": (160, 6e9), "ours": (320, 5e9),
+           "ours-single": (310, 4e9)}
+SPEED, MEMORY = "training, tokens/s", "peak memory of training"
+SINGLE_SPEED, SINGLE_MEMORY = "training one block a step, tokens/s", "peak memory of training one block a step"
+
+
+def test_targets_of_training_are_against_the_tutorial_and_the_faster_stock_trainer():
+    rows = training_rows(FIGURES)
+    found = {at: (row.ratio.median, row.target, row.reached) for at, row in rows.items()}
+    assert found[SPEED, "tutorial"] == (3.2, 3.0, True) and rows[MEMORY, "tutorial"].target is None
+    assert found[SINGLE_MEMORY, "tutorial"] == (0.5, 0.55, True)
+    assert found[SINGLE_SPEED, "tutorial"] == (3.1, 3.0, True)
+    assert found[SINGLE_SPEED, "stock-compiled"] == (310 / 160, None, None)
+    assert (SINGLE_SPEED, "stock") not in rows
+    assert found[SPEED, "stock-compiled"] == (2.0, 2.0, True) and rows[SPEED, "stock"].target is None
+    assert all(row.rule is None for row in training_rows(FIGURES, size="toy").values())
+
+
+def test_targets_on_a_gpu_are_for_our_faster_side():
+    rows = training_rows({"stock": (140, 4e9, 0.3), "stock-compiled": (160, 4e9, 0.34), "ours": (200, 4e9, 0.4),
+                          "ours-compiled": (240, 4e9, 0.46)}, device="cuda")
+    found = {at: (row.target, row.reached) for at, row in rows.items()}
+    assert found["training compiled, tokens/s", "stock-compiled"] == (1.3, True)
+    assert found[SPEED, "stock-compiled"] == (None, None)
+    assert found["MFU, ours-compiled", "45%"] == (1.0, True) and found["MFU, ours", "45%"] == (None, None)
 
 
 def test_a_side_that_fails_is_left_out_and_told(capsys):
     failed, seen = {}, []
-    sides = dict(good=python("from harness import tell; tell(x=1)"), bad=python("import sys; sys.exit('no compiler')"))
-    results = alternate(sides, rounds=2, failed=failed, each_round=lambda results: seen.append({k: len(v) for k, v in results.items()}))
+    sides = dict(good=python("from harness import emit; emit(x=1)"), bad=python("import sys; sys.exit('no compiler')"))
+    def count(results): seen.append({label: len(runs) for label, runs in results.items()})
+    results = alternate(sides, rounds=2, failed=failed, each_round=count)
     assert seen == [dict(good=1), dict(good=2)] and list(results) == ["good"]
     nothing = alternate(dict(bad=sides["bad"]), rounds=1, failed={}, each_round=seen.append)
     assert nothing == {} and len(seen) == 2  # no report of nothing takes the place of one that was kept
-    assert list(failed) == ["bad"] and "no compiler" in failed["bad"] and "bad failed and is left out" in capsys.readouterr().err
+    assert list(failed) == ["bad"] and "no compiler" in failed["bad"]
+    assert "bad failed and is left out" in capsys.readouterr().err
     assert training.speed_or_none(sides["bad"], {}) is None
 
 
 def forecast_run(**memory):
-    return dict(planned=dict(peak_bytes=90, seconds_per_step=None), probed=dict(peak_bytes=103, seconds_per_step=1.2), seconds_per_step=1.0, **memory)
+    return dict(planned=dict(peak_bytes=90, seconds_per_step=None), probed=dict(peak_bytes=103, seconds_per_step=1.2),
+                seconds_per_step=1.0, **memory)
 
 
-def test_a_forecast_is_held_against_the_process_or_the_whole_gpu():
+def test_a_forecast_is_compared_with_the_process_or_the_whole_gpu():
     rows = forecast.rows_of("gpt2", [forecast_run(peak_bytes=100)])
     assert [(row.figure, row.ratio.median, row.reached) for row in rows] == [
-        ("peak memory of gpt2, forecast before", 0.9, False), ("peak memory of gpt2, forecast after the probe", 1.03, True),
+        ("peak memory of gpt2, forecast before", 0.9, False),
+        ("peak memory of gpt2, forecast after the probe", 1.03, True),
         ("seconds a step of gpt2, forecast after the probe", 1.2, False)]
     on_gpu = forecast_run(peak_bytes=5000, gpu_peak_bytes=90, gpu_context_bytes=20, gpu_reserved_bytes=forecast.T4_CAP)
     assert [row.peer.median for row in forecast.rows_of("gpt2", [on_gpu])][:2] == [110, 110]
@@ -143,32 +177,36 @@ def test_a_forecast_is_held_against_the_process_or_the_whole_gpu():
     assert not forecast.rows_of_t4("gpt2", [{**on_gpu, "gpu_reserved_bytes": forecast.T4_CAP + 1}])[-1].reached
 
 
-def ask(shell, program, *words): return shell(sys.executable, BENCHMARKS/program, *words, timeout=500)
+def run_program(shell, program, *words): return shell(sys.executable, BENCHMARKS/program, *words, timeout=500)
 
 
 def kept(tmp_path, question): return json.loads(next((tmp_path/"results").glob(f"{question}-*.json")).read_text())
 
 
 def test_training_end_to_end(shell, tmp_path):
-    ran = ask(shell, "training.py", *TOY, "--sides", "tutorial", "stock", "ours-single", "--micro-batches", "2", "--steps", "2", "--rounds", "1", "--results", "results")
+    ran = run_program(shell, "training.py", *TOY, "--sides", "tutorial", "stock", "ours-single", "--micro-batches", "2",
+                      "--steps", "2", "--rounds", "1", "--results", "results")
     assert ran.returncode == 0, ran.stderr
     said = kept(tmp_path, "training")
-    assert [(row["figure"], row["peer_label"], row["bar"]) for row in said["rows"]] == [  # no bar was set for a toy
-        (f"training{single}, tokens/s" if n == 0 else f"peak memory of training{single}", peer, None)
-        for peer, single, numbers in (("tutorial", "", (0, 1)), ("tutorial", " one block a step", (0, 1)), ("stock", "", (0, 1)), ("stock", " one block a step", (0,))) for n in numbers]
+    assert [(row["figure"], row["peer_label"]) for row in said["rows"]] == [
+        (SPEED, "tutorial"), (MEMORY, "tutorial"), (SINGLE_SPEED, "tutorial"), (SINGLE_MEMORY, "tutorial"),
+        (SPEED, "stock"), (MEMORY, "stock"), (SINGLE_SPEED, "stock")]
+    assert {row["target"] for row in said["rows"]} == {None}  # none was set for a toy
     first = {label: runs[0] for label, runs in said["runs"].items()}
-    assert {label: run["tokens_per_step"] for label, run in first.items()} == {"tutorial": 32, "stock": 64, "ours-single": 32, "ours": 64}
+    tokens = {label: run["tokens_per_step"] for label, run in first.items()}
+    assert tokens == {"tutorial": 32, "stock": 64, "ours-single": 32, "ours": 64}
     for run in first.values():
         assert run["tokens_per_second"] == pytest.approx(run["tokens_per_step"] / run["seconds_per_step"])
         assert 8 < run["training_loss"] < 10 and run["peak_bytes"] > 1e8  # ln(8192) = 9.01
     of = {label: (run["left_out"], len(run["step_seconds"])) for label, run in first.items()}
-    probed = 3 * first["ours"]["plan"]["micro_batch"]  # blocks that ours learnt from before its first step; 12 blocks are left out in all, 4 and more count
+    # Blocks that ours learnt from before its first step; 12 blocks are left out in all, 4 and more count.
+    probed = 3 * first["ours"]["plan"]["micro_batch"]
     assert of == {"tutorial": (12, 16), "stock": (6, 8), "ours-single": (9, 16), "ours": ((12 - probed) // 2, 8)}
     assert "tutorial" in ran.stdout and "round 1 of 1, ours" in ran.stderr
 
 
 def test_equality_end_to_end(shell, tmp_path):
-    ran = ask(shell, "equality.py", *TOY, "--precisions", "fp32", "--steps", "6", "--results", "results")
+    ran = run_program(shell, "equality.py", *TOY, "--precisions", "fp32", "--steps", "6", "--results", "results")
     assert ran.returncode == 0, ran.stderr
     said = kept(tmp_path, "equality")
     ours, stock = (said["runs"][f"{who}-fp32"][0]["losses"] for who in ("ours", "stock"))
@@ -178,30 +216,32 @@ def test_equality_end_to_end(shell, tmp_path):
 
 
 def test_forecast_end_to_end(shell, tmp_path):
-    ran = ask(shell, "forecast.py", *TOY, "--steps", "4", "--sizes", "toy", "toy:none", "--results", "results")
+    ran = run_program(shell, "forecast.py", *TOY, "--steps", "4", "--sizes", "toy", "toy:none", "--results", "results")
     assert ran.returncode == 1 and "toy:none failed" in ran.stderr and "invalid choice: 'none'" in ran.stderr
     said = kept(tmp_path, "forecast")
-    assert [(row["figure"], row["bar"]) for row in said["rows"]] == [
-        (f"{name} of toy, forecast {when}", bar if when == "after the probe" or name == "peak memory" else None)
-        for name, bar in (("peak memory", 0.05), ("seconds a step", 0.1)) for when in ("before", "after the probe")]
+    assert [(row["figure"], row["target"]) for row in said["rows"]] == [
+        ("peak memory of toy, forecast before", 0.05), ("peak memory of toy, forecast after the probe", 0.05),
+        ("seconds a step of toy, forecast before", None), ("seconds a step of toy, forecast after the probe", 0.1)]
     assert said["runs"]["toy"][0]["plan_probed"]["source"] == "probe" and list(said["failed"]) == ["toy:none"]
 
 
 def test_mfu_is_the_stated_formula():
     from transformers import GPT2Config
     tokens_per_second, peak = 100_000, 989e12  # of an H100
-    assert task.model_flops_utilisation(GPT2Config(), 1024, tokens_per_second, peak) == pytest.approx(
-        tokens_per_second * (6*(124_439_808 - 1024*768) + 12*12*768*1024) / peak)
+    flops_per_token = 6*(124_439_808 - 1024*768) + 12*12*768*1024
+    found = task.model_flops_utilisation(GPT2Config(), 1024, tokens_per_second, peak)
+    assert found == pytest.approx(tokens_per_second * flops_per_token / peak)
 
 
 @pytest.mark.parametrize("program, words, said", [
     ("training.py", ("--text", "nowhere.txt"), "There is no nowhere.txt. Give --text a path, or python-docs."),
     ("training.py", ("--tokenizer", "none"), "There is no none. Give --tokenizer a path, or tiny."),
-    ("training.py", ("--micro-batches", "2", "0"), "--micro-batches is 0; it must be a whole number, 1 or more."),
-    ("packing.py", ("--rounds", "0"), "--rounds is 0; it must be a whole number, 1 or more."),
-    ("forecast.py", ("--t4",), "--t4 rehearses a Tesla T4 on a larger CUDA GPU, and this would run on the CPU: nothing was measured.")])
+    ("training.py", ("--micro-batches", "2", "0"), "--micro-batches is 0; it must be a whole number ≥ 1."),
+    ("packing.py", ("--rounds", "0"), "--rounds is 0; it must be a whole number ≥ 1."),
+    ("forecast.py", ("--t4",), "--t4 rehearses a Tesla T4 on a larger CUDA GPU, and this would run on the CPU: "
+                               "nothing was measured.")])
 def test_what_cannot_be_measured_is_said_in_one_line(shell, tmp_path, program, words, said):
-    ran = ask(shell, program, *TOY, *words, "--results", "results")
+    ran = run_program(shell, program, *TOY, *words, "--results", "results")
     assert (ran.returncode, ran.stdout, ran.stderr.strip()) == (1, "", said)
     assert not (tmp_path/"results").exists()
 
@@ -216,7 +256,8 @@ def test_warming_up_is_counted_in_blocks():
 def test_gpu_needs_a_gpu(shell):
     ran = shell(sys.executable, BENCHMARKS/"gpu.py", CUDA_VISIBLE_DEVICES="")
     assert (ran.returncode, ran.stdout) == (1, "")
-    assert ran.stderr.strip() == "There is no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured."
+    said = "There is no CUDA GPU here (torch.cuda.is_available() is False), so nothing was measured."
+    assert ran.stderr.strip() == said
 
 
 def test_gpu_goes_on_after_a_failure_and_stops_in_time(tmp_path):
@@ -226,10 +267,11 @@ def test_gpu_goes_on_after_a_failure_and_stops_in_time(tmp_path):
     hangs.write_text("import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")
     started = time.monotonic()
     asked = {"a": (fails, {}), "b": (works, dict(steps=2)), "c": (hangs, {}), "d": (fails, {})}
-    outcome = gpu.ask_all(asked, 0.2, dict.fromkeys("abcd", 1))
-    assert outcome["a"] == outcome["d"] == "failed with 3" and outcome["b"] == "" and "stopped after" in outcome["c"]  # what hung took only its own share
+    outcome = gpu.run_all(asked, 0.2, dict.fromkeys("abcd", 1))
+    assert outcome["a"] == outcome["d"] == "failed with 3" and outcome["b"] == ""
+    assert "stopped after" in outcome["c"]  # what hung took only its own share
     assert time.monotonic() - started < 30
-    assert set(gpu.ask_all(asked, 0, dict.fromkeys("abcd", 1)).values()) == {"skipped: the 0 minutes were over"}
+    assert set(gpu.run_all(asked, 0, dict.fromkeys("abcd", 1)).values()) == {"skipped: the 0 minutes were over"}
 
 
 def test_sampling_without_gpt2s_tokenizer_asks_of_tiny_alone(capsys):
@@ -243,15 +285,20 @@ def test_sampling_without_gpt2s_tokenizer_asks_of_tiny_alone(capsys):
 @pytest.mark.parametrize("flags", [[], ["--quick"]])
 def test_gpu_asks_with_options_that_its_programs_take(shell, title, flags):
     program, given = gpu.questions(gpu.parse(flags))[title]
-    helped = ask(shell, program, *task.words(given), "--help")
+    helped = run_program(shell, program, *task.words(given), "--help")
     assert helped.returncode == 0, helped.stderr
 
 
-def test_readme_shows_what_was_measured():
-    "Every row of the results that are kept stands in README, under the name of its machine."
-    readme = (BENCHMARKS.parent/"README.md").read_text(encoding="utf-8")
+def test_the_pages_show_what_was_measured():
+    "results/README.md has all that is kept; README's table is a part of it, under the name of its machine."
     found = table.read_results()
     assert found
-    for device, results in found.items():
-        assert device in readme
-        for row in table.markdown(results, table.SHORT).splitlines(): assert row in readme, row
+    # python benchmarks/table.py --page
+    assert (table.RESULTS/"README.md").read_text(encoding="utf-8") == table.page(found)
+    readme = (BENCHMARKS.parent/"README.md").read_text(encoding="utf-8")
+    device, rows = next((device, table.rows_of(results)) for device, results in found.items())
+    assert device.partition(",")[0] in readme
+    head, _, *known = table.markdown(rows, table.SHORT).splitlines()
+    shown = readme.partition(head)[2].strip().splitlines()
+    shown = shown[1:shown.index("")]
+    assert len(shown) >= 5 and not set(shown) - set(known)

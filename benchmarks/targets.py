@@ -1,0 +1,30 @@
+"""What the benchmarks should reach: ours ÷ the peer's. The targets were set for GPT-2 with 124 million parameters on
+two CPU cores and on an H100; elsewhere, and with other sizes or options, there is none."""
+
+STANDARD = "gpt2"  # the size for which the targets of training were set
+TARGETS = {  # (figure, peer, device) -> (rule, value)
+    ("training, tokens/s", "tutorial", "cpu"): ("at least", 3.0),
+    ("training one block a step, tokens/s", "tutorial", "cpu"): ("at least", 3.0),
+    ("peak memory of training one block a step", "tutorial", "cpu"): ("at most", 0.55),
+    ("training, tokens/s", "faster stock Trainer", "cpu"): ("at least", 2.0),
+    ("training, tokens/s", "faster stock Trainer", "cuda"): ("at least", 1.3),  # for our faster side
+    ("MFU", "45%", "cuda"): ("at least", 1.0),  # for our faster side
+
+    ("last loss, fp32", "stock", "any"): ("within", 1e-4),
+    ("last loss, bf16", "stock", "any"): ("within", 5e-3),
+    ("last loss, fp16", "stock", "any"): ("within", 5e-3),
+
+    ("packing, blocks/s", "map", "any"): ("at least", 2.0),  # of a text 10 times over
+    ("peak memory of packing", "ours, x1", "any"): ("within", 0.1),  # of a text many times over, against once
+
+    ("sampling, tokens/s", "model.generate", "cpu"): ("at least", 1.5),  # tiny, 8 x 250 tokens
+
+    ("peak memory", "measured", "any"): ("within", 0.05),  # a forecast, before the run or after the probe
+    ("seconds a step", "measured", "any"): ("within", 0.10),  # a forecast after the probe
+    ("memory on a T4", "14.7 GB", "cuda"): ("at most", 1.0),
+}
+
+
+def target(figure, peer, device="any"):
+    "The (rule, value) that was set, or None."
+    return TARGETS.get((figure, peer, device))
