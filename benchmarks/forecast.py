@@ -13,7 +13,7 @@ def as_t4(runtime):
     """The Runtime of a T4, on a larger GPU that from now on behaves like one: no bf16, no flash attention, little
     memory."""
     import dataclasses, torch
-    from colab_gpt2.planning.memory import DEVICES
+    from colab_gpt2.planning.speed import DEVICES
     from colab_gpt2.runtime import pick_precision
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)

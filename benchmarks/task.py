@@ -228,14 +228,15 @@ def memory_field(options) -> str: return "gpu_peak_bytes" if options.device == "
 
 def model_flops_utilisation(config, block_size, tokens_per_second, peak) -> float:
     "MFU = tokens/s x (6·N + 12·L·C·T) / peak, N without the position embeddings; `peak` in FLOP/s."
-    from colab_gpt2.planning.memory import flops_per_token, shape_of
+    from colab_gpt2.planning.memory import shape_of
+    from colab_gpt2.planning.speed import flops_per_token
     return tokens_per_second * flops_per_token(shape_of(config), block_size) / peak
 
 
 def gpu_peak(options) -> float | None:
     "FLOP/s of the GPU in half precision by its data sheet; None on a CPU, or where the library does not know it."
     if options.device == "cpu": return None
-    from colab_gpt2.planning.memory import device_of
+    from colab_gpt2.planning.speed import device_of
     from colab_gpt2.runtime import check_runtime
     known = device_of(check_runtime())
     return known and known.peak_half
