@@ -17,7 +17,7 @@ from .config import FinetuneConfig, changed, pick_block_size
 from .core import Record, human_bytes
 from .errors import Sentence, check_number
 from .reporting import reporting
-from .runtime import check_runtime
+from .runtime import check_runtime, in_colab
 from .storage.archives import archive_model, check_archive_path
 from .storage.drive import restore_from_drive, save_to_drive
 from .text.corpus import WIKITEXT, load_corpus
@@ -152,7 +152,6 @@ def has_drive(
     drive,  # a folder that stands for the Drive, or None
 ) -> bool:
     "Whether there is a Drive."
-    from colab_gpt2.runtime import in_colab
     return drive is not None or bool(in_colab())
 
 # %% ../nbs/64_tasks.ipynb #d3f361e0

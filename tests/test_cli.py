@@ -63,7 +63,7 @@ def test_steps_one_by_one(cli, own):
 
 def test_a_file_that_is_called_like_a_field_keeps_its_name(cli, own):
     refused(cli("finetune", *QUICK, *own, "--train-file", "train_file.txt"), 1, "train_file.txt does not exist")
-    refused(cli("evaluate", "--model", "output_dir"), 1, "'output_dir'")
+    refused(cli("evaluate", "--model", "output_dir", "--dataset", "python-docs"), 1, "'output_dir'")
 
 
 def test_a_sentence_gets_the_options_names():

@@ -33,16 +33,16 @@ class Job(Record):
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #6f020ca9
 def check_given(given):
     "ValueError for a flag that is missing among those `given`."
-    def need(name, why): raise ValueError(f"--{name} is missing: {why}")
-    def has(*names): return bool(given.keys() & {*names})
-    if not has("output_dir"): need("output_dir", "say where the model goes.")
-    if not has("do_train", "do_eval"): need("do_train", "without it or --do_eval there is nothing to do.")
-    if has("do_train") and not has("train_data_file", "train_data_files"): need("train_data_file", "--do_train needs a text to train on.")
-    if has("do_eval") and not has("eval_data_file"): need("eval_data_file", "--do_eval needs a text to evaluate on.")
-    if has("model_name_or_path", "should_continue"): return
-    if not has("do_train"): need("model_name_or_path", f"name a saved model, as in --model_name_or_path={given['output_dir']}.")
-    if not has("config_name", "model_type"): need("model_name_or_path", "name a model, or --model_type=gpt2 to make a new one.")
-    if not has("tokenizer_name"): need("tokenizer_name", "a new model has no tokenizer of its own, as in --tokenizer_name=gpt2.")
+    def need(names, why):
+        if not given.keys() & set(names.split()): raise ValueError(f"--{names.split()[0]} is missing: {why}.")
+    need("output_dir", "say where the model goes")
+    need("do_train do_eval", "without it or --do_eval there is nothing to do")
+    if "do_train" in given: need("train_data_file train_data_files", "--do_train needs a text to train on")
+    if "do_eval" in given: need("eval_data_file", "--do_eval needs a text to evaluate on")
+    if {"model_name_or_path", "should_continue"} & given.keys(): return
+    if "do_train" not in given: need("model_name_or_path", "name a saved model to evaluate")
+    need("model_name_or_path config_name model_type", "name a model, or --model_type=gpt2 to make a new one")
+    need("tokenizer_name", "a new model has no tokenizer of its own, as in --tokenizer_name=gpt2")
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #9d8fd653
 def became(name, value, given):
@@ -61,12 +61,12 @@ OWN = dict(watch_every=None, every_checkpoint=False, train_files=(), progress=Tr
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #c1729ee2
 def not_given(given, config) -> str:
     "The line about the values that decide a run and were left to their defaults."
-    then = [name for name in list(DEFAULTS)[:-1] if name not in given]
-    if config.max_steps > 0 and "num_train_epochs" in then: then.remove("num_train_epochs")
+    then = ", ".join(f"{name}={getattr(config, name)}" for name in DEFAULTS if name not in {*given, "max_new_tokens"})
     batch = {"per_gpu_train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"}
-    now = [words for names, words in (({"logging_steps"}, "the loss is logged every 10 steps"), ({"fp16"}, "precision follows the device"),
-                                      (batch, "8 blocks to a step, divided as memory allows")) if not names & given.keys()]
-    return "; ".join(["not given, as in 2020: " + ", ".join(f"{name}={getattr(config, name)}" for name in then), "as today: " + ", ".join(now)])
+    now = {"the loss is logged every 10 steps": {"logging_steps"}, "precision follows the device": {"fp16"},
+           "8 blocks to a step, divided as memory allows": batch}
+    today = ", ".join(words for words, names in now.items() if not names & given.keys())
+    return f"not given: as in 2020, {then or 'nothing'}; as today, {today or 'nothing'}"
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #fc829b81
 def translate(
@@ -117,7 +117,7 @@ def with_texts(
     config = job.config
     if len(job.train_files) > 1: config = replace(config, train_file=str(joined(job.train_files, folder)))
     if not job.train or config.eval_file: return config
-    print("no --eval_data_file: perplexity is that of the start of the training text, and says nothing about new text", file=sys.stderr)
+    print("no --eval_data_file: perplexity of the training text's start says nothing about new text", file=sys.stderr)
     return replace(config, eval_file=str(opening(check_text(config.train_file), folder)))
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #2748fc05
@@ -125,11 +125,13 @@ def with_shape(config, folder) -> FinetuneConfig:
     "The config with the shape of a new model fitted to its tokenizer, as a folder in `folder`."
     from colab_gpt2.model.loading import load_config, load_tokenizer
     if not config.from_scratch: return config
-    shape, tokenizer = (load(name, cache_dir=config.cache_dir) for load, name in ((load_config, config.model), (load_tokenizer, config.tokenizer)))
-    if shape.vocab_size == len(tokenizer): return config
-    print(f"the new model has {len(tokenizer)} embeddings, as its tokenizer has entries, not {shape.vocab_size}", file=sys.stderr)
-    shape.vocab_size, shape.bos_token_id, shape.eos_token_id = len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
-    path = Path(folder)/f"{Path(config.model).name} with {len(tokenizer)} embeddings"
+    shape = load_config(config.model, cache_dir=config.cache_dir)
+    tokenizer = load_tokenizer(config.tokenizer, cache_dir=config.cache_dir)
+    size = len(tokenizer)
+    if shape.vocab_size == size: return config
+    print(f"the new model has {size} embeddings, as its tokenizer has entries, not {shape.vocab_size}", file=sys.stderr)
+    shape.update(dict(vocab_size=size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    path = Path(folder)/f"{Path(config.model).name} with {size} embeddings"
     shape.save_pretrained(path)
     return replace(config, model=str(path))
 
@@ -167,7 +169,8 @@ def watcher(job, config):
 
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
-            self.blocks = tokenize_file(config.eval_file, processing_class, config.block_size, cache_dir=config.cache_dir, progress=False)
+            self.blocks = tokenize_file(config.eval_file, processing_class, config.block_size,
+                                        cache_dir=config.cache_dir, progress=False)
 
         def show(self, args, state, model):
             precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
@@ -187,7 +190,8 @@ def work(job) -> dict:
     "Train and evaluate as `job` says; returns what `eval_results_lm.txt` holds, empty without --do_eval."
     from colab_gpt2.engine.checkpoints import find_checkpoints
     from colab_gpt2.training import check_output_dir, finetune
-    check_output_dir(job.config if job.train else replace(job.config, resume=False, overwrite_output_dir=True))  # it may hold anything
+    may_hold_anything = replace(job.config, resume=False, overwrite_output_dir=True)
+    check_output_dir(job.config if job.train else may_hold_anything)
     with tempfile.TemporaryDirectory() as folder:
         config = side_by_side(with_shape(with_texts(job, folder), folder))
         callbacks = [] if job.watch_every is None else [watcher(job, config)]
@@ -212,7 +216,7 @@ def main(
 ) -> int:
     "The command: returns 0, 1 for what failed, 2 for bad usage, 130 after Ctrl-C. Everything it says goes to stderr."
     given = parse(sys.argv[1:] if words is None else words)
-    if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the process is the command's own, and has not loaded torch yet
+    if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not loaded yet
     try: job = translate(given)
     except ValueError as e: return end(e, 2)
     print(*job.said, sep="\n", file=sys.stderr)
