@@ -27,16 +27,16 @@ def model_files(
     folder,
     checkpoints=False,  # also checkpoint-*/ and what matches `LEFT_OUT`?
 ) -> list:
-    "The names of the files in `folder`, sorted; no hidden ones. Links count as files; those to folders are left out."
+    "The files in `folder`, by name; no hidden ones. Links count as files; those to folders are left out."
     def stop(error): raise error  # os.walk would pass over a folder that it cannot read
-    names = []
+    def kept(names, *left_out):
+        patterns = [".*"] if checkpoints else [".*", *left_out]
+        return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    found = []
     for root, folders, files in os.walk(folder, onerror=stop):
-        folders[:], files = ([n for n in some if not n.startswith(".")] for some in (folders, files))
-        if not checkpoints:
-            folders[:] = [f for f in folders if not fnmatch.fnmatch(f, "checkpoint-*")]
-            files = [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in LEFT_OUT)]
-        names += [Path(root, f).relative_to(folder).as_posix() for f in files if Path(root, f).is_file()]
-    return sorted(names)
+        folders[:] = kept(folders, "checkpoint-*")
+        found += [Path(root, name) for name in kept(files, *LEFT_OUT)]
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
 # %% ../../nbs/storage/50_archives.ipynb #e897e0af
 def check_weights(path):
@@ -155,8 +155,7 @@ def archive_model(
     overwrite=False,  # replace a file that is there?
     progress=True,  # as `reporting` takes it
 ) -> Archive:
-    """Pack the model in `folder` into `path`; its bytes depend on the files alone (and on zlib). An old archive stays
-    until the new one is complete. Errors of `check_model` and `check_archive_path`."""
+    "Pack a model; the bytes depend on its files (and on zlib) alone. Errors of `check_model` and `check_archive_path`."
     folder, path = check_model(folder), check_archive_path(path, overwrite)
     with reporting(progress) as report, explained(f"Packing {folder} into {path}"):
         names = [n for n in model_files(folder, checkpoints) if not (path.exists() and path.samefile(folder/n))]
@@ -196,8 +195,7 @@ def plain_members(
     folder,  # to unpack into
 ) -> dict:
     "Name -> TarInfo for all that it holds; ValueError unless that is plain files and folders in `folder`, each once."
-    def refuse(name, reason):
-        raise ValueError(f"{path} holds {name!r}, which {reason}. Nothing was unpacked: a model has plain files only.")
+    def refuse(name, reason): raise ValueError(f"{path} holds {name!r}, which {reason}. Nothing was unpacked.")
     members = {}
     for member in tar:
         if reason := refusal(member, folder): refuse(member.name, f"is {reason}")
@@ -233,14 +231,14 @@ def empty_folder(folder) -> Path:
     if not any(folder.iterdir()): return folder
     raise FileExistsError(f"{folder} is not empty, and nothing in it will be overwritten. Give a new folder.")
 
-# %% ../../nbs/storage/50_archives.ipynb #2ad98e6b
+# %% ../../nbs/storage/50_archives.ipynb #16dddd08
 def unpack(
     path,  # of an archive
     folder,  # new or empty
     report,
     called,  # the archive's name in messages: a path
 ):
-    "Check the archive and unpack it, with the permissions that `open` gives and the caller as owner."
+    "Check the archive and unpack it, with the permissions that `open` gives."
     with explained(f"Unpacking {called} into {folder}"), reading_archive(path, called) as tar:
         members = plain_members(tar, called, folder)
         total = sum(m.size for m in members.values())

@@ -9,7 +9,7 @@ __all__ = ['DAY', 'GONE', 'SPELLINGS', 'NOTE', 'FLUSHED', 'Copy', 'discard', 'di
            'find_archive', 'restore_from_drive']
 
 # %% ../../nbs/storage/51_drive.ipynb #04d5bba8
-import contextlib, errno, hashlib, itertools, logging, os, re, socket, stat, sys, tempfile, threading, time
+import contextlib, errno, glob, hashlib, itertools, os, re, socket, stat, sys, tempfile, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,20 +44,16 @@ DAY = 24 * 3600  # seconds; no Colab session lasts longer
 
 def discard_leftovers(destination):
     "Discard the temporary files for `destination` that are older than a day."
-    try:
-        for entry in os.scandir(destination.parent):
-            ours = entry.name.startswith(f".{destination.name}.") and entry.name.endswith(".part")
-            if ours and time.time() - entry.stat().st_mtime > DAY: discard(entry.path)
-    except OSError as e:  # the copy matters more
-        logging.getLogger(__name__).info("left the leftovers in %s: %s", destination.parent, e)
+    with contextlib.suppress(OSError):  # the copy matters more
+        for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part"):
+            if time.time() - path.stat().st_mtime > DAY: discard(path)
 
 # %% ../../nbs/storage/51_drive.ipynb #1503e39e
 def write_synced(
     source, target,
     add,  # called with the number of bytes of each piece
 ) -> str:
-    """Copy `source` to `target` down to the disk, and have the system forget it, so that reading it back asks the disk;
-    returns the SHA-256 of what was read from `source`."""
+    "Copy down to the disk, and have the system forget it, so that reading back asks the disk; returns the SHA-256."
     digest = hashlib.sha256()
     with open(source, "rb") as s, open(target, "wb") as t:
         while piece := s.read(1 << 20):
@@ -71,21 +67,18 @@ def write_synced(
 
 # %% ../../nbs/storage/51_drive.ipynb #f6783d41
 def copy_once(source, destination, report) -> str:
-    """Copy to a temporary name, read back, rename; returns the SHA-256. On any error the temporary file is discarded
-    and `destination` stays as it was."""
+    "Copy to a temporary name, read back, rename; returns the SHA-256. On an error `destination` stays as it was."
     name, folder, size = source.name, destination.parent, source.stat().st_size
     temporary = destination.with_name(f".{destination.name}.{socket.gethostname()}-{os.getpid()}.part")
+    damage = ""
     def reading_back(_, done, total): report(f"Reading {name} back", done, total)
     try:
         sha256 = write_synced(source, temporary, counter(report, f"Copying {name}", size))
         arrived = os.stat(temporary).st_size
-        if arrived != size:
-            found = f"{human_bytes(arrived)} of {human_bytes(size)}"
-            raise OSError(f"{name} was truncated in transit: {found} can be read back from {folder}. "
-                          "Nothing was replaced. Try again; on Drive, check the quota first.")
-        if sha256_of(temporary, reading_back) != sha256:
-            raise OSError(f"{name} was corrupted in transit: its SHA-256 differs when read back from {folder}. "
-                          "Nothing was replaced. Try again.")
+        if arrived != size: damage = f"truncated in transit: {human_bytes(arrived)} of {human_bytes(size)} arrived"
+        elif sha256_of(temporary, reading_back) != sha256: damage = "corrupted in transit: its SHA-256 differs"
+        advice = "Nothing was replaced. Try again; on Drive, check the quota first."
+        if damage: raise OSError(f"{name} was {damage} in {folder}. {advice}")
         os.replace(temporary, destination)
     except BaseException:
         with contextlib.suppress(OSError): discard(temporary)  # a mount that has gone cannot delete either
@@ -115,18 +108,17 @@ SPELLINGS = "MyDrive", "My Drive"
 
 def my_drive(mountpoint):
     "The user's Drive below `mountpoint`, in either spelling, or None when nothing is mounted there."
-    return next((Path(mountpoint, s) for s in SPELLINGS if is_folder(Path(mountpoint, s))), None)
+    return next(filter(is_folder, (Path(mountpoint, name) for name in SPELLINGS)), None)
 
 # %% ../../nbs/storage/51_drive.ipynb #0c5f0499
 def drive_path(path) -> Path:
     "`path` with Drive's folder in the spelling that exists; FileNotFoundError if it names a Drive that is not mounted."
     path = Path(path).expanduser()
-    for i, part in enumerate(path.parts):
-        if part not in SPELLINGS: continue
-        above = Path(*path.parts[:i])
-        if found := my_drive(above): return Path(found, *path.parts[i + 1:])
-        missing = f"there is no folder {above/part}"
-        raise FileNotFoundError(f"Drive is not mounted: {missing}. Run mount_drive() in a cell first.")
+    for folder in (path, *path.parents):
+        if folder.name not in SPELLINGS: continue
+        if found := my_drive(folder.parent): return found/path.relative_to(folder)
+        advice = "Run mount_drive() in a cell first."
+        raise FileNotFoundError(f"Drive is not mounted: there is no folder {folder}. {advice}")
     return path
 
 # %% ../../nbs/storage/51_drive.ipynb #9956680f
@@ -157,8 +149,8 @@ def copy_verified(
     wait=1.0,  # seconds before the second attempt
     progress=True,  # as `reporting` takes it
 ) -> Copy:
-    """Copy a file, to Drive or anywhere, and read it back. A file with the same content that is there stays, another is
-    replaced; the `note` says which. OSError if it does not arrive: then `destination` stays as it was."""
+    """Copy a file, to Drive or anywhere, and read it back. A file with other content is replaced; the `note` says so.
+    OSError if the copy does not arrive: then `destination` stays as it was."""
     start, source, destination = time.monotonic(), drive_path(source), drive_path(destination)
     check_number("attempts", attempts, minimum=1, integer=True)
     check_number("wait", wait, minimum=0)
@@ -252,8 +244,9 @@ FLUSHED = ("Read back completely, then flushed and unmounted (mount_drive() moun
 # %% ../../nbs/storage/51_drive.ipynb #0a3b1adf
 def check_folder(folder):
     "ValueError unless `folder` is a path that stays inside the Drive."
-    message = "{folder} is {value!r}; it must be a path inside Drive, such as 'colab-gpt2'."
-    if leads_out(folder): raise ValueError(Sentence(message, value=str(folder)))
+    if leads_out(folder):
+        template = "{folder} is {value!r}; it must be a path inside Drive, such as 'colab-gpt2'."
+        raise ValueError(Sentence(template, value=str(folder)))
 
 # %% ../../nbs/storage/51_drive.ipynb #55446af7
 def free_name(source, destination) -> Path:
@@ -270,12 +263,11 @@ def save_to_drive(
     folder="colab-gpt2",  # on the Drive
     *,
     drive=None,  # the folder to save below; default: `mount_drive()`
-    overwrite=False,  # replace another file of that name? Else the copy gets the next free one: gpt2-tuned-2.tar.gz
+    overwrite=False,  # replace another file of that name? Else the copy is numbered: gpt2-tuned-2.tar.gz
     flush=False,  # wait for the upload, and unmount?
     progress=True,  # as `reporting` takes it
 ) -> Copy:
-    """Copy an archive to `folder` on Drive and read it back. The `note` of the result says what that does not prove,
-    and what happened to another file of its name."""
+    "Copy an archive to Drive and read it back. The `note` says what that does not prove, and what was there before."
     source = Path(getattr(archive, "path", archive))
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
     check_folder(folder)
