@@ -16,7 +16,7 @@ def sure_cut(
 ) -> re.Pattern:
     """The empty match at each place inside a text where GPT-2's pre-tokenizer surely splits.
 
-    That is before the last character of a run of white space, when neither white space nor one of `stops` follows it."""
+    That is before the last character of a run of white space that neither white space nor one of `stops` follows."""
     return re.compile(rf"(?=[ \t\n\r\u3000][^\s{re.escape(stops)}])(?!\A)")
 
 # %% ../../nbs/text/12_tokens.ipynb #a15fa11d
@@ -44,9 +44,9 @@ def read_segments(
         *segments, rest = cut.split(rest + more) if cut else [rest + more]
         if segments: yield segments
         if len(rest) > LONG and not warned:
-            warnings.warn(f"The text has {len(rest):,} characters without a place where this tokenizer allows a cut. They are "
-                          "tokenised in one go, in about 100 bytes of memory each. Add line breaks, or use GPT-2's tokenizer.")
             warned = True
+            warnings.warn(f"The text has {len(rest):,} characters without a place to cut it for this tokenizer. "
+                          "They take about 100 bytes of memory each. Add line breaks, or use GPT-2's tokenizer.")
     if rest: yield [rest]
 
 # %% ../../nbs/text/12_tokens.ipynb #c443ca46
@@ -62,8 +62,8 @@ def private_copy(tokenizer):
 class Encoder:
     """Segments to ids, by a private copy of `tokenizer`: no padding, no truncation, no special tokens added.
 
-    `cut` is its `cut_pattern` (None: only complete texts), `vocabulary_size` its largest id + 1, `dtype` what holds an id,
-    `fingerprint` the SHA-256 of all that decides about ids."""
+    `cut` is its `cut_pattern`, `vocabulary_size` its largest id + 1, `dtype` what holds an id, `fingerprint` the
+    SHA-256 of all that decides about ids."""
     def __init__(
         self,
         tokenizer,  # any tokenizer of transformers
