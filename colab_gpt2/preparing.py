@@ -46,7 +46,7 @@ def training_blocks(
     if config.eval_file and not config.train_file:
         raise ValueError(Sentence("{eval_file} is {path!r} and {train_file} is missing; give both.", path=config.eval_file))
     return tokenize_file(corpus.path("train"), tokenizer, pick_block_size(config, context), split="train", minimum_blocks=1,
-                         cache_dir=config.cache_dir, progress=report)
+                         cache_dir=config.cache_dir, progress=report, sha256=corpus.sha256["train"])
 
 # %% ../nbs/62_preparing.ipynb #60ea5cb5
 def held_out_blocks(
@@ -59,7 +59,8 @@ def held_out_blocks(
     "The held-out text in blocks that fit the model. A file of the user's own gives its name to the split."
     split = pick_split(corpus, config.eval_split)
     label = Path(config.eval_file).name if config.eval_file else split
-    return tokenize_file(corpus.path(split), tokenizer, pick_block_size(config, context), split=label, cache_dir=config.cache_dir, progress=report)
+    return tokenize_file(corpus.path(split), tokenizer, pick_block_size(config, context), split=label,
+                         cache_dir=config.cache_dir, progress=report, sha256=corpus.sha256[split])
 
 # %% ../nbs/62_preparing.ipynb #529482e0
 def release_memory():
