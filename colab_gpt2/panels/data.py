@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UPLOADS', 'OWN', 'TEXTS', 'UPLOAD', 'Preview', 'preview_rows', 'describe_preview', 'look_into', 'uploaded_files',
-           'keep_upload', 'DataPanel']
+           'upload_button', 'keep_upload', 'DataPanel']
 
 # %% ../../nbs/panels/76_data.ipynb #6b8960a5
-import itertools
+import functools, itertools
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -86,6 +86,21 @@ def uploaded_files(
     found = value.items() if isinstance(value, dict) else [(f["name"], f) for f in value]
     return {Path(name).name: bytes(f["content"]) for name, f in found}
 
+# %% ../../nbs/panels/76_data.ipynb #2e9d40b7
+def upload_button(
+    text,
+    receive,  # is called with the value of the FileUpload
+):
+    "A button to choose a file. It is emptied again: the same file, chosen once more, would be no change."
+    made = widgets.FileUpload(description=text, accept=".txt,.md,text/plain", layout=widgets.Layout(width="auto"))
+    def take(change):
+        value = made.value
+        if not value: return
+        made.set_trait("value", type(value)())
+        receive(value)
+    made.observe(take, "value")
+    return made
+
 # %% ../../nbs/panels/76_data.ipynb #781b1998
 def keep_upload(
     name,
@@ -125,22 +140,16 @@ class DataPanel(Stoppable):
         if not isinstance(before, Panel): self.say(self.values.suggestion, "ℹ")
 
     def make_widgets(self):
-        "The choice of a text, the fields of one's own with their uploads, and what is shown of it."
+        "The choice of a text, and one's own with its uploads."
         self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="Text", **wide(520))
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
         self.own = Form(self.values, ["train_file", "eval_file"])
-        uploads = dict(train_file="Upload a text", eval_file="Upload a held-out text")
-        self.uploads = [self.make_upload(name, text) for name, text in uploads.items()]
-        hint = widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; add larger files next to the notebook (Colab: in "
-                            "the Files panel) and type the name below</span>")
+        self.uploads = [upload_button("Upload a text", functools.partial(self.receive, "train_file")),
+                        upload_button("Upload a held-out text", functools.partial(self.receive, "eval_file"))]
+        hint = widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; add larger files next to the notebook (in "
+                            "Colab's Files panel) and type the name below</span>")
         self.files = widgets.VBox([row(*self.uploads, hint), self.own.box])
         self.view, self.fetch = widgets.HTML(), button("Load text", self.start, primary=True)
-
-    def make_upload(self, name, text):
-        "A button to upload a file for the field `name`."
-        made = widgets.FileUpload(description=text, accept=".txt,.md,text/plain", layout=widgets.Layout(width="auto"))
-        made.observe(lambda change: self.take_upload(name, change["owner"]), "value")
-        return made
 
     def chosen(self):
         return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
@@ -154,12 +163,6 @@ class DataPanel(Stoppable):
         "The user picked `name`; a text of their own needs a file next."
         if name != OWN: self.values.set(dataset=name, train_file=None, eval_file=None)
         elif not self.config.train_file: self.values.mark({"train_file": UPLOAD}, ["train_file"])
-
-    def take_upload(self, name, upload):
-        "Receive what the widget `upload` holds, and empty it: the same file, chosen once more, would be no change."
-        value = upload.value
-        upload.set_trait("value", type(value)())
-        self.receive(name, value)
 
     def receive(self, name, value):
         "A file has been uploaded for the field `name`."
@@ -231,7 +234,6 @@ class DataPanel(Stoppable):
         return self.finish(preview)
 
     def describe(self, preview):
-        model = self.config.model
-        if not preview.blocks: return f"The text is here. Its tokens are counted once {model}'s tokenizer can be fetched."
+        if not preview.blocks: return f"The text is here. The tokenizer of {self.config.model} cannot be fetched now."
         if "train" not in preview.blocks: return "The text is here; it has no part to train on."
         return f"The text is here: {preview.blocks['train'].tokens:,} tokens to train on."

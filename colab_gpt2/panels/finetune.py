@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'MAIN', 'ELSEWHERE', 'ADVANCED', 'describe_plan', 'known_size', 'Forecaster', 'refused_place',
-           'former_settings', 'describe_resume', 'describe_folder', 'describe_result', 'Settings', 'FinetunePanel',
-           'Probed']
+           'former_settings', 'describe_resume', 'describe_folder', 'describe_result', 'Settings', 'Steering',
+           'FinetunePanel', 'Probed']
 
 # %% ../../nbs/panels/78_finetune.ipynb #a07893a2
 import os, warnings
@@ -236,19 +236,12 @@ class Settings(Panel):
     def allow(self, start):
         "Whether a run can be started: for a subclass that has the button."
 
-# %% ../../nbs/panels/78_finetune.ipynb #6f56fb17
-class FinetunePanel(Settings):
-    """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `live` is the current or
-    the last run. Once a run has begun to train, `saved` and `result` are what it has left: the config of a finished model,
-    and its FinetuneResult; None until then. Before, `saved` is that of an `earlier` run in the output folder."""
-    draws = True
-    title = "3. Fine-tune"
-    lead = "Training runs in this cell. Buttons work while the model trains; the notebook's own stop button means Stop."
-
+# %% ../../nbs/panels/78_finetune.ipynb #c8a1f95b
+class Steering(Settings):
+    "The buttons of a run, and what is shown of it; `live` is the run that goes on now, or was the last."
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
-        self.live, self.saved, self.earlier = None, None, False
-        self.left = None  # the folder in which this panel's last run has begun to train
+        self.live = None
         self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(3))
         self.buttons = dict(
             start=button("Start", self.start, primary=True),
@@ -257,6 +250,43 @@ class FinetunePanel(Settings):
             sample=button("Sample now", self.sample_now, tooltip="Generate a text and continue"))
         self.assemble(self.text, self.form.box, self.advanced, self.more.box, self.plan,
                       row(*self.buttons.values(), self.again), self.status, self.progress, self.charts, self.samples)
+
+    def allow(self, start): self.enable(start=start)
+
+    def enable(self, **able):
+        "Switch on the buttons named; the others are off."
+        for name, made in self.buttons.items(): made.disabled = not able.get(name, False)
+
+    def show(self, **parts):
+        "HTML for the regions progress, charts and samples; each is sent to the browser only if it is new."
+        for name, shown in parts.items():
+            region = getattr(self, name)
+            if region.value != shown: region.value = shown
+
+    def stop(self):
+        "Stop after the current step and save a checkpoint."
+        if not self.running: return
+        self.live.stop()
+        self.enable()
+
+    def save_now(self):
+        "Save a checkpoint after the current step."
+        if self.running: self.live.save_now()
+
+    def sample_now(self):
+        "Generate a text after the current step."
+        if self.running: self.live.sample_now()
+
+# %% ../../nbs/panels/78_finetune.ipynb #6f56fb17
+class FinetunePanel(Steering):
+    """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one. Once a run has begun to
+    train, `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until
+    then. Before, `saved` is that of an `earlier` run in the output folder."""
+    draws = True
+    title = "3. Fine-tune"
+    lead = "Training runs in this cell. Buttons work while the model trains; the notebook's own stop button means Stop."
+    saved, earlier = None, False
+    left = None  # the folder in which this panel's last run has begun to train
 
     def refresh(self):
         self.look_for_model()
@@ -274,18 +304,6 @@ class FinetunePanel(Settings):
         "As any panel; but what a run of its own has left in its folder was to be expected."
         super().offer_again(missing and self.left != self.config.output_dir)
 
-    def allow(self, start): self.enable(start=start)
-
-    def enable(self, **able):
-        "Switch on the buttons named; the others are off."
-        for name, made in self.buttons.items(): made.disabled = not able.get(name, False)
-
-    def show(self, **parts):
-        "HTML for the regions progress, charts and samples; each is sent to the browser only if it is new."
-        for name, shown in parts.items():
-            region = getattr(self, name)
-            if region.value != shown: region.value = shown
-
     def start(self, callbacks=()):
         "Fine-tune until it is done, stopped or has failed; -> the FinetuneResult, or None. `callbacks` are the Trainer's."
         self.refresh()  # what refused it may have gone
@@ -298,9 +316,9 @@ class FinetunePanel(Settings):
         self.live, self.running = Live(self.config, self.show), True
         self.show(progress="", charts="", samples="")
         self.enable(stop=True, save=True, sample=True)
-        callbacks = [self.live, Probed(self), *callbacks]
+        heard = [self.live, Probed(self), *callbacks]
         try:
-            with interrupts_reach(self.live.stop): result = finetune(self.config, callbacks=callbacks, progress=False)
+            with interrupts_reach(self.live.stop): result = finetune(self.config, callbacks=heard, progress=False)
         except (Exception, KeyboardInterrupt) as e:
             self.live.end("Stopped" if isinstance(e, KeyboardInterrupt) else "Failed")
             if self.can_resume(e): self.resume_next(e)
@@ -346,20 +364,6 @@ class FinetunePanel(Settings):
         super().interrupted(error)
         if not (self.live and self.live.losses): return
         self.keep(f"<p>{escape(self.said)}</p>{describe_samples(self.live.samples)}", self.live.charts())
-
-    def stop(self):
-        "Stop after the current step and save a checkpoint; the next start resumes from it."
-        if not self.running: return
-        self.live.stop()
-        self.enable()
-
-    def save_now(self):
-        "Save a checkpoint after the current step, and continue."
-        if self.running: self.live.save_now()
-
-    def sample_now(self):
-        "Generate a text after the current step, and continue."
-        if self.running: self.live.sample_now()
 
 # %% ../../nbs/panels/78_finetune.ipynb #34edc8e9
 class Probed(Listener):
