@@ -103,7 +103,8 @@ class Hub(Server):
             reply = dict(branches=[dict(name="main", ref="refs/heads/main", targetCommit=commit)], tags=[], converts=[])
         else:
             reply = dict(id=name, modelId=name, sha=commit, private=False, gated=False, disabled=False, tags=[],
-                         downloads=0, likes=0, lastModified="2024-01-04T16:49:18.000Z", createdAt="2022-03-02T23:29:22.000Z",
+                         downloads=0, likes=0, createdAt="2022-03-02T23:29:22.000Z",
+                         lastModified="2024-01-04T16:49:18.000Z",
                          siblings=[dict(rfilename=p) for p in files])
         if call == "tree" and folder and not reply: return self.missing(request, "EntryNotFound")
         send(request, 200, json.dumps(reply).encode(), Content_Type="application/json")
