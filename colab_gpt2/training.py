@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers.trainer_callback import TrainerState
 
-from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
+from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit, tell
 from .engine.checkpoints import abandoned_folders, find_checkpoints, read_manifest, remove_checkpoint, save_model, sort_checkpoints
 from .config import FinetuneConfig, changed
 from .core import Record, atomic, check_space, human_bytes, human_time
@@ -179,7 +179,13 @@ def train_model(config, trainer, plan, resumed_from=None) -> Plan:
         if plan.recipe.gradient_checkpointing: around.enter_context(gradient_checkpointing(trainer.model))
         listeners = trainer.callback_handler.callbacks
         tell(listeners, "on_stage", PROBING, stop=trainer.stop)
+        steps = plan.steps
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
+        for limit in listeners if not resumed_from else ():
+            if isinstance(limit, TimeLimit): plan = limit.shorten(plan)
+        if plan.steps < steps:
+            trainer.args.max_steps = plan.steps
+            warnings.warn(plan.reasons[0], stacklevel=2)
         tell(listeners, "on_stage", TRAINING, plan=plan)
         trainer.train(resume_from_checkpoint=resumed_from and str(resumed_from))
         plan = as_trained(plan, trainer.micro_batch)

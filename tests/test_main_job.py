@@ -1,8 +1,11 @@
 "The main job as a user meets it: the command line in a process of its own, on real input, and what it leaves on disk when things go wrong."
 import json, os, re, shutil, signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from colab_gpt2 import tasks, training
 
 QUICK = ("--model", "tiny", "--block-size", "64", "--max-new-tokens", "8", "--output-dir", "out")
 PROMISED = ("runtime model parameters dataset train_tokens perplexity_before perplexity_after steps epochs tokens_per_second seconds "
@@ -164,3 +167,19 @@ def test_same_seed_same_weights(shell, own, tmp_path):
     for folder in ("a", "b"):
         assert shell("colab-gpt2", "finetune", *QUICK, *own, "--output-dir", folder, "--max-steps", "3", "--from-scratch").returncode == 0
     assert (tmp_path/"a"/"model.safetensors").read_bytes() == (tmp_path/"b"/"model.safetensors").read_bytes()
+
+
+def test_a_slow_machine_takes_fewer_steps_in_the_demo(tmp_path, monkeypatch):
+    "Pretended: a step of ten seconds. The perplexity still falls by more than a quarter."
+    settle = training.settle
+    monkeypatch.setattr(training, "settle", lambda trainer, plan: replace(settle(trainer, plan), step_seconds=10.))
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="A step takes 10 s on this machine, so the run takes 20 steps instead of"):
+        ran = tasks.demo(block_size=64, effective_batch_size=4, max_new_tokens=4, progress=False).finetuned
+    assert ran.steps == ran.plan.steps == 20 and ran.perplexity_after.value < 0.75 * ran.perplexity_before.value
+
+
+def test_a_demo_of_a_given_length_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "run", lambda config, **options: options)
+    assert [type(c).__name__ for c in tasks.demo()["callbacks"]] == ["TimeLimit"]
+    assert not tasks.demo(max_steps=300)["callbacks"] and not tasks.demo(replace(tasks.DEMO, num_train_epochs=9))["callbacks"]

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'LOADING', 'BEFORE', 'PROBING', 'TRAINING', 'SAVING', 'AFTER', 'Meter', 'Bar', 'StopOnInterrupt',
-           'StopOnNaN', 'FreezeGarbage', 'Listener', 'tell']
+           'StopOnNaN', 'FreezeGarbage', 'TimeLimit', 'Listener', 'tell']
 
 # %% ../../nbs/engine/40_callbacks.ipynb #2d352ce1
 import contextlib, gc, math, signal, statistics, sys, threading, time
 from collections import deque
+from dataclasses import replace
 
 import torch
 from transformers import TrainerCallback
+
+from ..planning.plan import step_time
 
 # %% ../../nbs/engine/40_callbacks.ipynb #3fc62871
 class Meter(TrainerCallback):
@@ -115,6 +118,18 @@ class FreezeGarbage(TrainerCallback):
         finally:
             if self.frozen: gc.enable(), gc.unfreeze()
             self.frozen = False
+
+# %% ../../nbs/engine/40_callbacks.ipynb #5ac7b137
+class TimeLimit(TrainerCallback):
+    "Fewer steps where the training would take more than `seconds`, but no fewer than `least`: as many as the probed step leaves time for."
+    def __init__(self, seconds, least=20): self.seconds, self.least = seconds, least
+
+    def shorten(self, plan):
+        "The plan as it fits into the time, with the reason; the same plan where it does already, or no step was measured."
+        steps = max(self.least, int(self.seconds / plan.step_seconds)) if plan.step_seconds else plan.steps
+        if steps >= plan.steps: return plan
+        reason = f"A step takes {step_time(plan.step_seconds)} on this machine, so the run takes {steps} steps instead of {plan.steps}."
+        return replace(plan, steps=steps, seconds=steps * plan.step_seconds, reasons=(reason, *plan.reasons))
 
 # %% ../../nbs/engine/40_callbacks.ipynb #5ea47311
 STAGES = LOADING, BEFORE, PROBING, TRAINING, SAVING, AFTER = (  # of a run, in their order
