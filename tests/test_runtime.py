@@ -64,9 +64,9 @@ def test_gpu_that_cannot_be_asked_goes_on_on_the_cpu(monkeypatch):
 
 def test_older_torch_without_capabilities_reads_the_flags(monkeypatch):
     monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
-    monkeypatch.setattr("colab_gpt2.runtime.cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.setattr("colab_gpt2.runtime.cpu_info", lambda name: "fpu avx512_bf16")
     assert pick_precision("cpu").dtype == "bf16"
-    monkeypatch.setattr("colab_gpt2.runtime.cpu_flags", set)
+    monkeypatch.setattr("colab_gpt2.runtime.cpu_info", lambda name: "")
     assert pick_precision("cpu").dtype == "fp32"
 
 
