@@ -30,19 +30,20 @@ def is_exported(cell): return cell["cell_type"] == "code" and bool(re.search(r"(
 def statements(cell): return ast.parse(re.sub(r"(?m)^#\s*\|.*\n?", "", source_of(cell))).body
 
 
-def exported_cells(notebooks=NOTEBOOKS):
+def exported_cells():
     "(notebook, its code cells, the place of one among them, its statements) of the exported cells that hold more than imports."
-    for notebook in notebooks:
+    for notebook in NOTEBOOKS:
         code = [cell for cell in cells_of(notebook) if cell["cell_type"] == "code"]
         for i, cell in enumerate(code):
             if is_exported(cell) and any(not isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(cell)):
                 yield notebook, code, i, statements(cell)
 
 
-def cell_sizes(notebooks=NOTEBOOKS):
-    "Lines of the exported cells, without blank ones and directives."
+def cell_sizes():
+    "Lines of the exported cells, without blank ones and directives; the classes of the panels, a widget's state and view in one, are left out."
+    def is_panel(notebook, body): return notebook.parent.name == "panels" and any(isinstance(n, ast.ClassDef) for n in body)
     return [len([line for line in source_of(code[i]).splitlines() if line.strip() and not re.match(r"#\s*\|", line)])
-            for _, code, i, _ in exported_cells(notebooks)]
+            for notebook, code, i, body in exported_cells() if not is_panel(notebook, body)]
 
 
 def definitions(body): return [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
@@ -119,12 +120,12 @@ def statement_counts(): return {path.stem: sum(isinstance(n, ast.stmt) for n in 
 
 def figures(public):
     "Every figure by its name; `public`: the names that the package exports."
-    sizes, apart = cell_sizes(), cell_sizes([n for n in NOTEBOOKS if n.parent.name != "panels"])
+    sizes = cell_sizes()
     def share(found): return round(sum(found.values()) / len(found), 3)
     return dict(
         library_over_120=len(wide(LIBRARY, 120)), library_over_160=len(wide(LIBRARY, 160)),
         checks_over_120=len(wide(CHECKS, 120)), checks_over_160=len(wide(CHECKS, 160)),
-        cell_median=statistics.median(sizes), cell_p90=sorted(sizes)[int(len(sizes) * 0.9)], cell_max=max(sizes), cell_max_without_panels=max(apart),
+        cell_median=statistics.median(sizes), cell_p90=sorted(sizes)[int(len(sizes) * 0.9)], cell_max=max(sizes),
         demonstrated=share(demonstrated()), documented=share(documented()), commented=share(commented(public)),
         cells_with_output=sum(bool(c.get("outputs")) for n in (ROOT/"nbs").rglob("*.ipynb") for c in cells_of(n)),
         library_bytes=sum(path.stat().st_size for path in LIBRARY), shape_and_recipe=len(both("shape", "recipe")),
