@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'Perplexity', 'windows', 'logits_batch', 'batches', 'score', 'evaluation_mode', 'evaluating', 'check_measure',
-           'perplexity', 'check_comparable', 'ReportCard', 'report_card', 'compare']
+           'perplexity', 'ReportCard', 'report_card']
 
 # %% ../nbs/60_evaluation.ipynb #74fd49c2
-import contextlib, html, itertools, math
+import contextlib, itertools, math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,36 +69,24 @@ def windows(tokens: int, context: int, stride: int):
         done = end
 
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
-def logits_batch(
-    scored: int,  # positions of a window
-    length: int,  # of a window in tokens
-    vocabulary: int,
-    gpu: bool,
-) -> int:
-    """How many windows to a batch, at least one: on a GPU, fp32 logits under 1 GB and inputs under 16,384 tokens; on a
-    CPU, which larger batches slow down, 64 MB and 4,096."""
+def logits_batch(scored: int, length: int, vocabulary: int, gpu: bool) -> int:
+    """How many windows of `length` tokens to a batch, at least one. On a GPU fp32 logits stay under 1 GB and inputs
+    under 16,384 tokens; on a CPU, which larger batches slow down, under 64 MB and 4,096."""
     logits, inputs = (1_000_000_000, 16_384) if gpu else (64_000_000, 4_096)
     return max(1, min(logits // (4 * scored * vocabulary), inputs // length))
 
 # %% ../nbs/60_evaluation.ipynb #8c694693
-def batches(
-    stream,  # an array of ids
-    context, stride,  # as in `windows`
-    size,  # size(scored): the most windows of a batch
-):
-    "Yield (ids, scored): LongTensors of shape (batch, length + 1), inputs and targets in one."
+def batches(stream, context, stride, size):
+    """Yield (ids, scored) over the ids `stream`: LongTensors (batch, length + 1), inputs and targets in one, of at most
+    `size(scored)` windows."""
     length = min(context, len(stream) - 1)
     for scored, group in itertools.groupby(windows(len(stream), context, stride), key=lambda w: w[1]):
         while some := list(itertools.islice(group, size(scored))):
             yield torch.from_numpy(np.stack([stream[s:s + length + 1] for s, _ in some]).astype(np.int64)), scored
 
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
-def score(
-    model,
-    ids,  # windows, a LongTensor of shape (batch, length + 1) on the model's device
-    scored: int,  # targets at the end of each
-) -> float:
-    "The nats of the scored targets of all windows."
+def score(model, ids, scored: int) -> float:
+    "The nats of the last `scored` targets of each of `ids` (batch, length + 1), on the model's device."
     keep = {"logits_to_keep": scored} if keeps_logits(model) else {}
     logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -scored:]
     losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, -scored:].flatten(), reduction="none")
@@ -115,20 +103,14 @@ def evaluation_mode(model):
 
 # %% ../nbs/60_evaluation.ipynb #4fa7d350
 @contextlib.contextmanager
-def evaluating(
-    model,
-    device: torch.device,
-    precision: str = "fp32",  # "bf16" or "fp16": autocast
-):
-    "`evaluation_mode`, no gradients, and autocast."
+def evaluating(model, device: torch.device, precision: str = "fp32"):
+    "`evaluation_mode`, no gradients, and autocast to `precision`."
     check_choice("precision", precision, DTYPES)
     half = dict(enabled=False) if precision == "fp32" else dict(dtype=DTYPES[precision])
     with evaluation_mode(model), torch.inference_mode(), torch.autocast(device.type, **half): yield
 
 # %% ../nbs/60_evaluation.ipynb #aced9b79
-def check_measure(
-    model, blocks, stride=None, context=None,  # as in `perplexity`
-) -> tuple:
+def check_measure(model, blocks, stride=None, context=None) -> tuple:
     "(stride, context), defaults filled in; ValueError for one out of range, or a text that cannot be scored."
     limit, known = model_context(model), model.get_input_embeddings().weight.shape[0]
     if context is None: context = min(blocks.block_size, limit)
@@ -154,10 +136,8 @@ def perplexity(
     precision: str = "fp32",  # "bf16" or "fp16": autocast, for a GPU
     progress=True,  # a bar on stderr; or a function of (what, done, total), in tokens
 ) -> Perplexity:  # per token; `.per("word")` and `.per("byte")` cost nothing
-    """exp of the mean nats a token, every token of the stream but the first scored exactly once, with at least
-    `context - stride` tokens before it (if there are as many).
-
-    The procedure of https://huggingface.co/docs/transformers/perplexity, weighted by tokens. ValueError as
+    """exp of the mean nats a token, each scored once, with at least `context - stride` tokens before it (if there are
+    as many): the procedure of https://huggingface.co/docs/transformers/perplexity, weighted by tokens. ValueError as
     `check_measure`, and RuntimeError if a loss is not finite."""
     stride, context = check_measure(model, blocks, stride, context)
     if batch_size is not None: check_number("batch_size", batch_size, 1, integer=True)
@@ -182,17 +162,6 @@ def perplexity(
     measured = Perplexity(math.nan, "token", **text, stride=stride, context=context, nats=nats, precision=precision)
     return measured.per("token")
 
-# %% ../nbs/60_evaluation.ipynb #75e25d4b
-def check_comparable(before: Perplexity, after: Perplexity):
-    "ValueError unless the two differ in nothing but the model."
-    for name in ("split", "unit", "stride", "context"):
-        old, new = getattr(before, name), getattr(after, name)
-        if old != new:
-            raise ValueError(f"Perplexities with another {name} are not comparable: {old!r} before, {new!r} after.")
-    if before.count != after.count:
-        raise ValueError("Perplexities of different texts or tokenizers are not comparable: "
-                         f"{before.count:,} {before.unit}s before, {after.count:,} after.")
-
 # %% ../nbs/60_evaluation.ipynb #e8dac32c
 @dataclass(frozen=True)
 class ReportCard(Record):
@@ -203,7 +172,11 @@ class ReportCard(Record):
     def __post_init__(self):
         if self.before and len(self.before) != len(self.rows):
             raise ValueError(f"Cards of {len(self.before)} and {len(self.rows)} perplexities are not comparable.")
-        for old, new in zip(self.before, self.rows): check_comparable(old, new)
+        for old, new in zip(self.before, self.rows):
+            for name in ("split", "unit", "stride", "context", "count"):  # of tokens, words or bytes
+                pair = getattr(old, name), getattr(new, name)
+                if pair[0] == pair[1]: continue
+                raise ValueError(f"Perplexities of another {name} are not comparable: {pair[0]!r} and {pair[1]!r}.")
 
     @property
     def ratios(self) -> tuple: return tuple(new.value / old.value for old, new in zip(self.before, self.rows))
@@ -216,18 +189,10 @@ class ReportCard(Record):
         raise ValueError(f"The card has no perplexity per {unit} with stride {stride}; it has {there}.")
 
     def _rows(self):
-        values = [" → ".join(f"{p.value:.2f}" for p in both) for both in zip(*filter(None, (self.before, self.rows)))]
-        return [(f"{p.split or 'text'}, per {p.unit}, stride {p.stride}", v) for p, v in zip(self.rows, values)]
-
-    def _repr_html_(self):
-        values = ["before", "after", "after / before"] if self.before else ["perplexity"]
-        lines = [["split", "unit", "stride", "context", *values]]
-        for p, old, ratio in itertools.zip_longest(self.rows, self.before, self.ratios):
-            values = [f"{old.value:.2f}", f"{p.value:.2f}", f"{ratio:.3f}"] if old else [f"{p.value:.2f}"]
-            lines.append([p.split or "–", f"per {p.unit}", p.stride, p.context, *values])
-        rows = ["".join(f"<td>{html.escape(str(text))}</td>" for text in line) for line in lines]
-        rows[0] = rows[0].replace("td>", "th>")
-        return f"<table><caption>Perplexity</caption>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+        labels = [f"{p.split or 'text'}, per {p.unit}, stride {p.stride}" for p in self.rows]
+        if not self.before: return [(label, f"{p.value:.2f}") for label, p in zip(labels, self.rows)]
+        return [(label, f"{old.value:.2f} → {p.value:.2f} (× {ratio:.3f})")
+                for label, old, p, ratio in zip(labels, self.before, self.rows, self.ratios)]
 
 # %% ../nbs/60_evaluation.ipynb #a4cf06ee
 def report_card(
@@ -243,8 +208,3 @@ def report_card(
     strides = dict.fromkeys(strides or (context, max(1, context // 2)))
     measured = [perplexity(model, blocks, stride=s, context=context, **options) for s in strides]
     return ReportCard(tuple(p.per(unit) for p in measured for unit in UNITS if replace(p, unit=unit).count))
-
-# %% ../nbs/60_evaluation.ipynb #7097454d
-def compare(before: ReportCard, after: ReportCard) -> ReportCard:
-    "One card with both columns and their ratio; ValueError if the two are not comparable."
-    return ReportCard(after.rows, before.rows)

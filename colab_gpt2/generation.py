@@ -50,7 +50,11 @@ class TextPieces:
         if end < len(ids): self.stopped = "end"
         self.tokens += end
         self.held += self.new_text(ids[:end])
-        return self.release()
+        stop = min((at for s in self.stops if (at := self.held.find(s)) >= 0), default=-1)
+        if stop >= 0: self.stopped, self.held = "stop", self.held[:stop]
+        keep = len(self.held) - (0 if self.stopped else held_back(self.held, self.stops))
+        piece, self.held = self.held[:keep], self.held[keep:]
+        return piece
 
     def new_text(self, ids):
         self.window += ids
@@ -62,13 +66,6 @@ class TextPieces:
             self.given = len(self.decoded())
         return piece
 
-    def release(self):
-        found = [at for s in self.stops if (at := self.held.find(s)) >= 0]
-        if found: self.stopped, keep, rest = "stop", min(found), len(self.held)
-        else: keep = rest = len(self.held) - (0 if self.stopped else held_back(self.held, self.stops))
-        piece, self.held = self.held[:keep], self.held[rest:]
-        return piece
-
     def finish(self) -> str:
         "What was held back, when no token follows; an unfinished character is dropped."
         if not self.stopped: self.stopped = "length"
@@ -76,10 +73,7 @@ class TextPieces:
         return piece
 
 # %% ../nbs/61_generation.ipynb #499ed2e0
-def resolve(
-    model, tokenizer, device,  # as in `generate`
-    cache_dir=None,  # Hugging Face's cache, if not its usual place
-) -> tuple:
+def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
     "The model and tokenizer, loaded where they are names, and on `device`, by default the GPU for a name."
     field = "model" if tokenizer is None else "tokenizer"
     if tokenizer is None: tokenizer = model
@@ -94,10 +88,7 @@ def resolve(
     return (model.to(device) if device else model), tokenizer
 
 # %% ../nbs/61_generation.ipynb #67980185
-def encode_prompt(
-    prompt, tokenizer,
-    context,  # tokens that the model sees at once
-) -> list:
+def encode_prompt(prompt, tokenizer, context) -> list:
     "The prompt's token ids, 1 to `context - 1`: cut from the left, with a warning, so that a new token has room."
     if not isinstance(prompt, str): raise ValueError(Sentence("{prompt} is {value!r}; it must be text.", value=prompt))
     ids = tokenizer(prompt, verbose=False).input_ids
@@ -117,10 +108,8 @@ def end_tokens(model, tokenizer) -> set:
     return {i for i in (*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id) if i is not None}
 
 # %% ../nbs/61_generation.ipynb #a493b238
-def stop_strings(
-    stop,  # one string, several, or None
-) -> tuple:
-    "The strings that end a text; ValueError for one that is empty or no string."
+def stop_strings(stop) -> tuple:
+    "`stop`, one string, several or None, as a tuple; ValueError for one that is empty or no string."
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for s in stops:
         if not isinstance(s, str) or not s:
@@ -182,9 +171,7 @@ def takes_sampling(function):
     return function
 
 # %% ../nbs/61_generation.ipynb #7c892fa9
-def collect(
-    request, report,  # of `reporting`
-) -> list:
+def collect(request, report) -> list:
     "Run the request to its end: (text, TextPieces) of each sample."
     rows, texts, pending = [request.pieces() for _ in range(request.samples)], [""] * request.samples, []
     every = 1 if request.stops else 16

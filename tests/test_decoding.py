@@ -1,11 +1,12 @@
-"Decoding against transformers' own: which models are read with GPT2Reader, that it computes what they compute, and that a step's distribution is that of the filters."
+"Decoding against transformers' own: which models GPT2Reader reads, their numbers, and the distribution of a step."
 import copy
 
 import pytest
 import torch
 from torch import nn
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from colab_gpt2.model.decoding import GPT2Reader, GraphReader, ModelReader, decode, is_stock_gpt2, open_reader
 from colab_gpt2.model.sampling import Sampling, candidates, penalise
@@ -26,17 +27,23 @@ def wide(): return new_model(GPT2Config(n_layer=2), seed=0).eval()  # GPT-2 124M
 def small(**changes): return new_model(GPT2Config(**{**SMALL, **changes}), seed=0).eval()
 
 
-def prompts(model, *lengths): return [torch.randint(model.config.vocab_size, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
+def random_ids(seed, *shape, vocabulary=8192):
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt_for(model, length): return random_ids(length, 1, length, vocabulary=model.config.vocab_size)
 
 
 def greedy(model, prompt, new, samples=1):
-    return torch.cat(list(decode(model, prompt, Sampling(top_k=1), None, new, samples, model.config.n_positions)), 1).tolist()
+    steps = decode(model, prompt, Sampling(top_k=1), None, new, samples, model.config.n_positions)
+    return torch.cat(list(steps), 1).tolist()
 
 
 def theirs(model, prompt, new, samples=1):
     "transformers' greedy search; no token ends it."
     rows = prompt.expand(samples, -1)
-    out = model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=GenerationConfig(max_new_tokens=new, pad_token_id=0))
+    config = GenerationConfig(max_new_tokens=new, pad_token_id=0)
+    out = model.generate(rows, attention_mask=torch.ones_like(rows), generation_config=config)
     return out[:, prompt.shape[1]:].tolist()
 
 
@@ -45,22 +52,24 @@ def theirs(model, prompt, new, samples=1):
 def test_greedy_is_that_of_transformers(name, samples, request):
     model = request.getfixturevalue(name)
     assert type(open_reader(model, samples, 8, 40)) is GPT2Reader
-    for prompt in prompts(model, 1, 7, 100):
+    for prompt in (prompt_for(model, length) for length in (1, 7, 100)):
         assert greedy(model, prompt, 40, samples) == theirs(model, prompt, 40, samples)
 
 
 @pytest.mark.parametrize("changes", [
-    dict(activation_function="gelu_new"), dict(activation_function="gelu_pytorch_tanh"), dict(tie_word_embeddings=False), dict(n_inner=31),
-    dict(layer_norm_epsilon=0.5), dict(scale_attn_weights=False), dict(scale_attn_by_inverse_layer_idx=True), dict(attn_implementation="eager")], ids=str)
+    dict(activation_function="gelu_new"), dict(activation_function="gelu_pytorch_tanh"), dict(n_inner=31),
+    dict(tie_word_embeddings=False), dict(layer_norm_epsilon=0.5), dict(scale_attn_weights=False),
+    dict(scale_attn_by_inverse_layer_idx=True), dict(attn_implementation="eager")], ids=str)
 def test_a_stock_gpt2_whatever_its_config(changes):
     model = small(**changes)
-    assert is_stock_gpt2(model) and greedy(model, prompts(model, 5)[0], 30, 2) == theirs(model, prompts(model, 5)[0], 30, 2)
-    stock = greedy(model, prompts(model, 5)[0], 30)
+    prompt = prompt_for(model, 5)
+    assert is_stock_gpt2(model) and greedy(model, prompt, 30, 2) == theirs(model, prompt, 30, 2)
+    stock = greedy(model, prompt, 30)
     tune_model(model)
-    assert is_stock_gpt2(model) and greedy(model, prompts(model, 5)[0], 30) == stock
+    assert is_stock_gpt2(model) and greedy(model, prompt, 30) == stock
 
 
-def with_hook(model): model.transformer.h[1].attn.c_proj.register_forward_hook(lambda module, inputs, output: output * 2)
+def with_hook(model): model.transformer.h[1].attn.c_proj.register_forward_hook(lambda layer, inputs, output: output * 2)
 def with_pre_hook(model): model.transformer.h[1].mlp.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
 def with_forward_of_its_own(model): model.transformer.h[0].ln_1.forward = lambda x: x
 def with_another_activation(model): model.transformer.h[2].mlp.act = nn.ReLU()
@@ -77,7 +86,8 @@ def with_a_layer_of_another_type(model):
 
 def with_adapters(model):
     peft = pytest.importorskip("peft")
-    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False), model)
+    settings = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    peft.inject_adapter_in_model(settings, model)
 
 
 def with_parametrization(model):
@@ -86,11 +96,13 @@ def with_parametrization(model):
     torch.nn.utils.parametrize.register_parametrization(model.transformer.wte, "weight", Halved())
 
 
-@pytest.mark.parametrize("alter", [with_hook, with_pre_hook, with_forward_of_its_own, with_another_activation, with_exact_gelu, without_activation, with_a_bias,
-                                   with_a_layer_of_another_type, with_adapters, with_parametrization], ids=lambda f: f.__name__)
+ALTERED = (with_hook, with_pre_hook, with_forward_of_its_own, with_another_activation, with_exact_gelu,
+           without_activation, with_a_bias, with_a_layer_of_another_type, with_adapters, with_parametrization)
+
+@pytest.mark.parametrize("alter", ALTERED, ids=lambda f: f.__name__)
 def test_an_altered_gpt2_is_read_with_its_own_forward(alter):
     model = small()
-    prompt = prompts(model, 5)[0]
+    prompt = prompt_for(model, 5)
     before = model(prompt).logits
     alter(model)
     model.eval()
@@ -98,10 +110,13 @@ def test_an_altered_gpt2_is_read_with_its_own_forward(alter):
     assert greedy(model, prompt, 30) == theirs(model, prompt, 30)
 
 
-@pytest.mark.parametrize("changes", [dict(activation_function="relu"), dict(activation_function="gelu"), dict(reorder_and_upcast_attn=True), dict(add_cross_attention=True)], ids=str)
+@pytest.mark.parametrize("changes", [
+    dict(activation_function="relu"), dict(activation_function="gelu"), dict(reorder_and_upcast_attn=True),
+    dict(add_cross_attention=True)], ids=str)
 def test_an_unusual_config_is_read_with_the_models_own_forward(changes):
     model = small(**changes)
-    assert not is_stock_gpt2(model) and greedy(model, prompts(model, 5)[0], 30) == theirs(model, prompts(model, 5)[0], 30)
+    prompt = prompt_for(model, 5)
+    assert not is_stock_gpt2(model) and greedy(model, prompt, 30) == theirs(model, prompt, 30)
 
 
 def test_no_gpt2_is_read_as_one():
@@ -112,9 +127,10 @@ def test_no_gpt2_is_read_as_one():
 
 def test_under_autocast_the_model_is_read_with_its_own_forward():
     model = small()
+    prompt = prompt_for(model, 5)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_stock_gpt2(model)
-        assert greedy(model, prompts(model, 5)[0], 10) == theirs(model, prompts(model, 5)[0], 10)
+        assert greedy(model, prompt, 10) == theirs(model, prompt, 10)
 
 
 @torch.no_grad()
@@ -134,8 +150,7 @@ class SteppingReader(GPT2Reader):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.003)])
 @pytest.mark.parametrize("kind", [GPT2Reader, SteppingReader])
 def test_readers_agree_in_every_precision(tiny, kind, dtype, bound):
-    model, prompt = copy.deepcopy(tiny).to(dtype), prompts(tiny, 60)[0]
-    more = torch.randint(8192, (4, 20), generator=torch.Generator().manual_seed(0))
+    model, prompt, more = copy.deepcopy(tiny).to(dtype), prompt_for(tiny, 60), random_ids(0, 4, 20)
     assert is_stock_gpt2(model)
     expected, got = (all_logits(reader, prompt, more) for reader in (ModelReader(model, 4), kind(model, 4, 80)))
     assert expected.dtype == got.dtype == torch.float32 and expected.shape == got.shape == (21, 4, 8192)
@@ -144,7 +159,8 @@ def test_readers_agree_in_every_precision(tiny, kind, dtype, bound):
 
 def filtered(tokens, logits, temperature, top_k, top_p, penalty):
     "The distribution that transformers draws from."
-    logits = TemperatureLogitsWarper(temperature)(tokens, RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits))
+    logits = RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits)
+    logits = TemperatureLogitsWarper(temperature)(tokens, logits)
     if top_k: logits = TopKLogitsWarper(top_k)(tokens, logits)
     if top_p < 1: logits = TopPLogitsWarper(top_p)(tokens, logits)
     return logits.softmax(-1)
@@ -170,7 +186,7 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p):
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 @pytest.mark.parametrize("temperature, top_k, top_p", KNOBS)
 def test_the_distribution_of_a_step_is_that_of_transformers(tiny, temperature, top_k, top_p, penalty):
-    model, prompt = copy.deepcopy(tiny).double(), prompts(tiny, 30)[0]  # in fp32 the sum's order alone moves a probability by more than 1e-6
+    model, prompt = copy.deepcopy(tiny).double(), prompt_for(tiny, 30)  # in fp32 the order of a sum shows
     texts = torch.cat([prompt.expand(3, -1), torch.tensor([[300], [400], [500]])], 1)
     with torch.no_grad():
         reader = GPT2Reader(model, 3, 40)
@@ -181,24 +197,30 @@ def test_the_distribution_of_a_step_is_that_of_transformers(tiny, temperature, t
 
 def test_the_cache_is_no_larger_than_needed(tiny, monkeypatch):
     made = []
-    monkeypatch.setattr(GPT2Reader, "__init__", lambda self, model, samples, length, init=GPT2Reader.__init__: (init(self, model, samples, length), made.append(self.cache.shape))[0])
-    for new, context in [(5, 512), (5, 12)]: list(decode(tiny, prompts(tiny, 10)[0], Sampling(), torch.Generator().manual_seed(0), new, 2, context))
+    class Noted(GPT2Reader):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self.cache.shape)
+    monkeypatch.setattr("colab_gpt2.model.decoding.GPT2Reader", Noted)
+    for context in (512, 12):
+        list(decode(tiny, prompt_for(tiny, 10), Sampling(), torch.Generator().manual_seed(0), 5, 2, context))
     assert made == [(6, 2, 2, 4, 15, 64), (6, 2, 2, 4, 12, 64)]
 
 
 def test_beyond_the_context_readers_agree():
     model = small()
-    lean = greedy(model, prompts(model, 9)[0], 150, 2)
+    prompt = prompt_for(model, 9)
+    lean = greedy(model, prompt, 150, 2)
     model.transformer.h[1].register_forward_hook(lambda module, inputs, output: None)  # changes nothing, and is a hook
-    assert not is_stock_gpt2(model) and greedy(model, prompts(model, 9)[0], 150, 2) == lean
+    assert not is_stock_gpt2(model) and greedy(model, prompt, 150, 2) == lean
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; the step that they record is tested above on the CPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; the step is tested above")
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float16, 0.003)])
 def test_a_recorded_step_on_a_gpu(tiny, dtype, bound):
-    model, prompt = copy.deepcopy(tiny).to("cuda", dtype), prompts(tiny, 60)[0].cuda()
-    more = torch.randint(8192, (4, 20), generator=torch.Generator().manual_seed(0)).cuda()
-    assert type(open_reader(model, 4, 80, 32)) is GraphReader and type(open_reader(model, 4, 80, 31)) is GPT2Reader
+    model = copy.deepcopy(tiny).to("cuda", dtype)
+    prompt, more = prompt_for(tiny, 60).cuda(), random_ids(0, 4, 20).cuda()
+    assert [type(open_reader(model, 4, 80, new)) for new in (32, 31)] == [GraphReader, GPT2Reader]
     reader = GraphReader(model, 4, 80)
     for _ in range(2):  # the second text replays what the first recorded
         expected, got = (all_logits(r, prompt, more) for r in (ModelReader(model, 4), reader))

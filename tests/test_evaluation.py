@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from colab_gpt2.errors import fields_of
-from colab_gpt2.evaluation import compare, perplexity, report_card
+from colab_gpt2.evaluation import ReportCard, perplexity, report_card
 from colab_gpt2.model.loading import TINY
 from colab_gpt2.text.token_store import Blocks, tokenize_file
 
@@ -162,11 +162,16 @@ def test_report_card(tiny, tiny_blocks):
     expected = [(unit, stride, "test") for stride in (32, 16) for unit in ("token", "word", "byte")]
     assert [(p.unit, p.stride, p.split) for p in card.rows] == expected
     worse = GPT2LMHeadModel(tiny.config).eval()
-    both = compare(report_card(worse, tiny_blocks, progress=False), card)
+    before = report_card(worse, tiny_blocks, progress=False).rows
+    both = ReportCard(card.rows, before)
     assert all(ratio < 1 for ratio in both.ratios) and len(both.to_dict()["before"]) == 6
     page = both._repr_html_()
-    shown = ("test", "per word", "16", f"{card.rows[0].value:.2f}", f"{both.ratios[0]:.3f}")
-    assert all(f"<td>{text}</td>" in page for text in shown)
-    for name, value in dict(split="validation", stride=8, context=16, tokens=7).items():
-        other = replace(card, rows=tuple(replace(p, **{name: value}) for p in card.rows))
-        with pytest.raises(ValueError, match="are not comparable"): compare(other, card)
+    shown = "test, per word, stride 16", f"→ {card.rows[0].value:.2f}", f"{both.ratios[0]:.3f}"
+    assert all(text in page for text in shown)
+
+
+@pytest.mark.parametrize("name, value", dict(split="validation", stride=8, context=16, tokens=7).items())
+def test_cards_that_are_not_comparable(tiny, tiny_blocks, name, value):
+    card = report_card(tiny, tiny_blocks, strides=[32], progress=False)
+    with pytest.raises(ValueError, match="are not comparable"):
+        ReportCard(card.rows, tuple(replace(p, **{name: value}) for p in card.rows))

@@ -1,4 +1,4 @@
-"load_dataset and from_pretrained, unchanged, against a small Hub on 127.0.0.1: each case a process with an empty cache."
+"load_dataset and from_pretrained against a small Hub on 127.0.0.1: each case a process with an empty cache."
 import hashlib, io, json, os, subprocess, sys, zipfile
 
 import pytest
@@ -80,7 +80,8 @@ def loading(files, zip_sha="", sources=(SOURCE, "hf://datasets/ggml-org/ci/w.zip
 
 def corpus_code(files, zip_sha=""):
     return (f"c = load_corpus({loading(files, zip_sha)})\n"
-            "result |= c.to_dict() | dict(heavy='datasets' in sys.modules, texts={s: c.path(s).read_bytes().decode() for s in SPLITS})")
+            "texts = {s: c.path(s).read_bytes().decode() for s in SPLITS}\n"
+            "result |= c.to_dict() | dict(heavy='datasets' in sys.modules, texts=texts)")
 
 
 def test_wikitext_from_the_hub_is_the_published_file_and_stays(hub, ask):

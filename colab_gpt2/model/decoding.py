@@ -31,8 +31,8 @@ class ModelReader:
     def forget(self): self.cache = None
 
     def read(self, ids):
-        """fp32 logits (samples, vocabulary) of what follows `ids`: the beginning of the text (1 or samples, tokens), or the
-        next token of each sample (samples, 1)."""
+        """fp32 logits (samples, vocabulary) of what follows `ids`: the beginning of the text (1 or samples, tokens), or
+        the next token of each sample (samples, 1)."""
         out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.last)
         self.cache = out.past_key_values
         if len(ids) < self.samples: self.cache.batch_repeat_interleave(self.samples)
@@ -44,7 +44,7 @@ STOCK = TANH_GELU | {GPT2LMHeadModel, GPT2Model, GPT2Block, GPT2Attention, GPT2M
                      nn.ModuleList, nn.LayerNorm, nn.Embedding, nn.Linear, nn.Dropout}
 
 def is_stock(module) -> bool:
-    "Whether `module` computes what GPT-2 is known for: no other type, no hook, no forward of its own, no unusual option."
+    "Whether `module` computes what GPT-2's does: no other type, no hook, no forward of its own, no unusual option."
     kind, hooked = type(module), module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
     if kind not in STOCK or hooked: return False
     if kind is GPT2LMHeadModel:
@@ -55,7 +55,7 @@ def is_stock(module) -> bool:
 
 # %% ../../nbs/model/25_decoding.ipynb #7187d6c8
 def is_stock_gpt2(model) -> bool:
-    "Whether GPT2Reader computes what `model` does: a GPT-2, stock in all its parts, in one precision and on one device."
+    "Whether GPT2Reader computes what `model` does: a GPT-2 with stock parts only, in one precision, on one device."
     if type(model) is not GPT2LMHeadModel or not all(map(is_stock, model.modules())): return False
     weight, kinds = model.lm_head.weight, {(type(p), p.dtype, p.device) for p in model.parameters()}
     return len(kinds) == 1 and type(weight) is nn.Parameter and not torch.is_autocast_enabled(weight.device.type)
@@ -89,8 +89,8 @@ class GPT2Reader:
         return self.logits(ids, slice(start, self.length), self.length).float().expand(self.samples, -1)
 
     def logits(self, ids, at, end=None, mask=None):
-        """Logits (rows, vocabulary) of what follows `ids` (rows, tokens), whose place in the cache is `at`. They see the first
-        `end` places of the cache, or those of `mask`."""
+        """Logits (rows, vocabulary) of what follows `ids` (rows, tokens), whose place in the cache is `at`. They see its
+        first `end` places, or those of `mask`."""
         rows, tokens = ids.shape
         first = end == tokens  # nothing stands before
         x = (F.embedding(ids, self.words) + self.places[at]).flatten(0, 1)
@@ -138,12 +138,8 @@ class GraphReader(GPT2Reader):
 # %% ../../nbs/model/25_decoding.ipynb #c7bdda0d
 GRAPH_FROM = 32  # new tokens; an estimate
 
-def open_reader(
-    model, samples,
-    length,  # the most tokens of a text at a time
-    max_new_tokens,
-):
-    "The reader that suits `model`."
+def open_reader(model, samples, length, max_new_tokens):
+    "The reader that suits `model`, for texts of up to `length` tokens at a time."
     if not is_stock_gpt2(model): return ModelReader(model, samples)
     device = model.lm_head.weight.device
     on_this_gpu = device.type == "cuda" and device.index == torch.cuda.current_device()
@@ -167,7 +163,7 @@ def decode(
     for end in range(start, tokens.shape[1]):
         logits = reader.read(feed)
         if end == start and logits.isnan().any():
-            raise ValueError("The model's logits are NaN: its weights are damaged, perhaps by a training run that diverged. "
+            raise ValueError("The model's logits are NaN: its weights are damaged, perhaps by a run that diverged. "
                              "Load another checkpoint.")
         if sampling.repetition_penalty != 1: logits = penalise(logits, tokens[:, :end], sampling.repetition_penalty)
         feed = tokens[:, end:end + 1] = draw(logits, sampling, generator)

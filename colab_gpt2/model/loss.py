@@ -18,12 +18,8 @@ EXACT_LOGITS = 2**20  # at a time in fp32 on a CPU: 4 MB, which stay in its cach
 EXACT_ROWS = 256  # at a time in fp32 on a GPU, which wants much work a launch: for GPT-2 0.05 GB
 
 # %% ../../nbs/model/21_loss.ipynb #83b8e22b
-def padded(
-    weight,  # (rows, width)
-    dtype,  # of the result
-    multiple,  # rows of zeros are added up to one
-):
-    "`weight` with a number of rows that tensor cores like: they want sizes that divide by 8, and prefer 64."
+def padded(weight, dtype, multiple):
+    "`weight` (rows, width) in `dtype`, with rows of zeros up to a `multiple`: tensor cores want 8, and prefer 64."
     rows = -(-len(weight) // multiple) * multiple
     if rows == len(weight): return weight.to(dtype)
     head = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
@@ -31,13 +27,9 @@ def padded(
     return head
 
 # %% ../../nbs/model/21_loss.ipynb #1e89593d
-def slice_loss(
-    logits,  # (rows, padded vocabulary); with a `factor` they become their gradient times that
-    targets,  # (rows, 1): the labels
-    counts,  # (rows, 1): 1 where a row counts and 0 where not, in the accumulation dtype
-    vocabulary, factor,  # as in `chunk_loss`
-):
-    "`chunk_loss` of a few rows."
+def slice_loss(logits, targets, counts, vocabulary, factor):
+    """`chunk_loss` of a few rows. `targets` (rows, 1) are the labels; `counts` (rows, 1) are 1 where a row counts and 0
+    where not, in the accumulation dtype."""
     wide = logits if logits.is_cuda else logits.to(counts.dtype)  # a GPU reads halves and writes fp32 in one pass
     log_probs = wide.log_softmax(-1, dtype=counts.dtype)
     loss = -log_probs[:, :vocabulary].gather(1, targets).mul_(counts).sum()  # a label in the padding is out of range
@@ -47,14 +39,9 @@ def slice_loss(
     return loss
 
 # %% ../../nbs/model/21_loss.ipynb #e6a995b0
-def chunk_loss(
-    logits,  # (rows, padded vocabulary)
-    vocabulary,  # entries; the columns beyond are padding
-    labels,  # (rows,)
-    ignore_index,  # the label of rows that do not count
-    factor=None,  # the logits become the gradient for them times this, in their own precision
-):
-    "The summed loss of a chunk, in fp32 (fp64 for fp64)."
+def chunk_loss(logits, vocabulary, labels, ignore_index, factor=None):
+    """The summed loss of a chunk, in fp32 (fp64 for fp64); `labels` are (rows,). Given a `factor`, `logits` (rows,
+    padded vocabulary) become their gradient times that, in their own precision."""
     logits[:, vocabulary:] = -torch.inf  # the rows that padded the head are no tokens
     counts = (labels != ignore_index)[:, None]
     targets = labels[:, None].where(counts, 0)
@@ -64,11 +51,8 @@ def chunk_loss(
     return sum(slice_loss(*some, vocabulary, factor) for some in slices)
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
-def scaled(
-    gradient,
-    scale,  # a scalar tensor
-):
-    "`gradient` times `scale`, in the precision of `scale`; a new tensor, and no second one on the way."
+def scaled(gradient, scale):
+    "`gradient` times the scalar tensor `scale`, in its precision; a new tensor, and no second one on the way."
     return gradient * scale if gradient.dtype == scale.dtype else gradient.to(scale.dtype).mul_(scale)
 
 # %% ../../nbs/model/21_loss.ipynb #f2d2e668

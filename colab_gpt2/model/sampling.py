@@ -26,27 +26,20 @@ class Sampling(Record):
 
     def __post_init__(self):
         if self.temperature == 0:
-            raise ValueError(Sentence("{temperature} is 0; it must be > 0. For the likeliest token each time set {top_k=1}."))
+            raise ValueError(Sentence("{temperature} is 0; it must be > 0. For the likeliest token set {top_k=1}."))
         check_number("temperature", self.temperature, above=0)
         check_number("top_k", self.top_k, minimum=0, integer=True, hint="0 keeps every token.")
         check_number("top_p", self.top_p, above=0, maximum=1)
         check_number("repetition_penalty", self.repetition_penalty, above=0, hint="1 is no penalty.")
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e0b
-def penalise(
-    logits,  # (batch, vocabulary)
-    tokens,  # (batch, any number): those of the text so far
-    penalty,  # above 1 lowers
-):
-    "`logits` with those of `tokens` lowered: CTRL's repetition penalty (arXiv 1909.05858, section 4.1)."
+def penalise(logits, tokens, penalty):
+    "`logits` (batch, vocabulary), those of `tokens` (batch, n) lowered as in CTRL (arXiv 1909.05858, section 4.1)."
     scores = logits.gather(1, tokens)
     return logits.scatter(1, tokens, (scores * penalty).where(scores < 0, scores / penalty))
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e0e
-def candidates(
-    logits,  # (batch, vocabulary)
-    sampling: Sampling,
-) -> tuple:
+def candidates(logits, sampling) -> tuple:
     """The scores of the tokens that may come next and their ids, both (batch, k), most likely first. Where every token
     is kept, the scores are in the vocabulary's order and the ids None. A score of -inf: a token that top-p removed."""
     size = logits.shape[-1]
@@ -61,12 +54,8 @@ def candidates(
     return scores, tokens
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e14
-def draw(
-    logits,  # (batch, vocabulary)
-    sampling: Sampling,
-    generator,  # torch.Generator on their device
-):
-    "One token a row, (batch, 1)."
+def draw(logits, sampling, generator):
+    "One token a row, (batch, 1), of `logits` (batch, vocabulary); `generator` is on their device."
     scores, tokens = candidates(logits, sampling)
     if scores.shape[1] == 1: return scores.argmax(-1, keepdim=True) if tokens is None else tokens
     noise = scores.new_empty(scores.shape).exponential_(generator=generator)

@@ -19,9 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from .loss import linear_cross_entropy
 
 # %% ../../nbs/model/22_tune.ipynb #1ccb7ea6
-def use_fused_gelu(
-    model,  # changed in place
-) -> int:
+def use_fused_gelu(model) -> int:
     "Replace every NewGELUActivation by `nn.GELU(approximate='tanh')`; -> how many there were."
     named = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     slow = [(parent, name) for parent, name, child in named if type(child) is NewGELUActivation]
@@ -29,10 +27,8 @@ def use_fused_gelu(
     return len(slow)
 
 # %% ../../nbs/model/22_tune.ipynb #f665a46f
-def drop_attention_dropout(
-    model,  # changed in place, not its config
-) -> int:
-    "Set the probability of every `attn_dropout` to 0; -> how many were above."
+def drop_attention_dropout(model) -> int:
+    "Set the probability of every `attn_dropout` to 0, and leave the config as it is; -> how many were above."
     dropouts = (getattr(module, "attn_dropout", None) for module in model.modules())
     active = [dropout for dropout in dropouts if isinstance(dropout, nn.Dropout) and dropout.p > 0]
     for dropout in active: dropout.p = 0.
@@ -91,20 +87,16 @@ class WhileTraining:
 
 # %% ../../nbs/model/22_tune.ipynb #22a50005
 @contextlib.contextmanager
-def uncompiled(
-    when=True,  # False: nothing changes
-):
-    "Inside, modules that are `compiled` run as they are."
+def uncompiled(when=True):
+    "Inside, modules that are `compiled` run as they are, if `when`."
     WhileTraining.paused = when
     try: yield
     finally: WhileTraining.paused = False
 
 # %% ../../nbs/model/22_tune.ipynb #213ac17b
 @contextlib.contextmanager
-def compiled(
-    blocks,  # modules
-):
-    "Inside, each of `blocks` runs compiled in training; in evaluation and inside `uncompiled` it runs as it is."
+def compiled(blocks):
+    "Inside, each of the modules `blocks` runs compiled in training, and not in evaluation or inside `uncompiled`."
     for block in blocks:
         block.compile()
         block._compiled_call_impl = WhileTraining(block, block._compiled_call_impl)
@@ -122,9 +114,7 @@ def gradient_checkpointing(model):
     finally: getattr(model, f"{kind}_checkpointing_disable")()
 
 # %% ../../nbs/model/22_tune.ipynb #7c680dac
-def casting_once(
-    device,  # a torch.device or its name
-):
+def casting_once(device):
     "A context in which autocast copies each weight to half precision once, however often it is entered."
     return torch.autocast(torch.device(device).type, enabled=False)
 
