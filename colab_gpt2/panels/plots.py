@@ -65,11 +65,8 @@ class Axis(Record):
     def ticks(self): return (log_ticks if self.log else ticks)(self.low, self.high)
 
 # %% ../../nbs/panels/70_plots.ipynb #47361193
-def axis_for(
-    values, start, end, log=False,
-    room=0.06,  # the share of its length that stays free on both sides
-) -> Axis:
-    "An axis that holds all `values`; a single value lies in the middle."
+def axis_for(values, start, end, log=False, room=0.06) -> Axis:
+    "An axis with all `values`; a share `room` of it stays free at both ends, and a single value lies in the middle."
     low, high = min(values), max(values)
     if log:
         spread = max((high / low) ** room, 1.05)

@@ -10,21 +10,15 @@ import json, shlex
 from dataclasses import MISSING, fields
 
 # %% ../../nbs/panels/72_snippets.ipynb #6ad62155
-def differing(
-    config,  # a dataclass
-    names=None,  # only these fields
-) -> dict:
-    "The fields of `config` that are not at their default: name -> value."
+def differing(config, names=None) -> dict:
+    "The fields of a dataclass, or those of them in `names`, that are not at their default: name -> value."
     def default(f): return f.default if f.default_factory is MISSING else f.default_factory()
     chosen = [f for f in fields(config) if names is None or f.name in names]
     return {f.name: getattr(config, f.name) for f in chosen if getattr(config, f.name) != default(f)}
 
 # %% ../../nbs/panels/72_snippets.ipynb #79274354
-def wrapped(
-    head, parts, tail="", joint=", ", indent=4, width=100,
-    broken="",  # at the end of lines that continue
-) -> str:
-    "`head`, the `parts` and `tail` on one line, or on several of at most `width` characters."
+def wrapped(head, parts, tail="", joint=", ", indent=4, width=100, broken="") -> str:
+    "`head`, `parts` and `tail` on one line, or on several of at most `width` characters, with `broken` at their ends."
     if not parts: return head + tail
     line, lines = head, []
     for part in [*(p + joint for p in parts[:-1]), parts[-1] + tail]:

@@ -23,11 +23,9 @@ from ..reporting import counter, reporting
 # %% ../../nbs/storage/50_archives.ipynb #2e2bf3a1
 LEFT_OUT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "*.tar.gz", "*.tgz")
 
-def model_files(
-    folder,
-    checkpoints=False,  # also checkpoint-*/ and what matches `LEFT_OUT`?
-) -> list:
-    "The files in `folder`, by name; no hidden ones. Links count as files; those to folders are left out."
+def model_files(folder, checkpoints=False) -> list:
+    """The names of the files in `folder`, sorted; no hidden ones; checkpoint-*/ and what matches `LEFT_OUT` only with
+    `checkpoints`. A link counts as its file; none to a folder is followed."""
     def stop(error): raise error  # os.walk would pass over a folder that it cannot read
     def kept(names, *left_out):
         patterns = [".*"] if checkpoints else [".*", *left_out]
@@ -92,10 +90,8 @@ def same_kind(error, message) -> OSError:
 
 # %% ../../nbs/storage/50_archives.ipynb #f4ad65e0
 @contextlib.contextmanager
-def explained(
-    action,  # what fails, as the beginning of a sentence: "Copying a.tar.gz"
-):
-    "Turn an OSError that `ADVICE` knows into one line that starts with `action`; its class and errno stay."
+def explained(action):
+    "Turn an OSError that `ADVICE` knows into one line: `action` ('Copying a.tar.gz') failed, and why. Its errno stays."
     try: yield
     except OSError as e:
         if e.errno not in ADVICE or e.strerror is None: raise  # one that was explained already has no strerror
@@ -117,13 +113,8 @@ class Archive(Record):
 # %% ../../nbs/storage/50_archives.ipynb #f9795d8a
 LEVEL = 1  # of gzip. 5 million float32 from N(0, 0.02): 93.0% at level 1; at level 9 it is 92.8%, in 12% less time
 
-def write_archive(
-    target,  # the .tar.gz to write
-    folder,
-    names,  # of the files in `folder` to pack, in this order
-    add,  # called with the number of bytes of each piece read
-):
-    "Write the files to `target`; no file is held in memory."
+def write_archive(target, folder, names, add):
+    "Write the files `names` of `folder` to `target`, piece by piece; `add` hears the bytes of each piece."
     with (open(target, "wb") as file, gzip.GzipFile("", "wb", LEVEL, file, mtime=0) as zipped,
           tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar):
         for name in names:
@@ -133,10 +124,7 @@ def write_archive(
                 tar.addfile(member, CallbackIOWrapper(add, f, "read"))
 
 # %% ../../nbs/storage/50_archives.ipynb #9d05d10c
-def check_archive_path(
-    path,
-    overwrite=False,  # may a file be there already?
-) -> Path:
+def check_archive_path(path, overwrite=False) -> Path:
     "`path`, if an archive can be written there; else IsADirectoryError, FileExistsError, or ValueError for its name."
     path = Path(path).expanduser()
     if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder; name a file in it that ends in .tar.gz.")
@@ -174,11 +162,8 @@ def leads_out(name) -> str:
     return "a path with .." if ".." in path.parts else ""
 
 # %% ../../nbs/storage/50_archives.ipynb #a1f095db
-def refusal(
-    member,  # a TarInfo
-    folder=".",  # to unpack into
-) -> str:
-    "Why `member` must not be unpacked, or ''."
+def refusal(member, folder=".") -> str:
+    "Why `member`, a TarInfo, must not be unpacked into `folder`, or ''."
     if reason := leads_out(member.name): return reason
     if member.issym() or member.islnk(): return "a link"
     if member.isdev(): return "a device file"
@@ -189,12 +174,9 @@ def refusal(
     except tarfile.FilterError as e: return str(e)
 
 # %% ../../nbs/storage/50_archives.ipynb #ea6d0b4f
-def plain_members(
-    tar,  # an open archive
-    path,  # of the archive, for messages
-    folder,  # to unpack into
-) -> dict:
-    "Name -> TarInfo for all that it holds; ValueError unless that is plain files and folders in `folder`, each once."
+def plain_members(tar, path, folder) -> dict:
+    """Name -> TarInfo for all that the open archive `tar` holds; ValueError unless that is plain files and folders in
+    `folder`, each once."""
     def refuse(name, reason): raise ValueError(f"{path} holds {name!r}, which {reason}. Nothing was unpacked.")
     members = {}
     for member in tar:
@@ -211,11 +193,8 @@ def plain_members(
 
 # %% ../../nbs/storage/50_archives.ipynb #8eeec475
 @contextlib.contextmanager
-def reading_archive(
-    path,
-    called,  # the archive's name in messages
-):
-    "The open archive `path`; ValueError if it proves truncated, corrupted or no .tar.gz."
+def reading_archive(path, called):
+    "The open archive `path`; ValueError, in which it is `called` so, if it is truncated, corrupted or no .tar.gz."
     try:
         with tarfile.open(path, "r:gz") as tar: yield tar
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -231,14 +210,9 @@ def empty_folder(folder) -> Path:
     if not any(folder.iterdir()): return folder
     raise FileExistsError(f"{folder} is not empty, and nothing in it will be overwritten. Give a new folder.")
 
-# %% ../../nbs/storage/50_archives.ipynb #16dddd08
-def unpack(
-    path,  # of an archive
-    folder,  # new or empty
-    report,
-    called,  # the archive's name in messages: a path
-):
-    "Check the archive and unpack it, with the permissions that `open` gives."
+# %% ../../nbs/storage/50_archives.ipynb #bad94418
+def unpack(path, folder, report, called):
+    "Check the archive `path`, in messages `called`, and unpack it, with the permissions that `open` gives."
     with explained(f"Unpacking {called} into {folder}"), reading_archive(path, called) as tar:
         members = plain_members(tar, called, folder)
         total = sum(m.size for m in members.values())

@@ -48,10 +48,7 @@ def discard_leftovers(destination):
             if time.time() - path.stat().st_mtime > day: discard(path)
 
 # %% ../../nbs/storage/51_drive.ipynb #1503e39e
-def write_synced(
-    source, target,
-    add,  # called with the number of bytes of each piece
-) -> str:
+def write_synced(source, target, add) -> str:
     "Copy down to the disk, and have the system forget it, so that reading back asks the disk; returns the SHA-256."
     digest = hashlib.sha256()
     with open(source, "rb") as s, open(target, "wb") as t:
@@ -160,11 +157,8 @@ def copy_verified(
     return Copy(destination, source.stat().st_size, sha256, time.monotonic() - start, note)
 
 # %% ../../nbs/storage/51_drive.ipynb #e7f783fa
-def mount_error(
-    error,  # that google.colab.drive.mount raised
-    mountpoint,
-):
-    "The exception to raise in the place of `error`."
+def mount_error(error, mountpoint):
+    "The exception to raise in the place of `error`, which google.colab.drive.mount raised."
     name, reason = type(error).__name__, f"{type(error).__name__}: {error}"
     if isinstance(error, AttributeError):  # 'NoneType' object has no attribute 'kernel'
         return RuntimeError("Drive can only be mounted from a cell, not from a script or a !command. "
@@ -182,11 +176,8 @@ def mount_error(
                                  "name a folder to save in: {drive}.", reason=reason))
 
 # %% ../../nbs/storage/51_drive.ipynb #b58d22eb
-def drive_folder(
-    folder,
-    make=False,  # make it when it is missing; not on Colab
-) -> Path:
-    "`folder`, or the `MyDrive` that is in it."
+def drive_folder(folder, make=False) -> Path:
+    "`folder`, or the `MyDrive` that is in it; outside Colab, `make` it when it is missing."
     folder = drive_path(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(Sentence("{path} is a file; name a folder to save in: {drive}.", path=folder))
