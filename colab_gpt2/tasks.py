@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['check', 'save', 'FAILURES', 'DEMO', 'DEMO_SECONDS', 'GOES_WITH', 'fetch', 'fetch_for', 'size_for_plan',
            'corpus_for_plan', 'tokenizer_for_plan', 'plan', 'evaluate', 'archive_name', 'archive', 'Restored',
-           'restore', 'has_drive', 'open_drive', 'ask_for_drive', 'save_or_say_why', 'RunResult', 'run', 'demo',
-           'suggest', 'Bench', 'check_steps', 'bench']
+           'restore', 'open_drive', 'ask_for_drive', 'save_or_say_why', 'RunResult', 'run', 'demo', 'suggest', 'Bench',
+           'bench']
 
 # %% ../nbs/64_tasks.ipynb #2c5823a9
 import tempfile, time, warnings
@@ -147,13 +147,6 @@ def restore(
     files = sorted(str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file())
     return Restored(folder=str(unpacked), files=tuple(files))
 
-# %% ../nbs/64_tasks.ipynb #0a510d8c
-def has_drive(
-    drive,  # a folder that stands for the Drive, or None
-) -> bool:
-    "Whether there is a Drive."
-    return drive is not None or bool(in_colab())
-
 # %% ../nbs/64_tasks.ipynb #d3f361e0
 FAILURES = OSError, RuntimeError, ValueError  # of a Drive
 
@@ -171,14 +164,14 @@ def ask_for_drive() -> str:
     """Mount Colab's Drive now, while somebody is there to allow it, for what is saved to it hours later; returns a
     one-sentence status. Never an error: the work can be done without."""
     from colab_gpt2.storage.drive import mount_drive
-    if not has_drive(None): return "This is not Colab: there is no Drive to allow, and a folder will stand for it."
+    if not in_colab(): return "This is not Colab: there is no Drive to allow, and a folder will stand for it."
     try: return f"The Drive is mounted at {mount_drive()}."
     except FAILURES as e: return Sentence("{why} All else works without it, and the last step asks again.", why=e)
 
 # %% ../nbs/64_tasks.ipynb #143e1e0d
 def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     "`path` of the copy on the Drive, or None and `why`; `failed` if there is a Drive, and no copy on it."
-    if not has_drive(drive):
+    if drive is None and not in_colab():
         return dict(path=None, why="this is not Colab, and no folder was given to stand for a Drive", failed=False)
     try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
     except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=True)
@@ -217,10 +210,10 @@ def run(
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir or config.resume
     path = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
-    if path.exists() and not again:
+    if not again and (path.exists() or path.is_symlink()):
         said = "{path} exists; set {archive_path} to another file, or {overwrite_output_dir=True} to overwrite it."
         raise FileExistsError(Sentence(said, path=path))
-    if has_drive(drive): open_drive(drive)
+    if drive is not None or in_colab(): open_drive(drive)
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
     packed = archive(finetuned.output_dir, archive_path, overwrite=again, progress=progress)
     saved = save_or_say_why(packed.path, drive_folder, drive, progress)
@@ -271,11 +264,6 @@ class Bench(Record):
         return [("model", self.model), ("speed", speed), ("batch", batch),
                 ("machine", f"{machine.device_name}, {machine.cores} cores")]
 
-# %% ../nbs/64_tasks.ipynb #d968664f
-def check_steps(steps):
-    "ValueError for fewer `steps` than a median can be taken of."
-    check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
-
 # %% ../nbs/64_tasks.ipynb #0f924c60
 def bench(
     config: FinetuneConfig | None = None,  # default: `DEMO`
@@ -287,7 +275,7 @@ def bench(
     "Train for some steps and throw the result away: training tokens a second over the median step."
     from colab_gpt2.preparing import prepare
     from colab_gpt2.training import Interrupted, make_trainer, plan_training, train_model
-    check_steps(steps)
+    check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
     config = changed(config or DEMO, **changes)
     with tempfile.TemporaryDirectory() as scratch, reporting(progress) as report:
         short = replace(config, max_steps=steps, save_steps=-1, output_dir=scratch)

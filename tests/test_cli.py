@@ -133,7 +133,7 @@ def test_a_dataset_that_is_not_known(cli):
 
 @pytest.mark.parametrize("flags, code, said", [
     (("--temperature", "0"), 2, "--top-k 1"), (("--top-p", "0"), 2, "--top-p is 0"), (("--top-p", "2"), 2, "--top-p is 2"),
-    (("--max-new-tokens", "0"), 2, "--max-new-tokens is 0"), (("--seed", "-1"), 2, "--seed is -1"), (("--samples", "0"), 2, "--samples is 0"),
+    (("--max-new-tokens", "0"), 2, "--max-new-tokens is 0"), (("--seed", "-1"), 2, "--seed"), (("--samples", "0"), 2, "--samples"),
     (("--model", "out"), 1, "out")])
 def test_generate_refuses(cli, flags, code, said):
     refused(cli("generate", "--model", "tiny", *flags), code, said)
@@ -144,7 +144,7 @@ def test_archive_and_save_refuse(cli, tmp_path):
     refused(cli("archive", "--folder", "out"), 1, "out")
     (tmp_path/"a.tar.gz").write_bytes(b"mine")
     refused(cli("save", "--archive", "a.tar.gz"), 1, "Name a folder to save in: --drive.")
-    refused(cli("bench", "--steps", "0"), 2, "--steps is 0")
+    refused(cli("bench", "--steps", "0"), 2, "--steps")
     refused(cli("plan", "--gpu", "X5"), 2, "known are T4")
     refused(cli("archive", "--folder", "out", "--path", "a.tar.gz"), 1, "out")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "a.tar.gz"}

@@ -6,7 +6,7 @@
 __all__ = ['FIELDS', 'CAUSAL', 'MODEL', 'LINES', 'MASKED', 'DATA', 'FITS', 'BATCH', 'LEARNING', 'BEST', 'JOURNAL', 'PROCESSES',
            'DEBUGGER', 'MACHINE', 'JOB', 'FLAGS', 'NAMES', 'EXAMPLE', 'Flag', 'kept', 'passed', 'means', 'ignored',
            'refused', 'needs', 'shape_of', 'type_of', 'newest_checkpoint', 'start_of', 'continue_of', 'overwrite_of',
-           'texts_of', 'batch_of', 'watch_of', 'half_of', 'name_of', 'truth', 'Parser', 'make_parser', 'parse']
+           'texts_of', 'batch_of', 'same', 'watch_of', 'half_of', 'name_of', 'truth', 'make_parser', 'parse']
 
 # %% ../../nbs/legacy/90_flags.ipynb #9066dbaa
 import argparse
@@ -95,8 +95,7 @@ def shape_of(value, given):
     named = given.get("model_name_or_path")
     if named is None: return {"model": value, "from_scratch": True}, f"random weights in the shape of {value}"
     if named == value: return {}, "nothing: it is the model's own"
-    raise ValueError("the weights of --model_name_or_path come with their own config; leave out --config_name, "
-                     "or --model_name_or_path to train from scratch.")
+    raise ValueError("the weights of --model_name_or_path come with their own config; leave one of them out.")
 
 # %% ../../nbs/legacy/90_flags.ipynb #6c9b5a64
 CAUSAL = ("gpt2", "openai-gpt", "ctrl")
@@ -116,8 +115,7 @@ def newest_checkpoint(output_dir) -> Path:
     from colab_gpt2.engine.checkpoints import sort_checkpoints
     complete, incomplete = sort_checkpoints(output_dir)
     if complete: return complete[-1]
-    left = "".join(f"; {path.name} is incomplete" for path in incomplete)
-    raise ValueError(f"there is no complete checkpoint in {output_dir}{left}.")
+    raise ValueError(f"of {len(incomplete)} checkpoints in {output_dir} none is complete.")
 
 # %% ../../nbs/legacy/90_flags.ipynb #7465ae6f
 def start_of(value, given):
@@ -163,8 +161,7 @@ def texts_of(value, given):
     return {"train_file": files[0], "train_files": tuple(files)}, f"{', '.join(files)}, read as one text"
 
 # %% ../../nbs/legacy/90_flags.ipynb #12355dd1
-LINES = ("GPT-2 has no padding token, so the script of 2020 failed wherever a batch had lines of different lengths. "
-         "Leave it out: the lines are then read as one stream, their ends included.")
+LINES = "GPT-2 has no padding token for lines of different lengths; leave it out, and they are read as one stream."
 MASKED = "GPT-2 predicts the next token and masks nothing; leave it out."
 
 # %% ../../nbs/legacy/90_flags.ipynb #0e0987ec
@@ -173,7 +170,7 @@ DATA = dict(
     train_data_files=needs("do_train", Flag(str, texts_of, "texts to train on, as a pattern: 'texts/*.txt'")),
     eval_data_file=kept("eval_file"),
     block_size=kept("block_size", None),
-    overwrite_cache=ignored(bool, "tokens are stored by the content of the text, so they are never stale"),
+    overwrite_cache=ignored(bool, "tokens are stored by the content of the text"),
     line_by_line=refused(bool, LINES),
     mlm=refused(bool, MASKED),
     whole_word_mask=refused(bool, MASKED),
@@ -195,30 +192,27 @@ def batch_of(value, given):
     return changes, f"per_device_train_batch_size={micro}, gradient_accumulation_steps={steps}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #ca3179c7
-FITS = ignored(int, "evaluation takes the batch that fits, and perplexity does not depend on it")
+FITS = ignored(int, "perplexity does not depend on the batch")
 BATCH = dict(
     per_gpu_train_batch_size=Flag(int, batch_of, "blocks in a micro-batch"),
     per_device_train_batch_size=Flag(int, batch_of, "the same"),
     gradient_accumulation_steps=Flag(int, batch_of, "micro-batches in a step"),
-    per_gpu_eval_batch_size=FITS,
-    per_device_eval_batch_size=FITS,
+    per_gpu_eval_batch_size=FITS, per_device_eval_batch_size=FITS,
     eval_accumulation_steps=ignored(int, "no predictions are kept"),
     prediction_loss_only=ignored(bool, "nothing but the loss is computed"),
     dataloader_drop_last=passed(bool, "dataloader_drop_last", "drop the last batch where it is not full"),
     dataloader_num_workers=passed(int, "dataloader_num_workers", "processes that read blocks", minimum=0, integer=True))
 
 # %% ../../nbs/legacy/90_flags.ipynb #784cdff0
+def same(names): return {name: kept(name) for name in names.split()}
+
 LEARNING = dict(
-    num_train_epochs=kept("num_train_epochs"),
+    **same("num_train_epochs warmup_steps weight_decay max_grad_norm seed"),
     max_steps=kept("max_steps", -1),
     learning_rate=replace(kept("learning_rate"), help="peak learning rate"),
-    warmup_steps=kept("warmup_steps"),
-    weight_decay=kept("weight_decay"),
-    max_grad_norm=kept("max_grad_norm"),
     adam_beta1=passed(float, "adam_beta1", "of AdamW", minimum=0, maximum=1),
     adam_beta2=passed(float, "adam_beta2", "of AdamW", minimum=0, maximum=1),
-    adam_epsilon=passed(float, "adam_epsilon", "of AdamW", minimum=0),
-    seed=kept("seed"))
+    adam_epsilon=passed(float, "adam_epsilon", "of AdamW", minimum=0))
 
 # %% ../../nbs/legacy/90_flags.ipynb #28736db0
 def watch_of(value, given):
@@ -232,8 +226,7 @@ def watch_of(value, given):
     return {"watch_every": every}, f"perplexity is shown every {every} steps"
 
 # %% ../../nbs/legacy/90_flags.ipynb #1a32ff8b
-BEST = ("the last model is saved, whatever was evaluated during training. "
-        "Leave it out and choose a checkpoint yourself: --eval_all_checkpoints evaluates them.")
+BEST = "the last model is saved; leave it out, and choose a checkpoint by --eval_all_checkpoints."
 JOURNAL = dict(
     logging_steps=kept("logging_steps"),
     logging_first_step=ignored(bool, "the first step is always logged"),
@@ -258,17 +251,17 @@ def half_of(value, given):
     return {}, f"nothing: without an NVIDIA GPU fp16 is very slow, so {pick_precision(device).dtype} is used"
 
 # %% ../../nbs/legacy/90_flags.ipynb #5a5ba5c0
-PROCESSES = "this command is one process on one GPU, without torch.distributed.launch or torchrun. Leave it out."
-DEBUGGER = "ptvsd is gone; leave it out, and for a debugger use `python -m debugpy --listen PORT -m ...`."
+PROCESSES = "this command is one process on one GPU, without torchrun; leave it out."
+DEBUGGER = "ptvsd is gone; leave it out, and for a debugger use `python -m debugpy`."
 MACHINE = dict(
     fp16=Flag(bool, half_of, "compute in half precision"),
     fp16_opt_level=ignored(str, "apex is gone, and torch's mixed precision has no levels"),
     no_cuda=means("no NVIDIA GPU is used"),
     local_rank=refused(int, PROCESSES, nothing=-1),
-    tpu_num_cores=refused(int, "TPUs are not supported; leave it out to use a GPU, or the CPU."),
+    tpu_num_cores=refused(int, "TPUs are not supported; leave it out."),
     tpu_metrics_debug=ignored(bool, "it showed the figures of a TPU"),
     debug=means("the traceback of an error is shown"),
-    past_index=refused(int, "GPT-2 was never trained on its own past states; leave it out.", nothing=-1),
+    past_index=refused(int, "GPT-2 is not trained on past states; leave it out.", nothing=-1),
     server_ip=refused(str, DEBUGGER, nothing=""),
     server_port=refused(str, DEBUGGER, nothing=""),
     no_remove_unused_columns=ignored(bool, "blocks have no columns"),
@@ -278,7 +271,7 @@ MACHINE = dict(
 JOB = dict(
     output_dir=kept("output_dir"),
     do_train=means("the model is fine-tuned and saved"),
-    do_eval=means("perplexity is written to eval_results_lm.txt in the output folder"),
+    do_eval=means("perplexity is written to eval_results_lm.txt"),
     do_predict=ignored(bool, "the script did nothing with it"),
     eval_all_checkpoints=needs("do_eval", means("each complete checkpoint is evaluated", every_checkpoint=True)))
 FLAGS = {**JOB, **MODEL, **DATA, **BATCH, **LEARNING, **JOURNAL, **MACHINE}
@@ -300,23 +293,18 @@ def truth(text):
     if text.lower() not in known: raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return known[text.lower()]
 
-# %% ../../nbs/legacy/90_flags.ipynb #b003a51d
-class Parser(argparse.ArgumentParser):
-    "One line for bad usage, and exit code 2; argparse's own would be a screen of flags."
-    def error(self, message): self.exit(2, f"run_language_modeling: {message}\n")
-
-# %% ../../nbs/legacy/90_flags.ipynb #ac0d7ae2
+# %% ../../nbs/legacy/90_flags.ipynb #7e8fd1c3
 EXAMPLE = """python -m colab_gpt2.run_language_modeling --output_dir=output --model_name_or_path=gpt2 \\
     --do_train --train_data_file=wiki.train.raw --do_eval --eval_data_file=wiki.test.raw \\
     --per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2"""
 
-# %% ../../nbs/legacy/90_flags.ipynb #7e8fd1c3
-def make_parser() -> Parser:
-    "All flags of both generations; an abbreviated flag is an unknown one."
-    parser = Parser(
+def make_parser() -> argparse.ArgumentParser:
+    "All flags of both generations, none abbreviated; bad usage is one line, not a screen of flags."
+    parser = argparse.ArgumentParser(
         prog="python -m colab_gpt2.run_language_modeling", usage="%(prog)s --output_dir=FOLDER [--FLAG[=VALUE] ...]",
         description="The command line of 2020, in today's terms.", epilog=f"Example:\n{EXAMPLE}", allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"run_language_modeling: {message}\n")
     for name, flag in FLAGS.items():
         taken = dict(type=flag.kind, metavar=flag.kind.__name__)
         if flag.kind is bool: taken = dict(type=truth, metavar="true|false", nargs="?", const=True)
@@ -325,7 +313,7 @@ def make_parser() -> Parser:
 
 # %% ../../nbs/legacy/90_flags.ipynb #a906e87c
 def parse(words) -> dict:
-    "The flags that were given, in the order of the table. An unknown one ends the process with exit code 2."
+    "The flags that were given; an unknown one ends the process with exit code 2."
     parser = make_parser()
     found, unknown = parser.parse_known_args(words)
     for word in unknown:
