@@ -1,4 +1,4 @@
-"Downloads from a mirror that tells the truth, lies, breaks off, refuses and is busy: result, message, what is left on disk."
+"Downloads from a mirror that is right, lies, breaks off, refuses or is busy: the result, the message, what is left."
 import hashlib, io, os, time, zipfile
 
 import pytest, requests

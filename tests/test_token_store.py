@@ -1,4 +1,4 @@
-"The ids on the disk are those of the text, memory does not grow with it, and what is on the disk is complete, or as it was, or resumed."
+"Ids on the disk are those of the text, memory stays flat, and a file is complete, or as it was, or resumed."
 import errno, hashlib, json, random, resource, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -12,22 +12,25 @@ from colab_gpt2.text.token_store import tokenize_file
 from colab_gpt2.text.tokens import Encoder
 
 DATA = Path(__file__).parents[1]/"../shared/data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not on this machine")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not here")
 TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
 
 @pytest.fixture(scope="module")
 def tiny(): return AutoTokenizer.from_pretrained(TINY)
 
+def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
+
 @needs_data
-@pytest.mark.parametrize("name, tokens, blocks_of_1024", [("wikitext-2-raw/wiki.valid.raw", 249_887, 244), ("wikitext-2-raw/wiki.test.raw", None, None),
-                                                          ("wikitext-2-articles/articles.unk.txt", None, None)])
+@pytest.mark.parametrize("name, tokens, blocks_of_1024", [
+    ("wikitext-2-raw/wiki.valid.raw", 249_887, 244), ("wikitext-2-raw/wiki.test.raw", None, None),
+    ("wikitext-2-articles/articles.unk.txt", None, None)])
 def test_a_cut_changes_no_token_of_a_real_text(tmp_path, name, tokens, blocks_of_1024):
     path, tokenizer = DATA/name, AutoTokenizer.from_pretrained(DATA/"gpt2-tokenizer")
     text = path.read_bytes().decode()
     expected = np.asarray(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, "uint16")
     blocks = tokenize_file(path, tokenizer, 1024, cache_dir=tmp_path, progress=False)
     assert np.array_equal(blocks.stream, expected) and blocks.dtype == "uint16" and blocks.vocabulary_size == 50257
-    assert (blocks.words, blocks.bytes, blocks.sha256) == (len(text.split()), path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert (blocks.words, blocks.bytes, blocks.sha256) == (len(text.split()), path.stat().st_size, digest(path))
     if tokens: assert (blocks.tokens, len(blocks)) == (tokens, blocks_of_1024)  # as published with the data
 
 def test_a_tokenizer_in_python_and_a_large_vocabulary(tiny, tmp_path):
@@ -80,8 +83,8 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
     path.write_text("four five six " * 5000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a write beyond 1,000 bytes fails, as on a full disk
-        with pytest.raises(OSError, match="tokens of .*a.txt could not be written to .*cache/tokens: .*another cache_dir"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # more than 1,000 bytes fail, as on a full disk
+        with pytest.raises(OSError, match="tokens of .*a.txt could not be written to .*tokens: .*another cache_dir"):
             tokenize_file(path, tiny, 8, **options)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {f.name: f.read_bytes() for f in blocks.path.parent.iterdir()} == old
@@ -111,13 +114,15 @@ def long_text(tmp_path_factory):
     chance = random.Random(0)
     words = ["".join(chance.choices("abcdefghié中", k=chance.randint(2, 9))) for _ in range(3000)]
     path = tmp_path_factory.mktemp("texts")/"long.txt"
-    path.write_bytes(("\ufeff" + "\ufeff\r\n".join(" ".join(chance.choices(words, k=40)) for _ in range(7500))).encode())
+    lines = (" ".join(chance.choices(words, k=40)) for _ in range(7500))
+    path.write_bytes(("\ufeff" + "\ufeff\r\n".join(lines)).encode())
     return path
 
 @pytest.fixture(scope="module")
 def expected(long_text, tiny):
     "The SHA-256 of its ids, tokenised in one go by the tokenizer itself."
-    return hashlib.sha256(np.asarray(tiny(long_text.read_bytes().decode("utf-8-sig"), verbose=False)["input_ids"], "uint16").tobytes()).hexdigest()
+    ids = tiny(long_text.read_bytes().decode("utf-8-sig"), verbose=False)["input_ids"]
+    return hashlib.sha256(np.asarray(ids, "uint16").tobytes()).hexdigest()
 
 @pytest.fixture
 def job(tmp_path, long_text):
@@ -131,8 +136,6 @@ def job(tmp_path, long_text):
     for process in started:
         process.kill()
         process.communicate()
-
-def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def suffixes(cache): return sorted(f.suffix for f in (cache/"tokens").iterdir() if f.is_file())
 
@@ -169,7 +172,8 @@ def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, job, encod
     blocks = tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
     assert digest(blocks.path) == expected and suffixes(cache) == [".ids", ".json"]
     text = long_text.read_bytes().decode("utf-8-sig")
-    assert (blocks.words, blocks.bytes, blocks.tokens) == (len(text.split()), len(text.encode()), blocks.path.stat().st_size // 2)
+    assert (blocks.words, blocks.bytes) == (len(text.split()), len(text.encode()))
+    assert blocks.tokens == blocks.path.stat().st_size // 2
     assert sum(encoded) == len(text.encode()[done:].decode()) < len(text)  # not from the beginning
 
 def interrupted(tiny, cache, long_text, monkeypatch, error, every=1):
@@ -185,13 +189,17 @@ def interrupted(tiny, cache, long_text, monkeypatch, error, every=1):
         with pytest.raises(type(error)) as e: tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
     return e.value
 
-def changed(**values): return lambda part, journal: journal.write_text(json.dumps(json.loads(journal.read_text()) | values))
+def changed(**values):
+    def change(part, journal): journal.write_text(json.dumps(json.loads(journal.read_text()) | values))
+    return change
 
-SPOIL = {"part too short": lambda part, journal: part.write_bytes(part.read_bytes()[:1000]), "no part": lambda part, journal: part.unlink(),
-         "half a journal": lambda part, journal: journal.write_text('{"tok'), "another text": changed(text_sha256="0"), "another tokenizer": changed(tokenizer_sha256="0")}
+SPOIL = {"part too short": lambda part, journal: part.write_bytes(part.read_bytes()[:1000]),
+         "no part": lambda part, journal: part.unlink(),
+         "half a journal": lambda part, journal: journal.write_text('{"tok'),
+         "another text": changed(text_sha256="0"), "another tokenizer": changed(tokenizer_sha256="0")}
 
 @pytest.mark.parametrize("how", SPOIL)
-def test_what_the_journal_cannot_vouch_for_is_done_again(tiny, tmp_path, long_text, expected, monkeypatch, encoded, how):
+def test_a_part_without_a_right_journal_is_done_again(tiny, tmp_path, long_text, expected, monkeypatch, encoded, how):
     interrupted(tiny, tmp_path, long_text, monkeypatch, KeyboardInterrupt())
     SPOIL[how](*(next((tmp_path/"tokens").glob(f"*.{suffix}")) for suffix in ("part", "journal")))
     encoded.clear()
@@ -216,7 +224,8 @@ def test_two_processes_do_the_work_once(tmp_path, long_text, expected, job):
     said = [process.communicate(timeout=120)[0].split() for process in both]
     assert [p.returncode for p in both] == [0, 0]
     assert sum(int(words[-1]) for words in said) == len(long_text.read_bytes().decode("utf-8-sig"))
-    assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected and suffixes(tmp_path/"cache") == [".ids", ".json"]
+    assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected
+    assert suffixes(tmp_path/"cache") == [".ids", ".json"]
 
 def test_who_waits_resumes_where_the_killed_one_stopped(tmp_path, long_text, expected, job):
     first = job(pieces=3)
@@ -226,7 +235,8 @@ def test_who_waits_resumes_where_the_killed_one_stopped(tmp_path, long_text, exp
     with pytest.raises(subprocess.TimeoutExpired): second.wait(timeout=2)  # the first one, alive, holds the part
     first.kill()
     assert int(second.communicate(timeout=120)[0]) < len(long_text.read_bytes().decode("utf-8-sig"))
-    assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected and suffixes(tmp_path/"cache") == [".ids", ".json"]
+    assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected
+    assert suffixes(tmp_path/"cache") == [".ids", ".json"]
 
 PEAK = """
 import re, sys
@@ -236,10 +246,11 @@ from colab_gpt2.text.token_store import tokenize_file
 tokenizer_folder, cache, *texts = sys.argv[1:]
 for text in texts:
     tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 512, cache_dir=cache, progress=False)
-    print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)  # ru_maxrss would begin with the parent's
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with the parent's
+    print(int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) // 1024)
 """
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has a /proc that tells a process's own peak of memory")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux's /proc knows a process's peak of memory")
 def test_memory_does_not_grow_with_the_text(tmp_path):
     chance = random.Random(0)
     words = ["".join(chance.choices("abcdefghijklmnoprstu", k=chance.randint(2, 9))) for _ in range(20_000)]
