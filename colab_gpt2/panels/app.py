@@ -20,9 +20,7 @@ from .panel import Shown
 from .runtime import RuntimePanel
 
 # %% ../../nbs/panels/81_app.ipynb #a6897b81
-def divide(
-    values,  # field -> value, of any of the panels
-) -> tuple:
+def divide(values) -> tuple:
     "`values` for FinetuneConfig, GenerateConfig and DriveConfig, in this order. TypeError for an unknown name."
     known = [{f.name for f in fields(config)} for config in (FinetuneConfig, GenerateConfig, DriveConfig)]
     shares = ({}, {}, {})

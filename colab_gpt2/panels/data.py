@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UPLOADS', 'OWN', 'TEXTS', 'UPLOAD', 'Preview', 'preview_rows', 'describe_preview', 'look_into', 'uploaded_files',
-           'upload_button', 'keep_upload', 'DataPanel']
+           'upload_button', 'keep_upload', 'TextChoice', 'DataPanel']
 
 # %% ../../nbs/panels/76_data.ipynb #6b8960a5
 import functools, itertools
@@ -61,11 +61,8 @@ def describe_preview(preview: Preview) -> str:
     return f"<table class='cg-table'>{rows}</table>{begins}"
 
 # %% ../../nbs/panels/76_data.ipynb #ea3d38d6
-def look_into(
-    config,  # a FinetuneConfig
-    report=silent,  # hears of the fetching and of the tokens
-) -> Preview:
-    "Fetch the text of `config`, cut it into blocks for its model, and look at its beginning."
+def look_into(config, report=silent) -> Preview:
+    "Fetch the text of `config`, cut it into blocks, and look at its beginning."
     corpus, tokenizer, blocks = fetch_for(config, report), tokenizer_for_plan(config, True), {}
     if tokenizer:
         context = model_context(load_config(config.model, cache_dir=config.cache_dir))
@@ -77,21 +74,16 @@ def look_into(
     return Preview(corpus, blocks, len(titles), tuple(itertools.islice(titles, 6)), excerpt)
 
 # %% ../../nbs/panels/76_data.ipynb #c34b7c7a
-UPLOADS = "uploads"  # the folder, next to the notebook; in it one for each field, since two texts may have one name
+UPLOADS = "uploads"  # next to the notebook; in it a folder for each field, since two texts may have one name
 
-def uploaded_files(
-    value,  # of a FileUpload: a dict in ipywidgets 7, a tuple in 8
-) -> dict:
-    "name -> bytes."
+def uploaded_files(value) -> dict:
+    "name -> bytes of the value of a FileUpload: a dict in ipywidgets 7, a tuple in 8."
     found = value.items() if isinstance(value, dict) else [(f["name"], f) for f in value]
     return {Path(name).name: bytes(f["content"]) for name, f in found}
 
 # %% ../../nbs/panels/76_data.ipynb #2e9d40b7
-def upload_button(
-    text,
-    receive,  # is called with the value of the FileUpload
-):
-    "A button to choose a file. It is emptied again: the same file, chosen once more, would be no change."
+def upload_button(text, receive):
+    "A FileUpload that hands its value to `receive` and is emptied: the same file, chosen again, would be no change."
     made = widgets.FileUpload(description=text, accept=".txt,.md,text/plain", layout=widgets.Layout(width="auto"))
     def take(change):
         value = made.value
@@ -102,12 +94,8 @@ def upload_button(
     return made
 
 # %% ../../nbs/panels/76_data.ipynb #781b1998
-def keep_upload(
-    name,
-    content,  # bytes
-    folder=UPLOADS,
-) -> str:
-    "The path of an uploaded text, written to `folder` over one of the same name. Errors of `check_text` leave nothing."
+def keep_upload(name, content, folder=UPLOADS) -> str:
+    "The path of an uploaded text, kept in `folder`. ValueError, and nothing is kept, if it is no text."
     path = Path(folder)/name
     with atomic(path) as temporary:
         temporary.write_bytes(content)
@@ -126,21 +114,10 @@ TEXTS = {"WikiText-2, raw (11 MB of Wikipedia)": "wikitext-2-raw-v1",
 UPLOAD = "Upload a text, or type the path of one."
 
 # %% ../../nbs/panels/76_data.ipynb #87bd5a40
-class DataPanel(Stoppable):
-    "The text: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `result` is a Preview."
-    title = "2. The text"
-    lead = "What the model will learn from. Part of it is held out, to evaluate on text that the model has not seen."
-
+class TextChoice(Stoppable):
+    "The choice of a known text, or of one's own with its uploads; what is wrong with its files."
     def __init__(self, before=None, **values):
         super().__init__(take_values(before, values))
-        self.make_widgets()
-        self.fetched = None  # what `view` shows, as `source` tells it
-        buttons = row(self.fetch, self.halt, self.again)
-        self.assemble(self.choice, self.files, buttons, self.status, self.far, self.view)
-        if not isinstance(before, Panel): self.say(self.values.suggestion, "ℹ")
-
-    def make_widgets(self):
-        "The choice of a text, and one's own with its uploads."
         self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="Text", **wide(520))
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
         self.own = Form(self.values, ["train_file", "eval_file"])
@@ -149,7 +126,6 @@ class DataPanel(Stoppable):
         hint = widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; add larger files next to the notebook (in "
                             "Colab's Files panel) and type the name below</span>")
         self.files = widgets.VBox([row(*self.uploads, hint), self.own.box])
-        self.view, self.fetch = widgets.HTML(), button("Load text", self.start, primary=True)
 
     def chosen(self):
         return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
@@ -167,23 +143,13 @@ class DataPanel(Stoppable):
     def receive(self, name, value):
         "A file has been uploaded for the field `name`."
         for filename, content in uploaded_files(value).items():
-            self.clear()
             done = f"{filename} uploaded ({human_bytes(len(content))}, {len(content.split()):,} words)."
             keep = lambda: keep_upload(filename, content, Path(UPLOADS)/name)
             path = self.work(keep, f"Receiving {filename} …", lambda path: done)
             if path: self.values.set(**{name: path})
 
-    def source(self) -> tuple:
-        "The settings that a preview depends on."
-        names = ("dataset", "train_file", "eval_file", "model", "tokenizer", "block_size")
-        return tuple(getattr(self.config, name) for name in names)
-
-    def clear(self):
-        "No longer show the text before."
-        self.view.value, self.fetched = "", None
-
     def missing(self) -> dict:
-        "What is said of files that don't exist; those that the config refuses are another matter."
+        "What is said of files that don't exist, unless the config refuses them."
         paths = {name: getattr(self.config, name) for name in self.own.rows if name not in self.values.typed}
         return {name: f"There is no file {path}." for name, path in paths.items()
                 if path and not Path(path).expanduser().is_file()}
@@ -199,9 +165,6 @@ class DataPanel(Stoppable):
 
     def refresh(self):
         "A file that doesn't exist is marked at once."
-        if self.fetched not in (None, self.source()) and not self.running:
-            self.clear()
-            self.say("")
         super().refresh()
         self.offer_again(self.missing())
         wrong = self.wrong()
@@ -212,7 +175,42 @@ class DataPanel(Stoppable):
         if self.chosen() not in known: self.choice.options = self.offered()  # which selects the first: that is it
         if self.choice.value != self.chosen(): self.choice.value = self.chosen()
         self.files.layout.display = "" if self.choice.value == OWN else "none"
-        self.fetch.disabled = self.running or bool(wrong)
+        self.allow(not self.running and not wrong)
+
+# %% ../../nbs/panels/76_data.ipynb #a01c5d72
+class DataPanel(TextChoice):
+    "The text: `config` is a FinetuneConfig, shared with the panel `before` if there is one; `result` is a Preview."
+    title = "2. The text"
+    lead = "What the model will learn from. Part of it is held out, to evaluate on text that the model has not seen."
+
+    def __init__(self, before=None, **values):
+        super().__init__(before, **values)
+        self.view, self.fetch = widgets.HTML(), button("Load text", self.start, primary=True)
+        self.fetched = None  # what `view` shows, as `source` tells it
+        buttons = row(self.fetch, self.halt, self.again)
+        self.assemble(self.choice, self.files, buttons, self.status, self.far, self.view)
+        if not isinstance(before, Panel): self.say(self.values.suggestion, "ℹ")
+
+    def source(self) -> tuple:
+        "The settings that a preview depends on."
+        names = ("dataset", "train_file", "eval_file", "model", "tokenizer", "block_size")
+        return tuple(getattr(self.config, name) for name in names)
+
+    def clear(self):
+        "No longer show the text before."
+        self.view.value, self.fetched = "", None
+
+    def refresh(self):
+        if self.fetched not in (None, self.source()) and not self.running:
+            self.clear()
+            self.say("")
+        super().refresh()
+
+    def allow(self, start): self.fetch.disabled = not start
+
+    def receive(self, name, value):
+        self.clear()
+        super().receive(name, value)
 
     def python(self): return as_python("fetch", self.given(), "corpus")
 

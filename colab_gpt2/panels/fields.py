@@ -20,9 +20,7 @@ def label_of(f) -> str:
     return f.metadata.get("label") or f.name.replace("_", " ").capitalize()
 
 # %% ../../nbs/panels/73_fields.ipynb #542c9162
-def labels_of(
-    config,  # a dataclass
-):
+def labels_of(config):
     "A `name_of` for `worded`: fields by their labels; a name that `config` doesn't have stays Python's."
     labels = {f.name: label_of(f) for f in fields(config)}
     def name_of(name, *value):
@@ -48,7 +46,7 @@ def find_problems(
 
 # %% ../../nbs/panels/73_fields.ipynb #b1564f6b
 class Values:
-    "A frozen config that can be changed, what was typed and doesn't fit it yet, what is wrong with that, and listeners."
+    "A frozen config that can be changed, what was typed and doesn't fit it yet, and what is wrong with that."
     def __init__(self, config, suggestion="", goes_with=None):
         self.config, self.began, self.name_of = config, config, labels_of(config)
         self.suggestion = suggestion  # why it begins like this, where a person would ask
@@ -57,21 +55,21 @@ class Values:
         self.doubts = {}  # field -> message: what a plan says against values that are good in themselves
 
     def set(self, **changes):
-        "Change fields: nothing is wrong with them then. ValueError or TypeError, and no change, if the config refuses."
+        "Change fields. ValueError or TypeError, and no change, if the config refuses."
         self.change(changes)
         self.offer(changes)
 
     def touched(self, name) -> bool: return getattr(self.config, name) != getattr(self.began, name)
 
     def change(self, changes):
-        "As `replace`; what was chosen for a field's first value, and was not touched, goes with it: it gets its default."
+        "As `replace`; what was chosen for a field's first value, and was not touched, goes with it."
         left = [name for name in changes if not self.touched(name) and changes[name] != getattr(self.began, name)]
         chosen = {other for name in left for other in self.goes_with.get(name, ()) if not self.touched(other)}
         stale = {f.name: f.default for f in fields(self.config) if f.name in chosen}
         self.config = replace(self.config, **(stale | changes))
 
     def offer(self, values):
-        "A person has typed `values`. With what did not fit before: what is good reaches the config, the rest is marked."
+        "A person has typed `values`: what fits now, and what didn't before, reaches the config; the rest is marked."
         tried = {name: v for name, v in (self.typed | values).items() if v != getattr(self.config, name)}
         problems, again = find_problems(self.config, tried), {*values, *self.refused}
         self.change({name: value for name, value in tried.items() if name not in problems})
@@ -84,7 +82,7 @@ class Values:
         self.tell()
 
     def doubt(self, doubts) -> bool:
-        "`doubts` (field -> message) are all that a plan has against the config; True if that is new: all were told."
+        "`doubts` (field -> message) are all that a plan has against the config; True if that is new, and was told."
         new = doubts != self.doubts
         self.doubts = doubts
         if new: self.tell()
@@ -142,12 +140,7 @@ class Looks:
         return kind(layout=self.shared(widgets.Layout, **(layout or {})), **traits)
 
 # %% ../../nbs/panels/73_fields.ipynb #7a0fd36b
-def make_widget(
-    make,  # a form's `Looks.make`
-    f,  # the field
-    value,
-    suggestions=(),  # values to offer
-):
+def make_widget(make, f, value, suggestions=()):
     "The widget of the field `f`."
     size = dict(width="240px" if "max" in f.metadata else "380px", max_width="100%")
     common = dict(description=label_of(f), style=dict(description_width="128px"), layout=size)
@@ -190,7 +183,7 @@ class Row:
         return None if self.widget.value == AUTOMATIC else self.widget.value
 
     def show(self, value):
-        "Show `value`, unless it is shown already, perhaps in other letters. The ends of a slider give way to it."
+        "Show `value`, unless it is shown, perhaps in other letters. The ends of a slider give way to it."
         if slider := self.slider:
             slider.min, slider.max, slider.value = min(slider.min, value), max(slider.max, value), value
         if self.read() == value: return
@@ -219,11 +212,11 @@ class Form:
         values.listeners.append(self.follow)
 
     def edited(self, name):
-        "The widget of the field `name` has changed: a person has typed, unless `follow` is at it."
+        "The widget of the field `name` has changed: by a person, unless `follow` is at it."
         if not self.busy: self.values.offer({name: self.rows[name].read()})
 
     def follow(self):
-        "Show the config, and at each row what is wrong; what was typed and doesn't fit stays to be corrected."
+        "Show the config, and at each row what is wrong; what was typed and doesn't fit stays."
         if self.busy: return
         self.busy = True
         try:

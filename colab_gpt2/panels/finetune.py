@@ -33,11 +33,8 @@ from ..tasks import corpus_for_plan, size_for_plan
 from ..training import Interrupted, finetune, finished_config
 
 # %% ../../nbs/panels/78_finetune.ipynb #eb59c059
-def describe_plan(
-    plan: Plan,
-    config,  # the FinetuneConfig that it is of
-) -> str:
-    "The HTML of a Plan: memory as a bar, time, batch and learning rate in words, the reasons folded away."
+def describe_plan(plan: Plan, config) -> str:
+    "The HTML of a Plan: memory as a bar, the rest in words, the reasons folded away."
     recipe, source = plan.recipe, "measured" if plan.source == "probe" else "estimated"
     memory = f"{human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)}, {source}"
     time = f"{plan.steps:,} steps; how long one takes is measured when it starts"
@@ -55,10 +52,7 @@ def describe_plan(
 # %% ../../nbs/panels/78_finetune.ipynb #b7576327
 COUNTED = 20_000_000  # bytes: a text of this size takes some ten seconds to cut into tokens
 
-def known_size(
-    config,  # a FinetuneConfig
-    shape,  # the model's config
-):
+def known_size(config, shape):
     "The text of `config` for a plan, without a download: counted, or estimated from its size, or as published."
     context = model_context(shape)
     with about("train_file" if config.train_file else "dataset"):
@@ -70,7 +64,7 @@ def known_size(
 
 # %% ../../nbs/panels/78_finetune.ipynb #0455ff28
 class Forecaster:
-    "Plans for a config as it changes: models and texts are looked at once, a measured plan is kept while it holds."
+    "Plans for a config as it changes: models and texts are read once, a measured plan is kept while it holds."
     def __init__(self, runtime=None):
         self.runtime, self.known, self.measured = runtime or check_runtime(), {}, None
 
@@ -111,38 +105,27 @@ def refused_place(folder: Path) -> str:
     return Sentence("Nothing can be written in {there}: choose another {output_dir}.", there=there)
 
 # %% ../../nbs/panels/78_finetune.ipynb #1c7adc06
-def former_settings(
-    was,  # the settings that made another run what it was
-    now,  # those of this run
-) -> str:
-    "The settings that differ, with the value that they had, as a template; '' if the run can be resumed."
+def former_settings(was, now) -> str:
+    "The settings of two runs that differ, with the former value, as a template."
     names = dict(batch="effective_batch_size")
     changes = [name for name, value in now.items() if was.get(name, value) != value]
     return ", ".join(f"{{{names.get(name, name)}={was[name]!r}}}" for name in changes)
 
 # %% ../../nbs/panels/78_finetune.ipynb #6e18cb03
-def describe_resume(
-    there,  # what lies in the folder, in words
-    newest,  # its newest checkpoint, or None
-    config,  # a FinetuneConfig
-    plan,  # its Plan, or None
-) -> tuple:
-    "(what resuming from `newest` would mean, whether it is refused)."
+def describe_resume(there, newest, config, plan) -> tuple:
+    "(what resuming from the checkpoint `newest`, or None, would mean, whether it is refused)."
     if not newest: return f"{there} and has no complete checkpoint: there is nothing to resume from.", True
     if not plan: return f"{there}: this run resumes from it.", False
     if former := former_settings(read_manifest(newest)["run"], identify_settings(config, plan)):
         return Sentence(f"{{there}}, of a run with {former}. To resume, set that again; to train with the settings as "
                         "they are, turn off {resume} and turn on {overwrite_output_dir}.", there=there), True
     if int(newest.name.split("-")[1]) < plan.steps: return f"{there}: this run resumes from it.", False
-    return Sentence("{there}, the last step of this run: no training is left, and Start would only evaluate and save the "
-                    "model again. To train further, raise {num_train_epochs}.", there=there), False
+    return Sentence("{there}, the last step of this run: no training is left, and Start would only evaluate and save "
+                    "the model again. To train further, raise {num_train_epochs}.", there=there), False
 
 # %% ../../nbs/panels/78_finetune.ipynb #284fcd86
-def describe_folder(
-    config,  # a FinetuneConfig
-    plan=None,  # its Plan, whose settings are compared
-) -> tuple:
-    "(what lies in the output folder and what that means for the start, whether it is refused); '' for an empty one."
+def describe_folder(config, plan=None) -> tuple:
+    "(what is in the output folder and what that means for the start, whether it is refused); '' for an empty one."
     folder = Path(config.output_dir).expanduser()
     if refused := refused_place(folder): return refused, True
     if not folder.is_dir() or not any(folder.iterdir()): return "", False
@@ -154,11 +137,8 @@ def describe_folder(
     return Sentence(f"{{there}}: set {ways}, or choose another {{output_dir}}.", there=there), True
 
 # %% ../../nbs/panels/78_finetune.ipynb #4620edac
-def describe_result(
-    result,  # a FinetuneResult
-    samples,  # (title, prompt, text) of each
-) -> str:
-    "The HTML of a FinetuneResult with its samples: what stays in the notebook above the charts."
+def describe_result(result, samples) -> str:
+    "The HTML of a FinetuneResult with its samples, (title, prompt, text) each."
     before, after = result.perplexity_before, result.perplexity_after
     speed = f", {result.tokens_per_second:,.0f} tokens a second" if result.tokens_per_second else ""
     resumed = f" It resumed from {escape(result.resumed_from)}." if result.resumed_from else ""
@@ -279,9 +259,9 @@ class Steering(Settings):
 
 # %% ../../nbs/panels/78_finetune.ipynb #6f56fb17
 class FinetunePanel(Steering):
-    """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one. Once a run has begun to
-    train, `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until
-    then. Before, `saved` is that of an `earlier` run in the output folder."""
+    """The training: `config` is a FinetuneConfig, shared with the panel `before` if there is one. Once a run trains,
+    `saved` and `result` are what it has left: the config of a finished model, and its FinetuneResult; None until then.
+    Before, `saved` is that of an `earlier` run in the output folder."""
     draws = True
     title = "3. Fine-tune"
     lead = "Training runs in this cell. Buttons work while the model trains; the notebook's own stop button means Stop."
@@ -293,7 +273,7 @@ class FinetunePanel(Steering):
         super().refresh()
 
     def look_for_model(self):
-        "A finished model in the output folder is `earlier`, until a run of this panel begins there or has left its own."
+        "A finished model in the output folder is `earlier`, unless this panel's run began or left it."
         if self.running or self.left == self.config.output_dir or self.saved and not self.earlier: return
         found = finished_config(self.config.output_dir)
         if found == self.saved: return
@@ -305,7 +285,7 @@ class FinetunePanel(Steering):
         super().offer_again(missing and self.left != self.config.output_dir)
 
     def start(self, callbacks=()):
-        "Fine-tune until it is done, stopped or has failed; -> the FinetuneResult, or None. `callbacks` are the Trainer's."
+        "Fine-tune until it is done, stopped or has failed; -> the FinetuneResult, or None."
         self.refresh()  # what refused it may have gone
         doing = "Training… Buttons take effect after the current step."
         if not self.buttons["start"].disabled: return self.work(lambda: self.run(callbacks), doing, self.describe)
@@ -333,18 +313,18 @@ class FinetunePanel(Steering):
         return self.finish(result)
 
     def leave(self, saved):
-        "The folder holds the finished model of the config `saved`, or for None no finished one: the next panels hear it."
+        "The folder holds the finished model of the config `saved`, or for None no finished one."
         self.saved, self.earlier, self.left = saved, False, self.live.config.output_dir
         self.finish(None)
 
     def can_resume(self, error) -> bool:
-        "Whether the run that `error` ended has left a checkpoint in the folder of today's settings. NaN needs others."
+        "Whether the run that `error` ended has left a checkpoint in the folder of the settings. NaN needs others."
         if isinstance(error, FloatingPointError) or self.config.output_dir != self.live.config.output_dir: return False
         newest = next(reversed(find_checkpoints(Path(self.config.output_dir).expanduser())), None)
         return newest is not None and newest.name in self.live.saved
 
     def resume_next(self, error):
-        "The next start resumes what the run saved. What helps when memory ran out makes it another run: that is said."
+        "The next start resumes what the run saved. More memory takes another run: that is said."
         self.values.set(resume=True, overwrite_output_dir=False)
         if isinstance(error, MemoryError):
             self.note(Sentence("Start resumes from the checkpoint, with the settings as they were. To train from the "
@@ -367,7 +347,7 @@ class FinetunePanel(Steering):
 
 # %% ../../nbs/panels/78_finetune.ipynb #34edc8e9
 class Probed(Listener):
-    "Shows in `panel` the plan that a timed step has corrected, and each checkpoint; says whose model is in the folder."
+    "Shows in `panel` the plan that a timed step has corrected, and each checkpoint."
     def __init__(self, panel): self.panel = panel
 
     def on_stage(self, stage, plan=None, resumed_from=None, **facts):

@@ -17,12 +17,9 @@ from .plots import ACCENT, Line, line_chart
 from .pump import pump
 
 # %% ../../nbs/panels/77_live.ipynb #eda4f857
-def charts(
-    losses,  # of the training: (step, nats a token)
-    measured=(),  # on the held-out text: (step, perplexity)
-    steps=None,  # of the complete run
-) -> list:
-    "The SVGs of two charts: the losses, and on a logarithmic axis their perplexities with those of the held-out text."
+def charts(losses, measured=(), steps=None) -> list:
+    """The SVGs of two charts: the `losses`, of (step, nats a token), and their perplexities with those `measured` on the
+    held-out text, of (step, perplexity), on a logarithmic axis."""
     ends = (0, steps) if steps else None
     learnt = tuple((step, math.exp(loss)) for step, loss in losses if loss < 700)  # exp(710) is beyond a float
     held_out = Line("held-out text", tuple(p for p in measured if math.isfinite(p[1])), dashes="5 4", marker="diamond")
@@ -31,10 +28,8 @@ def charts(
             line_chart([training(learnt), held_out], "Perplexity (logarithmic)", x_range=ends, log=True)]
 
 # %% ../../nbs/panels/77_live.ipynb #29595377
-def describe_samples(
-    samples,  # (title, prompt, text) of each
-) -> str:
-    "The generated texts, side by side where there is room."
+def describe_samples(samples) -> str:
+    "The HTML of generated texts, (title, prompt, text) each, side by side where there is room."
     if not samples: return ""
     columns = "".join(f"<div><b>{escape(title)}</b><pre class='cg-text' tabindex='0'><b>{escape(prompt)}</b>"
                       f"{escape(text)}</pre></div>" for title, prompt, text in samples)
@@ -84,11 +79,10 @@ class Course:
 
 # %% ../../nbs/panels/77_live.ipynb #b07d2e46
 class Steered(Course):
-    """A run that is shown by `show(progress=, charts=, samples=)`, HTML each, at most `every` so many seconds, and that
-    obeys `stop()`, `save_now()` and `sample_now()`."""
+    "A run shown by `show(progress=, charts=, samples=)`, HTML each, that obeys `stop()`, `save_now()`, `sample_now()`."
     def __init__(self, config, show, pump=pump, every=0.5):
         super().__init__()
-        self.config, self.show, self.pump, self.every = config, show, pump, every
+        self.config, self.show, self.pump, self.every = config, show, pump, every  # seconds between pictures
         self.stopper, self.wishes, self.broken = None, set(), set()
         self.drawn = self.spent = 0.  # seconds: when by the clock, and in pump and pictures so far
 
@@ -129,7 +123,7 @@ class Steered(Course):
                           f"works. {type(e).__name__}: {e}", stacklevel=2)
 
     def end(self, how):
-        "The run is over, in the word `how`: show it as it is."
+        "The run is over: `how`, in a word."
         self.ended = how
         self.attempt("Drawing the run", self.draw)
 
@@ -181,7 +175,7 @@ class Live(Listener, Steered):
         self.wishes.clear()
 
     def sample(self, model, tokenizer):
-        "Generate from the model as it is now, and show the text as it comes; if that fails, warn."
+        "Generate from the model as it is now, and show the text as it comes."
         title, config, text = f"At step {self.step:,}", self.config, ""
         self.samples.append((title, config.prompt, text))
         options = dict(max_new_tokens=config.max_new_tokens, seed=config.seed)

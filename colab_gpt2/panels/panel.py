@@ -32,30 +32,21 @@ PICTURE_STYLE, PANEL_STYLE = asset("picture.css"), asset("panel.css")
 
 # %% ../../nbs/panels/74_panel.ipynb #52eaf2fe
 def hidden_beside(mark) -> str:
-    """Rules that hide what was kept, and the charts in the output after it, while the live panel of the class `mark` is on
-    the page: in JupyterLab and Notebook, in the classic one, and in Colab."""
-    live, output = f"body:has(.{mark})", ":is(.jp-OutputArea-child, .output_area, .display_data)"
+    "Rules that hide what was kept, and the charts after it, while a panel of the class `mark` is on the page."
+    live = f"body:has(.{mark})"
+    output = ":is(.jp-OutputArea-child, .output_area, .display_data)"  # of JupyterLab, the classic Notebook, Colab
     charts = ":has(.jp-RenderedSVG, .output_svg, .cg-charts, img[src^='data:image/svg+xml'])"
     return f"{live} .{mark}-kept, {live} {output}:has(.{mark}-kept) + {output}{charts} {{ display: none; }}"
 
 # %% ../../nbs/panels/74_panel.ipynb #77a0c2ef
-def picture(
-    title,
-    body,  # HTML
-    mark="cg-picture",  # the class of the live panel that hides it
-) -> str:
-    "The HTML that stays in the notebook, with its style."
+def picture(title, body, mark="cg-picture") -> str:
+    "The HTML `body` as it stays in the notebook; a live panel of the class `mark` hides it."
     style = PICTURE_STYLE + hidden_beside(mark)
     return f"<style>{style}</style><div class='cg-kept {mark}-kept'><p><b>{escape(title)}</b></p>{body}</div>"
 
 # %% ../../nbs/panels/74_panel.ipynb #83be1f06
-def track(
-    role,  # "meter" or "progressbar", as screen readers know it
-    label,
-    share,  # that is filled; over 1 it is striped
-    text,  # the figures in words
-) -> str:
-    "A bar without words around it."
+def track(role, label, share, text) -> str:
+    "The bar of a meter or a progressbar (`role`), filled to its `share`; over 1 it is striped."
     percent, over = 100 * min(share, 1), " cg-over" if share > 1 else ""
     return (f"<div class='cg-track' role='{role}' aria-label='{escape(label)}' aria-valuemin='0' aria-valuemax='100' "
             f"aria-valuenow='{percent:.0f}' aria-valuetext='{escape(text)}'>"
@@ -84,11 +75,8 @@ def folded(title, text) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 # %% ../../nbs/panels/74_panel.ipynb #a17dbb9a
-def sentence(
-    error,
-    name_of=in_python,  # what a field is called, as for `worded`
-) -> str:
-    "An exception in one line."
+def sentence(error, name_of=in_python) -> str:
+    "An exception in one line, its fields called by `name_of`."
     said, name = " ".join(worded(error, name_of).split()), type(error).__name__
     plain = isinstance(error, (OSError, ValueError, ImportError, MemoryError, FloatingPointError, NotImplementedError))
     if said and (plain or " " in said and isinstance(error, (RuntimeError, TypeError))): return said
@@ -96,7 +84,7 @@ def sentence(
 
 # %% ../../nbs/panels/74_panel.ipynb #d7d6b0d7
 def forget_locals(error):
-    "Empty the frames of `error` and of its causes, and collect what was in them; a frame that still runs is left as it is."
+    "Empty the frames of `error` and of its causes, but for those that still run, and collect what was in them."
     seen = set()
     while error and id(error) not in seen:
         seen.add(id(error))
@@ -105,13 +93,8 @@ def forget_locals(error):
     gc.collect()  # a Trainer's parts refer to each other
 
 # %% ../../nbs/panels/74_panel.ipynb #9d20b7e5
-def state(
-    text,
-    sign="",
-    notes=(),  # sentences beneath it
-    error=None,  # its traceback is folded away
-) -> str:
-    "The HTML of one sentence on how the work stands."
+def state(text, sign="", notes=(), error=None) -> str:
+    "The HTML of a sentence on how the work stands, notes beneath it and, folded away, the traceback of `error`."
     kind, role = ("cg-error", "alert") if error else ("cg-note", "status")
     beneath = "".join(f"<br><span class='cg-lead'>Note: {escape(note)}</span>" for note in notes)
     if error: beneath += folded("For a bug report", "".join(traceback.format_exception(error)))
@@ -147,7 +130,7 @@ class Shown:
         return {"image/svg+xml": self.drawn, "text/plain": f"{self.title}: charts"}
 
     def keep(self, body, charts=()):
-        "Have the HTML `body`, and the SVGs `charts` after it, stay in the notebook, wherever this was shown."
+        "Have the HTML `body`, and the SVGs `charts` after it, stay in the notebook."
         self.kept, self.drawn = picture(self.title, body, self.mark), on_paper(charts) if charts else ""
         for bundle, handle in self.places: handle.update(bundle(), raw=True)
 
@@ -172,7 +155,7 @@ def row(*parts):
 
 # %% ../../nbs/panels/74_panel.ipynb #2f4bd749
 class Panel(Shown):
-    """A box of widgets around one piece of work, with the Values that it shows. A subclass sets `title` and `lead`, and has
+    """A box of widgets around one piece of work, with the Values that it shows. A subclass has a `title`, a `lead`,
     `start()`, and `python()` and `shell()`, which say the same in code."""
     lead = ""
     at_work = None  # the title of the panel that works now, whichever it is
@@ -186,10 +169,10 @@ class Panel(Shown):
         for name in ("cg-panel", self.mark): self.box.add_class(name)
 
     def assemble(self, *parts):
-        "Put widgets into the box, in the order of the keyboard; the state stands last, unless `status` is among them."
+        "Put widgets into the box, in the keyboard's order; the state stands last, unless `status` is among them."
         title = f"<p class='cg-title' role='heading' aria-level='3'>{escape(self.title)}</p>"
-        style, lead = f"<style>{PICTURE_STYLE}{PANEL_STYLE}</style>", f"<span class='cg-lead'>{escape(self.lead)}</span>"
-        head = widgets.HTML(style + title + lead)
+        lead = f"<span class='cg-lead'>{escape(self.lead)}</span>"
+        head = widgets.HTML(f"<style>{PICTURE_STYLE}{PANEL_STYLE}</style>{title}{lead}")
         self.box.children = head, *parts, *(widget for widget in (self.status, self.code) if widget not in parts)
         self.values.listeners.append(self.refresh)
         self.refresh()
@@ -206,11 +189,11 @@ class Panel(Shown):
         if self.code.value != shown: self.code.value = shown
 
     def offer_again(self, missing):
-        "Show the button *Check again* if something is `missing` that can come unnoticed: a file, a folder, a network."
+        "Show *Check again* if something is `missing` that can come unnoticed: a file, a folder, a network."
         self.again.layout.display = "" if missing else "none"
 
     def say(self, told, sign="", error=None):
-        "One sentence of state, a text or an exception, with the panel's labels; the traceback of `error` is folded away."
+        "Show one sentence of state, a text or an exception, with the panel's labels."
         self.said = worded(told, self.name_of)
         self.status.value = state(self.said, sign, self.notes, error) if self.said else ""
 
@@ -220,7 +203,7 @@ class Panel(Shown):
 
     @contextlib.contextmanager
     def listening(self):
-        "The library's warnings become notes; those of the libraries beneath it are not the user's business."
+        "The library's warnings become notes; others are not the user's business."
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=UserWarning, module=r"colab_gpt2\b")
@@ -228,8 +211,8 @@ class Panel(Shown):
             yield
 
     def work(self, action, doing, done=None):
-        """What `action()` returned, or None if it failed, was stopped, or another panel is busy. `doing` is said meanwhile,
-        `done` of the result afterwards. An exception is in `error`, and in the panel as a sentence."""
+        """What `action()` returned, or None if it failed, was stopped, or another panel is busy. `doing` is said first,
+        `done(result)` afterwards. An exception is in `error`, and in the panel as a sentence."""
         if Panel.at_work:
             self.say(f"{Panel.at_work} is busy. Wait until it is done, or stop it.", "⏳")
             return None
@@ -267,7 +250,7 @@ class Stoppable(Panel):
         self.far, self.halt = widgets.HTML(), button("Stop", self.stop)
 
     def work(self, action, doing, done=None):
-        "As any panel, and the notebook's interrupt button stops it too. While it is `running` only `halt` takes a click."
+        "As any panel; the notebook's interrupt button stops it too. While it is `running` only `halt` takes a click."
         if Panel.at_work: return super().work(action, doing, done)
         self.running, self.stopping, self.told = True, False, 0.0
         try:
@@ -286,7 +269,7 @@ class Stoppable(Panel):
         self.stopping = True
 
     def report(self, what, done, total):
-        "Let clicks in, obey Stop, and twice a second show how much is done: as text that is not read out each time."
+        "Let clicks in, obey Stop, and twice a second show how much is done."
         pump()
         if self.stopping: raise KeyboardInterrupt("Stopped.")
         if time.monotonic() - self.told < 0.5: return

@@ -26,21 +26,15 @@ def gpu_used() -> int:
     return total - free
 
 # %% ../../nbs/panels/75_runtime.ipynb #64a428b1
-def runtime_meters(
-    runtime: Runtime,
-    used=None,  # bytes of the GPU's memory that are in use
-) -> str:
-    "The bars of a Runtime's memory and disk."
+def runtime_meters(runtime: Runtime, used=None) -> str:
+    "The bars of a Runtime's memory and disk; `used`: bytes of the GPU's memory."
     sizes = [("Memory (RAM)", runtime.ram_free, runtime.ram), ("Disk", runtime.disk_free, runtime.disk)]
     if used is not None: sizes.insert(0, ("GPU memory", runtime.device_memory - used, runtime.device_memory))
     return "".join(meter(label, total - free, total, f"{human_bytes(free)} free of {human_bytes(total)}")
                    for label, free, total in sizes if total)
 
 # %% ../../nbs/panels/75_runtime.ipynb #64fbc3a1
-def describe_runtime(
-    runtime: Runtime,
-    used=None,  # bytes of the GPU's memory that are in use
-) -> str:
+def describe_runtime(runtime: Runtime, used=None) -> str:
     "The HTML of a Runtime: the processor, its precision, the bars, and what to do if there is no GPU."
     kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, using the CPU"}[runtime.device]
     versions = ", ".join(f"{name} {version}" for name, version in runtime.versions.items())
