@@ -110,7 +110,7 @@ def my_drive(mountpoint):
 def drive_path(path) -> Path:
     "`path` with Drive's folder in the spelling that exists; FileNotFoundError if it names a Drive that is not mounted."
     path = Path(path).expanduser()
-    for folder in (path, *path.parents):
+    for folder in reversed((path, *path.parents)):
         if folder.name not in SPELLINGS: continue
         if found := my_drive(folder.parent): return found/path.relative_to(folder)
         advice = "Run mount_drive() in a cell first."
