@@ -293,7 +293,8 @@ def test_files(colab, tmp_path, monkeypatch, capsys):
 def test_without_a_kernel(stub, tmp_path):
     from google.colab import files, output, userdata
     calls = [files.upload, lambda: files.upload_file("a"), lambda: files.download(__file__),
-             lambda: files.view(__file__), lambda: userdata.get("X"), lambda: output.eval_js("1"), output.enable_custom_widget_manager]
+             lambda: files.view(__file__), lambda: userdata.get("X"), lambda: output.eval_js("1"),
+             output.enable_custom_widget_manager]
     for call in calls:
         with pytest.raises(AttributeError): call()
     output.clear()
