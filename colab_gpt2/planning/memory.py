@@ -50,12 +50,12 @@ class Shape(Record):
 def shape_of(
     model,  # a model, its config, or a Shape, which stays as it is
 ) -> Shape:
-    "The shape of a causal model. ValueError for one of another kind, or whose config lacks a number."
+    "ValueError for a model that is not causal, or whose config lacks a number."
     if isinstance(model, Shape): return model
     config = getattr(model, "config", model)
     check_causal(config)
     text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")  # GPT-2's n_layer is mapped to these
+    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")  # n_layer is mapped to these
     if missing := [name for name in needed if not hasattr(text, name)]:
         kind, lacks = config.model_type, " and no ".join(missing)
         raise ValueError(f"The memory of a model of type {kind} is not known here: its config has no {lacks}.")
@@ -112,34 +112,31 @@ def trained_parameters(shape: Shape, recipe: Recipe) -> int:
 @dataclass(frozen=True)
 class Costs(Record):
     "Bytes for each layer, token and channel, unless a comment says otherwise."
-    # measured 36.15: residuals 4 + 4, the inputs of the products 2 + 2 + 2 + 8, q, k and v 6, GELU's input 8, statistics
+    # measured 36.15: residuals 4 + 4, inputs of the products 2 + 2 + 2 + 8, q, k and v 6, GELU's input 8, statistics
     layer_half: float = 36.1
     layer_fp32: float = 64.1  # measured 64.15: the same with 4 bytes each
-    layer_lora: float = 34  # measured 33.9, in half precision, as the frozen model's residuals are too
+    layer_lora: float = 34  # measured 33.9 in half precision, in which the frozen model's residuals are too
     stock_half: float = 69  # measured on the stock model: GELU as a formula, the cache, masks of dropout
     stock_fp32: float = 138  # the same, twice
-    # measured, a number for each channel that the MLP is wider than 4·C: GELU's input and output; three more in a formula
-    inner: float = 2
-    inner_stock: float = 5
-    # measured, a token and channel, once: the last norm's input (4) and output (4), the loss's gradient for it (2)
-    last_half: float = 10
+    inner: float = 2  # measured, numbers for each channel that the MLP is wider than 4·C: GELU's input and output
+    inner_stock: float = 5  # three more in the formula
+    last_half: float = 10  # measured, once: the last norm's input (4) and output (4), the loss's gradient for it (2)
     last_fp32: float = 12
     last_lora: float = 6
-    # derived: CUDA's autocast copies the inputs of a layer's two norms to fp32 where LoRA's residuals are in half
-    # precision, 2 bytes each; and the last norm's input and output. A CPU's norms take half precision
+    # derived: CUDA's autocast copies the inputs of LoRA's norms to fp32, 2 bytes for each of a layer's two norms, and 2
+    # for the last one's input, 2 for its output; a CPU's norms take half precision
     norm_lora_cuda: float = 4
     mask_cuda: float = 1  # derived, a dropout: CUDA keeps booleans, a CPU numbers as wide as what it drops
     matrix: float = 12  # measured, an entry of a head's T×T matrix, which attention with dropout keeps on a CPU
     loss_exact: float = 8  # counted, a logit that a CPU takes from half precision to fp32: a copy and its logarithm
-    loss_exact_here: float = 4  # the same on a GPU, which fuses the two, and in fp32, which needs no copy
+    loss_exact_here: float = 4  # the same where no copy is made, on a GPU and in fp32
     loss_stock: float = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss
     moments_8bit: int = 2  # a parameter: AdamW's two moments by bitsandbytes
-    # measured, a share of the bytes of tensors that the C library keeps when they are freed (dev/LOG.md): 10 to 19% in
-    # nine ways of training all weights; with LoRA 56 to 73% for one block, the most of which is promised, 86% for four
+    # measured, the share of freed bytes that the C library keeps (dev/LOG.md): 10 to 19% in nine ways of training all
+    # weights; with LoRA 56 to 73% for one block, the most of which is promised, and 86% for four
     heap_cpu: float = 0.15
     heap_lora: float = 0.73
-    # in all, before any tensor: Python with the Trainer on a CPU (measured: 0.46 GB); assumed for CUDA
-    context: int = 500_000_000
+    context: int = 500_000_000  # in all, before any tensor: measured on a CPU (0.46 GB), assumed for CUDA
 
 COSTS = Costs()
 
@@ -155,7 +152,7 @@ class ResidentMemory(Record):
 
     @cached_property
     def weights(self) -> int:
-        "In fp32. LoRA keeps the base in the precision of the products, and its adapters in fp32."
+        "LoRA keeps the base in the precision of the products, and its adapters in fp32."
         if not self.recipe.lora: return 4*self.shape.parameters
         return self.recipe.number_bytes*self.shape.parameters + 4*self.trained
 
@@ -168,7 +165,6 @@ class ResidentMemory(Record):
 
     @cached_property
     def resident(self) -> dict:
-        "All three, by name."
         return {"weights": self.weights, "optimizer moments": self.optimizer_moments, "torch itself": COSTS.context}
 
     @cached_property
@@ -232,8 +228,7 @@ class ForwardMemory(LayerMemory):
 
     @cached_property
     def half_precision_copies(self) -> int:
-        """Of all weights, which autocast keeps through a forward pass; with gradient checkpointing of the output layer
-        and the products of the layer at work; with LoRA of the adapters and the output layer."""
+        "Of all weights; with gradient checkpointing of the output layer and one layer; with LoRA of what it adds."
         shape = self.shape
         if not self.recipe.half: return 0
         if self.recipe.lora: return 2*self.trained + self.head_copy
@@ -242,8 +237,7 @@ class ForwardMemory(LayerMemory):
 
     @cached_property
     def after_forward(self) -> dict:
-        """What is there when the loss begins, by name. Gradients only if an earlier micro-batch of the step left some;
-        the stock model's count always, as its constants were measured so."""
+        "Gradients of an earlier micro-batch; the stock model's always, as its constants were measured so."
         earlier = self.recipe.gradient_accumulation_steps > 1 or not self.tuned
         return {**self.resident, "activations": self.activations, "dropout of the embeddings": self.dropout_mask(4),
                 "half-precision copies": self.half_precision_copies, "gradients": self.gradients if earlier else 0}
@@ -253,12 +247,12 @@ class LossMemory(ForwardMemory):
     "Bytes of the loss: logits, and the gradient of the output layer."
     @cached_property
     def one_chunk(self) -> bool:
-        "The loss has a single chunk of logits: nothing adds up, and the gradient waits in the products' precision."
+        "Nothing adds up, and the output layer's gradient waits in the precision of the products."
         return self.recipe.tokens <= CHUNK_SIZE
 
     @cached_property
     def in_place(self) -> bool:
-        "That gradient takes the place of the output layer's copy, which there is not in fp32."
+        "It takes the place of the output layer's copy, which there is not in fp32."
         return self.one_chunk and self.recipe.half
 
     @cached_property
@@ -304,7 +298,7 @@ class StepMemory(LossMemory):
 
     @cached_property
     def terms(self) -> dict:
-        "At the moment that needs most; on a CPU with what the C library keeps of freed memory."
+        "At the moment that needs most."
         peak = max((self.at_loss, self.at_backward, self.at_end), key=lambda terms: sum(terms.values()))
         share = COSTS.heap_lora if self.recipe.lora else COSTS.heap_cpu
         freed = share*(sum(peak.values()) - COSTS.context) if self.recipe.device == "cpu" else 0
@@ -322,15 +316,5 @@ def forecast_memory(
     model,  # a model, its config or its Shape
     recipe: Recipe,
 ) -> int:
-    """An estimate of the peak bytes of training by `recipe`. For a GPT-2 in half precision, with B·T tokens in a
-    micro-batch, P parameters, L layers of width C and V tokens, these are at the loss
-
-    - 4·P + 8·P: weights and AdamW's two moments, and 4·P of gradients where the step has an earlier micro-batch
-    - 2·P: the weights in half precision, which autocast keeps
-    - 36.1·B·T·L·C + 10·B·T·C: activations kept for the backward pass, and masks where the config has dropout
-    - 2·1024·V: a chunk of logits, 2·V·C for the product with it, and 4·V·C for the output layer's gradient
-    - half a gigabyte for torch itself, and on a CPU 15% of the rest for freed memory, with LoRA 73%
-
-    or what the backward pass needs, where that is more (`StepMemory`); `Costs` says where each number comes from. A
-    stock model takes 69·B·T·L·C and 14·B·T·V."""
+    "An estimate of the peak bytes of training by `recipe`."
     return StepMemory(shape_of(model), recipe).total

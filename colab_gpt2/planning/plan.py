@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLAB_PACKAGES', 'KNOWN_TOKENS', 'TRAIN_BYTES', 'BYTES_A_TOKEN', 'PATIENCE', 'named_runtime', 'check_precision',
            'pick_run_precision', 'TextSize', 'estimate_text', 'effective_batch', 'micro_batches', 'methods',
-           'missing_packages', 'check_packages', 'Search', 'describe', 'advise', 'count_steps', 'step_time', 'Plan',
-           'plan_rows', 'correct', 'Choice', 'memory_reasons', 'other_reasons', 'Planner', 'plan_run']
+           'missing_packages', 'check_packages', 'Search', 'describe', 'advise', 'count_steps', 'step_time',
+           'plan_rows', 'correct', 'Plan', 'Planner', 'memory_reasons', 'other_reasons', 'plan_run']
 
 # %% ../../nbs/planning/32_plan.ipynb #ed1f2cf2
 import math, warnings
@@ -30,7 +30,8 @@ def named_runtime(
     "The Runtime of a Colab machine as far as a plan needs it: its disk and most versions are unknown."
     names = {name.upper(): name for name in DEVICES}
     name = names.get(str(gpu).upper())
-    if name is None: raise ValueError(Sentence("{gpu} is {given!r}; known are {known}.", given=gpu, known=", ".join(DEVICES)))
+    if name is None:
+        raise ValueError(Sentence("{gpu} is {given!r}; known are {known}.", given=gpu, known=", ".join(DEVICES)))
     device, kind, ram = DEVICES[name], "cpu" if name == "CPU" else "cuda", DEVICES["CPU"].memory
     return Runtime(
         colab="kernel", device=kind, device_name=device.name, device_memory=device.memory if kind == "cuda" else None,
@@ -39,21 +40,15 @@ def named_runtime(
         disk=0, disk_free=0, versions=COLAB_PACKAGES, advice="")
 
 # %% ../../nbs/planning/32_plan.ipynb #a18bed0d
-def check_precision(
-    config: FinetuneConfig,
-    runtime: Runtime,
-):
+def check_precision(config: FinetuneConfig, runtime: Runtime):
     "ValueError for fp16 without a GPU."
     if config.precision != "fp16" or runtime.device == "cuda": return
     raise ValueError(Sentence("{precision} is 'fp16', which {device} computes far slower than fp32; "
                               "use {precision=auto}.", device=runtime.device_name))
 
 # %% ../../nbs/planning/32_plan.ipynb #ca213319
-def pick_run_precision(
-    config: FinetuneConfig,
-    runtime: Runtime,
-) -> Runtime:
-    "`runtime` with the precision that `config` asks for. ValueError for fp16 without a GPU; a warning for emulated bf16."
+def pick_run_precision(config: FinetuneConfig, runtime: Runtime) -> Runtime:
+    "With the precision that `config` asks for. ValueError for fp16 without a GPU, a warning for emulated bf16."
     if config.precision == "auto": return runtime
     check_precision(config, runtime)
     if config.precision == "bf16" and runtime.precision.dtype != "bf16":
@@ -81,8 +76,8 @@ class TextSize(Record):
     def blocks(self) -> int:
         "ValueError where there is none."
         if blocks := self.tokens // self.block_size: return blocks
-        raise ValueError(Sentence("The text has {tokens} tokens and {block_size} is {size}: not one block. Choose a smaller "
-                                  "{block_size} or a longer text.", tokens=self.tokens, size=self.block_size))
+        raise ValueError(Sentence("The text has {tokens} tokens and {block_size} is {size}: not one block. Choose a "
+                                  "smaller {block_size} or a longer text.", tokens=self.tokens, size=self.block_size))
 
 # %% ../../nbs/planning/32_plan.ipynb #e3a06dbd
 def estimate_text(
@@ -96,20 +91,17 @@ def estimate_text(
         known = "the known count of GPT-2's tokenizer; nothing was downloaded"
         return TextSize(KNOWN_TOKENS[config.dataset], block_size, known)
     size, each = size or TRAIN_BYTES[config.dataset], BYTES_A_TOKEN[tokenizer]
-    return TextSize(int(size / each), block_size, f"an estimate from {human_bytes(size)} of text at {each} bytes a token")
+    source = f"an estimate from {human_bytes(size)} of text at {each} bytes a token"
+    return TextSize(int(size / each), block_size, source)
 
 # %% ../../nbs/planning/32_plan.ipynb #6bae4103
-def effective_batch(
-    config: FinetuneConfig,
-) -> int:
+def effective_batch(config: FinetuneConfig) -> int:
     "Blocks in an optimizer step: the product of micro-batch and accumulation steps where both are given."
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     return micro * steps if micro and steps else config.effective_batch_size
 
 # %% ../../nbs/planning/32_plan.ipynb #1cf93331
-def micro_batches(
-    config: FinetuneConfig,
-) -> list:
+def micro_batches(config: FinetuneConfig) -> list:
     "The micro-batches that `config` allows, the largest first: what it fixes, or every divisor of the effective batch."
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     batch = effective_batch(config)
@@ -119,11 +111,8 @@ def micro_batches(
     return sorted({*small, *(batch // n for n in small)}, reverse=True)
 
 # %% ../../nbs/planning/32_plan.ipynb #3b826ced
-def methods(
-    config: FinetuneConfig,
-    runtime: Runtime,
-) -> list:
-    "The pairs of method and optimizer that `config` and what is installed allow, the best first. What `config` names, it gets."
+def methods(config: FinetuneConfig, runtime: Runtime) -> list:
+    "Pairs of method and optimizer, the best first: what `config` names, else what is installed."
     fused, eight_bit = OPTIMIZERS
     allowed = ["full", "lora"] if "peft" in runtime.versions else ["full"]
     if config.method != "auto": allowed = [config.method]
@@ -133,25 +122,19 @@ def methods(
     return [(method, optimizer) for method in allowed for optimizer in optimizers[method]]
 
 # %% ../../nbs/planning/32_plan.ipynb #8df74fff
-def missing_packages(
-    config: FinetuneConfig,
-    runtime: Runtime,
-) -> list:
+def missing_packages(config: FinetuneConfig, runtime: Runtime) -> list:
     "A sentence for each package that `config` asks for and the machine lacks."
     asked = [("peft", "method", "lora"), ("bitsandbytes", "optim", OPTIMIZERS[1])]
     return [Sentence(f"{{{name}={value}}} needs {package}, which is not installed: pip install {package}.")
             for package, name, value in asked if getattr(config, name) == value and package not in runtime.versions]
 
 # %% ../../nbs/planning/32_plan.ipynb #a04ca132
-def check_packages(
-    config: FinetuneConfig,
-    runtime: Runtime,
-):
+def check_packages(config: FinetuneConfig, runtime: Runtime):
     "ImportError for the first package that `config` asks for and the machine lacks: before anything slow."
     for sentence in missing_packages(config, runtime): raise ImportError(sentence)
 
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed5
-PATIENCE = 2.5  # seconds, by the forecast, that a micro-batch may take on a CPU: three are probed, and Stop waits for one
+PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
 
 @dataclass(frozen=True)
 class Search(Record):
@@ -163,7 +146,7 @@ class Search(Record):
 
     @cached_property
     def limit(self) -> int:
-        "Bytes that a run may use: 90% of the GPU's memory, or of the free RAM; the rest is for fragmentation and others."
+        "Bytes: 90% of the GPU's memory, or of the free RAM; the rest is for fragmentation and others."
         return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free))
 
     @cached_property
@@ -182,8 +165,9 @@ class Search(Record):
     def ways(self) -> list:
         "The best first; each is a list of Recipes, the largest micro-batch first."
         config, checkpointing = self.config, self.config.gradient_checkpointing
-        base = Recipe(1, self.text.block_size, precision=self.runtime.precision.dtype, device=self.runtime.device, tune=config.tune,
-                      lora_rank=config.lora_rank, keep_attention_dropout=config.keep_attention_dropout)
+        base = Recipe(1, self.text.block_size, precision=self.runtime.precision.dtype, device=self.runtime.device,
+                      lora_rank=config.lora_rank, tune=config.tune,
+                      keep_attention_dropout=config.keep_attention_dropout)
         sizes = [n for n in micro_batches(config) if n <= self.blocks] or [self.blocks]  # more may be asked for
         ways = [[replace(base, micro_batch=n, gradient_accumulation_steps=math.ceil(self.blocks / n),
                          method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
@@ -197,9 +181,7 @@ class Search(Record):
         return next((r for way in self.ways for r in way if self.memory(r) <= self.limit), None)
 
 # %% ../../nbs/planning/32_plan.ipynb #267b658c
-def describe(
-    recipe: Recipe,
-) -> str:
+def describe(recipe: Recipe) -> str:
     "The method of a Recipe in words."
     extras = ["8-bit AdamW"] if recipe.optimizer == OPTIMIZERS[1] else []
     if recipe.gradient_checkpointing: extras.append("gradient checkpointing")
@@ -229,25 +211,60 @@ def advise(
     return Sentence("No smaller batch or block fits: choose a smaller {model} or a device with more memory.")
 
 # %% ../../nbs/planning/32_plan.ipynb #c2e3023c
-def count_steps(
-    text: TextSize,
-    config: FinetuneConfig,
-) -> int:
-    "Optimizer steps, as the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
+def count_steps(text: TextSize, config: FinetuneConfig) -> int:
+    "As the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
     if config.max_steps > 0: return config.max_steps
     return math.ceil(config.num_train_epochs * math.ceil(text.blocks / effective_batch(config)))
 
 # %% ../../nbs/planning/32_plan.ipynb #ee0c97b8
-def step_time(
-    seconds: float,
-) -> str:
-    "The seconds of a step to two digits, or as a person would say them where two digits would need a power of ten."
+def step_time(seconds: float) -> str:
+    "To two digits, or as a person would say it where two digits would need a power of ten."
     return f"{seconds:.2g} s" if seconds < 99.5 else human_time(seconds)
+
+# %% ../../nbs/planning/32_plan.ipynb #20fa0611
+def plan_rows(plan) -> list:
+    "The rows of its table: does it fit, how, how long, why."
+    recipe, blocks = plan.recipe, plan.tokens // plan.recipe.block_size
+    source, share = "measured" if plan.source == "probe" else "estimate", plan.peak_bytes / plan.limit_bytes
+    bar = f"{'█' * min(20, round(20*share)):░<20}"
+    batch = (f"{recipe.micro_batch} × {recipe.gradient_accumulation_steps} = {plan.blocks_per_step} blocks "
+             f"of {recipe.block_size} tokens a step")
+    if blocks < plan.blocks_per_step: batch += f", but the text has {blocks}"
+    how = ["LoRA" if recipe.lora else "full training", recipe.precision, recipe.optimizer]
+    if recipe.gradient_checkpointing: how.append("gradient checkpointing")
+    if plan.torch_compile: how.append("torch.compile")
+    time = "unknown"
+    if plan.seconds is not None:
+        time = f"{human_time(plan.seconds)} for {plan.steps:,} steps of {step_time(plan.step_seconds)}"
+    return [("fits", f"{'yes' if plan.fits else 'no'}, {plan.device}"),
+            ("memory", f"{bar} {human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)} ({source})"),
+            ("how", ", ".join(how)), ("batch", batch), ("time", f"{time} ({source})"), ("why", "\n".join(plan.reasons))]
+
+# %% ../../nbs/planning/32_plan.ipynb #bcfb7f20
+def correct(
+    plan, *,
+    peak_bytes=None,  # what a probed step needed; None: it was not measured
+    step_seconds=None,  # what it took, compiled
+):
+    "`plan` with what a probed step measured. ValueError for nothing, or a number that cannot be."
+    if peak_bytes is None and step_seconds is None:
+        raise ValueError("Give what the probe measured: peak_bytes, step_seconds or both.")
+    peak, step, said = plan.peak_bytes, plan.step_seconds, []
+    if peak_bytes is not None:
+        peak = check_number("peak_bytes", peak_bytes, above=0)
+        said.append(f"needed {human_bytes(peak)} (the forecast was {human_bytes(plan.peak_bytes)})")
+    if step_seconds is not None:
+        step = check_number("step_seconds", step_seconds, above=0)
+        forecast = f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""
+        said.append(f"took {step_time(step)}{forecast}")
+    return replace(plan, peak_bytes=int(peak), fits=peak <= plan.limit_bytes, step_seconds=step,
+                   seconds=step and plan.steps * step, source="probe",
+                   reasons=(*plan.reasons, f"A probed step {' and '.join(said)}."))
 
 # %% ../../nbs/planning/32_plan.ipynb #27a25a6d
 @dataclass(frozen=True)
 class Plan(Record):
-    "How a model will be trained on a machine, and why. Bytes and seconds are estimates until a probe has measured them."
+    "How a model will be trained, and why. Bytes and seconds are estimates until a probe has measured them."
     fits: bool
     recipe: Recipe  # how: method, precision, micro-batch and the rest
     peak_bytes: int
@@ -266,67 +283,24 @@ class Plan(Record):
     def blocks_per_step(self) -> int: return self.recipe.micro_batch * self.recipe.gradient_accumulation_steps
 
     def to_dict(self) -> dict:
-        "As one flat dict, the recipe's fields among the plan's own; `device` is the device's name."
+        "Flat, with the recipe's fields; `device` is the device's name."
         own = super().to_dict()
         return {**own.pop("recipe"), **own}
 
     def with_micro_batch(self, micro_batch, reason):
-        "The plan with a smaller micro-batch, in as many more accumulation steps, and the `reason` for it."
+        "The same with a smaller micro-batch and more accumulation steps, and the `reason` for it."
         steps = math.ceil(self.blocks_per_step / micro_batch)
         recipe = replace(self.recipe, micro_batch=micro_batch, gradient_accumulation_steps=steps)
         return replace(self, recipe=recipe, reasons=(*self.reasons, reason))
 
-    def corrected(self, *, peak_bytes=None, step_seconds=None): return correct(self, peak_bytes, step_seconds)
-
-    def _rows(self): return plan_rows(self)
-
-# %% ../../nbs/planning/32_plan.ipynb #20fa0611
-def plan_rows(
-    plan: Plan,
-) -> list:
-    "The rows of its table: does it fit, how, how long, why."
-    recipe, blocks = plan.recipe, plan.tokens // plan.recipe.block_size
-    source, share = "measured" if plan.source == "probe" else "estimate", plan.peak_bytes / plan.limit_bytes
-    bar = f"{'█' * min(20, round(20*share)):░<20}"
-    batch = (f"{recipe.micro_batch} × {recipe.gradient_accumulation_steps} = {plan.blocks_per_step} blocks "
-             f"of {recipe.block_size} tokens a step")
-    if blocks < plan.blocks_per_step: batch += f", but the text has {blocks}"
-    how = ["LoRA" if recipe.lora else "full training", recipe.precision, recipe.optimizer]
-    if recipe.gradient_checkpointing: how.append("gradient checkpointing")
-    if plan.torch_compile: how.append("torch.compile")
-    time = "unknown"
-    if plan.seconds is not None: time = f"{human_time(plan.seconds)} for {plan.steps:,} steps of {step_time(plan.step_seconds)}"
-    return [("fits", f"{'yes' if plan.fits else 'no'}, {plan.device}"),
-            ("memory", f"{bar} {human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)} ({source})"),
-            ("how", ", ".join(how)), ("batch", batch), ("time", f"{time} ({source})"), ("why", "\n".join(plan.reasons))]
-
-# %% ../../nbs/planning/32_plan.ipynb #bcfb7f20
-def correct(
-    plan: Plan,
-    peak_bytes=None,  # what a probed step needed; None: it was not measured
-    step_seconds=None,  # what it took, compiled
-) -> Plan:
-    "`plan` with what a probed step measured. ValueError for nothing, or a number that cannot be."
-    if peak_bytes is None and step_seconds is None:
-        raise ValueError("Give what the probe measured: peak_bytes, step_seconds or both.")
-    peak, step, said = plan.peak_bytes, plan.step_seconds, []
-    if peak_bytes is not None:
-        peak = check_number("peak_bytes", peak_bytes, above=0)
-        said.append(f"needed {human_bytes(peak)} (the forecast was {human_bytes(plan.peak_bytes)})")
-    if step_seconds is not None:
-        step = check_number("step_seconds", step_seconds, above=0)
-        forecast = f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""
-        said.append(f"took {step_time(step)}{forecast}")
-    return replace(plan, peak_bytes=int(peak), fits=peak <= plan.limit_bytes, step_seconds=step,
-                   seconds=step and plan.steps * step, source="probe",
-                   reasons=(*plan.reasons, f"A probed step {' and '.join(said)}."))
+    corrected, _rows = correct, plan_rows
 
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa5
-class Choice(Search):
-    "What a search has found: the recipe that is chosen, what it needs, and how long it takes."
+class Planner(Search):
+    "What a search has found, how long it takes, and why."
     @cached_property
     def chosen(self) -> Recipe:
-        "The best that fits, else what needs least."
+        "What fits, else what needs least."
         return self.best or min((r for way in self.ways for r in way), key=self.memory)
 
     @cached_property
@@ -342,7 +316,7 @@ class Choice(Search):
 
     @cached_property
     def time(self) -> tuple:
-        "Seconds of a step, those of all, None where they are unknown; whether to compile, and a reason."
+        "Seconds of a step and of all, None where they are unknown; whether to compile, and a reason."
         step = forecast_step(self.shape, self.chosen, device_of(self.runtime), self.blocks * self.text.block_size)
         seconds = None if step is None else self.steps * step
         compiled, terms, reason = pick_compile(self.config.torch_compile, self.runtime, seconds)
@@ -351,50 +325,6 @@ class Choice(Search):
             seconds = self.steps * step + terms.seconds
         return step, seconds, compiled, reason
 
-# %% ../../nbs/planning/32_plan.ipynb #f1617aa4
-def memory_reasons(
-    choice: Choice,
-) -> list:
-    "The verdict, and a sentence for each way that was passed over."
-    recipe, runtime, config, advice = choice.chosen, choice.runtime, choice.config, choice.advice
-    size = (f"{describe(recipe)} in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about "
-            f"{human_bytes(choice.peak)}; the limit is {human_bytes(choice.limit)}, 90% of "
-            f"{'the GPU' if runtime.device_memory else 'the free RAM'}.")
-    reasons = [f"It fits: {size}"]
-    if advice: reasons = [Sentence(f"It does not fit: {{size}} {advice.template}", size=size, **advice.values)]
-    own = next(way for way in choice.ways if recipe in way)
-    larger = min(max(micro_batches(config)), recipe.micro_batch * recipe.gradient_accumulation_steps)
-    if runtime.device == "cpu" and recipe.micro_batch == own[0].micro_batch < larger:
-        reasons.append(f"On this CPU a larger micro-batch would take over {PATIENCE} s by the forecast.")
-    for way in choice.ways if advice else choice.ways[:choice.ways.index(own)]:
-        least = min(choice.memory(r) for r in way)
-        if way is not own: reasons.append(f"Passed over: {describe(way[0])} needs {human_bytes(least)} at least.")
-    wanted = runtime.device == "cuda" and config.method != "lora" and config.optim is None
-    if wanted and (recipe.lora or advice) and "bitsandbytes" not in runtime.versions:
-        reasons.append("8-bit AdamW was not tried: bitsandbytes is not installed.")
-    return reasons
-
-# %% ../../nbs/planning/32_plan.ipynb #387e87fd
-def other_reasons(
-    choice: Choice,
-) -> list:
-    "On the text, the precision, the time, and what is not certain."
-    text, runtime, (_, seconds, _, compiling) = choice.text, choice.runtime, choice.time
-    reasons = missing_packages(choice.config, runtime)
-    if not choice.shape.gpt2:
-        reasons.insert(0, "The memory is a rough estimate: its constants were measured on GPT-2, and this is a model "
-                          f"of type {choice.shape.model_type}.")
-    reasons += [f"Precision {runtime.precision}.", f"{text.tokens:,} tokens ({text.source}) are {text.blocks:,} blocks; "
-                                                   f"that makes {choice.steps:,} steps of {choice.blocks:,}."]
-    if seconds is None:
-        return [*reasons, f"The time is not estimated: no speed of {runtime.device_name} is known here.", compiling]
-    device = device_of(runtime)
-    return [*reasons, f"The time assumes {device.share:.0%} of the peak of {device.name}, and leaves out evaluation and "
-                      "saving: a rough estimate until a step is measured.", compiling]
-
-# %% ../../nbs/planning/32_plan.ipynb #9c1e2a0d
-class Planner(Choice):
-    "A choice as a plan."
     @cached_property
     def reasons(self) -> tuple: return *memory_reasons(self), *other_reasons(self)
 
@@ -409,6 +339,43 @@ class Planner(Choice):
             steps=self.steps, torch_compile=compiled, tokens=self.text.tokens, parameters=self.shape.parameters,
             device=self.runtime.device_name, reasons=self.reasons)
 
+# %% ../../nbs/planning/32_plan.ipynb #f1617aa4
+def memory_reasons(planner: Planner) -> list:
+    "The verdict, and a sentence for each way that was passed over."
+    recipe, runtime, config, advice = planner.chosen, planner.runtime, planner.config, planner.advice
+    size = (f"{describe(recipe)} in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about "
+            f"{human_bytes(planner.peak)}; the limit is {human_bytes(planner.limit)}, 90% of "
+            f"{'the GPU' if runtime.device_memory else 'the free RAM'}.")
+    reasons = [f"It fits: {size}"]
+    if advice: reasons = [Sentence(f"It does not fit: {{size}} {advice.template}", size=size, **advice.values)]
+    own = next(way for way in planner.ways if recipe in way)
+    larger = min(max(micro_batches(config)), recipe.micro_batch * recipe.gradient_accumulation_steps)
+    if runtime.device == "cpu" and recipe.micro_batch == own[0].micro_batch < larger:
+        reasons.append(f"On this CPU a larger micro-batch would take over {PATIENCE} s by the forecast.")
+    for way in planner.ways if advice else planner.ways[:planner.ways.index(own)]:
+        least = min(planner.memory(r) for r in way)
+        if way is not own: reasons.append(f"Passed over: {describe(way[0])} needs {human_bytes(least)} at least.")
+    wanted = runtime.device == "cuda" and config.method != "lora" and config.optim is None
+    if wanted and (recipe.lora or advice) and "bitsandbytes" not in runtime.versions:
+        reasons.append("8-bit AdamW was not tried: bitsandbytes is not installed.")
+    return reasons
+
+# %% ../../nbs/planning/32_plan.ipynb #387e87fd
+def other_reasons(planner: Planner) -> list:
+    "On the text, the precision, the time, and what is not certain."
+    text, runtime = planner.text, planner.runtime
+    reasons = missing_packages(planner.config, runtime)
+    if not planner.shape.gpt2:
+        reasons.insert(0, "The memory is a rough estimate: its constants were measured on GPT-2, and this is a model "
+                          f"of type {planner.shape.model_type}.")
+    time = f"The time is not estimated: no speed of {runtime.device_name} is known here."
+    if device := device_of(runtime):
+        time = (f"The time assumes {device.share:.0%} of the peak of {device.name}, and leaves out evaluation and "
+                "saving: a rough estimate until a step is measured.")
+    size = (f"{text.tokens:,} tokens ({text.source}) are {text.blocks:,} blocks; "
+            f"that makes {planner.steps:,} steps of {planner.blocks:,}.")
+    return [*reasons, f"Precision {runtime.precision}.", size, time, planner.time[-1]]
+
 # %% ../../nbs/planning/32_plan.ipynb #21f8608f
 def plan_run(
     model,  # or its config: no weights are needed
@@ -416,9 +383,8 @@ def plan_run(
     runtime: Runtime,  # of `check_runtime` or `named_runtime`
     config: FinetuneConfig | None = None,  # None: the defaults. What it fixes is kept, fitting or not
 ) -> Plan:
-    """Forecast memory and time of a fine-tuning, and choose what `config` leaves open, at a constant effective batch:
-    micro-batch, gradient checkpointing, optimizer, method, precision, compiling. ValueError for a text of less than a
-    block, a block that the model cannot take, or a precision that the device cannot."""
+    """Forecast memory and time, and choose what `config` leaves open, at a constant effective batch. ValueError for a
+    text of less than a block, a block that the model cannot take, or a precision that the device cannot."""
     config, shape, size = config or FinetuneConfig(), shape_of(model), blocks.block_size
     runtime = pick_run_precision(config, runtime)
     check_number("tokens", blocks.tokens, minimum=1, integer=True)

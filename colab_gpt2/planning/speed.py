@@ -30,7 +30,7 @@ GiB = 2**30
 DEVICES = {
     # its 70 W sustain 24 TFLOP/s, 0.37, in products alone, and these are two thirds of a step
     "T4": Device("T4", int(14.74*GiB), (7, 5), peak_half=65e12, peak_fp32=8.1e12, bandwidth=320e9, share=0.25),
-    "L4": Device("L4", int(22.15*GiB), (8, 9), peak_half=121e12, peak_fp32=30.3e12, bandwidth=300e9, share=0.35),  # 72 W
+    "L4": Device("L4", int(22.15*GiB), (8, 9), peak_half=121e12, peak_fp32=30.3e12, bandwidth=300e9, share=0.35),
     # 0.5 compiled (Karpathy's 182k tokens/s of 124M); llm.c in CUDA: 0.63
     "A100-40": Device("A100", int(39.56*GiB), (8, 0), peak_half=312e12, peak_fp32=19.5e12, bandwidth=1555e9, share=0.4),
     "A100-80": Device("A100", int(79.14*GiB), (8, 0), peak_half=312e12, peak_fp32=19.5e12, bandwidth=2039e9, share=0.4),
@@ -109,7 +109,7 @@ def pick_compile(
     terms = COMPILING.get(kind, Compiling(0, 60))
     if asked is not None: return asked, terms, f"torch.compile is {'on' if asked else 'off'}, as asked for."
     if not (seconds and terms.gain): return False, terms, "torch.compile is off: what it would save here is not known."
-    if terms.gain < 0: return False, terms, "torch.compile is off: on a CPU it made training no faster, measured on GPT-2."
+    if terms.gain < 0: return False, terms, "torch.compile is off: on a CPU GPT-2 trains no faster with it."
     saved = seconds * (1 - 1/(1 + terms.gain))
     on = saved >= 2*terms.seconds
     costs = f"torch.compile would take about {terms.seconds:.0f} s and save about {human_time(saved)}"
