@@ -16,7 +16,7 @@ from pathlib import Path
 import requests
 
 from ..core import Record, atomic, cache_folder, check_space, human_bytes, nearest, sha256_of
-from ..errors import Sentence, about, fields_of
+from ..errors import Sentence, about
 from ..reporting import Bars, reporting, silent
 from .downloads import USER_AGENT, download, split_of, unzip
 
@@ -85,7 +85,7 @@ def check_text(
 # %% ../../nbs/text/11_corpus.ipynb #37a54cfa
 def measure(name, files, source):
     "The Corpus of the text `files` (split -> path), hashed in place."
-    files = {split: Path(files[split]) for split in SPLITS if files.get(split)}
+    files = {split: files[split] for split in SPLITS if split in files}
     return Corpus(name, **{split: files.get(split) for split in SPLITS}, source=str(source),
                   sha256={split: sha256_of(path) for split, path in files.items()},
                   bytes={split: path.stat().st_size for split, path in files.items()})
@@ -97,9 +97,9 @@ def recall(folder):
     if not manifest.exists(): return None
     try:
         known = json.loads(manifest.read_text(encoding="utf-8"))
-        files = {split: folder/f["file"] for split, f in known["splits"].items()}
-        corpus = measure(known["name"], files, known["source"])
-        if corpus.sha256 == {split: f["sha256"] for split, f in known["splits"].items()}: return corpus
+        splits = known["splits"]
+        corpus = measure(known["name"], {s: folder/splits[s]["file"] for s in splits}, known["source"])
+        if all(corpus.sha256[s] == splits[s]["sha256"] for s in splits): return corpus
     except (FileNotFoundError, ValueError): pass
     log.warning("%s is damaged; it is fetched or made again", folder)
 
@@ -175,18 +175,16 @@ class Published(Record):
 
 # %% ../../nbs/text/11_corpus.ipynb #118890e0
 WIKITEXT = {
-    name: Published(("hf://datasets/Salesforce/wikitext", f"https://wikitext.smerity.com/{name}.zip"), zip_sha256)
-    for name, zip_sha256 in (
-        ("wikitext-2-raw-v1", "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
-        ("wikitext-2-v1", "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),
-        ("wikitext-103-raw-v1", "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
-        ("wikitext-103-v1", "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"))}
-_raw = WIKITEXT["wikitext-2-raw-v1"]
-WIKITEXT["wikitext-2-raw-v1"] = Published(
-    (*_raw.sources, "hf://datasets/ggml-org/ci/wikitext-2-raw-v1.zip"), _raw.zip_sha256, files=dict(
-        train="6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
-        validation="4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
-        test="173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"))
+    name: Published(("hf://datasets/Salesforce/wikitext", f"https://wikitext.smerity.com/{name}.zip", *more), *sha256)
+    for name, more, *sha256 in (
+        ("wikitext-2-raw-v1", ["hf://datasets/ggml-org/ci/wikitext-2-raw-v1.zip"],
+         "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+         dict(train="6707892fa3788b5ab9ed78ab5ff37d9fe825f6011a2ad4fcd6a6d467f0e7da57",
+              validation="4cd0f6876d07a413aa911261ff6d363c72d757d47f0fdd6015702014c89cb9c7",
+              test="173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08")),
+        ("wikitext-2-v1", [], "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c"),
+        ("wikitext-103-raw-v1", [], "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
+        ("wikitext-103-v1", [], "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"))}
 
 # %% ../../nbs/text/11_corpus.ipynb #0c19ea97
 def bring(source, name, zip_sha256, root, stage, report=silent):
@@ -359,13 +357,14 @@ def load_corpus(
 
     ValueError for an unknown name or a text that cannot be used, FileNotFoundError for a file that does not exist,
     ConnectionError if no source of a published corpus has the right files and the cache does not either."""
-    root, path = cache_folder(cache_dir)/"corpora", Path(name).expanduser()
+    root = cache_folder(cache_dir)/"corpora"
     if train_file or eval_file: return load_files(train_file, eval_file, root, hold_out)
     with reporting(progress) as report, about("dataset"):
         if name in sources: return fetch(name, sources[name], root, report)
         if name == PYTHON_DOCS:
             version = platform.python_version()
             return cached(root/f"{name}-{version}", name, f"the language reference of Python {version}", python_docs)
+        path = Path(name).expanduser()
         if path.exists() or "/" in str(name) or path.suffix in (".txt", ".zip"): return load_path(path, root, report)
         near = nearest(name, [*sources, PYTHON_DOCS])
         raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{near}")

@@ -40,11 +40,8 @@ def retry_after(header) -> float:
     except InvalidHeader: return 0.0
 
 # %% ../../nbs/text/10_downloads.ipynb #b7ccd3c3
-def check_answer(
-    answer,  # a requests.Response
-    start,  # the byte that was asked for first
-):
-    "TryAgain, or ConnectionError if that is useless, unless `answer` holds the file from byte `start`, or all of it."
+def check_answer(answer, start):
+    "TryAgain, or ConnectionError if that is useless, unless `answer` (a Response) holds all bytes, or those from `start`."
     status, said = answer.status_code, f"answered {answer.status_code} {answer.reason}"
     if status == 429 or status >= 500:
         wait = retry_after(answer.headers.get("Retry-After"))
@@ -90,8 +87,8 @@ def download(
     path,  # where the file goes, by way of `path`.part
     sha256,  # of the right file
     *,
-    tries=4,  # requests, as long as the server is busy or breaks off
-    wait=0.5,  # seconds before the second try, twice as many before the third, and so on
+    tries=4,  # while the server is busy or breaks off
+    wait=0.5,  # seconds before the second try; see `retried`
     report=silent,
 ) -> Path:
     "The file at `url` as `path`; ConnectionError if it cannot be had, or if its bytes are wrong."

@@ -139,8 +139,8 @@ def write_part(path, file, out, encoder, report=silent):
     counts = file.counts(complete=False) or dict(tokens=0, words=0, bytes=0)
     out.truncate(counts["tokens"] * encoder.dtype.itemsize)
     what, size, due = f"Tokenising {path.name}", path.stat().st_size, counts["bytes"] + EVERY
-    report(what, counts["bytes"], size)
     try:
+        report(what, counts["bytes"], size)
         with open_text(path, counts["bytes"]) as text:
             for counts in write_ids(read_segments(text, encoder.cut), encoder, out, counts):
                 if counts["bytes"] >= due:
