@@ -188,6 +188,11 @@ def test_requirements_fit_the_second_environment():
     assert unmet(ROOT/"constraints-colab.txt") == []
 
 
+def test_what_runs_on_colabs_versions_exists():
+    [names] = re.findall(r"(?m)^VERSIONED := \$\(addprefix tests/test_,(.+)\)$", (ROOT/"Makefile").read_text(encoding="utf-8"))
+    assert [name for name in names.split() if not (ROOT/"tests"/f"test_{name}").exists()] == []
+
+
 def test_no_package_that_colab_pins_is_constrained():
     pinned = {"google-auth", "ipykernel", "ipyparallel", "ipython", "pandas", "jupyter-server", "portpicker", "requests", "tornado"}
     for r in map(Requirement, SETTINGS["DEFAULT"]["requirements"].split()):
