@@ -227,7 +227,7 @@ def test_save_and_restore_on_colab(colab, archive, model, tmp_path, monkeypatch)
     mount_here(monkeypatch, colab)
     saved = save_to_drive(archive, progress=False)
     assert saved.path == colab.mountpoint/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz" and saved.sha256 == archive.sha256
-    assert saved.note.startswith("Read back completely, but from this machine: Drive uploads in the background")
+    assert saved.note.startswith("Read back, but from this machine: Drive uploads in the background")
     again = save_to_drive(archive, drive=colab.mountpoint/"My Drive", flush=True, progress=False)
     assert again.path == saved.path and "there already" in again.note and "flushed and unmounted" in again.note
     assert os.listdir(colab.mountpoint) == []
@@ -238,7 +238,7 @@ def test_save_and_restore_on_colab(colab, archive, model, tmp_path, monkeypatch)
 
 def test_the_note_says_what_was_replaced(colab, archive, my_drive, old):
     saved = save_to_drive(archive, drive=my_drive, overwrite=True, progress=False)
-    note = "It replaced a file of the same name with other content (3 B). Read back completely, but from this machine"
+    note = "It replaced a file of the same name with other content (3 B). Read back, but from this machine"
     assert saved.path == old and saved.note.startswith(note)
     changed = bytearray(old.read_bytes())
     changed[-1] ^= 1
@@ -256,7 +256,7 @@ def test_the_model_of_another_day_stays(colab, archive, my_drive, old):
         saved = save_to_drive(archive, drive=my_drive, progress=False)
         assert saved.path == old.with_name("gpt2-tuned-2.tar.gz") and old.read_bytes() == before
         assert saved.note.startswith("gpt2-tuned.tar.gz is another file there and stays as it is. ")
-        assert "Read back completely, but from this machine" in saved.note
+        assert "Read back, but from this machine" in saved.note
     assert sorted(os.listdir(old.parent)) == ["gpt2-tuned-2.tar.gz", "gpt2-tuned.tar.gz"]
 
 
