@@ -202,7 +202,7 @@ def test_unpacked_into_an_empty_folder_that_stays_the_same(archive, tmp_path, mo
     monkeypatch.chdir(tmp_path/"here")
     extract_archive(archive.path, ".", progress=False)
     assert sorted(os.listdir()) == ["config.json", "model.safetensors"]
-    with pytest.raises(FileExistsError, match="is not empty, and nothing in it will be overwritten"):
+    with pytest.raises(FileExistsError, match="is not empty, and nothing in it is overwritten"):
         extract_archive(archive.path, ".")
 
 

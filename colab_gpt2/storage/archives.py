@@ -73,9 +73,9 @@ ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails unde
                "try again in a minute, or choose another folder.",
     errno.ENOTCONN: f"Drive's mount has gone (errno 107). {REMOUNT}, then try again."}
 
-# %% ../../nbs/storage/50_archives.ipynb #97bfda8d
+# %% ../../nbs/storage/50_archives.ipynb #0932333d
 def same_kind(error, message) -> OSError:
-    "An exception of the class and errno of the OSError `error`, with another `message`."
+    "An exception like the OSError `error`, of its class and errno, with another `message`."
     made = type(error)(message)
     made.errno = error.errno
     return made
@@ -200,7 +200,7 @@ def empty_folder(folder) -> Path:
     if not folder.exists(): return folder
     if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; give a folder to unpack into.")
     if not any(folder.iterdir()): return folder
-    raise FileExistsError(f"{folder} is not empty, and nothing in it will be overwritten. Give a new folder.")
+    raise FileExistsError(f"{folder} is not empty, and nothing in it is overwritten. Give a new one.")
 
 # %% ../../nbs/storage/50_archives.ipynb #e9ebe6c3
 def unpack(path, folder, report, called):

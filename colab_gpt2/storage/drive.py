@@ -88,7 +88,7 @@ def may_pass(error) -> bool:
 
 # %% ../../nbs/storage/51_drive.ipynb #5838a40a
 def is_folder(path) -> bool:
-    "Whether `path` is a folder; unlike os.path.isdir it raises for a mount that has gone (errno 107)."
+    "Whether `path` is a folder; unlike os.path.isdir, an error for a mount that has gone."
     with explained(f"Reading {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return stat.S_ISDIR(os.stat(path).st_mode)
     return False
@@ -156,7 +156,7 @@ def mount_error(error, mountpoint):
     name, reason = type(error).__name__, f"{type(error).__name__}: {error}"
     if isinstance(error, AttributeError):  # 'NoneType' object has no attribute 'kernel'
         return RuntimeError("Drive can only be mounted from a cell, not from a script or a !command. "
-                            "Call mount_drive() in a cell, then run this again.")
+                            "Call mount_drive() in a cell first.")
     if name == "MessageError":
         return PermissionError(f"Drive was not authorised ({reason}). Run mount_drive() again and allow the access.")
     if name in ("TIMEOUT", "EOF"):
@@ -222,8 +222,8 @@ def flush_drive():
 # %% ../../nbs/storage/51_drive.ipynb #f2a1fcc8
 NOTE = ("Read back, but from this machine: Drive uploads in the background and may fail silently. "
         "Look for it on drive.google.com before you close the runtime.")
-FLUSHED = ("Read back, then flushed and unmounted (mount_drive() mounts it again). Colab reported no error, "
-           "which is no proof: look for it on drive.google.com.")
+FLUSHED = ("Read back, then flushed and unmounted (mount_drive() mounts it again). Look for it on "
+           "drive.google.com: that Colab reported no error is no proof.")
 
 # %% ../../nbs/storage/51_drive.ipynb #0a3b1adf
 def check_folder(folder):
