@@ -73,9 +73,9 @@ ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails unde
                "try again in a minute, or choose another folder.",
     errno.ENOTCONN: f"Drive's mount has gone (errno 107). {REMOUNT}, then try again."}
 
-# %% ../../nbs/storage/50_archives.ipynb #0932333d
+# %% ../../nbs/storage/50_archives.ipynb #629511a3
 def same_kind(error, message) -> OSError:
-    "An exception like the OSError `error`, of its class and errno, with another `message`."
+    "An error of the class and errno of `error`, with another `message`."
     made = type(error)(message)
     made.errno = error.errno
     return made
@@ -186,12 +186,12 @@ def plain_members(tar, path, folder) -> dict:
 # %% ../../nbs/storage/50_archives.ipynb #8eeec475
 @contextlib.contextmanager
 def reading_archive(path, called):
-    "The open archive `path`; ValueError, in which it is `called` so, if it is truncated, corrupted or no .tar.gz."
+    "The open archive `path`, in messages `called`; ValueError if it cannot be read to its end."
     try:
         with tarfile.open(path, "r:gz") as tar: yield tar
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
-        found = "truncated, corrupted or not a .tar.gz archive"
-        raise ValueError(f"{called} is {found} ({e}). Copy or make it again.") from e
+        kind = "truncated, corrupted or not a .tar.gz archive"
+        raise ValueError(f"{called} is {kind} ({e}). Copy or make it again.") from e
 
 # %% ../../nbs/storage/50_archives.ipynb #eef84516
 def empty_folder(folder) -> Path:
