@@ -97,8 +97,8 @@ def encode_prompt(prompt, tokenizer, context) -> list:
         if ids == [None]: raise ValueError(Sentence("{prompt} is empty, and the tokenizer has no end-of-text token."))
         warnings.warn(Sentence("{prompt} is empty: the text starts from the end-of-text token."), stacklevel=4)
     if len(ids) < context: return ids
-    told = "{prompt} has {n} tokens and the model's context is {context}: only its last {kept} are used."
-    warnings.warn(Sentence(told, n=len(ids), context=context, kept=context - 1), stacklevel=4)
+    cut = "{prompt} has {n} tokens and the model's context is {context}: only its last {kept} are used."
+    warnings.warn(Sentence(cut, n=len(ids), context=context, kept=context - 1), stacklevel=4)
     return ids[1 - context:]
 
 # %% ../nbs/61_generation.ipynb #345fbcbc

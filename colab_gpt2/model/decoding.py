@@ -89,8 +89,8 @@ class GPT2Reader:
         return self.logits(ids, slice(start, self.length), self.length).float().expand(self.samples, -1)
 
     def logits(self, ids, at, end=None, mask=None):
-        """Logits (rows, vocabulary) of what follows `ids` (rows, tokens), whose place in the cache is `at`. They see its
-        first `end` places, or those of `mask`."""
+        """Logits (rows, vocabulary) of what follows `ids` (rows, tokens), whose place in the cache is `at`. They see
+        the first `end` places of it, or those of `mask`."""
         rows, tokens = ids.shape
         first = end == tokens  # nothing stands before
         x = (F.embedding(ids, self.words) + self.places[at]).flatten(0, 1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'MODELS', 'WEIGHTS', 'TOKENIZERS', 'WITHOUT_NETWORK', 'OFFLINE', 'DTYPES', 'UNSTATED_CONTEXT',
            'gpt2_parameters', 'ModelInfo', 'locate', 'check_files', 'from_cache', 'quiet', 'hub_answer', 'explain',
-           'loading', 'hub_files', 'ready', 'load_tokenizer', 'check_causal', 'load_config', 'new_model', 'load_model',
+           'loading', 'ready', 'load_tokenizer', 'check_causal', 'load_config', 'new_model', 'load_model',
            'model_context', 'keeps_logits', 'check_match']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
@@ -165,12 +165,6 @@ def loading(place):
         if out_of_memory(e) or isinstance(e, OSError) and e.errno: raise
         raise explain(e, str(place)) from e
 
-# %% ../../nbs/model/20_loading.ipynb #378d810a
-def hub_files(hub_id) -> list:
-    "The names of the files of a model on the Hub."
-    with loading(hub_id): info = huggingface_hub.model_info(hub_id)  # list_repo_files retries for half a minute
-    return [f.rfilename for f in info.siblings]
-
 # %% ../../nbs/model/20_loading.ipynb #74452046
 def ready(name, cache_dir, *needs):
     "Where to load `name` from: a folder, or a Hub id if the Hub answers. One of each of `needs` is there."
@@ -178,7 +172,9 @@ def ready(name, cache_dir, *needs):
     if isinstance(place, Path): files = [p.name for p in place.iterdir()]
     elif trouble := hub_trouble(): return from_cache(place, cache_dir, *needs, trouble=trouble)
     else:
-        try: files = hub_files(place)
+        try:
+            with loading(place): info = huggingface_hub.model_info(place)  # list_repo_files retries for half a minute
+            files = [f.rfilename for f in info.siblings]
         except ConnectionError as e:
             try: return from_cache(place, cache_dir, *needs)
             except ConnectionError: raise e from None  # what the Hub answered says more
