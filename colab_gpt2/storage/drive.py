@@ -152,7 +152,7 @@ def copy_verified(
 
 # %% ../../nbs/storage/51_drive.ipynb #e7f783fa
 def mount_error(error, mountpoint):
-    "The exception to raise in the place of `error`, which google.colab.drive.mount raised."
+    "The exception to raise for `error`, which google.colab.drive.mount raised."
     name, reason = type(error).__name__, f"{type(error).__name__}: {error}"
     if isinstance(error, AttributeError):  # 'NoneType' object has no attribute 'kernel'
         return RuntimeError("Drive can only be mounted from a cell, not from a script or a !command. "
@@ -210,7 +210,7 @@ def mount_drive(
 
 # %% ../../nbs/storage/51_drive.ipynb #8a995293
 def flush_drive():
-    "Wait until Drive has uploaded everything, and unmount it; nothing outside Colab. OSError if Colab says it failed."
+    "Wait until Drive has uploaded everything, and unmount it; nothing outside Colab. OSError if that failed."
     if not in_colab(): return
     try:
         from google.colab import drive
