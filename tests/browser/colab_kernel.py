@@ -1,4 +1,4 @@
-"An ipykernel whose shell says what Colab's says: `python colab_kernel.py -f CONNECTION_FILE`. google.colab is the stub, found by PYTHONPATH."
+"An ipykernel that answers as Colab's: `python colab_kernel.py -f CONNECTION_FILE`; google.colab is the stub."
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelapp import IPKernelApp
 from ipykernel.zmqshell import ZMQInteractiveShell

@@ -1,4 +1,4 @@
-"The three front ends that the tests open in a browser, and a server for each: in a folder of its own, on this machine only, ended by its process id."
+"The three front ends that the tests open in a browser, and a server for each, in a folder of its own."
 import contextlib, json, os, secrets, shutil, signal, socket, subprocess, time, urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +37,15 @@ class Server:
     def url(self, notebook): return f"{self.address}/{self.front_end.path}/{notebook}?token={self.token}"
 
     def ask(self, code, seconds=60) -> str:
-        "What `code` prints in the only kernel, once that has nothing else to do: for what no user can do, breaking the Drive, and to look at what a panel holds."
+        "What `code` prints in the only kernel, once that is idle: for what no user can do, and to look into a panel."
         printed = []
+        def hear(message): printed.append(message["content"].get("text", ""))
         client = BlockingKernelClient(connection_file=str(next(self.runtime.glob("kernel-*.json"))))
         client.load_connection_file()
         client.start_channels()
-        try: reply = client.execute_interactive(code, store_history=False, timeout=seconds, output_hook=lambda m: printed.append(m["content"].get("text", "")))
+        try: reply = client.execute_interactive(code, store_history=False, timeout=seconds, output_hook=hear)["content"]
         finally: client.stop_channels()
-        if reply["content"]["status"] != "ok": raise RuntimeError(f"{reply['content']['ename']}: {reply['content']['evalue']}")
+        if reply["status"] != "ok": raise RuntimeError(f"{reply['ename']}: {reply['evalue']}")
         return "".join(printed)
 
 
@@ -55,18 +56,23 @@ def free_port():
 
 
 def environment(folder, front_end):
-    "Variables for a server that knows nothing of this user's Jupyter, caches and pip, whose kernels believe that they are Colab's, without a network."
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "JUPYTER", "IPYTHON", "COLAB", "HF_", "PYTEST"))}
-    places = {k: str(folder/v) for k, v in dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime", IPYTHONDIR="ipython",
-                                                JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces", XDG_CACHE_HOME="cache").items()}
-    stub = dict(PYTHONPATH=str(STUB), COLAB_RELEASE_TAG="release-colab_stub", TBE_EPHEM_CREDS_ADDR="127.0.0.1:9", COLAB_STUB_DRIVE=str(folder/"drive"), JUPYTER_PATH=str(folder/"kernels"))
+    "Variables for a server that knows nothing of this user, whose kernels believe that they are Colab's, offline."
+    own = ("PIP_", "JUPYTER", "IPYTHON", "COLAB", "HF_", "PYTEST")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime",
+                  IPYTHONDIR="ipython", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces",
+                  XDG_CACHE_HOME="cache", COLAB_STUB_DRIVE="drive", JUPYTER_PATH="kernels")
+    stub = dict(PYTHONPATH=str(STUB), COLAB_RELEASE_TAG="release-colab_stub", TBE_EPHEM_CREDS_ADDR="127.0.0.1:9")
     offline = dict(PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")  # the install cell must be content with what is installed
-    return {**kept, **places, **stub, **offline, "PATH": f"{front_end.python.parent}{os.pathsep}{os.environ['PATH']}", "JUPYTER_TOKEN": secrets.token_hex(16)}
+    path = f"{front_end.python.parent}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, **{k: str(folder/v) for k, v in places.items()}, **stub, **offline, "PATH": path,
+            "JUPYTER_TOKEN": secrets.token_hex(16)}
 
 
 def write_kernel(folder, python):
     "The kernel `python3`, started by colab_kernel.py; `folder` is for JUPYTER_PATH."
-    spec = dict(argv=[str(python), str(Path(__file__).with_name("colab_kernel.py")), "-f", "{connection_file}"], display_name="Python 3", language="python")
+    words = [str(python), str(Path(__file__).with_name("colab_kernel.py")), "-f", "{connection_file}"]
+    spec = dict(argv=words, display_name="Python 3", language="python")
     place = folder/"kernels"/"python3"  # as Jupyter wants it below each folder of JUPYTER_PATH
     place.mkdir(parents=True)
     (place/"kernel.json").write_text(json.dumps(spec))
@@ -74,7 +80,8 @@ def write_kernel(folder, python):
 
 def write_settings(folder, front_end):
     "No questions about news, which JupyterLab asks, and no praise of its successor by the classic notebook."
-    places = {"lab": ("settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings", dict(fetchNews="false", checkForUpdates=False)),
+    places = {"lab": ("settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings",
+                      dict(fetchNews="false", checkForUpdates=False)),
               "notebook-6": ("config/jupyter_notebook_config.json", dict(NotebookApp=dict(show_banner=False)))}
     if front_end.name not in places: return
     name, values = places[front_end.name]
@@ -86,8 +93,9 @@ def wait_until_up(process, server, seconds=60):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None: break
+        status = f"{server.address}/api/status?token={server.token}"
         with contextlib.suppress(OSError):
-            if urllib.request.urlopen(f"{server.address}/api/status?token={server.token}", timeout=5).status == 200: return
+            if urllib.request.urlopen(status, timeout=5).status == 200: return
         time.sleep(0.2)
     raise RuntimeError(f"The server of {server.front_end.name} did not come up:\n{server.log.read_text()[-3000:]}")
 
@@ -106,7 +114,8 @@ def content(folder=Path("/content")):
     "Colab's folder, made if need be, with no Drive mounted below it before or afterwards."
     folder.mkdir(exist_ok=True)
     mountpoint = folder/"drive"
-    if mountpoint.exists(): raise RuntimeError(f"{mountpoint} is there already. A Drive is mounted there and removed afterwards: remove it, if it is nobody's.")
+    if mountpoint.exists():
+        raise RuntimeError(f"{mountpoint} exists. A Drive is mounted there and removed afterwards: move it away.")
     try: yield
     finally:
         if mountpoint.exists(): shutil.rmtree(mountpoint)  # links to the folder behind the Drive
@@ -115,13 +124,16 @@ def content(folder=Path("/content")):
 @contextlib.contextmanager
 def serving(front_end, folder):
     "A running Server for the notebooks in `folder`/notebooks."
-    if not front_end.python.exists(): raise RuntimeError(f"{front_end.python} is missing; `make test-browser` sets it up.")
+    if not front_end.python.exists():
+        raise RuntimeError(f"{front_end.python} is missing; `make test-browser` sets it up.")
     (folder/"notebooks").mkdir(parents=True, exist_ok=True)
     write_kernel(folder/"kernels", front_end.python)
     write_settings(folder, front_end)
     env, port = environment(folder, front_end), free_port()
-    words = [front_end.python, "-m", "jupyter", front_end.command, "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
-    server = Server(front_end, folder/"notebooks", folder/"runtime", f"http://127.0.0.1:{port}", env["JUPYTER_TOKEN"], folder/"server.log")
+    words = [front_end.python, "-m", "jupyter", front_end.command, "--no-browser", "--allow-root", "--ip=127.0.0.1",
+             f"--port={port}"]
+    address, token = f"http://127.0.0.1:{port}", env["JUPYTER_TOKEN"]
+    server = Server(front_end, folder/"notebooks", folder/"runtime", address, token, folder/"server.log")
     with content(), open(server.log, "w") as log:
         process = subprocess.Popen(words, cwd=server.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:

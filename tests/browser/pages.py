@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import nbformat
 
 CLASSIC = dict(
-    ready=".kernel_idle_icon", interrupt="[data-jupyter-action='jupyter-notebook:interrupt-kernel']", run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell", prompt=".code_cell .input_prompt")
+    ready=".kernel_idle_icon", interrupt="[data-jupyter-action='jupyter-notebook:interrupt-kernel']",
+    run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell",
+    prompt=".code_cell .input_prompt")
 MODERN = dict(
-    ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", run_all=(".lm-MenuBar-item:has-text('Run')", ".lm-Menu-item[data-command='runmenu:run-all']"),
-    save="[data-command='docmanager:save']", interrupt="[data-command='notebook:interrupt-kernel']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt")
+    ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", interrupt="[data-command='notebook:interrupt-kernel']",
+    run_all=(".lm-MenuBar-item:has-text('Run')", ".lm-Menu-item[data-command='runmenu:run-all']"),
+    save="[data-command='docmanager:save']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt")
 BEGUN = "selector => [...document.querySelectorAll(selector)].some(prompt => /\\[[*\\d]/.test(prompt.textContent))"
 ALL_RAN = "selector => [...document.querySelectorAll(selector)].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))"
 
@@ -23,15 +26,17 @@ class Notebook:
 
     def __post_init__(self):
         self.at = CLASSIC if self.server.front_end.name == "notebook-6" else MODERN
-        self.connected = False  # to the kernel, which has told the front end what widgets it holds: the last question of an opening notebook
+        self.connected = False  # to the kernel, which has told what widgets it holds: the last question on opening
         self.complaints = []  # of the page's own scripts
         self.page.on("websocket", lambda socket: socket.on("framereceived", self.heard))
-        self.page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
+        self.page.on("console", self.complain)
 
+    def complain(self, message):
+        if message.type == "error": self.complaints.append(message.text)
     def open(self):
         self.page.goto(self.server.url(self.name))
         self.page.locator(self.at["cell"]).first.wait_for()
-        self.wait_until(lambda: self.connected, 60)  # JupyterLab calls a kernel idle before it has reached it, and a cell that is run then may show nothing
+        self.wait_until(lambda: self.connected, 60)  # JupyterLab calls a kernel idle before it has reached it
         self.page.locator(self.at["ready"]).first.wait_for()
         return self
 
@@ -62,7 +67,8 @@ class Notebook:
         "The notebook as it is on the disk after a click on Save."
         path, before = self.server.folder/self.name, (self.server.folder/self.name).stat().st_mtime_ns
         def written():
-            with contextlib.suppress(ValueError): return path.stat().st_mtime_ns != before and nbformat.read(path, as_version=4)  # servers write in place, and for a moment there is a part of it
+            if path.stat().st_mtime_ns == before: return None
+            with contextlib.suppress(ValueError): return nbformat.read(path, as_version=4)  # it is written in place
         self.page.locator(self.at["save"]).first.click()
         return self.wait_until(written)
 
@@ -72,7 +78,9 @@ class Notebook:
 
     def set_theme(self, name):
         "By the menu of a front end that has themes."
-        for menu in (".lm-MenuBar-item:has-text('Settings')", ".lm-Menu-item:has-text('Theme')", f".lm-Menu-item:has(.lm-Menu-itemLabel:text-is('{name}'))"): self.page.locator(menu).first.click()
+        for menu in (".lm-MenuBar-item:has-text('Settings')", ".lm-Menu-item:has-text('Theme')",
+                     f".lm-Menu-item:has(.lm-Menu-itemLabel:text-is('{name}'))"):
+            self.page.locator(menu).first.click()
         self.page.locator(f"body[data-jp-theme-name='{name}']").wait_for(state="attached")
 
     def picture(self, name, of=None):

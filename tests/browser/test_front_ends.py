@@ -1,4 +1,4 @@
-"What the panels stand on, without them: a click is handled in the middle of a running cell, and the cells behind it wait."
+"What the panels stand on, without them: a click is handled while a cell runs, and the cells after it wait."
 import re, time
 
 import pytest
@@ -22,8 +22,9 @@ said.value = f"<b>stopped at {step}</b>"
 
 @pytest.mark.timeout(120)
 def test_a_click_is_handled_while_a_cell_runs(opened, record_property):
-    notebook = opened(new_notebook(cells=[new_code_cell(LOOP), new_code_cell("print('afterwards:', step)")],
-                                   metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))))
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    cells = [new_code_cell(LOOP), new_code_cell("print('afterwards:', step)")]
+    notebook = opened(new_notebook(cells=cells, metadata=kernel))
     notebook.run_all()
     notebook.page.get_by_text(re.compile(r"^at \d\d")).wait_for()
     clicked = time.monotonic()
@@ -33,5 +34,6 @@ def test_a_click_is_handled_while_a_cell_runs(opened, record_property):
     record_property("seconds from a click to its effect", f"{seconds:.2f}")
     notebook.wait_until_run(20)
     loop, after = notebook.saved().cells
-    assert after.outputs[0].text == f"afterwards: {notebook.page.get_by_text('stopped at').last.text_content().split()[-1]}\n"
+    step = notebook.page.get_by_text("stopped at").last.text_content().split()[-1]
+    assert after.outputs[0].text == f"afterwards: {step}\n"
     assert seconds < 3 and notebook.complaints == [], (seconds, notebook.complaints)

@@ -1,4 +1,4 @@
-"A run that the notebook's own button interrupts, and one whose page is loaded anew in the middle; and `app`, the five panels in one."
+"A run that the notebook's own button interrupts, one whose page is loaded again; and `app`, the five panels in one."
 import re
 
 import pytest
@@ -9,7 +9,8 @@ from test_newcomer import fill, press, wait_said
 
 pytestmark = pytest.mark.timeout(300)
 APP = "from colab_gpt2 import FinetunePanel, app\n\nshown = app()\nshown"
-RUN = """training = FinetunePanel(model="tiny", dataset="python-docs", max_new_tokens=20, logging_steps=1, num_train_epochs=20, output_dir="midway", overwrite_output_dir=True)
+RUN = """training = FinetunePanel(model="tiny", dataset="python-docs", max_new_tokens=20, logging_steps=1,
+                         num_train_epochs=20, output_dir="midway", overwrite_output_dir=True)
 display(training)
 training.start();"""
 
@@ -17,7 +18,8 @@ training.start();"""
 @pytest.fixture(scope="module")
 def begun(opened):
     "A notebook with `app` in its first cell, whose second cell trains."
-    notebook = opened(new_notebook(cells=[new_code_cell(APP), new_code_cell(RUN)], metadata=dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))))
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    notebook = opened(new_notebook(cells=[new_code_cell(APP), new_code_cell(RUN)], metadata=kernel))
     notebook.run_all()
     curve(notebook).wait_for(timeout=90_000)
     return notebook
@@ -55,7 +57,8 @@ def test_the_notebooks_own_stop_button(begun):
     stopped_at(begun)
     begun.picture("interrupted", panel(begun))
     begun.wait_until_run(20)
-    assert [output for cell in begun.saved().cells for output in cell.outputs if output.output_type in ("error", "stream")] == []
+    outputs = [output for cell in begun.saved().cells for output in cell.outputs]
+    assert [output for output in outputs if output.output_type in ("error", "stream")] == []
 
 
 def test_the_page_is_loaded_anew_while_a_click_trains(begun):
@@ -77,7 +80,7 @@ def test_the_page_is_loaded_anew_while_a_cell_trains(begun):
 
 
 def test_app(begun):
-    "One cell that shows all five, a tab for each: the first has looked at the machine, and the second cuts the text as the third says."
+    "One cell that shows all five, a tab for each: the first has looked at the machine, the second follows the third."
     machine, text, training = map(begun.panel, ("1. The machine", "2. The text", "3. Fine-tune"))
     tab = lambda name: begun.page.locator(".lm-TabBar-tab, .p-TabBar-tab").filter(has_text=name).click()
     begun.page.locator(".lm-TabBar-tab, .p-TabBar-tab").first.wait_for()

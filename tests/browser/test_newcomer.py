@@ -1,4 +1,4 @@
-"The tutorial as a newcomer meets it, in each front end: open, Run all, read; then the five panels by hand. Each test needs no more than that all was run once."
+"The tutorial as a newcomer meets it, in each front end: open, Run all, read; then the five panels by hand."
 import re, time
 from pathlib import Path
 
@@ -9,7 +9,9 @@ from playwright.sync_api import TimeoutError, expect
 from front_ends import ROOT
 
 pytestmark = pytest.mark.timeout(300)
-MACHINE, TEXT, TRAINING, WRITING, DRIVE = "1. The machine", "2. The text", "3. Fine-tune", "4. Generate", "5. Save to Drive"
+TITLES = MACHINE, TEXT, TRAINING, WRITING, DRIVE = (
+    "1. The machine", "2. The text", "3. Fine-tune", "4. Generate", "5. Save to Drive")
+PICTURES = dict(machine=MACHINE, text=TEXT, trained=TRAINING, written=WRITING, saved=DRIVE)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +32,9 @@ def said(panel): return panel.get_by_role("status").or_(panel.get_by_role("alert
 
 
 def wait_said(panel, words, seconds=60):
-    "Until the panel's sentence of state begins with `words`; -> the sentence. The traceback that is folded into one may have any words."
-    try: panel.locator(".cg-note, .cg-error").filter(has_text=re.compile(rf"^\W*{re.escape(words)}")).last.wait_for(timeout=seconds * 1000)
+    "Until the panel's sentence of state begins with `words`; -> the sentence."
+    begins = re.compile(rf"^\W*{re.escape(words)}")
+    try: panel.locator(".cg-note, .cg-error").filter(has_text=begins).last.wait_for(timeout=seconds * 1000)
     except TimeoutError: raise AssertionError(f"The panel says {said(panel)!r}, not {words!r}.") from None
     return said(panel)
 
@@ -46,13 +49,15 @@ def press(panel, name): panel.get_by_role("button", name=name, exact=True).click
 
 
 def test_run_all(ran, record_property):
-    "To the end, with a model on the Drive; nothing on stderr, no error, no complaint of the page, and a picture that stays when the kernel is gone."
+    "To the end, with a model on the Drive; no error, nothing on stderr, no complaint, a picture that stays."
     saved = ran.saved()
     outputs = [output for cell in saved.cells for output in cell.get("outputs", ())]
-    assert [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr" and o.text != "Mounted at /content/drive\n"] == []  # so says Colab
+    mounted = "Mounted at /content/drive\n"  # so says Colab
+    assert [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr" and o.text != mounted] == []
     assert "No GPU" in ran.panel(MACHINE).inner_text() and "Done in" in said(ran.panel(TRAINING))
     assert "There is no GPU here, so this starts with the small embedded model" in ran.panel(TRAINING).inner_text()
-    assert [panel.inner_text() for panel in ran.page.locator(".cg-panel").all() if "Note:" in panel.inner_text()] == []  # so does a panel say a warning
+    told = [panel.inner_text() for panel in ran.page.locator(".cg-panel").all()]
+    assert [text for text in told if "Note:" in text] == []  # as a panel begins a warning
     assert said(ran.panel(DRIVE)).startswith("✓ Saved gpt2-tuned.tar.gz"), said(ran.panel(DRIVE))
     assert (ran.server.folder.parent/"drive"/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz").exists()
     assert any("image/svg+xml" in o.get("data", {}) for o in outputs)
@@ -60,7 +65,7 @@ def test_run_all(ran, record_property):
     spent, seconds = map(float, ran.server.ask("print(training.live.spent, training.result.seconds)").split())
     record_property("pump and pictures", f"{spent:.2f} s of {seconds:.0f} s, {spent/seconds:.2%}")
     assert spent / seconds < 0.02
-    for name, title in dict(machine=MACHINE, text=TEXT, trained=TRAINING, written=WRITING, saved=DRIVE).items(): ran.picture(name, ran.panel(title))
+    for name, title in PICTURES.items(): ran.picture(name, ran.panel(title))
 
 
 def test_train_by_hand(ran, record_property):
@@ -69,14 +74,17 @@ def test_train_by_hand(ran, record_property):
     fill(panel, "Learning rate", "-1")
     panel.get_by_text("“Learning rate” is -1").wait_for()
     expect(panel.get_by_role("button", name="Start", exact=True)).to_be_disabled()
-    assert panel.get_by_label("Learning rate", exact=True).evaluate("e => getComputedStyle(e).borderColor") == "rgb(220, 38, 38)"
+    border = panel.get_by_label("Learning rate", exact=True).evaluate("e => getComputedStyle(e).borderColor")
+    assert border == "rgb(220, 38, 38)"
     ran.picture("bad-value", panel)
     fill(panel, "Learning rate", "1e-3")
     context = panel.get_by_label("Block size", exact=True).input_value()
     fill(panel, "Block size", "4096")
-    expect(panel.get_by_text("“Block size” is 4096, but the model's context is")).to_have_count(2)  # at the field, and in place of the forecast
+    refused = panel.get_by_text("“Block size” is 4096, but the model's context is")
+    expect(refused).to_have_count(2)  # at the field, and in place of the forecast
     expect(panel.get_by_role("button", name="Start", exact=True)).to_be_disabled()
-    for label, text in {"Block size": context, "Learning rate": "5e-4", "Epochs": "0.6", "Output folder": "by-hand"}.items(): fill(panel, label, text)
+    settings = {"Block size": context, "Learning rate": "5e-4", "Epochs": "0.6", "Output folder": "by-hand"}
+    for label, text in settings.items(): fill(panel, label, text)
     panel.get_by_text("Advanced", exact=True).click()
     assert panel.get_by_label("Optimizer", exact=True).locator("option:checked").text_content() == "automatic"
     fill(panel, "Log every", "1")
@@ -112,12 +120,14 @@ def test_look_again_by_hand(ran):
     before = ran.server.ask(looked)
     press(panel, "Refresh")
     ran.wait_until(lambda: ran.server.ask(looked) != before)
-    free, memory = ran.server.ask("from colab_gpt2.core import human_bytes; r = machine.result; print(human_bytes(r.ram_free), human_bytes(r.ram), sep='|')").strip().split("|")
+    ran.server.ask("from colab_gpt2.core import human_bytes as h")
+    free, memory = ran.server.ask("r = machine.result; print(h(r.ram_free), h(r.ram), sep='|')").strip().split("|")
     panel.get_by_text(f"{free} free of {memory}").wait_for()
     assert "No GPU" in said(panel)
 
 
-WHOLE = "panel => panel.closest('.jp-Cell-outputArea, .output').clientHeight >= panel.offsetHeight"  # in no box that scrolls
+# in no box that scrolls
+WHOLE = "panel => panel.closest('.jp-Cell-outputArea, .output').clientHeight >= panel.offsetHeight"
 
 
 def choose(panel, label, text): panel.get_by_label(label, exact=True).select_option(label=text)
@@ -130,7 +140,7 @@ def upload(panel, button, path):
 
 
 def test_own_text_by_hand(ran, tmp_path):
-    "What is no text is refused in a sentence; a text is kept, looked into, and taken by the panel of the training. Then the text of before again."
+    "What is no text is refused in a sentence; a text is kept, shown, and taken by the training. Then the first again."
     panel, (bad, own) = ran.panel(TEXT), (tmp_path/"picture.txt", tmp_path/"mine.txt")
     bad.write_bytes(b"\x89PNG\xff\xfe\x00")
     own.write_text(" = My Cat = \n\nThe cat sat on the mat, and the mat was flat. \n" * 2000)
@@ -192,7 +202,7 @@ def test_stop_the_texts(ran, record_property):
 
 
 def test_drive_by_hand(ran):
-    "Mounted, saved, broken: what went wrong is a sentence that says what to do, and mended it works again; and back from the Drive."
+    "Mounted, saved, broken: what went wrong is a sentence that says what to do; then it works again."
     panel = ran.panel(DRIVE)
     press(panel, "Mount")
     wait_said(panel, "The Drive is at /content/drive/MyDrive")
@@ -209,15 +219,17 @@ def test_drive_by_hand(ran):
     press(panel, "Restore")
     wait_said(panel, "Restored to")
     ran.picture("restored", panel)
-    weights = [(ran.server.folder/folder/"model.safetensors").read_bytes() for folder in (panel.get_by_label("Model", exact=True).input_value(), "restored")]
+    folders = panel.get_by_label("Model", exact=True).input_value(), "restored"
+    weights = [(ran.server.folder/folder/"model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
 
 
-NAMELESS = r"- (button|checkbox|combobox|listbox|spinbutton|textbox)(?! \")"  # a control in playwright's picture of what a screen reader is told; what has a name shows it in quotes
+# A control in playwright's picture of what a screen reader is told; what has a name shows it in quotes.
+NAMELESS = r"- (button|checkbox|combobox|listbox|spinbutton|textbox)(?! \")"
 
 
 def test_every_control_has_a_name(ran):
-    "For those who hear the page. A slider, to which ipywidgets gives none, stands beside a field of the same value that has one."
+    "For those who hear the page. A slider, to which ipywidgets gives none, stands next to a field that has one."
     heard = [panel.aria_snapshot() for panel in ran.page.locator(".cg-panel").all()]
     assert len(heard) == 5 and [re.findall(rf"^ *{NAMELESS}.*", told, re.M) for told in heard] == [[]] * 5
     assert all(re.search('- (button|textbox|combobox) "', told) for told in heard)
@@ -225,15 +237,19 @@ def test_every_control_has_a_name(ran):
 
 CONTROL = "'input, select, textarea, button, summary'"
 STANDING = f"""panel => {{
-    const seen = [...panel.querySelectorAll({CONTROL})].filter(e => e.checkVisibility() && !e.disabled).map(e => [e.getBoundingClientRect(), e]);
+    const controls = [...panel.querySelectorAll({CONTROL})].filter(e => e.checkVisibility() && !e.disabled);
+    const seen = controls.map(e => [e.getBoundingClientRect(), e]);
     seen.sort(([a], [b]) => a.top - b.top || a.left - b.left)[0][1].focus();
     return seen.map(([_, e]) => (e.labels?.[0] ?? e).textContent.trim()); }}"""
-FOCUSED = f"panel => {{ const e = document.activeElement; return panel.contains(e) ? e.matches({CONTROL}) ? (e.labels?.[0] ?? e).textContent.trim() : '' : null; }}"
+FOCUSED = f"""panel => {{
+    const e = document.activeElement;
+    if (!panel.contains(e)) return null;
+    return e.matches({CONTROL}) ? (e.labels?.[0] ?? e).textContent.trim() : ''; }}"""
 
 
 def test_by_keyboard(ran):
     "Tab goes through the controls of each panel in the order in which they stand, and out of it."
-    for title in (MACHINE, TEXT, TRAINING, WRITING, DRIVE):
+    for title in TITLES:
         panel, passed = ran.panel(title), []
         standing = panel.evaluate(STANDING)  # the first of them has the focus now
         while (name := panel.evaluate(FOCUSED)) is not None and len(passed) <= len(standing):
@@ -245,37 +261,44 @@ def test_by_keyboard(ran):
 CONTRAST = """panel => {
     const numbers = color => { const [r, g, b, a = 1] = color.match(/[0-9.]+/g).map(Number); return [r, g, b, a]; };
     const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
-    const luminance = rgb => rgb.map(c => c / 255).map(c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+    const luminance = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
     const above = e => e ? [...above(e.parentElement), e] : [];
     const ratio = e => {
-        const chain = above(e), style = getComputedStyle(e), opacity = chain.reduce((product, up) => product * getComputedStyle(up).opacity, e instanceof SVGElement ? style.fillOpacity : 1);
-        const ground = chain.reduce((under, up) => over(numbers(getComputedStyle(up).backgroundColor), under), [255, 255, 255]);
-        const [r, g, b, a] = numbers(e instanceof SVGElement ? style.fill : style.color), text = over([r, g, b, a * opacity], ground);
+        const styles = above(e).map(up => getComputedStyle(up)), style = styles.at(-1), drawn = e instanceof SVGElement;
+        const opacity = styles.reduce((product, up) => product * up.opacity, drawn ? style.fillOpacity : 1);
+        const ground = styles.reduce((under, up) => over(numbers(up.backgroundColor), under), [255, 255, 255]);
+        const [r, g, b, a] = numbers(drawn ? style.fill : style.color), text = over([r, g, b, a * opacity], ground);
         const [dark, light] = [luminance(text), luminance(ground)].sort((a, b) => a - b);
         return (light + .05) / (dark + .05);
     };
-    const spoken = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.matches('input, textarea, select');
-    return [...panel.querySelectorAll('*')].filter(e => !e.matches('style, option, :disabled') && e.checkVisibility() && spoken(e))
+    const words = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+    const spoken = e => words(e) || e.matches('input, textarea, select');
+    const seen = e => !e.matches('style, option, :disabled') && e.checkVisibility();
+    return [...panel.querySelectorAll('*')].filter(e => seen(e) && spoken(e))
         .map(e => [(e.value ?? e.textContent).trim().slice(0, 40), ratio(e)]); }"""
 
 
-def read_contrasts(notebook): return [told for panel in notebook.page.locator(".cg-panel").all() for told in panel.evaluate(CONTRAST)]
+def read_contrasts(notebook):
+    return [told for panel in notebook.page.locator(".cg-panel").all() for told in panel.evaluate(CONTRAST)]
 
 
 def test_readable(ran):
-    "Every text in a panel has a contrast of 4.5 to its ground (WCAG 2, 1.4.3), in the light theme and, where there is one, in the dark."
-    assert set(ran.page.locator(".cg-panel pre").evaluate_all("texts => texts.map(e => getComputedStyle(e).wordBreak)")) == {"normal"}  # no word cut in the middle
+    "Every text in a panel has a contrast of 4.5 to its ground (WCAG 2, 1.4.3), in the light theme and in the dark."
+    breaks = ran.page.locator(".cg-panel pre").evaluate_all("texts => texts.map(e => getComputedStyle(e).wordBreak)")
+    assert set(breaks) == {"normal"}  # no word cut in the middle
     light = read_contrasts(ran)
     assert len(light) > 100 and [told for told in light if told[1] < 4.5] == []
     if ran.server.front_end.name == "notebook-6": return
     ran.set_theme("JupyterLab Dark")
-    for name, title in dict(machine=MACHINE, text=TEXT, trained=TRAINING, written=WRITING, saved=DRIVE).items(): ran.picture(f"dark-{name}", ran.panel(title))
+    for name, title in PICTURES.items(): ran.picture(f"dark-{name}", ran.panel(title))
     dark = read_contrasts(ran)
     ran.set_theme("JupyterLab Light")
     assert [told for told in dark if told[1] < 4.5] == []
 
 
-COLAB = "<body><div id='output-area'><div id='output-body'>{}</div></div></body>"  # the frame of a cell, as pages that were copied from Colab show it
+# The frame of a cell, as pages that were copied from Colab show it.
+COLAB = "<body><div id='output-area'><div id='output-body'>{}</div></div></body>"
 
 
 def test_what_is_kept_in_colabs_frame(ran):
@@ -284,15 +307,17 @@ def test_what_is_kept_in_colabs_frame(ran):
     words, charts = ran.server.ask("print(training.kept, training.drawn, sep='|||')").split("|||")
     page = ran.page.context.new_page()
     for shown, outputs in {False: (live, words, charts), True: (words, charts)}.items():
-        page.set_content(COLAB.format("".join(f"<div class='display_data output-id-{n}'><div class='output_subarea'>{output}</div></div>" for n, output in enumerate(outputs, 1))))
+        frame = "<div class='display_data output-id-{}'><div class='output_subarea'>{}</div></div>"
+        page.set_content(COLAB.format("".join(frame.format(n, output) for n, output in enumerate(outputs, 1))))
         for part in (".cg-kept", "svg.cg-charts"): assert page.locator(part).is_visible() == shown, (part, shown)
     page.close()
 
 
 def test_it_fits_a_narrow_window(ran):
-    if ran.server.front_end.name == "lab": ran.page.keyboard.press("Control+b")  # its list of files takes a third of so narrow a window
+    if ran.server.front_end.name == "lab": ran.page.keyboard.press("Control+b")  # its list of files takes a third
     ran.page.set_viewport_size(dict(width=800, height=3600))
     ran.page.wait_for_timeout(1000)  # until the notebook has found its new place
-    wide = ran.page.locator(".cg-panel").evaluate_all("panels => panels.filter(p => p.scrollWidth > p.clientWidth + 1).length")
+    too_wide = "panels => panels.filter(p => p.scrollWidth > p.clientWidth + 1).length"
+    wide = ran.page.locator(".cg-panel").evaluate_all(too_wide)
     ran.picture("narrow", ran.panel(TRAINING))
     assert wide == 0 and ran.page.locator(".cg-panel").evaluate_all(f"panels => panels.map({WHOLE})") == [True] * 5
