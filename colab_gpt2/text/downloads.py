@@ -41,7 +41,7 @@ def retry_after(header) -> float:
 
 # %% ../../nbs/text/10_downloads.ipynb #b7ccd3c3
 def check_answer(answer, start):
-    "TryAgain, or ConnectionError if that is useless, unless `answer` (a Response) holds all bytes, or those from `start`."
+    "TryAgain, or ConnectionError if that is useless, unless the Response `answer` holds all or the bytes from `start`."
     status, said = answer.status_code, f"answered {answer.status_code} {answer.reason}"
     if status == 429 or status >= 500:
         wait = retry_after(answer.headers.get("Retry-After"))
