@@ -155,8 +155,8 @@ def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtim
     ours, runtime = replace(whole, max_steps=options.steps), adapt(pick_run_precision(whole, check_runtime()))
     model = load_model(from_scratch=True, config=config, seed=options.seed).to(runtime.device)
     plan = plan_training(whole, model, blocks, runtime)
-    trainer = make_trainer(ours, model, tokenizer, blocks, plan, runtime)
-    return trainer, plan, lambda: train_model(ours, trainer, plan)
+    trainer = make_trainer(ours, model, tokenizer, blocks, plan)
+    return trainer, plan, lambda: train_model(trainer, plan)
 
 
 # What is measured

@@ -97,7 +97,7 @@ def atomic(
     place, prefix = path if inside else path.parent, f".{path.name}.{os.getpid()}."
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=prefix, suffix=".part") as temporary:
-        target = Path(temporary, "folder" if folder else path.name)
+        target = Path(temporary, path.name)
         if folder: target.mkdir()
         try: yield target
         except BaseException:

@@ -281,8 +281,8 @@ def bench(
         short = replace(config, max_steps=steps, save_steps=-1, output_dir=scratch)
         ready = prepare(short, report, held_out=False)
         planned = plan_training(config, ready.model.config, ready.train, ready.runtime)
-        trainer = make_trainer(short, ready.model, ready.tokenizer, ready.train, planned, ready.runtime, report=report)
-        try: planned = train_model(short, trainer, planned)
+        trainer = make_trainer(short, ready.model, ready.tokenizer, ready.train, planned, report=report)
+        try: planned = train_model(trainer, planned)
         except Interrupted: raise KeyboardInterrupt("stopped; nothing was measured, and nothing is kept") from None
     speed, taken = trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), trainer.state.global_step
     return Bench(model=config.model, tokens_per_second=speed, steps=taken, plan=planned, runtime=ready.runtime)

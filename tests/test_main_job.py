@@ -106,9 +106,9 @@ def test_nothing_is_deleted_that_was_not_written(shell, own, tmp_path):
 def test_resume_needs_the_same_run(shell, own, tmp_path):
     assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
     weights = (tmp_path/"out"/"model.safetensors").read_bytes()
-    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume", "--block-size", "32"), 1, "is of another run")
+    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume", "--block-size", "32"), 1, "belongs to a different run")
     shutil.rmtree(tmp_path/"out"/"checkpoint-2")
-    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume"), 1, "no whole checkpoint")
+    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume"), 1, "no complete checkpoint")
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == weights
 
 
@@ -145,7 +145,7 @@ def test_ctrl_c_saves_and_resume_goes_on(shell, own, tmp_path):
     ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", str(step + 3), "--resume", "--json")
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["resumed_from"] == f"out/checkpoint-{step}" and json.loads(ran.stdout)["steps"] == step + 3
-    assert f"checkpoint-{step + 5} is not whole" in ran.stderr and half.exists()
+    assert f"checkpoint-{step + 5} is incomplete" in ran.stderr and half.exists()
 
 
 def test_full_disk_leaves_the_last_checkpoint(shell, own, tmp_path):

@@ -158,7 +158,8 @@ def work(job) -> dict:
     from colab_gpt2.engine.checkpoints import find_checkpoints
     from colab_gpt2.model.loading import load_config, model_context
     from colab_gpt2.training import check_output_dir, finetune
-    check_output_dir(job.config if job.train else replace(job.config, resume=False, overwrite_output_dir=True))
+    resume, overwrite = job.train and job.config.resume, job.config.overwrite_output_dir or not job.train
+    check_output_dir(job.config.output_dir, resume, overwrite)
     with tempfile.TemporaryDirectory() as folder:
         config = with_shape(with_texts(job, folder), folder)
         size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))

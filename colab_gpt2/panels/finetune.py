@@ -116,7 +116,7 @@ def describe_resume(there, newest, config, plan) -> tuple:
     "(what resuming from the checkpoint `newest`, or None, would mean, whether it is refused)."
     if not newest: return f"{there} and has no complete checkpoint: there is nothing to resume from.", True
     if not plan: return f"{there}: this run resumes from it.", False
-    if former := former_settings(read_manifest(newest)["run"], identify_settings(config, plan)):
+    if former := former_settings(read_manifest(newest)["run"], identify_settings(plan, config.seed)):
         return Sentence(f"{{there}}, of a run with {former}. To resume, set that again; to train with the settings as "
                         "they are, turn off {resume} and turn on {overwrite_output_dir}.", there=there), True
     if int(newest.name.split("-")[1]) < plan.steps: return f"{there}: this run resumes from it.", False
