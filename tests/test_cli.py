@@ -59,6 +59,13 @@ def test_steps_one_by_one(cli, own):
     assert ask("bench", "--model", "tiny", "--train-file", "train.txt", "--block-size", "64", "--cache-dir", "cache", "--steps", "3")["tokens_per_second"] > 0
 
 
+def test_generate_takes_its_own_prompt_and_seed(cli):
+    words = "generate", "--model", "tiny", "--prompt", "The city", "--max-new-tokens", "5"
+    one, again = (cli(*words, "--seed", "3") for _ in range(2))
+    assert one.stdout.startswith("The city") and not one.stderr and one.stdout == again.stdout
+    assert "note: seed" in cli(*words).stderr
+
+
 # In its own names
 
 def test_a_file_that_is_called_like_a_field_keeps_its_name(cli, own):
