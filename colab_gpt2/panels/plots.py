@@ -135,15 +135,9 @@ def describe_lines(title, lines) -> str:
     return f"{title}. " + " ".join(f"{label}: from {first} to {last}." for label, first, last in ends)
 
 # %% ../../nbs/panels/70_plots.ipynb #40fc6051
-def line_chart(
-    lines,  # of Line; those without points are left out
-    title,
-    *, x_label="step",
-    x_range=None,  # (first, last) value of the x axis, where it should not follow the points
-    log=False,  # a logarithmic y axis
-    width=460, height=240,  # in pixels; the picture shrinks with the page
-) -> str:
-    "The SVG of a chart; of an empty one where no line has a point. ValueError for a value ≤ 0 on a logarithmic axis."
+def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=460, height=240) -> str:
+    """The SVG of a chart of Lines; empty where none has a point. `x_range` is the (first, last) x, else as the points have
+    it; ValueError for a value ≤ 0 on a logarithmic y axis."""
     lines = [line for line in (replace(line, points=thinned(line.points)) for line in lines) if line.points]
     values = [y for line in lines for _, y in line.points]
     if log and values and min(values) <= 0:

@@ -10,7 +10,7 @@ import contextlib, functools, inspect, operator, signal, sys, threading
 
 # %% ../../nbs/panels/71_pump.ipynb #51251bb5
 def find_kernel():
-    "The kernel of this process, or None in a script and in a plain terminal."
+    "The kernel of this process, or None in a script or terminal."
     ipython = sys.modules.get("IPython")  # a kernel has imported it
     shell = ipython.get_ipython() if ipython else None
     return getattr(shell, "kernel", None)
@@ -105,8 +105,7 @@ def finish(coroutine):
 
 # %% ../../nbs/panels/71_pump.ipynb #a2dd7ec6
 def handle(kernel, frames, channel):
-    """Run the handler of the widget's message `frames`; an answer goes to `channel`. Handlers log errors of callbacks;
-    a message that the session refuses is logged here and skipped."""
+    "Run the handler of the widget's message `frames`; an answer goes to `channel`. A refused message is logged."
     import zmq
     ident, rest = kernel.session.feed_identities(frames, copy=False)
     try: parent = kernel.session.deserialize(rest, content=True, copy=False)
@@ -153,7 +152,7 @@ class PassedOn:
 @contextlib.contextmanager
 def interrupts_reach(ask, kernel=None):
     """While this lasts, the notebook's interrupt button calls `ask()`, on the main thread: it should only leave a note.
-    For work in another thread of a kernel; on the main thread, which gets a KeyboardInterrupt, nothing changes."""
+    For work in another thread; the main thread gets a KeyboardInterrupt, as always."""
     loop = getattr(kernel or find_kernel(), "io_loop", None)
     if loop is None or threading.current_thread() is threading.main_thread(): yield; return
     handler = PassedOn(ask, loop)

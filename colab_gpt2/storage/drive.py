@@ -39,7 +39,7 @@ def discard(path):
 
 # %% ../../nbs/storage/51_drive.ipynb #83285893
 def discard_leftovers(destination):
-    "Discard the temporary files for `destination` that are older than a day."
+    "Discard temporaries for `destination` that are older than a day."
     day = 24 * 3600  # seconds; no Colab session lasts longer
     with contextlib.suppress(OSError):  # the copy matters more
         for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part"):
@@ -83,7 +83,7 @@ def copy_once(source, destination, report) -> str:
 GONE = errno.ENOTCONN  # the errno of the errors that a new mount (force_remount=True) may mend
 
 def may_pass(error) -> bool:
-    "Whether `error` is an input/output error, or says that Drive's mount has gone."
+    "Whether `error` is an input/output error or a mount that has gone."
     return isinstance(error, OSError) and error.errno in (errno.EIO, GONE)
 
 # %% ../../nbs/storage/51_drive.ipynb #5838a40a
