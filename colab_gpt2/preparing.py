@@ -115,5 +115,6 @@ def prepare(
     model = starting_model(config).to(runtime.device)
     check_match(model, tokenizer)
     report("Reading the text", 0, 1)
-    blocks = [wanted and cut(config, corpus, tokenizer, model_context(model), report) or None for wanted, cut in ((train, training_blocks), (held_out, held_out_blocks))]
+    wanted = ((train, training_blocks), (held_out, held_out_blocks))
+    blocks = [cut(config, corpus, tokenizer, model_context(model), report) if asked else None for asked, cut in wanted]
     return Prepared(runtime, tokenizer, model, *blocks, corpus.name)

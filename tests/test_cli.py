@@ -66,6 +66,12 @@ def test_generate_takes_its_own_prompt_and_seed(cli):
     assert "note: seed" in cli(*words).stderr
 
 
+def test_a_text_of_less_than_a_block_can_be_evaluated(cli, tmp_path):
+    (tmp_path/"short.txt").write_text("The tide came in .")
+    ran = cli("evaluate", "--model", "tiny", "--eval-file", "short.txt", "--cache-dir", "cache")
+    assert ran.returncode == 0 and "short.txt, per token" in ran.stdout, ran.stderr
+
+
 # In its own names
 
 def test_a_file_that_is_called_like_a_field_keeps_its_name(cli, own):
