@@ -318,7 +318,7 @@ def test_a_run_that_is_refused_leaves_the_result(quick):
 def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     def fail(): raise MemoryError(Sentence("Out of memory at a micro-batch of 1; set a smaller {block_size}."))
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
-    assert panel.start(callbacks=[At(4, fail)]) is None and "set a smaller " in panel.said
+    assert panel.start(callbacks=[At(4, fail)]) is None and "“Block size”" in panel.said
     assert "turn off “Resume”" in panel.status.value
     rows = panel.form.rows
     rows["block_size"].widget.value = "32"
