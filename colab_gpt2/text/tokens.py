@@ -71,11 +71,11 @@ class Encoder:
     ):
         self.tokenizer, self.backend, self.cut = tokenizer, None, None
         vocabulary = tokenizer.get_vocab()
-        state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items())])
         if getattr(tokenizer, "backend_tokenizer", None):
             self.backend = private_copy(tokenizer)
             self.cut = cut_pattern(self.backend)
             state = self.backend.to_str() + str(self.backend.encode_special_tokens)
+        else: state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items())])
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.dtype = np.dtype("uint16" if self.vocabulary_size <= 1 << 16 else "uint32")
