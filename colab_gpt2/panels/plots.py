@@ -136,7 +136,7 @@ def describe_lines(title, lines) -> str:
 
 # %% ../../nbs/panels/70_plots.ipynb #40fc6051
 def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=460, height=240) -> str:
-    """The SVG of a chart of Lines; empty where none has a point. `x_range`: (first, last) x, where the points do not say.
+    """The SVG of a chart of Lines; empty where none has a point. `x_range`: first and last x, if not the points'.
     ValueError for a value ≤ 0 on a logarithmic y axis."""
     lines = [line for line in (replace(line, points=thinned(line.points)) for line in lines) if line.points]
     values = [y for line in lines for _, y in line.points]
