@@ -27,9 +27,8 @@ UNITS = ("token", "word", "byte")
 class Perplexity(Record):
     """exp(nats / count) and all that it takes to compare it with another.
 
-    Every token but the first is scored, which nothing predicts; the count for a token is that of the scored ones.
-    Words (between white space) and bytes (UTF-8) are those of the complete text, as in lm-evaluation-harness; that
-    also scores the first token of each article, after an end-of-text."""
+    Every token but the first is scored. Words (between white space) and bytes (UTF-8) are those of the complete text,
+    as in lm-evaluation-harness; that also scores the first token of each article, after an end-of-text."""
     value: float
     unit: str  # "token", "word" or "byte"
     split: str  # of the corpus
@@ -52,8 +51,8 @@ class Perplexity(Record):
         return replace(other, value=math.exp(mean) if mean < 709 else math.inf)  # exp(710) is beyond a float
 
     def __str__(self):
-        conditions = f"{self.split or 'unnamed'} split, stride {self.stride}, context {self.context}"
-        return f"{self.value:.2f} per {self.unit} ({conditions})"
+        where = f"{self.split or 'unnamed'} split, stride {self.stride}, context {self.context}"
+        return f"{self.value:.2f} per {self.unit} ({where})"
 
     def _rows(self):
         text = f"{self.tokens:,} tokens of a text of {self.words:,} words and {self.bytes:,} bytes, in {self.precision}"
@@ -61,8 +60,7 @@ class Perplexity(Record):
 
 # %% ../nbs/60_evaluation.ipynb #382cd17a
 def windows(tokens: int, context: int, stride: int):
-    """Yield (start, scored) for each window over a stream of `tokens`: its inputs are `min(context, tokens - 1)` tokens
-    from `start`, and its last `scored` targets are scored."""
+    "Yield (start, scored) for each window over a stream of `tokens`: its last `scored` targets are scored."
     length, done = min(context, tokens - 1), 0
     for end in itertools.chain(range(length, tokens - 1, stride), [tokens - 1]):  # the last target
         yield end - length, end - done
@@ -70,15 +68,13 @@ def windows(tokens: int, context: int, stride: int):
 
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
 def logits_batch(scored: int, length: int, vocabulary: int, gpu: bool) -> int:
-    """How many windows of `length` tokens to a batch, at least one. On a GPU fp32 logits stay under 1 GB and inputs
-    under 16,384 tokens; on a CPU, which larger batches slow down, under 64 MB and 4,096."""
+    "How many windows of `length` tokens to a batch, by bytes of fp32 logits and tokens; a CPU wants small batches."
     logits, inputs = (1_000_000_000, 16_384) if gpu else (64_000_000, 4_096)
     return max(1, min(logits // (4 * scored * vocabulary), inputs // length))
 
 # %% ../nbs/60_evaluation.ipynb #8c694693
 def batches(stream, context, stride, size):
-    """Yield (ids, scored) over the ids `stream`: LongTensors (batch, length + 1), inputs and targets in one, of at most
-    `size(scored)` windows."""
+    "Yield (ids, scored) for at most `size(scored)` windows: inputs and targets in one, (batch, length + 1)."
     length = min(context, len(stream) - 1)
     for scored, group in itertools.groupby(windows(len(stream), context, stride), key=lambda w: w[1]):
         while some := list(itertools.islice(group, size(scored))):
@@ -127,7 +123,7 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
 # %% ../nbs/60_evaluation.ipynb #f3f7ced4
 def perplexity(
     model,  # a causal language model of transformers
-    blocks: Blocks,  # its whole stream is scored, with what is left over after the last full block
+    blocks: Blocks,  # its complete stream is scored, also what is left over after the last full block
     *,
     stride: int = None,  # tokens between windows, 1 to context: smaller is slower and more exact; default context // 2
     context: int = None,  # tokens that the model sees at a time; default the block size, at most the model's context
@@ -159,8 +155,8 @@ def perplexity(
             done += len(ids) * scored
             add(len(ids) * scored)
     text = dict(split=blocks.split, tokens=total, words=blocks.words, bytes=blocks.bytes)
-    measured = Perplexity(math.nan, "token", **text, stride=stride, context=context, nats=nats, precision=precision)
-    return measured.per("token")
+    found = Perplexity(math.nan, "token", **text, stride=stride, context=context, nats=nats, precision=precision)
+    return found.per("token")
 
 # %% ../nbs/60_evaluation.ipynb #e8dac32c
 @dataclass(frozen=True)
@@ -184,9 +180,8 @@ class ReportCard(Record):
     def find(self, unit: str = "token", stride: int = None) -> Perplexity:
         "The row of `unit` at `stride`, by default the smallest one; ValueError if there is none."
         found = [p for p in self.rows if p.unit == unit and stride in (None, p.stride)]
-        if found: return min(found, key=lambda p: p.stride)
-        there = ", ".join(f"{p.unit}/{p.stride}" for p in self.rows)
-        raise ValueError(f"The card has no perplexity per {unit} with stride {stride}; it has {there}.")
+        if not found: raise ValueError(f"The card has no perplexity per {unit} with stride {stride}.")
+        return min(found, key=lambda p: p.stride)
 
     def _rows(self):
         labels = [f"{p.split or 'text'}, per {p.unit}, stride {p.stride}" for p in self.rows]

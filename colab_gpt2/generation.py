@@ -8,7 +8,7 @@ __all__ = ['PROMPT', 'held_back', 'TextPieces', 'resolve', 'encode_prompt', 'end
 
 # %% ../nbs/61_generation.ipynb #5d788bb8
 import html, inspect, secrets, warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -149,8 +149,8 @@ class Request:
 class Sample(Record):
     "One generated text."
     prompt: str  # as it was given
-    text: str  # what was generated after it; up to, not including, a stop string or the end-of-text token
-    tokens: int  # new tokens, the end-of-text token not counted
+    text: str  # what was generated after it, without a stop string or the end-of-text token
+    tokens: int  # new tokens, without the end-of-text token
     seed: int  # gives the same text again on the same kind of device
     stopped: str  # "length", "stop" (a stop string) or "end" (the end-of-text token)
 
@@ -165,9 +165,9 @@ class Sample(Record):
 # %% ../nbs/61_generation.ipynb #61a50003
 def takes_sampling(function):
     "`function`, whose signature shows the fields of `Sampling` in the place of its **sampling."
-    own = inspect.signature(function)
-    settings = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in fields(Sampling)]
-    function.__signature__ = own.replace(parameters=[*list(own.parameters.values())[:-1], *settings])
+    *own, _ = inspect.signature(function).parameters.values()
+    settings = (p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(Sampling).parameters.values())
+    function.__signature__ = inspect.Signature([*own, *settings])
     return function
 
 # %% ../nbs/61_generation.ipynb #7c892fa9
@@ -193,7 +193,7 @@ def generate(
     *,
     tokenizer=None,  # needed with a loaded model
     max_new_tokens=250,  # may be more than the context: when that is full, its last half is read again
-    seed=None,  # None: a new one, which the samples tell
+    seed=None,  # gives the same texts on the same device; None: a new one, which the samples have
     samples=1,  # how many texts, generated as one batch
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
@@ -201,8 +201,7 @@ def generate(
     progress=True,  # a bar on stderr if it takes longer than three seconds, or a function of (what, done, total)
     **sampling,  # fields of `Sampling`
 ) -> list[Sample]:
-    """Texts that continue `prompt`. The same seed gives the same text on the same device, and the global random state
-    stays as it was. ValueError for a setting out of range."""
+    "Texts that continue `prompt`; torch's own random state stays as it was. ValueError for a setting out of range."
     request = Request(model, prompt, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
                       stop=stop, device=device, cache_dir=cache_dir, **sampling)
     with evaluation_mode(request.model), reporting(progress, delay=3, leave=False) as report:
@@ -223,6 +222,5 @@ def stream_pieces(request):
 def stream(
     model="gpt2", prompt=PROMPT, **options,  # all as in `generate`, without samples and progress
 ):
-    """The text of `generate` as an iterator of pieces, each given as soon as it is certain: never half a character or
-    the beginning of a stop string. Joined, they are the text that `generate` gives for the same seed."""
+    "The text of `generate` in pieces, each as soon as it is final: never half a character, or of a stop string."
     return stream_pieces(Request(model, prompt, samples=1, **options))

@@ -163,8 +163,7 @@ def decode(
     for end in range(start, tokens.shape[1]):
         logits = reader.read(feed)
         if end == start and logits.isnan().any():
-            raise ValueError("The model's logits are NaN: its weights are damaged, perhaps by a run that diverged. "
-                             "Load another checkpoint.")
+            raise ValueError("The model's logits are NaN: its weights are damaged, perhaps by a run that diverged.")
         if sampling.repetition_penalty != 1: logits = penalise(logits, tokens[:, :end], sampling.repetition_penalty)
         feed = tokens[:, end:end + 1] = draw(logits, sampling, generator)
         yield feed

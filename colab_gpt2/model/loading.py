@@ -67,7 +67,7 @@ MODELS = {info.name: info for info in (
 
 # %% ../../nbs/model/20_loading.ipynb #dd253990
 def locate(name):
-    "The Path of a folder or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
+    "The Path or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
     text = str(name)
     if text in MODELS: return MODELS[text].hub_id or TINY
     folder = Path(text).expanduser()
@@ -127,7 +127,7 @@ def quiet():
 
 # %% ../../nbs/model/20_loading.ipynb #20ad0005
 def hub_answer(errors) -> str:
-    "What the Hub answered, such as '503 Service Unavailable', by `errors`; '' for a 404, which is about a file."
+    "What the Hub answered, such as '503 Service Unavailable'; '' for a 404, which is about a file."
     for answer in (getattr(e, "response", None) for e in errors):
         status = getattr(answer, "status_code", 404)
         if status != 404: return f"{status} {getattr(answer, 'reason_phrase', '')}".rstrip()
@@ -234,8 +234,8 @@ def load_model(
 ):
     """A causal language model, an nn.Module in fp32, in evaluation mode, on the CPU.
 
-    Weights come from safetensors only, and no code comes with them. ValueError for an unknown name or weights that do
-    not fit, FileNotFoundError for an incomplete folder, ConnectionError when the Hub is needed and does not answer."""
+    Weights come from safetensors only, and no code is run. ValueError for an unknown name or weights that do not fit,
+    FileNotFoundError for an incomplete folder, ConnectionError if the Hub is needed and does not answer."""
     if from_scratch: return new_model(load_config(config or name, cache_dir), seed).eval()
     place = ready(name, cache_dir, ("config.json",), WEIGHTS)
     given = dict(config=load_config(config, cache_dir)) if config else {}

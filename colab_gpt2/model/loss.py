@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import check_choice, check_number
 
 # %% ../../nbs/model/21_loss.ipynb #83b8e22a
-CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a single block is a single chunk, and nothing is added up
+CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a block is a single chunk, and nothing is added up
 EXACT_LOGITS = 2**20  # at a time in fp32 on a CPU: 4 MB, which stay in its cache
 EXACT_ROWS = 256  # at a time in fp32 on a GPU, which wants much work a launch: for GPT-2 0.05 GB
 
@@ -102,14 +102,12 @@ def linear_cross_entropy(
     chunk_size: int = CHUNK_SIZE,  # rows at a time
     ignore_index: int = -100,  # the label of what does not count
     reduction: str = "mean",  # over the labels that count, or "sum"
-    multiple: int = 1,  # the weight is padded to a multiple of so many rows for the products; the result is the same
+    multiple: int = 1,  # for the products the weight is padded to a multiple of so many rows
 ):
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits, after Liger Kernel (arXiv 2410.10989, 3.2).
 
-    It takes chunk_size · vocabulary · 2 bytes in half precision, a slice in fp32 (4 MB on a CPU, 256 rows on a GPU),
-    and 4 · vocabulary · width for the gradient of the weight. Under autocast the products are in its precision; the
-    loss is a scalar in fp32 (fp64 for fp64), never in half precision. ValueError for shapes that do not fit, a chunk
-    of no rows and an unknown reduction; torch's own error for a label out of range."""
+    Under autocast the products are in its precision; the loss is a scalar in fp32 (fp64 for fp64). ValueError for
+    shapes that do not fit, no rows a chunk and an unknown reduction; torch's own error for a label out of range."""
     check_number("chunk_size", chunk_size, minimum=1)
     check_choice("reduction", reduction, ("mean", "sum"))
     if labels.shape != hidden.shape[:-1]:

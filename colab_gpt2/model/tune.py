@@ -58,7 +58,7 @@ def tune_model(
     *,
     keep_attention_dropout: bool = False,  # keep the dropout inside attention that the model's config has
 ) -> tuple:  # of sentences: what was changed
-    "Make a GPT-2 fast to train; twice is as good as once. Another architecture is left as it is, as a sentence says."
+    "Make a GPT-2 fast to train; twice is as good as once. Another architecture is left as it is."
     model.loss_type = "ForCausalLM"  # unset, transformers warns and guesses the same
     if type(model) is not GPT2LMHeadModel:
         return (f"{type(model).__name__} trains as transformers has it: only GPT-2 is made faster.",)
