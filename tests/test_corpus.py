@@ -5,7 +5,7 @@ import pytest
 
 from colab_gpt2.core import sha256_of
 from colab_gpt2.errors import fields_of
-from colab_gpt2.text.corpus import SPLITS, WIKITEXT, check_text, load_corpus, titles
+from colab_gpt2.text.corpus import SPLITS, WIKITEXT, cached, check_text, load_corpus, recall, titles
 
 ARTICLES = "".join(f" \n = Number {n} = \n \n It is {n} , and {'very ' * n}large . \n" for n in range(30))
 
@@ -131,6 +131,18 @@ def test_a_folder_of_parquet(load, tmp_path):
     assert corpus.train.read_text() == " \n = A = \n \n b \n"
     assert corpus.validation.read_text() == "no line end\n" and corpus.test is None
     assert load(tmp_path/"rows") == corpus
+
+
+def test_two_runs_that_make_one_corpus_both_get_it(tmp_path):
+    def make(stage):
+        (stage/"a.txt").write_text("text")
+        return {"train": stage/"a.txt"}
+    def make_while_another_does(stage):
+        cached(tmp_path/"corpus", "name", "source", make)
+        return make(stage)
+    corpus = cached(tmp_path/"corpus", "name", "source", make_while_another_does)
+    assert corpus == recall(tmp_path/"corpus")
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
 
 OFFLINE = """

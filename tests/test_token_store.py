@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 import colab_gpt2
 from colab_gpt2.errors import fields_of
 from colab_gpt2.text import token_store
-from colab_gpt2.text.token_store import tokenize_file
+from colab_gpt2.text.corpus import load_corpus
+from colab_gpt2.text.token_store import tokenize_corpus, tokenize_file
 from colab_gpt2.text.tokens import Encoder
 
 DATA = Path(__file__).parents[1]/"../shared/data"
@@ -74,6 +75,19 @@ def test_bad_texts_leave_nothing(tiny, tmp_path, content, message):
         tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path/"cache", progress=False, minimum_blocks=1)
     assert "\n" not in str(e.value)
     if content != b"x": assert not (tmp_path/"cache").exists()
+
+def test_a_stop_before_the_first_token_leaves_nothing(tiny, tmp_path):
+    (tmp_path/"a.txt").write_text("one two three " * 50)
+    def stop(*told): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path, progress=stop)
+    assert list((tmp_path/"tokens").iterdir()) == []
+
+def test_the_checksum_that_a_corpus_knows_is_not_computed_again(tiny, tmp_path, monkeypatch):
+    (tmp_path/"a.txt").write_text("one two three\n" * 50)
+    corpus = load_corpus(train_file=tmp_path/"a.txt", cache_dir=tmp_path)
+    monkeypatch.setattr(token_store, "sha256_of", None)
+    splits = tokenize_corpus(corpus, tiny, 8, cache_dir=tmp_path, progress=False)
+    assert {split: blocks.sha256 for split, blocks in splits.items()} == corpus.sha256
 
 def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
     path, options = tmp_path/"a.txt", dict(cache_dir=tmp_path/"cache", progress=False)
