@@ -1,4 +1,4 @@
-"The panels without a browser: they do what library and command line do, and a click works while a real run goes on."
+"The panels without a browser: they do what library and command line do, and a click works while a real run trains."
 import re, signal, subprocess, sys, types
 from dataclasses import replace
 from pathlib import Path
@@ -260,7 +260,7 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
 
 
 def test_what_follows_waits_for_a_finished_model(quick):
-    "An older model lies in the folder; the run that is to replace it is stopped, and later goes on to its end."
+    "An older model lies in the folder; the run that is to replace it is stopped, and later resumed to its end."
     import shutil
     from colab_gpt2.model.loading import TINY
     from colab_gpt2.panels.panel import UNFINISHED
@@ -273,7 +273,7 @@ def test_what_follows_waits_for_a_finished_model(quick):
 
 
 @pytest.mark.parametrize("what", ["Fetching", "Loading", "train.txt", "eval.txt", "Perplexity", "Generating"])
-def test_stop_is_obeyed_before_the_training(quick, what):
+def test_stop_works_before_the_training(quick, what):
     "In whatever stands before the first step: in a sentence, and nothing half written is left."
     from colab_gpt2.engine.callbacks import Listener
     panel, heard = colab_gpt2.FinetunePanel(replace(quick, max_new_tokens=40)), []
@@ -343,8 +343,8 @@ def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, sa
     assert result.steps == 12 and result.resumed_from.endswith("checkpoint-3") and panel.error is None
 
 
-def test_an_error_before_the_first_checkpoint_starts_anew(quick):
-    "What lies in the folder is another run's: the panel does not go on from it by itself."
+def test_an_error_before_the_first_checkpoint_starts_from_the_beginning(quick):
+    "What lies in the folder is another run's: the panel does not resume it by itself."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick)
     assert panel.start() is None and "set “Resume” or “Overwrite”" in panel.said and not panel.config.resume
@@ -508,7 +508,7 @@ def test_the_interrupt_button_stops_and_saves_a_run_in_a_subshell(quick):
         manager.shutdown_kernel(now=True)
 
 
-def test_a_click_on_stop_is_obeyed_within_a_step_and_a_picture_stays(quick):
+def test_a_click_on_stop_works_within_a_step_and_a_picture_stays(quick):
     from jupyter_client.manager import start_new_kernel
     from test_pump import click, idle, listen, printed, run
     manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)

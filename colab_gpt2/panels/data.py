@@ -144,7 +144,7 @@ class TextChoice(Stoppable):
         "A file has been uploaded for the field `name`."
         for filename, content in uploaded_files(value).items():
             done = f"{filename} uploaded ({human_bytes(len(content))}, {len(content.split()):,} words)."
-            keep = lambda: keep_upload(filename, content, Path(UPLOADS)/name)
+            keep = functools.partial(keep_upload, filename, content, Path(UPLOADS)/name)
             path = self.work(keep, f"Receiving {filename} …", lambda path: done)
             if path: self.values.set(**{name: path})
 

@@ -204,6 +204,6 @@ class DrivePanel(DriveView):
     def restore(self):
         "Unpack the archive chosen of those on the Drive into the folder `restore_to`; -> that folder, or None."
         chosen, folder = self.kept_there.value, self.config.restore_to
-        fetch = lambda: restore_from_drive(chosen, folder, drive=self.mounted, progress=self.report)
+        fetch = functools.partial(restore_from_drive, chosen, folder, drive=self.mounted, progress=self.report)
         if chosen: return self.work(fetch, "Fetching and unpacking …", lambda folder: f"Restored to {folder}.")
         self.say("There is nothing on the Drive to restore. Mount it first.", "⚠")

@@ -218,7 +218,7 @@ class Settings(Panel):
 
 # %% ../../nbs/panels/78_finetune.ipynb #c8a1f95b
 class Steering(Settings):
-    "The buttons of a run, and what is shown of it; `live` is the run that goes on now, or was the last."
+    "The buttons of a run, and what is shown of it; `live` is the current run, or the last."
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
         self.live = None

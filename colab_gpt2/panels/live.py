@@ -18,8 +18,8 @@ from .pump import pump
 
 # %% ../../nbs/panels/77_live.ipynb #eda4f857
 def charts(losses, measured=(), steps=None) -> list:
-    """The SVGs of two charts: the `losses`, of (step, nats a token), and their perplexities with those `measured` on the
-    held-out text, of (step, perplexity), on a logarithmic axis."""
+    """The SVGs of two charts: the `losses`, of (step, nats a token), and their perplexities with those `measured` on
+    the held-out text, of (step, perplexity), on a logarithmic axis."""
     ends = (0, steps) if steps else None
     learnt = tuple((step, math.exp(loss)) for step, loss in losses if loss < 700)  # exp(710) is beyond a float
     held_out = Line("held-out text", tuple(p for p in measured if math.isfinite(p[1])), dashes="5 4", marker="diamond")
@@ -42,7 +42,7 @@ LABELS = {LOADING: "Loading the model and the text", BEFORE: "Evaluating the ori
 
 # %% ../../nbs/panels/77_live.ipynb #d82b56ca
 class Course:
-    "What is known of a run while it goes on, and the HTML of it."
+    "What is known of a run, and the HTML of it."
     def __init__(self):
         self.stage, self.what, self.share = LOADING, "", 0.  # `share` of `what` is done
         self.stopping, self.plan, self.ended = False, None, ""  # how it ended: "Done", "Stopped" or "Failed"

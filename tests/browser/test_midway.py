@@ -43,7 +43,7 @@ def stopped_at(notebook):
     return step
 
 
-def load_anew(notebook):
+def load_again(notebook):
     "As it is on the disk, in the middle of a run; the panel is there again and the curve in it grows."
     notebook.saved()
     notebook.page.reload()
@@ -52,7 +52,7 @@ def load_anew(notebook):
 
 
 def test_the_notebooks_own_stop_button(begun):
-    "■ of the toolbar, while a cell trains: stopped and saved, as the panel says; no error and no word beside it."
+    "■ of the toolbar, while a cell trains: stopped and saved, as the panel says; no error, and no other word."
     begun.interrupt()
     stopped_at(begun)
     begun.picture("interrupted", panel(begun))
@@ -61,20 +61,20 @@ def test_the_notebooks_own_stop_button(begun):
     assert [output for output in outputs if output.output_type in ("error", "stream")] == []
 
 
-def test_the_page_is_loaded_anew_while_a_click_trains(begun):
+def test_the_page_is_loaded_again_while_a_click_trains(begun):
     before = stopped_at(begun)
     press(panel(begun), "Start")
     wait_said(panel(begun), "Resuming from")
-    load_anew(begun)
-    begun.picture("loaded-anew")
+    load_again(begun)
+    begun.picture("loaded-again")
     press(panel(begun), "Stop")
     assert stopped_at(begun) > before
 
 
-def test_the_page_is_loaded_anew_while_a_cell_trains(begun):
+def test_the_page_is_loaded_again_while_a_cell_trains(begun):
     begun.run_all()
     wait_until_it_grows(begun)
-    load_anew(begun)
+    load_again(begun)
     press(panel(begun), "Stop")
     stopped_at(begun)
 

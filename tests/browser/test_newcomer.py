@@ -69,7 +69,7 @@ def test_run_all(ran, record_property):
 
 
 def test_train_by_hand(ran, record_property):
-    "Values changed, a bad one marked; the curve grows, a sample comes, Stop is obeyed, and Start goes on."
+    "Values changed, a bad one marked; the curve grows, a sample comes, Stop works, and Start resumes."
     panel = ran.panel(TRAINING)
     fill(panel, "Learning rate", "-1")
     panel.get_by_text("“Learning rate” is -1").wait_for()
@@ -98,7 +98,7 @@ def test_train_by_hand(ran, record_property):
     kept = re.search(r"Saved (checkpoint-\d+) in by-hand", wait_said(panel, "Saved checkpoint-"))[1]
     assert (ran.server.folder/"by-hand"/kept/"model.safetensors").exists()
     points = curve.get_attribute("points")
-    expect(curve).not_to_have_attribute("points", points, timeout=20_000)  # it goes on, and the curve grows
+    expect(curve).not_to_have_attribute("points", points, timeout=20_000)  # the curve grows
     assert len(curve.get_attribute("points").split()) > len(points.split())
     clicked = time.monotonic()
     press(panel, "Stop")
@@ -115,7 +115,7 @@ def test_train_by_hand(ran, record_property):
 
 
 def test_look_again_by_hand(ran):
-    "Refresh looks at the machine anew, and shows what it has found."
+    "Refresh looks at the machine again, and shows what it has found."
     panel, looked = ran.panel(MACHINE), "print(id(machine.result))"
     before = ran.server.ask(looked)
     press(panel, "Refresh")
@@ -184,7 +184,7 @@ def test_generate_by_hand(ran):
 
 
 def test_stop_the_texts(ran, record_property):
-    "A slider moved with the keyboard, and Stop obeyed while the words come."
+    "A slider moved with the keyboard, and Stop while the words come."
     panel = ran.panel(WRITING)
     panel.locator(".ui-slider-handle, .noUi-handle").first.press("End")
     expect(panel.get_by_label("New tokens", exact=True)).to_have_value("1000")
@@ -302,7 +302,7 @@ COLAB = "<body><div id='output-area'><div id='output-body'>{}</div></div></body>
 
 
 def test_what_is_kept_in_colabs_frame(ran):
-    "Words and charts that stay in the notebook are hidden beside the live panel there too, and seen without it."
+    "Words and charts that stay in the notebook are hidden while the live panel is there too, and seen without it."
     live = "<div class='cg-panel " + ran.server.ask("print(training.mark)").strip() + "'>live</div>"
     words, charts = ran.server.ask("print(training.kept, training.drawn, sep='|||')").split("|||")
     page = ran.page.context.new_page()
