@@ -30,8 +30,9 @@ def padded(weight, dtype, multiple):
 def slice_loss(logits, targets, counts, vocabulary, factor):
     """`chunk_loss` of a few rows. `targets` (rows, 1) are the labels; `counts` (rows, 1) are 1 where a row counts and 0
     where not, in the accumulation dtype."""
-    wide = logits if logits.is_cuda else logits.to(counts.dtype)  # a GPU reads halves and writes fp32 in one pass
-    log_probs = wide.log_softmax(-1, dtype=counts.dtype)
+    converted = logits if logits.is_cuda else logits.to(counts.dtype)  # a GPU converts as it reads
+    log_probs = converted.log_softmax(-1, dtype=counts.dtype)
+    del converted  # a slice fits a CPU's cache, two may not
     loss = -log_probs[:, :vocabulary].gather(1, targets).mul_(counts).sum()  # a label in the padding is out of range
     if factor is not None:
         gradient = log_probs.exp_().mul_(counts * factor).scatter_add_(1, targets, counts * -factor)
