@@ -1,4 +1,5 @@
-"The main job as a user meets it: the command line in a process of its own, on real input, and what it leaves on disk when things go wrong."
+"""The main job as a user meets it: the command line in a process of its own, on real input, and what it leaves on disk
+when things go wrong."""
 import json, os, re, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,13 @@ import pytest
 from colab_gpt2 import tasks, training
 
 QUICK = ("--model", "tiny", "--block-size", "64", "--max-new-tokens", "8", "--output-dir", "out")
-PROMISED = ("runtime model parameters dataset train_tokens perplexity_before perplexity_after steps epochs tokens_per_second seconds "
-            "output_dir archive drive samples").split()
+PROMISED = """runtime model parameters dataset train_tokens perplexity_before perplexity_after steps epochs
+tokens_per_second seconds output_dir archive drive samples""".split()
 
 
 def page(n, word="tide"):
-    return "".join(f" = Article {i} = \n \n The {word} of day {i} came in at {i % 12} o'clock and went out again . \n" for i in range(n))
+    article = " = Article {i} = \n \n The {word} of day {i} came in at {hour} o'clock and went out again . \n"
+    return "".join(article.format(i=i, word=word, hour=i % 12) for i in range(n))
 
 
 @pytest.fixture
@@ -30,25 +32,28 @@ def test_run_gives_what_it_promises(shell, own, tmp_path):
     said = json.loads(ran.stdout)
     assert [k for k in PROMISED if k not in said] == []
     before, after = said["perplexity_before"], said["perplexity_after"]
-    assert [before[k] for k in ("unit", "split", "stride", "tokens")] == [after[k] for k in ("unit", "split", "stride", "tokens")]
+    assert all(before[k] == after[k] for k in ("unit", "split", "stride", "tokens"))
     assert after["value"] < before["value"]
-    assert said["samples"]["before"]["prompt"] == said["samples"]["after"]["prompt"] and said["samples"]["before"]["seed"] == said["samples"]["after"]["seed"]
-    assert set(said["archive"]) >= {"path", "bytes", "sha256"} and Path(tmp_path, said["archive"]["path"]).stat().st_size == said["archive"]["bytes"]
+    first, second = said["samples"]["before"], said["samples"]["after"]
+    assert (first["prompt"], first["seed"]) == (second["prompt"], second["seed"])
+    assert set(said["archive"]) >= {"path", "bytes", "sha256"}
+    assert Path(tmp_path, said["archive"]["path"]).stat().st_size == said["archive"]["bytes"]
     assert Path(tmp_path, said["drive"]["path"]).exists()
     assert "Fine-tuning" in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_generate_streams_to_stdout(shell):
-    ran = shell("colab-gpt2", "generate", "--model", "tiny", "--prompt", "The city", "--seed", "1", "--max-new-tokens", "5")
-    assert ran.returncode == 0 and ran.stdout.strip() and not ran.stderr, ran.stderr
+    words = "--model", "tiny", "--prompt", "The city", "--seed", "1", "--max-new-tokens", "5"
+    ran = shell("colab-gpt2", "generate", *words)
+    assert ran.returncode == 0 and ran.stdout.startswith("The city") and not ran.stderr, ran.stderr
 
 
 def test_real_text_improves_on_the_test_split(shell, shared, tmp_path):
-    "WikiText-2's validation split is trained on, its test split measured; sixty steps and the first 60 kB of the test split here."
+    "Sixty steps on WikiText-2's validation split, evaluated on the first 60 kB of its test split."
     raw = shared/"data"/"wikitext-2-raw"
     (tmp_path/"wiki.test.raw").write_bytes((raw/"wiki.test.raw").read_bytes()[:60_000])
-    ran = shell("colab-gpt2", "run", "--model", "tiny", "--train-file", raw/"wiki.valid.raw", "--eval-file", "wiki.test.raw", "--output-dir", "out",
-                "--max-steps", "60", "--block-size", "128", "--max-new-tokens", "8", "--cache-dir", "cache", "--json", timeout=600)
+    text = "--train-file", raw/"wiki.valid.raw", "--eval-file", "wiki.test.raw", "--cache-dir", "cache"
+    ran = shell("colab-gpt2", "run", *QUICK, *text, "--max-steps", "60", "--block-size", "128", "--json", timeout=600)
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)
     assert said["perplexity_after"]["value"] < said["perplexity_before"]["value"]
@@ -64,9 +69,10 @@ def test_gpt2_of_full_size_from_a_folder(shell, shared, tmp_path):
     text = (shared/"data"/"wikitext-2-raw"/"wiki.valid.raw").read_text(encoding="utf-8")
     (tmp_path/"train.txt").write_text(text[:60_000], encoding="utf-8")
     (tmp_path/"eval.txt").write_text(text[60_000:64_000], encoding="utf-8")
-    ran = shell("colab-gpt2", "finetune", "--model", "gpt2-124m", "--train-file", "train.txt", "--eval-file", "eval.txt", "--output-dir", "out", "--max-steps", "6",
-                "--block-size", "128", "--effective-batch-size", "4", "--learning-rate", "3e-4", "--logging-steps", "1", "--save-steps", "-1", "--max-new-tokens", "4",
-                "--cache-dir", "cache", "--json", timeout=600)
+    words = ("--model gpt2-124m --train-file train.txt --eval-file eval.txt --cache-dir cache --output-dir out "
+             "--max-steps 6 --block-size 128 --effective-batch-size 4 --learning-rate 3e-4 --logging-steps 1 "
+             "--save-steps -1 --max-new-tokens 4 --json").split()
+    ran = shell("colab-gpt2", "finetune", *words, timeout=600)
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)
     losses = [row["loss"] for row in said["losses"]]
@@ -86,7 +92,8 @@ def refused(ran, code, *said):
 def test_run_fails_for_a_drive_that_was_asked_for_and_has_no_copy(shell, own, tmp_path):
     (tmp_path/"drive").mkdir()
     (tmp_path/"drive"/"colab-gpt2").write_text("in the way")
-    ran = shell("colab-gpt2", "run", *QUICK, *own, "--max-steps", "2", "--archive-path", "new.tar.gz", "--drive", "drive", "--json")
+    words = "--max-steps", "2", "--archive-path", "new.tar.gz", "--drive", "drive", "--json"
+    ran = shell("colab-gpt2", "run", *QUICK, *own, *words)
     assert ran.returncode == 1 and "not on the Drive" in ran.stderr, ran.stderr
     assert json.loads(ran.stdout)["drive"]["why"] and (tmp_path/"new.tar.gz").exists()
 
@@ -106,7 +113,8 @@ def test_nothing_is_deleted_that_was_not_written(shell, own, tmp_path):
 def test_resume_needs_the_same_run(shell, own, tmp_path):
     assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
     weights = (tmp_path/"out"/"model.safetensors").read_bytes()
-    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume", "--block-size", "32"), 1, "belongs to a different run")
+    ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume", "--block-size", "32")
+    refused(ran, 1, "belongs to a different run")
     shutil.rmtree(tmp_path/"out"/"checkpoint-2")
     refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume"), 1, "no complete checkpoint")
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == weights
@@ -120,31 +128,37 @@ def test_what_is_in_the_output_folder_stays(shell, own, tmp_path):
 
 
 def test_no_network_and_nothing_cached(shell, tmp_path):
-    closed = dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path/"hf"), https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9")
-    refused(shell("colab-gpt2", "finetune", "--model", "gpt2", "--dataset", "python-docs", "--cache-dir", "cache", "--output-dir", "out", **closed), 1, "tiny")
-    refused(shell("colab-gpt2", "fetch", "--dataset", "wikitext-2-raw-v1", "--cache-dir", "cache", **closed), 1, "python-docs")
+    nowhere = "http://127.0.0.1:9"
+    closed = dict(HF_ENDPOINT=nowhere, HF_HOME=str(tmp_path/"hf"), https_proxy=nowhere, http_proxy=nowhere)
+    words = "--model", "gpt2", "--dataset", "python-docs", "--cache-dir", "cache", "--output-dir", "out"
+    refused(shell("colab-gpt2", "finetune", *words, **closed), 1, "tiny")
+    refused(shell("colab-gpt2", "fetch", "--cache-dir", "cache", **closed), 1, "python-docs")
     assert not list((tmp_path/"cache").rglob("*.raw"))
 
 
 def test_ctrl_c_saves_and_resume_goes_on(shell, own, tmp_path):
-    words = [sys.executable, "-c", "from colab_gpt2.cli import main; main()", "finetune", *QUICK, *own, "--max-steps", "4000"]
+    program = [sys.executable, "-c", "from colab_gpt2.cli import main; main()"]
+    words = [*program, "finetune", *QUICK, *own, "--max-steps", "4000"]
     with open(tmp_path/"stderr", "w") as err:
         process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=err, text=True)
         deadline = time.monotonic() + 120
-        while not re.search(r" [1-9]\d*/4000", (tmp_path/"stderr").read_text()) and time.monotonic() < deadline: time.sleep(0.05)  # the bar leaves steps out
+        while not re.search(r" [1-9]\d*/4000", (tmp_path/"stderr").read_text()):  # the bar leaves steps out
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
     said = (tmp_path/"stderr").read_text()
     assert process.returncode == 130 and out == "" and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
-    assert "saved in out/checkpoint-" in last and "resume" in last
+    assert "saved in out/checkpoint-" in last and "--resume" in last
     step = int(next((tmp_path/"out").glob("checkpoint-*")).name.split("-")[1])
     half = tmp_path/"out"/f"checkpoint-{step + 5}"  # a copy that was cut short
     shutil.copytree(tmp_path/"out"/f"checkpoint-{step}", half)
     os.truncate(half/"model.safetensors", 1000)
     ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", str(step + 3), "--resume", "--json")
     assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["resumed_from"] == f"out/checkpoint-{step}" and json.loads(ran.stdout)["steps"] == step + 3
+    result = json.loads(ran.stdout)
+    assert (result["resumed_from"], result["steps"]) == (f"out/checkpoint-{step}", step + 3)
     assert f"checkpoint-{step + 5} is incomplete" in ran.stderr and half.exists()
 
 
@@ -152,20 +166,23 @@ def test_full_disk_leaves_the_last_checkpoint(shell, own, tmp_path):
     "A real file system of 200 MB on which two checkpoints of tiny fit and the third does not."
     small = tmp_path/"small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", small], capture_output=True).returncode: pytest.skip("this user may not mount a small file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", small], capture_output=True)
+    if mounted.returncode: pytest.skip("this user may not mount a small file system")
+    words = "colab-gpt2", "finetune", *QUICK, *own, "--output-dir", "small/out"
     try:
-        ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--output-dir", "small/out", "--max-steps", "6", "--save-steps", "1", "--save-total-limit", "9")
+        ran = shell(*words, "--max-steps", "6", "--save-steps", "1", "--save-total-limit", "9")
         refused(ran, 1, "is full", "Kept: checkpoint-1")
         assert {p.name for p in (small/"out").iterdir()} == {"checkpoint-1", "checkpoint-2"}
         shutil.rmtree(small/"out"/"checkpoint-1")
-        ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--output-dir", "small/out", "--max-steps", "3", "--save-steps", "9", "--resume", "--json")
+        ran = shell(*words, "--max-steps", "3", "--save-steps", "9", "--resume", "--json")
         assert ran.returncode == 0 and json.loads(ran.stdout)["resumed_from"] == "small/out/checkpoint-2", ran.stderr
     finally: subprocess.run(["umount", small], check=True)
 
 
 def test_same_seed_same_weights(shell, own, tmp_path):
     for folder in ("a", "b"):
-        assert shell("colab-gpt2", "finetune", *QUICK, *own, "--output-dir", folder, "--max-steps", "3", "--from-scratch").returncode == 0
+        words = "--output-dir", folder, "--max-steps", "3", "--from-scratch"
+        assert shell("colab-gpt2", "finetune", *QUICK, *own, *words).returncode == 0
     assert (tmp_path/"a"/"model.safetensors").read_bytes() == (tmp_path/"b"/"model.safetensors").read_bytes()
 
 
@@ -182,4 +199,5 @@ def test_a_slow_machine_takes_fewer_steps_in_the_demo(tmp_path, monkeypatch):
 def test_a_demo_of_a_given_length_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "run", lambda config, **options: options)
     assert [type(c).__name__ for c in tasks.demo()["callbacks"]] == ["TimeLimit"]
-    assert not tasks.demo(max_steps=300)["callbacks"] and not tasks.demo(replace(tasks.DEMO, num_train_epochs=9))["callbacks"]
+    assert not tasks.demo(max_steps=300)["callbacks"]
+    assert not tasks.demo(replace(tasks.DEMO, num_train_epochs=9))["callbacks"]

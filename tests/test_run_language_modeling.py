@@ -3,29 +3,36 @@ import json, os, shlex, signal, subprocess, sys, time
 
 import pytest
 
-COMMAND = ("--output_dir=output --model_type=gpt2 --model_name_or_path=tiny --do_train --train_data_file=wikitext-2-raw/wiki.train.raw "
-           "--do_eval --eval_data_file=wikitext-2-raw/wiki.test.raw --per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2")
+COMMAND = ("--output_dir=output --model_type=gpt2 --model_name_or_path=tiny --do_train "
+           "--train_data_file=wikitext-2-raw/wiki.train.raw --do_eval --eval_data_file=wikitext-2-raw/wiki.test.raw "
+           "--per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2")
 MODULE = [sys.executable, "-m", "colab_gpt2.run_language_modeling"]
 
 
 def environment(folder):
     "No Hub behind 127.0.0.1:9, and caches of its own."
-    return {**os.environ, "XDG_CACHE_HOME": str(folder/"cache"), "HF_HOME": str(folder/"hf"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return {**os.environ, "XDG_CACHE_HOME": str(folder/"cache"), "HF_HOME": str(folder/"hf"),
+            "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 def run(folder, flags, **options):
-    return subprocess.run([*MODULE, *shlex.split(flags)], cwd=folder, env=environment(folder), text=True, capture_output=True, timeout=300, **options)
+    words, options = [*MODULE, *shlex.split(flags)], dict(text=True, capture_output=True, timeout=300, **options)
+    return subprocess.run(words, cwd=folder, env=environment(folder), **options)
 
 
-def results(path): return {key: float(value) for key, value in (line.split(" = ") for line in path.read_text().splitlines())}
+def results(path):
+    pairs = (line.split(" = ") for line in path.read_text().splitlines())
+    return {key: float(value) for key, value in pairs}
 
 
 def real_or_made():
-    "(text to train on, text to measure on) of one article, so that little training helps: WikiText-2's second of the validation split where that is beside the checkout, else of its shape."
+    """(text to train on, held-out text) of one article, so that little training helps: the second of WikiText-2's
+    validation split where that is next to the checkout, else one of its shape."""
     from conftest import ROOT
     real = ROOT.parent/"shared"/"data"/"wikitext-2-raw"/"wiki.valid.raw"
-    made = "".join(f" = Article {i} = \n \n The tide of day {i} came in at {i % 12} o'clock and went out again . \n \n" for i in range(400))
-    text = real.read_text(encoding="utf-8") if real.exists() else made
+    article = " = Article {i} = \n \n The tide of day {i} came in at {hour} o'clock and went out again . \n \n"
+    made = (article.format(i=i, hour=i % 12) for i in range(400))
+    text = real.read_text(encoding="utf-8") if real.exists() else "".join(made)
     return text[9000:12500] + text[14500:18000], text[12500:14500]
 
 
@@ -34,7 +41,8 @@ def folder(tmp_path_factory):
     "Where the tutorial's user stands: the text is in wikitext-2-raw."
     root = tmp_path_factory.mktemp("tutorial")
     (root/"wikitext-2-raw").mkdir()
-    for name, text in zip(("train", "test"), real_or_made()): (root/"wikitext-2-raw"/f"wiki.{name}.raw").write_text(text, encoding="utf-8")
+    for name, text in zip(("train", "test"), real_or_made()):
+        (root/"wikitext-2-raw"/f"wiki.{name}.raw").write_text(text, encoding="utf-8")
     return root
 
 
@@ -87,7 +95,8 @@ def test_its_output_is_refused_then_trained_further(command, folder, tutorial):
     assert told["steps"] == 2
 
 
-TRAIN = "--model_name_or_path=tiny --do_train --train_data_file=wikitext-2-raw/wiki.train.raw --block_size=64 --per_gpu_train_batch_size=2"
+TEXT = "--do_train --train_data_file=wikitext-2-raw/wiki.train.raw"
+TRAIN = f"--model_name_or_path=tiny {TEXT} --block_size=64 --per_gpu_train_batch_size=2"
 EVALUATE = "--do_eval --eval_data_file=wikitext-2-raw/wiki.test.raw"
 
 
@@ -110,27 +119,32 @@ def test_only_training_evaluates_the_text_itself_and_says_so(command, tmp_path):
 def test_from_scratch_with_a_tokenizer_of_another_size(command, tmp_path):
     from transformers import GPT2Config
     GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=64).save_pretrained(tmp_path/"shape")
-    code, said = command(f"--output_dir={tmp_path/'a'} --model_type=gpt2 --config_name={tmp_path/'shape'} --tokenizer_name=tiny --do_train "
-                         f"--train_data_file=wikitext-2-raw/wiki.train.raw {EVALUATE} --max_steps=2 --learning_rate=1e-3")
+    new = f"--model_type=gpt2 --config_name={tmp_path/'shape'} --tokenizer_name=tiny"
+    code, said = command(f"--output_dir={tmp_path/'a'} {new} {TEXT} {EVALUATE} --max_steps=2 --learning_rate=1e-3")
     assert code == 0, said
     assert "the new model has 8192 embeddings" in said
-    assert 7000 < json.loads((tmp_path/"a"/"finetune.json").read_text())["perplexity_before"]["value"] < 9500  # it knows nothing: about the vocabulary's size
+    told = json.loads((tmp_path/"a"/"finetune.json").read_text())
+    assert 7000 < told["perplexity_before"]["value"] < 9500  # it knows nothing: about the vocabulary's size
 
 
 def test_checkpoints_are_watched_evaluated_and_resumed(command, tmp_path):
     flags = f"--output_dir={tmp_path/'a'} {TRAIN} {EVALUATE}"
-    code, said = command(f"{flags} --max_steps=4 --save_steps=2 --learning_rate=1e-3 --evaluate_during_training --logging_steps=2 --eval_all_checkpoints")
+    watched = "--evaluate_during_training --logging_steps=2 --eval_all_checkpoints"
+    code, said = command(f"{flags} --max_steps=4 --save_steps=2 --learning_rate=1e-3 {watched}")
     assert code == 0, said
     assert "step 2: perplexity = " in said and "step 4: perplexity = " in said
     found = results(tmp_path/"a"/"eval_results_lm.txt")
-    assert found["perplexity_4"] == pytest.approx(found["perplexity"], rel=1e-4) and found["perplexity_2"] > found["perplexity_4"]
+    assert found["perplexity_4"] == pytest.approx(found["perplexity"], rel=1e-4)
+    assert found["perplexity_2"] > found["perplexity_4"]
     code, said = command(f"{flags} --max_steps=6 --should_continue --overwrite_output_dir")
     assert code == 0, said
     told = json.loads((tmp_path/"a"/"finetune.json").read_text())
     assert told["steps"] == 6 and told["resumed_from"].endswith("checkpoint-4")
-    code, said = command(f"--output_dir={tmp_path/'a'} --model_name_or_path={tmp_path/'a'} {EVALUATE} --should_continue")
+    a = tmp_path/"a"
+    code, said = command(f"--output_dir={a} --model_name_or_path={a} {EVALUATE} --should_continue")
     assert code == 0 and results(tmp_path/"a"/"eval_results_lm.txt")["perplexity"] > 0, said
-    code, said = command(f"{flags.replace('=tiny', '=' + str(tmp_path/'a'/'checkpoint-2'))} --max_steps=6 --overwrite_output_dir")
+    older = flags.replace("=tiny", f"={a/'checkpoint-2'}")
+    code, said = command(f"{older} --max_steps=6 --overwrite_output_dir")
     assert code == 2 and "the newest complete checkpoint there is" in said and (tmp_path/"a"/"checkpoint-2").exists()
 
 
@@ -143,14 +157,15 @@ def test_an_incomplete_checkpoint_is_not_resumed(command, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_resume(folder, tmp_path):
     words = shlex.split(f"--output_dir={tmp_path/'a'} {TRAIN} --num_train_epochs=50 --save_steps=-1")
-    with subprocess.Popen([*MODULE, *words], cwd=folder, env=environment(folder), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([*MODULE, *words], cwd=folder, env=environment(folder), **pipes) as process:
         said = ""
         while "Fine-tuning" not in said and process.poll() is None: said += process.stderr.read(1)
         time.sleep(1)
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=120)
     assert process.returncode == 130, said + rest
-    assert "saved in" in rest
+    assert "saved in" in rest and "--should_continue" in rest.strip().splitlines()[-1]
     assert len(list((tmp_path/"a").glob("checkpoint-*"))) == 1
 
 
@@ -169,7 +184,8 @@ def test_bad_texts(command, tmp_path, name, content, words, which):
     ("--block_size=513", 1, "context is 512"), ("--model_name_or_path=tinny", 1, "Did you mean 'tiny'?"),
     ("--model_name_or_path=output-2/", 1, "'output-2'"), ("--output_dir=wikitext-2-raw/wiki.test.raw", 1, "is a file"),
     ("--mlm", 2, "--mlm: GPT-2 predicts the next token"), ("--model_type=bert", 2, "--model_type=bert: only causal"),
-    ("--local_rank=0", 2, "torchrun"), ("--learning_rate=nan", 2, "--learning_rate is nan"), ("--num_train_epochs=0", 2, "--num_train_epochs is 0"),
+    ("--local_rank=0", 2, "torchrun"), ("--learning_rate=nan", 2, "--learning_rate is nan"),
+    ("--num_train_epochs=0", 2, "--num_train_epochs is 0"),
     ("--per_gpu_train_batch_size=0", 2, "--per_gpu_train_batch_size is 0")])
 def test_bad_flags(command, tmp_path, flags, code, words):
     said = command(f"--output_dir={tmp_path/'a'} {TRAIN} {flags}")
@@ -188,12 +204,16 @@ def test_bad_usage_is_one_line_and_nothing_is_loaded(tmp_path, flags, words):
 
 
 def test_help_is_quick_and_shows_every_flag(tmp_path):
-    code = ("import sys, colab_gpt2.legacy.run_language_modeling; from colab_gpt2.legacy.flags import FLAGS, make_parser; text = make_parser().format_help(); "
-            "assert all(f'--{name}' in text for name in FLAGS) and 'Example:' in text; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)")
+    code = """import sys, colab_gpt2.legacy.run_language_modeling
+from colab_gpt2.legacy.flags import FLAGS, make_parser
+text = make_parser().format_help()
+assert all(f"--{name}" in text for name in FLAGS) and "Example:" in text
+assert not {"torch", "transformers", "datasets"} & set(sys.modules)"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_cuda_hides_the_gpu(command, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert command(f"--output_dir={tmp_path/'a'} --model_name_or_path=tiny {EVALUATE} --no_cuda --block_size=513")[0] == 1
+    code, _ = command(f"--output_dir={tmp_path/'a'} --model_name_or_path=tiny {EVALUATE} --no_cuda --block_size=513")
+    assert code == 1
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
