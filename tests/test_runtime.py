@@ -11,7 +11,7 @@ def fake_gpu(monkeypatch, name, memory, capability):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device=None: properties)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)  # as on a T4: by emulation
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)  # a T4 emulates it
 
 
 def no_gpu(monkeypatch, answer=lambda: False):
@@ -21,7 +21,8 @@ def no_gpu(monkeypatch, answer=lambda: False):
 
 @pytest.mark.parametrize("name, memory, capability, dtype, scaler", [
     ("Tesla T4", 15_828_320_256, (7, 5), "fp16", True), ("Tesla V100-SXM2-16GB", 16_935_682_048, (7, 0), "fp16", True),
-    ("NVIDIA A100-SXM4-40GB", 42_297_786_368, (8, 0), "bf16", False), ("NVIDIA L4", 23_573_757_952, (8, 9), "bf16", False)])
+    ("NVIDIA A100-SXM4-40GB", 42_297_786_368, (8, 0), "bf16", False),
+    ("NVIDIA L4", 23_573_757_952, (8, 9), "bf16", False)])
 def test_gpus(monkeypatch, name, memory, capability, dtype, scaler):
     fake_gpu(monkeypatch, name, memory, capability)
     runtime = check_runtime()
@@ -48,7 +49,7 @@ def test_kernel_is_told_from_subprocess(monkeypatch):
 
 
 def test_broken_driver_goes_on_on_the_cpu(monkeypatch):
-    def broken(): raise RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment\nand more")
+    def broken(): raise RuntimeError("CUDA unknown error - this may be due to an incorrect environment\nand more")
     no_gpu(monkeypatch, broken)
     runtime = check_runtime()
     assert (runtime.device, runtime.precision.scaler) == ("cpu", False) and runtime.precision.dtype in ("bf16", "fp32")
@@ -60,6 +61,13 @@ def test_gpu_that_cannot_be_asked_goes_on_on_the_cpu(monkeypatch):
     def fails(device=None): raise RuntimeError("CUDA error: out of memory")
     monkeypatch.setattr("torch.cuda.get_device_properties", fails)
     assert check_runtime().device == "cpu"
+
+
+@pytest.mark.parametrize("has, dtype", [(True, "bf16"), (False, "fp32")])
+def test_a_cpu_is_asked_for_its_instructions(monkeypatch, has, dtype):
+    "A CPU without bfloat16 is pretended so; `make test-no-bf16` does it for the whole suite, subprocesses included."
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": has, "amx_bf16": False}, raising=False)
+    assert pick_precision("cpu").dtype == dtype
 
 
 def test_older_torch_without_capabilities_reads_the_flags(monkeypatch):
@@ -77,5 +85,6 @@ def test_to_dict_is_json_and_the_disk_is_that_of_the_path(tmp_path):
 
 
 def test_module_imports_no_torch():
-    code = "import sys, colab_gpt2.runtime; print([m for m in ('torch', 'transformers', 'datasets', 'IPython') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys, colab_gpt2.runtime; print({'torch', 'transformers', 'datasets', 'IPython'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "set()"
