@@ -399,7 +399,7 @@ def test_a_click_saves_no_weights_that_are_lost(quick, name):
     panel = colab_gpt2.FinetunePanel(quick, logging_steps=100, save_steps=3)
     click = At(4, lambda: setattr(panel.live, "pump", panel.buttons[name].click), lose=True)
     assert panel.start(callbacks=[click]) is None and isinstance(panel.error, FloatingPointError)
-    assert "learning rate below" in panel.said
+    assert "“Learning rate”" in panel.said
     assert [path.name for path in Path(quick.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
     assert not panel.config.resume
 

@@ -128,9 +128,8 @@ class Steered(Course):
         self.attempt("Drawing the run", self.draw)
 
 # %% ../../nbs/panels/77_live.ipynb #65c821a5
-class Live(Listener, Steered):
+class Live(Steered, Listener):
     "A steered run that hears of itself."
-    def __init__(self, *args, **kwargs): Steered.__init__(self, *args, **kwargs)
 
     def on_stage(self, stage, plan=None, stop=None, **facts):
         self.stage, self.what, self.share, self.plan = stage, "", 0., plan or self.plan
