@@ -21,10 +21,7 @@ from ..runtime import out_of_memory
 # %% ../../nbs/engine/43_probe.ipynb #456d27e9
 class PeakMemory:
     "The most memory that a device (a GPU, or this process on a CPU) has in use from the moment this is made."
-    def __init__(
-        self,
-        device,  # a name or a torch.device
-    ):
+    def __init__(self, device):
         self.device = torch.device(device)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
         else: reset_peak_rss()
@@ -37,34 +34,28 @@ class PeakMemory:
 
 # %% ../../nbs/engine/43_probe.ipynb #e9220486
 def reset_peak_rss():
-    "Have Linux forget how much memory this process has used (proc(5), clear_refs). Elsewhere the peak is of its whole life."
+    "Have Linux forget this process's peak of memory (proc(5), clear_refs); elsewhere the peak is of its whole life."
     with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5")
 
 # %% ../../nbs/engine/43_probe.ipynb #45bb93d9
 def peak_rss() -> int:
     "The most bytes of RAM that this process has used since `reset_peak_rss`."
-    status = Path("/proc/self/status")
-    if status.exists(): return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try: lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 # %% ../../nbs/engine/43_probe.ipynb #a5a200f5
-def moment_bytes(
-    model,
-    optimizer,  # its name
-) -> int:
-    """Bytes of AdamW's moments for the parameters that are trained: 8 each, or 2 in 8 bits, except for embeddings, which
-    the Trainer keeps in 32 bits."""
+def moment_bytes(model, optimizer) -> int:
+    "Bytes of AdamW's moments for what is trained: 8 a parameter; in 8 bits 2, but for embeddings, which stay in 32."
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     def each(p): return 2 if optimizer == "adamw_bnb_8bit" and id(p) not in embeddings else 8
     return sum(p.numel() * each(p) for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/engine/43_probe.ipynb #615dd07e
-def probe(
-    trainer,
-    plan,
-) -> Plan:
-    "The plan with the peak memory and the time of a step as measured on its own blocks. Raises what torch raises when memory runs out."
+def probe(trainer, plan) -> Plan:
+    "The plan with the measured memory and time of a step. Raises what torch raises when memory runs out."
     model, device = trainer.model, trainer.args.device
     blocks = min(plan.blocks_per_step, len(trainer.train_dataset))  # a text may have fewer than a step takes
     part = min(plan.recipe.micro_batch, blocks)
@@ -84,11 +75,12 @@ def probe(
                 seconds.append(time.perf_counter() - started)
                 trainer.tell_part()
         finally: model.zero_grad(set_to_none=True)
-    return plan.corrected(peak_bytes=memory.bytes() + moment_bytes(model, plan.recipe.optimizer), step_seconds=min(seconds[1:]) * blocks / part)
+    peak = memory.bytes() + moment_bytes(model, plan.recipe.optimizer)
+    return plan.corrected(peak_bytes=peak, step_seconds=min(seconds[1:]) * blocks / part)
 
 # %% ../../nbs/engine/43_probe.ipynb #27e03498
 def settle(trainer, plan) -> Plan:
-    "Probe `plan` with ever smaller micro-batches until one fits; `trainer.micro_batch` follows. A micro-batch of 1 is kept, fitting or not."
+    "Probe smaller and smaller micro-batches until one fits, or is 1; `trainer.micro_batch` follows."
     while True:
         micro = trainer.micro_batch = plan.recipe.micro_batch
         try: probed = probe(trainer, plan)
@@ -97,20 +89,16 @@ def settle(trainer, plan) -> Plan:
             probed = replace(plan, fits=False)
         if probed.fits: return probed
         if micro == 1:
-            warnings.warn(f"The probed step needed {human_bytes(probed.peak_bytes)}, and only {human_bytes(plan.limit_bytes)} are certain to be free. "
-                          "The run continues, and may run out of memory.", stacklevel=3)
+            needed, free = human_bytes(probed.peak_bytes), human_bytes(plan.limit_bytes)
+            warnings.warn(f"The probed step needed {needed}, and {free} may be used: memory may run out.", stacklevel=3)
             return probed
         less = max(n for n in range(1, micro // 2 + 1) if plan.blocks_per_step % n == 0)
         plan = plan.with_micro_batch(less, f"A probed step did not fit with a micro-batch of {micro}: {less} instead.")
         trainer.lower_micro_batch(trainer.model, less)
 
 # %% ../../nbs/engine/43_probe.ipynb #a7e07c54
-def settle_compiled(
-    trainer,
-    plan,
-    around,  # an ExitStack: the model's blocks stay compiled until it ends
-) -> Plan:
-    "`settle` with the model's blocks compiled; if that fails, with a warning, without."
+def settle_compiled(trainer, plan, around) -> Plan:
+    "`settle` with the model's blocks compiled until the ExitStack `around` ends; if it fails, without."
     try:
         with contextlib.ExitStack() as tried:
             tried.enter_context(compiled(repeated_blocks(trainer.model)))
