@@ -11,7 +11,7 @@ COMMAND_LINE = [sys.executable, "-c", "from colab_gpt2.cli import main; main()"]
 
 @pytest.fixture(scope="session")
 def shared():
-    "The folder of real text, tokenizer and Colab's package lists, which lies beside a developer's checkout and is never part of it."
+    "Real text, a tokenizer and Colab's package lists: a folder beside a developer's checkout, never part of it."
     folder = ROOT.parent/"shared"
     if not folder.is_dir(): pytest.skip("the real text and lists of ../shared are not beside this checkout")
     return folder
@@ -19,18 +19,20 @@ def shared():
 
 @pytest.fixture
 def shell(tmp_path):
-    """Run a command in an empty folder; -> CompletedProcess with text. `colab-gpt2` is the command line of this environment: forked from a
-    process that has imported torch, unless the test sets environment variables, which libraries read when they are imported."""
+    """Run a command in an empty folder; -> CompletedProcess with text. `colab-gpt2` is the command line of this
+    environment: forked from a process that has imported torch, unless the test sets environment variables,
+    which libraries read at import."""
     def run(*words, timeout=300, cwd=tmp_path, **env):
         words = [str(w) for w in words]
         if words[0] == "colab-gpt2" and not env: return forked(command, *words[1:], cwd=cwd, timeout=timeout)
         if words[0] == "colab-gpt2": words = [*COMMAND_LINE, *words[1:]]
-        return subprocess.run(words, cwd=cwd, env={**os.environ, **env}, text=True, capture_output=True, timeout=timeout)
+        options = dict(text=True, capture_output=True, timeout=timeout)
+        return subprocess.run(words, cwd=cwd, env={**os.environ, **env}, **options)
     return run
 
 
 @pytest.fixture(autouse=True)
 def nothing_of_colab_stays():
-    "A test that pretends to be on Colab has ended that when it is over: the next one in this process would be there too."
+    "A test that pretends to be on Colab has ended that when it is over, or the next one would be there too."
     yield
     assert "COLAB_RELEASE_TAG" not in os.environ

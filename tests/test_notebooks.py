@@ -1,7 +1,8 @@
-"""Each notebook is one case, run as `nbdev_test` runs it, in a forked process; what its cells keep is what they show now, byte for byte.
+"""Each notebook is one case, run as `nbdev_test` runs it, in a forked process. What its cells keep is what they show
+now, byte for byte.
 
-The tutorial, which trains a model, is test_tutorial.py's; nbs/tutorials/.notest tells nbdev_test. nbs/index.ipynb is run by people for the
-README: its outputs, speeds among them, are not compared.
+The tutorial, which trains a model, is test_tutorial.py's; nbs/tutorials/.notest tells nbdev_test. nbs/index.ipynb is
+run by people for the README: its outputs, speeds among them, are not compared.
 """
 import json
 from dataclasses import replace
@@ -35,7 +36,8 @@ def test_notebook(notebook):
     assert error == ""
     if notebook.stem == "index": return
     kept = kept_by(notebook)
-    assert kept == {key: shown.get(key) for key in kept}, f"`make show`, or python tools/show.py {notebook.relative_to(ROOT)}"
+    again = f"`make show`, or python tools/show.py {notebook.relative_to(ROOT)}"
+    assert kept == {key: shown.get(key) for key in kept}, again
 
 
 def test_the_command_that_readers_run(shell):

@@ -1,4 +1,4 @@
-"The notebook that people open in Colab: its links, what it carries, Run all on a machine without GPU and network, and the Python that is folded beneath each panel."
+"The notebook that people open in Colab: its links, what it carries, Run all without GPU or network, the folded Python."
 import configparser, json, os, re, shutil, sys
 from pathlib import Path
 
@@ -23,7 +23,8 @@ def markdown(notebook): return "\n".join(c.source for c in notebook.cells if c.c
 def test_it_opens_in_colab_with_a_gpu(notebook):
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(ROOT/"settings.ini", encoding="utf-8")
-    address = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/".format(**settings["DEFAULT"]) + PATH.relative_to(ROOT).as_posix()
+    start = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/".format(**settings["DEFAULT"])
+    address = start + PATH.relative_to(ROOT).as_posix()
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({address})"
     assert badge in notebook.cells[0].source and badge in (ROOT/"README.md").read_text(encoding="utf-8")
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
@@ -40,7 +41,8 @@ def test_links_follow_the_settings(tmp_path, shell):
     assert shell(sys.executable, "tools/links.py").returncode == 0
     for name in ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb"):
         text = (tmp_path/name).read_text(encoding="utf-8")
-        assert "https://colab.research.google.com/github/other-user/other-repo/blob/other-branch/nbs/tutorials/colab_gpt2.ipynb" in text
+        where = "other-user/other-repo/blob/other-branch/nbs/tutorials/colab_gpt2.ipynb"
+        assert f"https://colab.research.google.com/github/{where}" in text
         assert "git+https://github.com/other-user/other-repo" in text
         assert "github.com/colab-gpt2/" not in text
 
@@ -49,14 +51,16 @@ def test_it_is_small_and_carries_nothing_of_a_machine(notebook):
     assert PATH.stat().st_size < 60_000
     assert "widgets" not in notebook.metadata
     panels = [c for c in notebook.cells if c.cell_type == "code" and "Panel(" in c.source]
-    assert [c.metadata.get("scrolled") for c in panels] == [False] * 5  # or Notebook 7 squeezes a tall output into a box
+    # or Notebook 7 squeezes a tall output into a box
+    assert [c.metadata.get("scrolled") for c in panels] == [False] * 5
     assert [c.outputs for c in notebook.cells if c.cell_type == "code" and c.outputs] == []
 
 
 def test_each_step_is_a_short_cell_with_python_beneath(notebook):
     "The cells of installing and of the Drive, then five with a panel; directly beneath each a fold."
     code = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code"]
-    assert [re.findall(r"\w+Panel", notebook.cells[i].source)[0] for i in code[2:]] == ["RuntimePanel", "DataPanel", "FinetunePanel", "GeneratePanel", "DrivePanel"]
+    panels = [re.findall(r"(\w+)Panel", notebook.cells[i].source)[0] for i in code[2:]]
+    assert panels == ["Runtime", "Data", "Finetune", "Generate", "Drive"]
     assert max(len(notebook.cells[i].source.splitlines()) for i in code) <= 6
     for i in code[2:]: assert len(folded(notebook.cells[i + 1].source)) == 1
 
@@ -65,16 +69,20 @@ def test_each_step_is_a_short_cell_with_python_beneath(notebook):
 def test_the_minutes_in_its_table_are_forecasts(notebook, gpu):
     row = next(line for line in markdown(notebook).splitlines() if line.startswith(f"| {gpu} GPU"))
     told = {model: int(minutes) for model, minutes in re.findall(r"(gpt2[\w-]*)(?: by LoRA,)? (\d+) min", row)}
-    assert told == {model: round(plan(model=model, gpu=gpu, progress=False).seconds / 60) for model in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+    models = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    assert told == {model: round(plan(model=model, gpu=gpu, progress=False).seconds / 60) for model in models}
 
 
-def folded(source): return re.findall(r"<details><summary>The same in plain Python</summary>\n\n```python\n(.+?)\n```\n\n</details>", source, re.S)
+def folded(source):
+    title = "<details><summary>The same in plain Python</summary>"
+    return re.findall(rf"{title}\n\n```python\n(.+?)\n```\n\n</details>", source, re.S)
 
 
 def test_the_folded_texts_are_those_of_the_panel(notebook):
     line = next(line for line in markdown(notebook).splitlines() if line.startswith("generate("))
     config = FinetuneConfig()
-    assert line == f'generate("gpt2-tuned", {json.dumps(config.prompt)}, max_new_tokens={config.max_new_tokens}, seed={config.seed})[0]'
+    prompt, rest = json.dumps(config.prompt), f"max_new_tokens={config.max_new_tokens}, seed={config.seed}"
+    assert line == f'generate("gpt2-tuned", {prompt}, {rest})[0]'
 
 
 def printed(notebook):
@@ -106,24 +114,30 @@ def test_run_all(notebook, offline, tmp_path):
     startup = tmp_path/"ipython"/"profile_default"/"startup"
     startup.mkdir(parents=True)
     (startup/"brief.py").write_text(BRIEF)
-    ran = NotebookClient(nbformat.from_dict(notebook), timeout=540, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    here = {"metadata": {"path": str(tmp_path)}}
+    ran = NotebookClient(nbformat.from_dict(notebook), timeout=540, resources=here).execute()
     assert list(printed(ran)) == []
     told = json.loads((tmp_path/"gpt2-tuned"/"finetune.json").read_text())
     assert told["steps"] == 30
     assert told["perplexity_after"]["value"] < told["perplexity_before"]["value"] / 10
     archives = [p for p in tmp_path.rglob("gpt2-tuned.tar.gz")]
-    assert len(archives) == 2 and len({p.read_bytes() for p in archives}) == 1, archives  # here, and in the folder that stands for the Drive
-    assert any("image/svg+xml" in o.get("data", {}) for c in ran.cells for o in c.get("outputs", ()))  # the curve, for who reads the notebook where no kernel is
+    assert len(archives) == 2, archives  # here, and in the folder that stands for the Drive
+    assert len({p.read_bytes() for p in archives}) == 1
+    outputs = [o.get("data", {}) for c in ran.cells for o in c.get("outputs", ())]
+    assert any("image/svg+xml" in data for data in outputs)  # the curve, for a reader without a kernel
 
 
 def test_the_folded_python_runs(notebook, offline, monkeypatch, tmp_path):
-    "Each as it stands, with no other before it, where the panels were run; but for the model and the text, which need a network, and the epochs, which need patience."
+    """Each as it stands, with no other before it, where the panels were run; but for the model and the text, which
+    need a network, and the epochs, which need patience."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY, "gpt2-tuned")
     code = folded(markdown(notebook))
-    for told, small in (('"gpt2"', '"tiny"'), ('"wikitext-2-raw-v1"', '"python-docs"'), ("num_train_epochs=2", "max_steps=2, block_size=32"),
+    for told, small in (('"gpt2"', '"tiny"'), ('"wikitext-2-raw-v1"', '"python-docs"'),
+                        ("num_train_epochs=2", "max_steps=2, block_size=32"),
                         ("max_new_tokens=250", "max_new_tokens=5"), ('"colab-gpt2")', '"colab-gpt2", drive="drive")')):
         assert any(told in fold for fold in code)
         code = [fold.replace(told, small) for fold in code]
     for fold in code: exec(compile(fold, "the folded Python", "exec"), {})
-    assert (tmp_path/"by-hand"/"model.safetensors").exists() and (tmp_path/"drive"/"colab-gpt2"/"by-hand.tar.gz").exists()
+    assert (tmp_path/"by-hand"/"model.safetensors").exists()
+    assert (tmp_path/"drive"/"colab-gpt2"/"by-hand.tar.gz").exists()

@@ -6,8 +6,10 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT/"nbs").rglob("[0-9]*.ipynb"), key=lambda path: path.name)
 LIBRARY = sorted(path for path in (ROOT/"colab_gpt2").rglob("*.py") if path.name != "_modidx.py")
 CHECKS = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT/folder).rglob("*.py"))
-ASSERTS = re.compile(r"(?m)^\s*(assert\b|test_\w+\(|with ExceptionExpected)|\btest_(eq|fail|close|is|warns|ne|stdout|shuffled)\(")
-SEARCHES = {"replace", "split", "rsplit", "partition", "rpartition", "startswith", "endswith", "removeprefix", "removesuffix", "find", "index"}
+ASSERTS = re.compile(r"(?m)^\s*(assert\b|test_\w+\(|with ExceptionExpected)"
+                     r"|\btest_(eq|fail|close|is|warns|ne|stdout|shuffled)\(")
+SEARCHES = {"replace", "split", "rsplit", "partition", "rpartition", "startswith", "endswith", "removeprefix",
+            "removesuffix", "find", "index"}
 OF_TORCH = {"out_of_memory"}  # torch raises RuntimeError for this and for everything else: only its words tell
 ERRORS = {"e", "err", "error", "exc", "exception"}
 
@@ -24,14 +26,15 @@ def cells_of(notebook): return json.loads(notebook.read_text(encoding="utf-8"))[
 def source_of(cell): return "".join(cell["source"])
 
 
-def is_exported(cell): return cell["cell_type"] == "code" and bool(re.search(r"(?m)^#\s*\|\s*exporti?s?\b", source_of(cell)))
+def is_exported(cell):
+    return cell["cell_type"] == "code" and bool(re.search(r"(?m)^#\s*\|\s*exporti?s?\b", source_of(cell)))
 
 
 def statements(cell): return ast.parse(re.sub(r"(?m)^#\s*\|.*\n?", "", source_of(cell))).body
 
 
 def exported_cells():
-    "(notebook, its code cells, the place of one among them, its statements) of the exported cells that hold more than imports."
+    "(notebook, its code cells, place of one among them, its statements) of exported cells that hold more than imports."
     for notebook in NOTEBOOKS:
         code = [cell for cell in cells_of(notebook) if cell["cell_type"] == "code"]
         for i, cell in enumerate(code):
@@ -40,18 +43,23 @@ def exported_cells():
 
 
 def cell_sizes():
-    "Lines of the exported cells, without blank ones and directives; the classes of the panels, a widget's state and view in one, are left out."
-    def is_panel(notebook, body): return notebook.parent.name == "panels" and any(isinstance(n, ast.ClassDef) for n in body)
+    """Lines of the exported cells, without blank ones and directives. The classes of the panels are left out: a
+    widget's state and view in one."""
+    def is_panel(notebook, body):
+        return notebook.parent.name == "panels" and any(isinstance(n, ast.ClassDef) for n in body)
     return [len([line for line in source_of(code[i]).splitlines() if line.strip() and not re.match(r"#\s*\|", line)])
             for notebook, code, i, body in exported_cells() if not is_panel(notebook, body)]
 
 
-def definitions(body): return [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+def definitions(body):
+    return [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
 
 
 def demonstrated():
     "{notebook:name: whether one of the next two code cells asserts and names it} of the exported names."
-    def shows(cell, name): return not is_exported(cell) and ASSERTS.search(source_of(cell)) and re.search(rf"\b{name}\b", source_of(cell))
+    def shows(cell, name):
+        source = source_of(cell)
+        return not is_exported(cell) and ASSERTS.search(source) and re.search(rf"\b{name}\b", source)
     return {f"{notebook.stem}:{d.name}": any(shows(cell, d.name) for cell in code[i + 1:i + 3])
             for notebook, code, i, body in exported_cells() for d in definitions(body)}
 
@@ -62,24 +70,30 @@ def trees(paths=LIBRARY): return {path: ast.parse(path.read_text(encoding="utf-8
 def functions(tree): return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
-def arguments(function): return [a for a in [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs] if a.arg not in ("self", "cls")]
+def arguments(function):
+    every = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return [a for a in every if a.arg not in ("self", "cls")]
 
 
 def documented():
     "{module:name: whether it has a docstring} of what modules define at their top."
-    return {f"{path.stem}:{d.name}": bool(ast.get_docstring(d)) for path, tree in trees().items() for d in definitions(tree.body)}
+    return {f"{path.stem}:{d.name}": bool(ast.get_docstring(d))
+            for path, tree in trees().items() for d in definitions(tree.body)}
 
 
 def commented(names):
     "{function(argument): whether a comment stands in its line} of the functions of these names at the top of modules."
-    return {f"{function.name}({argument.arg})": "#" in path.read_text(encoding="utf-8").splitlines()[argument.lineno - 1]
-            for path, tree in trees().items() for function in tree.body if isinstance(function, ast.FunctionDef) and function.name in names
+    def has_comment(path, argument): return "#" in path.read_text(encoding="utf-8").splitlines()[argument.lineno - 1]
+    return {f"{function.name}({argument.arg})": has_comment(path, argument)
+            for path, tree in trees().items() for function in tree.body
+            if isinstance(function, ast.FunctionDef) and function.name in names
             for argument in arguments(function)}
 
 
 def both(first, second):
     "Functions that take both arguments."
-    return [f"{path.stem}:{f.name}" for path, tree in trees().items() for f in functions(tree) if {first, second} <= {a.arg for a in arguments(f)}]
+    return [f"{path.stem}:{f.name}" for path, tree in trees().items() for f in functions(tree)
+            if {first, second} <= {a.arg for a in arguments(f)}]
 
 
 def dataclasses():
@@ -105,9 +119,11 @@ def read_back(trees_by_path=None):
     "Where the library searches, splits or replaces in the words of an error."
     def searches(node):
         if isinstance(node, ast.Compare):
-            return any(isinstance(op, (ast.In, ast.NotIn)) for op in node.ops) and any(map(is_message, node.comparators))
+            is_in = any(isinstance(op, (ast.In, ast.NotIn)) for op in node.ops)
+            return is_in and any(map(is_message, node.comparators))
         if not isinstance(node, ast.Call) or not node.args: return False  # split() without a word joins lines
-        if isinstance(node.func, ast.Attribute) and node.func.attr in SEARCHES and is_message(node.func.value): return True
+        method = node.func if isinstance(node.func, ast.Attribute) else None
+        if method and method.attr in SEARCHES and is_message(method.value): return True
         return ast.unparse(node.func).startswith("re.") and any(map(is_message, node.args))
     def of(path, tree):
         allowed = {id(n) for f in functions(tree) if f.name in OF_TORCH for n in ast.walk(f)}
@@ -115,7 +131,8 @@ def read_back(trees_by_path=None):
     return [place for path, tree in (trees_by_path or trees()).items() for place in of(path, tree)]
 
 
-def statement_counts(): return {path.stem: sum(isinstance(n, ast.stmt) for n in ast.walk(tree)) for path, tree in trees().items()}
+def statement_counts():
+    return {path.stem: sum(isinstance(n, ast.stmt) for n in ast.walk(tree)) for path, tree in trees().items()}
 
 
 def figures(public):

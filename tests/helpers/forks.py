@@ -1,6 +1,6 @@
-"""Work in a process of its own that does not wait for its imports: it is forked from one that has imported torch and transformers.
+"""Work in a process of its own that does not wait for its imports: it is forked from one that has them.
 
-What depends on the start of a process (which modules a command loads, what the environment changes at import, signals) is run by `shell`.
+What depends on the start of a process (what a command loads, the environment at import, signals): see `shell`.
 """
 import multiprocessing, os, pickle, subprocess, sys, tempfile
 from pathlib import Path
@@ -12,12 +12,13 @@ FORKS.set_forkserver_preload(["torch", "transformers.trainer", "transformers.mod
 
 
 def forked(function, *args, cwd=None, env=None, timeout=300):
-    "Call `function(*args)` in a forked process; -> CompletedProcess with text, and with what the function gave as its `result`."
+    "Call `function(*args)` in a forked process; -> CompletedProcess with text, and what it gave as its `result`."
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
-        process = FORKS.Process(target=_child, args=(folder, function, args, str(cwd or os.getcwd()), {**os.environ, **(env or {})}))
+        place, env = str(cwd or os.getcwd()), {**os.environ, **(env or {})}
+        process = FORKS.Process(target=_child, args=(folder, function, args, place, env))
         process.start()
         process.join(timeout)
-        out, err = ((Path(folder)/name).read_text(encoding="utf-8") if (Path(folder)/name).exists() else "" for name in ("stdout", "stderr"))
+        out, err = (read(Path(folder)/name) for name in ("stdout", "stderr"))
         if process.is_alive():
             process.kill()
             process.join()
@@ -27,8 +28,12 @@ def forked(function, *args, cwd=None, env=None, timeout=300):
     return done
 
 
+def read(path): return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def _child(folder, function, args, cwd, env):
-    for name, number in (("stdout", 1), ("stderr", 2)): os.dup2(os.open(Path(folder)/name, os.O_WRONLY | os.O_CREAT), number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(Path(folder)/name, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
