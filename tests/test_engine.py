@@ -244,7 +244,7 @@ def test_the_loss_under_ddp_with_accumulation(tmp_path):
     "Two processes, two parts each: every one ends with the mean over processes of the sum over parts."
     store = tmp_path/"store"
     pair = [subprocess.Popen([sys.executable, "-c", REPLICA, str(rank), str(store)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
-    for process in pair: assert process.wait(timeout=120) == 0, process.stderr.read()
+    for process in pair: assert process.wait(timeout=300) == 0, process.stderr.read()
     model = new_model(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.), seed=0).train()
     ids = torch.arange(4 * 16).view(4, 16) * 7 % 77
     (2 * model(input_ids=ids, labels=ids).loss).backward()

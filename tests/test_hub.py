@@ -66,7 +66,7 @@ def ask(hub, tmp_path):
     def run(code, endpoint=hub.url):
         program = f"{START}{code}\nprint('RESULT', json.dumps(result))"
         done = subprocess.run([sys.executable, "-c", program], env={**inherited, **ours, "HF_ENDPOINT": endpoint},
-                              capture_output=True, text=True, timeout=120)
+                              capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("RESULT"), done.stdout  # nothing else on stdout
         return json.loads(done.stdout[6:]) | dict(stderr=done.stderr)

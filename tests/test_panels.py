@@ -485,12 +485,12 @@ def test_the_interrupt_button_stops_and_saves_a_run_in_a_subshell(quick):
     "JupyterLab handles the click on Start in a second thread; the signal comes to the main one. See test_pump.py."
     from jupyter_client.manager import start_new_kernel
     from test_pump import click, idle, listen, run
-    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)
+    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=180)
     try:
-        features = client.kernel_info(reply=True, timeout=30)["content"].get("supported_features", [])
+        features = client.kernel_info(reply=True, timeout=120)["content"].get("supported_features", [])
         if "kernel subshells" not in features: pytest.skip("this ipykernel is older than subshells, 7.0")
         client.control_channel.send(client.session.msg("create_subshell_request"))
-        subshell = client.get_control_msg(timeout=30)["content"]["subshell_id"]
+        subshell = client.get_control_msg(timeout=120)["content"]["subshell_id"]
         run(client, START.format(config=quick))
         other, start = run(client, IN_A_SUBSHELL).split()
         listen(client, idle(click(client, other, subshell)))
@@ -499,7 +499,7 @@ def test_the_interrupt_button_stops_and_saves_a_run_in_a_subshell(quick):
         def has_trained(m): return m["msg_type"] == "comm_msg" and trained.search(str(m["content"]))
         listen(client, has_trained, timeout=120)
         manager.interrupt_kernel()
-        listen(client, idle(running), timeout=60)
+        listen(client, idle(running), timeout=120)
         said = run(client, "print(panel.said)")
         assert re.match(r"Stopped at step \d+ of 4000; saved in .* Start resumes from there", said)
         assert list(Path(quick.output_dir).glob("checkpoint-*"))
@@ -511,13 +511,13 @@ def test_the_interrupt_button_stops_and_saves_a_run_in_a_subshell(quick):
 def test_a_click_on_stop_works_within_a_step_and_a_picture_stays(quick):
     from jupyter_client.manager import start_new_kernel
     from test_pump import click, idle, listen, printed, run
-    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)
+    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=180)
     try:
         stop = run(client, START.format(config=quick)).split()[-1]
         running = client.execute("panel.start(callbacks=[Says()]);")
         listen(client, lambda m: m["msg_type"] == "stream" and "step 3" in m["content"]["text"], timeout=120)
         click(client, stop)
-        heard = listen(client, idle(running), timeout=60)
+        heard = listen(client, idle(running), timeout=120)
         last = int(re.findall(r"step (\d+)", "step 3 " + printed(heard))[-1])
         assert run(client, "print(panel.said)").startswith(f"Stopped at step {last} of 4000; saved in")
         updates = [m["content"]["data"] for m in heard if m["msg_type"] == "update_display_data"]

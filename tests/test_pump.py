@@ -13,7 +13,7 @@ asked, steps = [], 0
 def loop():
     global steps
     print("looping in", threading.current_thread().name, flush=True)
-    for steps in range(1, 201):
+    for steps in range(1, 3001):
         time.sleep(0.02)
         pump()
         if asked: break
@@ -37,7 +37,7 @@ print(stop.model_id, start.model_id, slider.model_id, other.model_id)
 
 @pytest.fixture(scope="module")
 def kernel():
-    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)
+    manager, client = start_new_kernel(kernel_name="python3", startup_timeout=180)
     yield client
     client.stop_channels()
     manager.shutdown_kernel(now=True)
@@ -49,7 +49,7 @@ def buttons(kernel):
     return dict(zip(("stop", "start", "slider", "other"), said.split()))
 
 
-def listen(client, until, timeout=30):
+def listen(client, until, timeout=120):
     "Messages of the kernel up to the first that `until` accepts, which is the last of the list."
     heard, end = [], time.monotonic() + timeout
     while not heard or not until(heard[-1]):
@@ -101,7 +101,7 @@ def test_a_click_is_handled_in_the_middle_and_cells_wait(kernel, buttons, where)
     heard = listen(kernel, idle(waiting[-1]))
     said = printed(heard).splitlines()
     steps = int(said[0].split()[2])
-    assert steps < 150, said  # of 200, the whole loop takes 4 s
+    assert steps < 2500, said  # of 3000, the whole loop takes a minute: room for a busy machine
     assert said == [f"ended after {steps} steps", f"cell 1: {steps}", f"cell 2: {steps}"]
     assert printed(heard, running) == f"ended after {steps} steps\n"  # the output belongs to its own cell again
     order = [m["parent_header"]["msg_id"] for m in heard if is_idle(m)]
@@ -116,15 +116,15 @@ def subshell(kernel, buttons):
     known = kernel.kernel_info(reply=True, timeout=30)["content"].get("supported_features", [])
     if "kernel subshells" not in known: pytest.skip("this ipykernel is older than subshells, 7.0")
     kernel.control_channel.send(kernel.session.msg("create_subshell_request"))
-    subshell = kernel.get_control_msg(timeout=30)["content"]["subshell_id"]
+    subshell = kernel.get_control_msg(timeout=120)["content"]["subshell_id"]
     listen(kernel, idle(click(kernel, buttons["other"], subshell)))
     yield subshell
     kernel.control_channel.send(kernel.session.msg("delete_subshell_request", dict(subshell_id=subshell)))
-    kernel.get_control_msg(timeout=30)
+    kernel.get_control_msg(timeout=120)
 
 
 def steps_taken(kernel):
-    "How many of the loop's 200 steps, once it has said so."
+    "How many of the loop's 3000 steps, once it has said so."
     ended = listen(kernel, lambda m: m["msg_type"] == "stream" and "ended after" in m["content"]["text"])[-1]
     return int(ended["content"]["text"].split()[2])
 
@@ -133,7 +133,7 @@ def test_a_click_is_handled_in_a_subshell(kernel, buttons, subshell):
     click(kernel, buttons["start"], subshell)
     assert f"looping in subshell-{subshell}" in printed(listen(kernel, looping))
     click(kernel, buttons["stop"], subshell)
-    assert steps_taken(kernel) < 150
+    assert steps_taken(kernel) < 2500
 
 
 def interrupt_by_signal(kernel): kernel.parent.interrupt_kernel()
@@ -148,14 +148,14 @@ def test_the_interrupt_button_reaches_a_subshell(kernel, buttons, subshell, pres
     click(kernel, buttons["start"], subshell)
     assert f"looping in subshell-{subshell}" in printed(listen(kernel, looping))
     run(kernel, "import signal")
-    time.sleep(0.6)  # the handler is looked after twice a second
+    time.sleep(1.5)  # the handler is looked after twice a second
     press(kernel)
-    assert steps_taken(kernel) < 150
-    naps = "for _ in range(400): time.sleep(0.05)"  # a signal just before one long sleep would be heard after it
+    assert steps_taken(kernel) < 2500
+    naps = "for _ in range(4000): time.sleep(0.05)"  # a signal just before one long sleep would be heard after it
     sleeping = kernel.execute(f"print('asleep', flush=True)\n{naps}")
     listen(kernel, lambda m: m["msg_type"] == "stream" and "asleep" in m["content"]["text"])
     press(kernel)
-    heard = listen(kernel, idle(sleeping), timeout=10)
+    heard = listen(kernel, idle(sleeping), timeout=120)
     assert [m["content"]["ename"] for m in heard if m["msg_type"] == "error"] == ["KeyboardInterrupt"]
 
 
@@ -178,12 +178,12 @@ def test_a_page_that_is_opened_in_mid_run_learns_which_widgets_there_are(kernel,
     listen(kernel, looping)
     for ask, kind in ((kernel.kernel_info, "kernel_info_reply"), (kernel.comm_info, "comm_info_reply")):
         question = ask()
-        while (answer := kernel.get_shell_msg(timeout=5))["parent_header"]["msg_id"] != question:
+        while (answer := kernel.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != question:
             pass  # of the tests before
         assert answer["msg_type"] == kind
     assert buttons["stop"] in answer["content"]["comms"]
     click(kernel, buttons["stop"])
-    assert steps_taken(kernel) < 150
+    assert steps_taken(kernel) < 2500
     listen(kernel, idle(running))
 
 

@@ -235,7 +235,7 @@ def test_a_full_disk_leaves_what_is_done(tiny, tmp_path, long_text, expected, mo
 
 def test_two_processes_do_the_work_once(tmp_path, long_text, expected, job):
     both = [job(), job()]
-    said = [process.communicate(timeout=120)[0].split() for process in both]
+    said = [process.communicate(timeout=300)[0].split() for process in both]
     assert [p.returncode for p in both] == [0, 0]
     assert sum(int(words[-1]) for words in said) == len(long_text.read_bytes().decode("utf-8-sig"))
     assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected
@@ -248,7 +248,7 @@ def test_who_waits_resumes_where_the_killed_one_stopped(tmp_path, long_text, exp
     assert second.stdout.readline() == "ready\n"
     with pytest.raises(subprocess.TimeoutExpired): second.wait(timeout=2)  # the first one, alive, holds the part
     first.kill()
-    assert int(second.communicate(timeout=120)[0]) < len(long_text.read_bytes().decode("utf-8-sig"))
+    assert int(second.communicate(timeout=300)[0]) < len(long_text.read_bytes().decode("utf-8-sig"))
     assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected
     assert suffixes(tmp_path/"cache") == [".ids", ".json"]
 
