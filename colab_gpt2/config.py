@@ -42,9 +42,10 @@ class DataFields(Record):
     output_dir: str = value(
         "gpt2-tuned", "where the model and its checkpoints go", label="Output folder", path=True)
 
-# %% ../nbs/04_config.ipynb #3ddc96a0
+# %% ../nbs/04_config.ipynb #3ddc96b0
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
+# %% ../nbs/04_config.ipynb #3ddc96a0
 @dataclass(frozen=True)
 class StepFields(DataFields):
     "How many steps there are, of how many blocks, and how far they go."
@@ -62,11 +63,9 @@ class StepFields(DataFields):
         minimum=1)
     learning_rate: float | None = value(
         None, "peak learning rate (default: 5e-5; below 20 million parameters 1e-4; for LoRA 2e-4)", above=0)
-    weight_decay: float = value(
-        0.0, "AdamW's decay of the weights a step, relative to the learning rate", minimum=0)
+    weight_decay: float = value(0.0, "AdamW's decay of the weights a step, relative to the learning rate", minimum=0)
     warmup_steps: float = value(0.05, "steps of rising learning rate; below 1, a share of all steps", minimum=0)
-    lr_scheduler_type: str = value(
-        "linear", "learning-rate schedule after the warm-up", choices=SCHEDULES, label="Schedule")
+    lr_scheduler_type: str = value("linear", "learning-rate schedule", choices=SCHEDULES, label="Schedule")
     max_grad_norm: float = value(1.0, "clip the gradients to this norm", label="Max grad norm", above=0)
 
 # %% ../nbs/04_config.ipynb #5ffd5027
@@ -105,8 +104,7 @@ class FinetuneConfig(MethodFields):
     logging_steps: int = value(10, "steps between two entries of the loss", label="Log every", minimum=1)
     save_steps: int = value(500, "steps between two checkpoints (-1: none on the way)", label="Save every", minimum=-1)
     save_total_limit: int | None = value(2, "how many checkpoints to keep", label="Checkpoints kept", minimum=1)
-    eval_split: str = value(
-        "test", "the split to evaluate on", choices=("test", "validation"), label="Evaluation split")
+    eval_split: str = value("test", "split to evaluate on", choices=("test", "validation"), label="Evaluation split")
     eval_stride: int | None = value(
         None, "tokens that perplexity's window moves by (default: half of it)", label="Stride", minimum=1)
     prompt: str = value(" = Toronto Raptors = \n", "the text that the samples before and after continue", lines=3)

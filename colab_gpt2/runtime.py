@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_MEMORY', 'PACKAGES', 'in_colab', 'Precision', 'cpu_info', 'cpu_name', 'cpu_bfloat16', 'gpu_precision',
            'pick_precision', 'find_device', 'describe_device', 'cgroup_memory', 'memory', 'core_count', 'disk',
-           'out_of_memory', 'versions', 'advise', 'Runtime', 'check_runtime']
+           'out_of_memory', 'versions', 'advise', 'runtime_rows', 'Runtime', 'check_runtime']
 
 # %% ../nbs/03_runtime.ipynb #23b576a0
 import importlib.metadata, os, platform, shutil, sys, warnings
@@ -177,9 +177,24 @@ def advise(
     said = f" torch said: {trouble}." if trouble else ""
     if colab: return ("There is no GPU in this session. In Colab's menu choose Runtime → Change runtime type → T4 GPU "
                       f"→ Save, then run the cells again from the first one.{said}")
-    return ("No GPU was found, so the CPU is used: the embedded model 'tiny' is fine-tuned in a minute or two, GPT-2 in "
-            "a day or two. With an NVIDIA GPU in this machine, update its driver or install a CUDA build of torch; else "
-            f"open the notebook in Colab with a T4 GPU.{said}")
+    return ("No GPU was found, so the CPU is used: the embedded model 'tiny' is fine-tuned in a minute or two, GPT-2 "
+            "in a day or two. With an NVIDIA GPU in this machine, update its driver or install a CUDA build of torch; "
+            f"else open the notebook in Colab with a T4 GPU.{said}")
+
+# %% ../nbs/03_runtime.ipynb #9a4af2a6
+def runtime_rows(runtime) -> list:
+    "The rows of its table, in words."
+    where = {"kernel": "Colab notebook", "subprocess": "Colab machine, outside the notebook's kernel"}
+    kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "no GPU; CPU"}[runtime.device]
+    name = f"{kind}: {runtime.device_name}"
+    if runtime.device_memory: name += f", {human_bytes(runtime.device_memory)}"
+    if runtime.compute_capability: name += ", compute capability {}.{}".format(*runtime.compute_capability)
+    rows = [("where", where.get(runtime.colab, "not Colab")), ("device", name), ("precision", runtime.precision),
+            ("CPU cores", runtime.cores),
+            ("memory", f"{human_bytes(runtime.ram_free)} free of {human_bytes(runtime.ram)}"),
+            ("disk", f"{human_bytes(runtime.disk_free)} free of {human_bytes(runtime.disk)}"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in runtime.versions.items()))]
+    return [*rows, ("what to do", runtime.advice)] if runtime.advice else rows
 
 # %% ../nbs/03_runtime.ipynb #2d106c34
 @dataclass(frozen=True)
@@ -199,17 +214,7 @@ class Runtime(Record):
     versions: dict
     advice: str  # what to do where there is no GPU; "" where there is one
 
-    def _rows(self):
-        where = {"kernel": "Colab notebook", "subprocess": "Colab machine, outside the notebook's kernel"}
-        kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "no GPU; CPU"}[self.device]
-        name = f"{kind}: {self.device_name}"
-        if self.device_memory: name += f", {human_bytes(self.device_memory)}"
-        if self.compute_capability: name += ", compute capability {}.{}".format(*self.compute_capability)
-        rows = [("where", where.get(self.colab, "not Colab")), ("device", name), ("precision", self.precision),
-                ("CPU cores", self.cores), ("memory", f"{human_bytes(self.ram_free)} free of {human_bytes(self.ram)}"),
-                ("disk", f"{human_bytes(self.disk_free)} free of {human_bytes(self.disk)}"),
-                ("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items()))]
-        return [*rows, ("what to do", self.advice)] if self.advice else rows
+    def _rows(self): return runtime_rows(self)
 
 # %% ../nbs/03_runtime.ipynb #709d5417
 def check_runtime(

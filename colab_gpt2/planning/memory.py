@@ -132,8 +132,8 @@ class Costs(Record):
     loss_exact_here: float = 4  # the same where no copy is made, on a GPU and in fp32
     loss_stock: float = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss
     moments_8bit: int = 2  # a parameter: AdamW's two moments by bitsandbytes
-    # measured, the share of freed bytes that the C library keeps (dev/LOG.md): 10 to 19% in nine ways of training all
-    # weights; with LoRA 56 to 73% for one block, the most of which is promised, and 86% for four
+    # measured, what the C library keeps of freed memory, a share of the tensors' bytes (dev/LOG.md): 10 to 19% in nine
+    # ways of training all weights; with LoRA 56 to 73% for one block, the most of which is promised, and 86% for four
     heap_cpu: float = 0.15
     heap_lora: float = 0.73
     context: int = 500_000_000  # in all, before any tensor: measured on a CPU (0.46 GB), assumed for CUDA
@@ -143,7 +143,7 @@ COSTS = Costs()
 # %% ../../nbs/planning/30_memory.ipynb #914cfa0e
 @dataclass(frozen=True)
 class ResidentMemory(Record):
-    "Bytes of what stays from step to step, and of gradients."
+    "Bytes of what stays from step to step."
     shape: Shape
     recipe: Recipe
 
@@ -152,7 +152,6 @@ class ResidentMemory(Record):
 
     @cached_property
     def weights(self) -> int:
-        "LoRA keeps the base in the precision of the products, and its adapters in fp32."
         if not self.recipe.lora: return 4*self.shape.parameters
         return self.recipe.number_bytes*self.shape.parameters + 4*self.trained
 
@@ -166,9 +165,6 @@ class ResidentMemory(Record):
     @cached_property
     def resident(self) -> dict:
         return {"weights": self.weights, "optimizer moments": self.optimizer_moments, "torch itself": COSTS.context}
-
-    @cached_property
-    def gradients(self) -> int: return 4*self.trained
 
 # %% ../../nbs/planning/30_memory.ipynb #ed76bbdc
 class LayerMemory(ResidentMemory):
@@ -234,6 +230,9 @@ class ForwardMemory(LayerMemory):
         if self.recipe.lora: return 2*self.trained + self.head_copy
         if not self.recipe.gradient_checkpointing: return 2*shape.parameters
         return self.head_copy + 2*(4*shape.width**2 + 2*shape.width*shape.inner)
+
+    @cached_property
+    def gradients(self) -> int: return 4*self.trained
 
     @cached_property
     def after_forward(self) -> dict:
