@@ -1,6 +1,8 @@
-"""A CPU without bfloat16, rehearsed: `make test-no-bf16` puts this folder on PYTHONPATH, so that every Python of the suite, those of subprocesses too, hides the instructions.
+"""A CPU without bfloat16, rehearsed: `make test-no-bf16` puts this folder on PYTHONPATH, so that every Python of the suite, those
+of subprocesses too, hides the instructions.
 
-`pick_precision` asks torch.cpu.get_capabilities. oneDNN, which computes the products, is told by ONEDNN_MAX_CPU_ISA, and emulates what is left out.
+`pick_precision` asks torch.cpu.get_capabilities. oneDNN, which computes the products, is told by ONEDNN_MAX_CPU_ISA: its verbose
+log names avx512_core_bf16 for a product as it is, gemm:jit (emulated) under AVX512_CORE, and nothing under AVX2.
 """
 import importlib.abc, importlib.util, sys
 
@@ -17,7 +19,8 @@ class Hiding(importlib.abc.MetaPathFinder):
         def exec_module(module):
             load(module)
             ask = getattr(module, "get_capabilities", None)
-            if ask: module.get_capabilities = lambda: {n: has and not any(part in n for part in HIDDEN) for n, has in ask().items()}
+            def rest(): return {n: has and not any(part in n for part in HIDDEN) for n, has in ask().items()}
+            if ask: module.get_capabilities = rest
         spec.loader.exec_module = exec_module
         return spec
 
