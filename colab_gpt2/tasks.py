@@ -40,7 +40,7 @@ def fetch_for(config, progress=True, **options) -> Record:
 
 # %% ../nbs/64_tasks.ipynb #83dd3af0
 def corpus_for_plan(config, download, progress=True):
-    "The text that `config` names, or None for a published one that is not here and must not or cannot be fetched."
+    "The text that `config` names, or None for a published one that is not here and not to be had."
     sources = {name: published if download else replace(published, sources=()) for name, published in WIKITEXT.items()}
     try: return fetch_for(config, progress, sources=sources)
     except ConnectionError: return None
