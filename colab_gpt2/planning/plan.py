@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLAB_PACKAGES', 'KNOWN_TOKENS', 'TRAIN_BYTES', 'BYTES_A_TOKEN', 'PATIENCE', 'named_runtime', 'pick_run_precision',
            'TextSize', 'estimate_text', 'effective_batch', 'micro_batches', 'methods', 'missing_packages',
-           'check_packages', 'Search', 'describe', 'advise', 'step_time', 'plan_rows', 'correct', 'Plan', 'Planner',
-           'memory_reasons', 'other_reasons', 'plan_run']
+           'check_packages', 'possible_ways', 'Search', 'describe', 'advise', 'step_time', 'plan_rows', 'correct',
+           'Plan', 'Planner', 'memory_reasons', 'other_reasons', 'plan_run']
 
 # %% ../../nbs/planning/32_plan.ipynb #ed1f2cf2
 import math, warnings
@@ -132,6 +132,20 @@ def check_packages(config: FinetuneConfig, runtime: Runtime):
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed5
 PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
 
+def possible_ways(search) -> list:
+    "The best first; each is a list of Recipes, the largest micro-batch first."
+    config, runtime, blocks, size = search.config, search.runtime, search.blocks, search.text.block_size
+    checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
+    base = Recipe(1, size, precision=runtime.precision.dtype, device=runtime.device, lora_rank=config.lora_rank,
+                  tune=config.tune, keep_attention_dropout=config.keep_attention_dropout)
+    sizes = [n for n in micro_batches(config) if n <= blocks] or [blocks]  # more may be asked for
+    ways = [[replace(base, micro_batch=n, gradient_accumulation_steps=math.ceil(blocks / n), method=method,
+                     optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
+            for method, optimizer in methods(config, runtime) for on in checkpointing]
+    def quick(recipe): return forecast_step(search.shape, recipe, device_of(runtime), recipe.tokens) <= PATIENCE
+    return [[r for r in way if quick(r)] or way[-1:] for way in ways] if runtime.device == "cpu" else ways
+
+# %% ../../nbs/planning/32_plan.ipynb #f79e6ed6
 @dataclass(frozen=True)
 class Search(Record):
     "The ways to train a model on a text and a machine, and the first of them that fits."
@@ -158,24 +172,7 @@ class Search(Record):
 
     def memory(self, recipe) -> int: return StepMemory(self.shape, recipe).total
 
-    def quick(self, recipe) -> bool:
-        "Whether a micro-batch takes no longer than PATIENCE."
-        if self.runtime.device != "cpu": return True
-        return forecast_step(self.shape, recipe, device_of(self.runtime), recipe.tokens) <= PATIENCE
-
-    @cached_property
-    def ways(self) -> list:
-        "The best first; each is a list of Recipes, the largest micro-batch first."
-        config, checkpointing = self.config, self.config.gradient_checkpointing
-        base = Recipe(1, self.text.block_size, precision=self.runtime.precision.dtype, device=self.runtime.device,
-                      lora_rank=config.lora_rank, tune=config.tune,
-                      keep_attention_dropout=config.keep_attention_dropout)
-        sizes = [n for n in micro_batches(config) if n <= self.blocks] or [self.blocks]  # more may be asked for
-        ways = [[replace(base, micro_batch=n, gradient_accumulation_steps=math.ceil(self.blocks / n),
-                         method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
-                for method, optimizer in methods(config, self.runtime)
-                for on in ((False, True) if checkpointing is None else (checkpointing,))]
-        return [[r for r in way if self.quick(r)] or way[-1:] for way in ways]
+    ways = cached_property(possible_ways)
 
     @cached_property
     def best(self) -> Recipe | None:
