@@ -1,4 +1,4 @@
-"That the engine computes what the stock model computes, in each precision, and that each way of training leaves a stock checkpoint."
+"That the engine computes what the stock model computes, and that each way of training leaves a stock checkpoint."
 import copy, importlib, subprocess, sys
 
 import pytest
@@ -14,20 +14,23 @@ from colab_gpt2.model.loss import linear_cross_entropy
 from colab_gpt2.model.loading import load_model, new_model
 from colab_gpt2.model.tune import tune_model
 
-CONFIG = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, vocab_size=203, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+NO_DROPOUT = dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+CONFIG = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, vocab_size=203, **NO_DROPOUT)
 
 
 def losses(rows, dtype, width=24, vocabulary=203, chunk_size=16, multiple=1):
-    "(loss, d hidden, d weight) of the chunked loss and of the plain one on the same half-precision numbers, the plain one in fp32."
+    "(loss, d hidden, d weight) of the chunked loss, and of the plain one in fp32 on the same half-precision numbers."
     torch.manual_seed(rows)
-    hidden, weight, labels = torch.randn(rows, width, dtype=dtype), torch.randn(vocabulary, width) * 0.3, torch.randint(vocabulary, (rows,))
+    hidden, weight = torch.randn(rows, width, dtype=dtype), torch.randn(vocabulary, width) * 0.3
+    labels = torch.randint(vocabulary, (rows,))
     labels[::7] = -100
     found = []
     for plain in (False, True):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if plain: loss = F.cross_entropy(h.float() @ w.to(dtype).float().T, labels)
         else:
-            with torch.autocast("cpu", dtype): loss = linear_cross_entropy(h, w, labels, chunk_size=chunk_size, multiple=multiple)
+            with torch.autocast("cpu", dtype):
+                loss = linear_cross_entropy(h, w, labels, chunk_size=chunk_size, multiple=multiple)
         assert loss.dtype == torch.float32
         loss.backward()
         found.append((loss.detach(), h.grad.float(), w.grad))
@@ -46,9 +49,11 @@ def test_half_precision_is_as_near_as_its_rounding(dtype, bound, rows, multiple)
     for a, b in zip(ours[1:], plain[1:]): assert error(a, b) < bound
 
 
-@pytest.mark.parametrize("rows, vocabulary, multiple", [(4096, 1001, 1), (1500, 5003, 64), (1027, 5003, 64), (1027, 1001, 1)], ids=lambda n: str(n))
+SIZES = [(4096, 1001, 1), (1500, 5003, 64), (1027, 5003, 64), (1027, 1001, 1)]
+
+@pytest.mark.parametrize("rows, vocabulary, multiple", SIZES, ids=str)
 def test_fp16_under_a_gradient_scaler_that_starts_at_65536(rows, vocabulary, multiple):
-    "Rows that divide the chunk of 1,024 and rows that leave a rest of many or of three, a head as it is and a padded one."
+    "Rows that divide the chunk of 1,024, or leave many or three over; a head as it is, and a padded one."
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(rows, 32), torch.randn(vocabulary, 32), torch.randint(vocabulary, (rows,))
     labels[:3 * rows // 4] = 7  # a text that says one thing over and over: its row of the weight adds up
@@ -66,7 +71,7 @@ def test_fp16_under_a_gradient_scaler_that_starts_at_65536(rows, vocabulary, mul
     expected = F.cross_entropy(exact @ plain.T, labels)
     expected.backward()
     assert abs(loss - expected) < 0.002 * expected
-    assert error(h.grad.float() / 65536, exact.grad) < 0.01  # logits in the hundreds are rounded to 1/4 before the softmax
+    assert error(h.grad.float() / 65536, exact.grad) < 0.01  # logits in the hundreds are rounded to 1/4
     assert error(weight - parameter.detach(), plain.grad) < 0.005
 
 
@@ -76,7 +81,8 @@ def test_several_losses_before_one_backward_pass():
     tune_model(model)
     (model(input_ids=ids[:2], labels=ids[:2]).loss + model(input_ids=ids[2:], labels=ids[2:]).loss).backward()
     (other(input_ids=ids[:2], labels=ids[:2]).loss + other(input_ids=ids[2:], labels=ids[2:]).loss).backward()
-    for a, b in zip(model.parameters(), other.parameters()): torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
 def train(model, steps, precision, batches):
@@ -84,7 +90,8 @@ def train(model, steps, precision, batches):
     optimizer, seen = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), []
     model.train()
     for ids in batches[:steps]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"): loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward(), optimizer.step(), optimizer.zero_grad()
         seen.append(loss.item())
     return seen
@@ -103,13 +110,17 @@ def test_twenty_steps_lose_what_the_stock_model_loses(precision, bound):
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     for name, word, articles in (("train", "day", 60), ("eval", "night", 12)):
-        (folder/f"{name}.txt").write_text("".join(f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n" for i in range(articles)))
+        def article(i):
+            return f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n"
+        page = "".join(map(article, range(articles)))
+        (folder/f"{name}.txt").write_text(page)
     return folder
 
 
 def run(text, output_dir, **changes):
-    options = dict(model="tiny", train_file=str(text/"train.txt"), eval_file=str(text/"eval.txt"), block_size=64, max_steps=8, learning_rate=5e-4,
-                   prompt="The", max_new_tokens=4, cache_dir=str(text/"cache"), output_dir=str(output_dir), precision="fp32", progress=False)
+    files = {f"{name}_file": str(text/f"{name}.txt") for name in ("train", "eval")}
+    options = dict(model="tiny", block_size=64, max_steps=8, learning_rate=5e-4, prompt="The", max_new_tokens=4,
+                   precision="fp32", cache_dir=str(text/"cache"), output_dir=str(output_dir), progress=False, **files)
     return finetune(**{**options, **changes})
 
 
@@ -123,14 +134,18 @@ def plain(text, plain_folder):
     return run(text, plain_folder)
 
 
-@pytest.mark.parametrize("changes", [dict(tune=False), dict(gradient_checkpointing=True), dict(per_device_train_batch_size=2), dict(torch_compile=True)], ids=lambda c: next(iter(c)))
+WAYS = [dict(tune=False), dict(gradient_checkpointing=True), dict(per_device_train_batch_size=2),
+        dict(torch_compile=True)]
+
+@pytest.mark.parametrize("changes", WAYS, ids=lambda c: next(iter(c)))
 def test_every_way_of_training_gives_the_same_model(text, tmp_path, plain, plain_folder, changes):
     other = run(text, tmp_path/"other", **changes)
     assert other.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
     assert [e["loss"] for e in other.losses] == pytest.approx([e["loss"] for e in plain.losses], rel=1e-4)
     assert plain.plan.source == other.plan.source == "probe"
-    for (name, a), b in zip(load_model(str(plain_folder)).state_dict().items(), load_model(str(tmp_path/"other")).state_dict().values()):
-        assert error(a, b) < 1e-3, name  # a key's bias has no gradient but rounding, which AdamW makes steps of: single numbers differ
+    weights = (load_model(str(folder)).state_dict() for folder in (plain_folder, tmp_path/"other"))
+    for (name, a), b in zip(next(weights).items(), next(weights).values()):
+        assert error(a, b) < 1e-3, name  # not each number: AdamW amplifies rounding where a gradient is zero
 
 
 def test_the_parts_of_a_step_share_the_copies_in_half_precision(text, tmp_path):
@@ -138,12 +153,15 @@ def test_the_parts_of_a_step_share_the_copies_in_half_precision(text, tmp_path):
     copies = []
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, kind, types, arguments=(), options=None):
-            if kind is torch.ops.aten._to_copy.default and arguments[0].shape == (256, 1024) and options["dtype"] == torch.bfloat16: copies.append(arguments[0].data_ptr())
+            copy = kind is torch.ops.aten._to_copy.default and options["dtype"] == torch.bfloat16
+            if copy and arguments[0].shape == (256, 1024):
+                copies.append(arguments[0].data_ptr())
             return kind(*arguments, **(options or {}))
     class Counting(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs): self.mode = Count().__enter__()
         def on_step_end(self, args, state, control, **kwargs): self.mode.__exit__(None, None, None)
-    run(text, tmp_path/"out", precision="bf16", max_steps=1, effective_batch_size=4, per_device_train_batch_size=1, callbacks=[Counting()])
+    run(text, tmp_path/"out", precision="bf16", max_steps=1, effective_batch_size=4, per_device_train_batch_size=1,
+        callbacks=[Counting()])
     assert len(copies) == len(set(copies)) == load_model("tiny").config.n_layer  # c_fc of each layer
 
 
@@ -153,26 +171,36 @@ def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_pat
     saved = AutoModelForCausalLM.from_pretrained(tmp_path/"whole")
     assert type(saved).__name__ == "GPT2LMHeadModel" and saved.num_parameters() == whole.parameters
 
-    with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, callbacks=[Stop(4)])
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, callbacks=[Stop(4)])
     resumed = run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, resume=True)
     assert resumed.resumed_from.endswith("checkpoint-3") and resumed.steps == 8
-    for a, b in zip(load_model(str(tmp_path/"whole")).parameters(), load_model(str(tmp_path/"broken")).parameters()): assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="its method was lora of rank 16, now it is full"): run(text, tmp_path/"broken", learning_rate=5e-3, resume=True)
+    models = [load_model(str(tmp_path/name)) for name in ("whole", "broken")]
+    for a, b in zip(*(model.parameters() for model in models)): assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="its method was lora of rank 16, now it is full"):
+        run(text, tmp_path/"broken", learning_rate=5e-3, resume=True)
 
 
-ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 412 bytes. Error code 12 (Cannot allocate memory)")
+ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                      "you tried to allocate 412 bytes. Error code 12 (Cannot allocate memory)")
 
-@pytest.mark.parametrize("error, first", [(torch.OutOfMemoryError("pretended"), 7), (ON_CPU, 7), (ON_CPU, 1)], ids=["gpu", "cpu", "cpu, in the probe"])  # first: the call that fails first; three are the probe's
+SCARCE = [(torch.OutOfMemoryError("pretended"), 7), (ON_CPU, 7), (ON_CPU, 1)]  # the call that fails; the probe has 3
+
+@pytest.mark.parametrize("error, first", SCARCE, ids=["gpu", "cpu", "cpu, in the probe"])
 def test_out_of_memory_in_a_run_costs_no_step(text, tmp_path, monkeypatch, plain, error, first):
     calls = scarce_memory(monkeypatch, 2, error, first)
-    with pytest.warns(UserWarning, match="Not enough memory for a micro-batch of 4; the step is repeated with 2"): scarce = run(text, tmp_path/"scarce")
-    assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4]) and max(calls[-8:]) == scarce.plan.recipe.micro_batch == 2
+    with pytest.warns(UserWarning, match="Not enough memory for a micro-batch of 4; the step is repeated with 2"):
+        scarce = run(text, tmp_path/"scarce")
+    assert scarce.steps == plain.steps and calls[:2] == ([8, 8] if first > 1 else [8, 4])
+    assert max(calls[-8:]) == scarce.plan.recipe.micro_batch == 2
     assert scarce.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
 
 
 def test_nothing_left_to_divide_is_said(text, tmp_path, monkeypatch):
     scarce_memory(monkeypatch, 0, ON_CPU)
-    with pytest.warns(UserWarning, match="repeated with 1"), pytest.raises(MemoryError, match="Out of memory at a micro-batch of 1; set a smaller block_size"): run(text, tmp_path/"out")
+    said = "Out of memory at a micro-batch of 1; set a smaller block_size"
+    with pytest.warns(UserWarning, match="repeated with 1"), pytest.raises(MemoryError, match=said):
+        run(text, tmp_path/"out")
 
 
 def test_another_error_of_a_step_is_raised_as_it_is(text, tmp_path, monkeypatch):
@@ -182,7 +210,7 @@ def test_another_error_of_a_step_is_raised_as_it_is(text, tmp_path, monkeypatch)
 
 
 def scarce_memory(monkeypatch, room, error, first=1):
-    "From the training's call `first` on, more than `room` blocks at once raise `error`; -> the list of the blocks of each call."
+    "From the training's call `first` on, more than `room` blocks raise `error`; -> the blocks of each call."
     module, calls = importlib.import_module("colab_gpt2.engine.trainer"), []
     tune = module.tune_model
 
@@ -210,7 +238,8 @@ def test_lost_weights_replace_no_good_model(text, tmp_path):
     run(text, tmp_path/"out", max_steps=2, save_steps=-1)
     good = (tmp_path/"out"/"model.safetensors").read_bytes()
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        run(text, tmp_path/"out", learning_rate=1e30, max_steps=4, save_steps=-1, max_grad_norm=1e9, overwrite_output_dir=True)
+        run(text, tmp_path/"out", learning_rate=1e30, max_steps=4, save_steps=-1, max_grad_norm=1e9,
+            overwrite_output_dir=True)
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == good
 
 
@@ -230,7 +259,8 @@ from colab_gpt2.model.loading import new_model
 from colab_gpt2.model.tune import tune_model
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-model = new_model(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.), seed=0)
+shape = dict(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77)
+model = new_model(GPT2Config(**shape, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.), seed=0)
 tune_model(model)
 parallel, ids = DistributedDataParallel(model.train()), torch.arange(4 * 16).view(4, 16) * 7 % 77
 with parallel.no_sync(): parallel(input_ids=ids[rank:rank + 1], labels=ids[rank:rank + 1]).loss.backward()
@@ -243,13 +273,16 @@ dist.destroy_process_group()
 def test_the_loss_under_ddp_with_accumulation(tmp_path):
     "Two processes, two parts each: every one ends with the mean over processes of the sum over parts."
     store = tmp_path/"store"
-    pair = [subprocess.Popen([sys.executable, "-c", REPLICA, str(rank), str(store)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    words = [[sys.executable, "-c", REPLICA, rank, str(store)] for rank in "01"]
+    pair = [subprocess.Popen(each, stderr=subprocess.PIPE, text=True) for each in words]
     for process in pair: assert process.wait(timeout=300) == 0, process.stderr.read()
-    model = new_model(GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.), seed=0).train()
+    shape = GPT2Config(n_layer=1, n_embd=32, n_head=2, n_positions=16, vocab_size=77, **NO_DROPOUT)
+    model = new_model(shape, seed=0).train()
     ids = torch.arange(4 * 16).view(4, 16) * 7 % 77
     (2 * model(input_ids=ids, labels=ids).loss).backward()
     for rank in (0, 1):
-        for name, gradient in torch.load(f"{store}-{rank}.pt").items(): torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
+        for name, gradient in torch.load(f"{store}-{rank}.pt").items():
+            torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4)
 
 
 class Stop(TrainerCallback):
@@ -264,9 +297,12 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_set_now(text, tmp_path):
     with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=3, warmup_steps=0, callbacks=[Stop(4)])
     used = []
     class Look(TrainerCallback):
-        def on_step_begin(self, args, state, control, optimizer, **kwargs): used.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
-    run(text, tmp_path/"out", save_steps=3, warmup_steps=0, resume=True, learning_rate=8e-6, weight_decay=0.3, callbacks=[Look()])
-    assert [first for first, _ in used] == [(pytest.approx(1e-6 * left), 0.3) for left in (5, 4, 3, 2, 1)] and {second[1] for _, second in used} == {0.}
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            used.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+    run(text, tmp_path/"out", save_steps=3, warmup_steps=0, resume=True, learning_rate=8e-6, weight_decay=0.3,
+        callbacks=[Look()])
+    assert [first for first, _ in used] == [(pytest.approx(1e-6 * left), 0.3) for left in (5, 4, 3, 2, 1)]
+    assert {second[1] for _, second in used} == {0.}
 
 
 def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path, plain):
@@ -274,46 +310,61 @@ def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path, p
     with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=3, callbacks=[Stop(4)])
     torch.save(torch.amp.GradScaler("cpu", init_scale=65536.).state_dict(), tmp_path/"out"/"checkpoint-3"/"scaler.pt")
     result = run(text, tmp_path/"out", save_steps=3, resume=True)
-    assert result.resumed_from.endswith("checkpoint-3") and result.perplexity_after.value == plain.perplexity_after.value
+    assert result.resumed_from.endswith("checkpoint-3")
+    assert result.perplexity_after.value == plain.perplexity_after.value
+
+
+def compile_with(monkeypatch, backend, **options):
+    def compile(self): self._compiled_call_impl = torch.compile(self._call_impl, backend=backend, **options)
+    monkeypatch.setattr(nn.Module, "compile", compile)
 
 
 def test_only_whole_parts_are_compiled(text, tmp_path, monkeypatch):
-    "The last step of an epoch has fewer blocks than a step, and a sample has another length at every token: each would be compiled anew."
+    "The last step of an epoch has fewer blocks, and a sample has a new length at every token: not compiled."
     shapes = []
     def backend(graph, inputs):
         shapes.append(next(tuple(i.shape[:2]) for i in inputs if i.ndim == 3))
         return graph.forward
-    monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=backend, dynamic=False)))
-    plain = run(text, tmp_path/"plain", max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, torch_compile=False)
+    compile_with(monkeypatch, backend, dynamic=False)
+    epoch = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    plain = run(text, tmp_path/"plain", **epoch, torch_compile=False)
     assert plain.train_tokens // 64 % 8 and not shapes
-    result = run(text, tmp_path/"out", max_steps=-1, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, torch_compile=True)
-    assert set(shapes) == {(4, 64)} and result.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
+    result = run(text, tmp_path/"out", **epoch, torch_compile=True)
+    assert set(shapes) == {(4, 64)}
+    assert result.perplexity_after.value == pytest.approx(plain.perplexity_after.value, rel=1e-4)
 
 
 def test_a_run_goes_on_where_compiling_fails(text, tmp_path, monkeypatch):
     def broken(model, inputs): raise RuntimeError("no compiler")
-    monkeypatch.setattr(nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, backend=broken)))
-    with pytest.warns(UserWarning, match="torch.compile failed"): result = run(text, tmp_path/"out", torch_compile=True, max_steps=2)
+    compile_with(monkeypatch, broken)
+    with pytest.warns(UserWarning, match="torch.compile failed"):
+        result = run(text, tmp_path/"out", torch_compile=True, max_steps=2)
     assert result.steps == 2 and not result.plan.torch_compile
 
 
 def test_a_corrupted_checkpoint_is_skipped(text, tmp_path):
     "A bit that a copy has changed: the file is as long as it was."
     plain = run(text, tmp_path/"plain", save_steps=2)
-    with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=2, save_total_limit=9, callbacks=[Stop(5)])
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path/"out", save_steps=2, save_total_limit=9, callbacks=[Stop(5)])
     weights = tmp_path/"out"/"checkpoint-4"/"model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    with pytest.warns(UserWarning, match="checkpoint-4 is corrupted"): result = run(text, tmp_path/"out", save_steps=2, resume=True)
-    assert result.resumed_from.endswith("checkpoint-2") and result.perplexity_after.value == plain.perplexity_after.value
+    with pytest.warns(UserWarning, match="checkpoint-4 is corrupted"):
+        result = run(text, tmp_path/"out", save_steps=2, resume=True)
+    assert result.resumed_from.endswith("checkpoint-2")
+    assert result.perplexity_after.value == plain.perplexity_after.value
     assert not list((tmp_path/"out").glob("*.before"))  # it was replaced
 
 
-@pytest.mark.parametrize("what", ["Fetching the text", "Loading the model", "Tokenising", "Perplexity", "Generating", "Fine-tuning"])
+WORK = ["Fetching the text", "Loading the model", "Tokenising", "Perplexity", "Generating", "Fine-tuning"]
+
+@pytest.mark.parametrize("what", WORK)
 def test_what_a_report_raises_ends_the_run(text, tmp_path, what):
     "That is how Stop stops. Nothing half written is left."
     def report(now, done, total):
         if now.startswith(what) and (done or total == 1): raise KeyboardInterrupt("enough")
-    with pytest.raises(KeyboardInterrupt, match="enough"): run(text, tmp_path/"out", progress=report, cache_dir=str(tmp_path/"cache"))
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        run(text, tmp_path/"out", progress=report, cache_dir=str(tmp_path/"cache"))
     assert not list((tmp_path/"out").iterdir()) and not list(tmp_path.glob("cache/**/*.part"))
