@@ -1,8 +1,8 @@
-"""A CPU without bfloat16, rehearsed: `make test-no-bf16` puts this folder on PYTHONPATH, so that every Python of the suite, those
-of subprocesses too, hides the instructions.
+"""A CPU without bfloat16, rehearsed: `make test-no-bf16` puts this folder on PYTHONPATH, so that every Python of the suite,
+those of subprocesses too, hides the instructions.
 
-`pick_precision` asks torch.cpu.get_capabilities. oneDNN, which computes the products, is told by ONEDNN_MAX_CPU_ISA: its verbose
-log names avx512_core_bf16 for a product as it is, gemm:jit (emulated) under AVX512_CORE, and nothing under AVX2.
+`pick_precision` asks torch.cpu.get_capabilities. oneDNN, which computes the products, is told by ONEDNN_MAX_CPU_ISA: its
+verbose log names avx512_core_bf16 for a product as it is, gemm:jit (emulated) under AVX512_CORE, and nothing under AVX2.
 """
 import importlib.abc, importlib.util, sys
 
