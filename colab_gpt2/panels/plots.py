@@ -23,7 +23,7 @@ class Line:
 
 # %% ../../nbs/panels/70_plots.ipynb #5f82205b
 def ticks(low, high, most=5) -> list:
-    "At most `most` + 1 round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten."
+    "At most `most` + 1 multiples of 1, 2 or 5 times a power of ten from `low` to `high`."
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
@@ -31,8 +31,7 @@ def ticks(low, high, most=5) -> list:
 
 # %% ../../nbs/panels/70_plots.ipynb #aabcc01f
 def log_ticks(low, high, most=5) -> list:
-    """Round numbers for a logarithmic axis: 1, 2 and 5 times powers of ten, or the powers alone, or every second one;
-    `ticks` where that is too coarse."""
+    "1, 2 and 5 times powers of ten, or only each n-th power, for a logarithmic axis; `ticks` where that is too coarse."
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for every, multiples in ((1, (1, 2, 5)), *((n, (1,)) for n in range(1, len(powers) + 1))):
         found = [m * 10.0 ** p for p in powers if p % every == 0 for m in multiples if low <= m * 10.0 ** p <= high]
@@ -41,7 +40,7 @@ def log_ticks(low, high, most=5) -> list:
 
 # %% ../../nbs/panels/70_plots.ipynb #a0f4ea7d
 def short(number) -> str:
-    "A number as an axis or a label has it: three digits, or all before the point."
+    "A number with three digits, or all before the point."
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 # %% ../../nbs/panels/70_plots.ipynb #160bbfbc
@@ -55,7 +54,6 @@ class Axis:
     log: bool = False
 
     def at(self, value) -> float:
-        "The pixel of `value`."
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
@@ -63,7 +61,7 @@ class Axis:
 
 # %% ../../nbs/panels/70_plots.ipynb #47361193
 def axis_for(values, start, end, log=False, room=0.06) -> Axis:
-    "An axis with all `values`; a share `room` of it stays free at both ends, and a single value lies in the middle."
+    "An axis with all `values`; a share `room` of it stays free at both ends. A single value lies in the middle."
     low, high = min(values), max(values)
     if log:
         spread = max((high / low) ** room, 1.05)
@@ -73,25 +71,25 @@ def axis_for(values, start, end, log=False, room=0.06) -> Axis:
 
 # %% ../../nbs/panels/70_plots.ipynb #b4b090c7
 def thinned(points, most=200) -> list:
-    "About `most` of the points or fewer, with the last: more than a line's pixels only make the notebook larger."
+    "About `most` of the finite points or fewer, with the last: more than a line has pixels only take room."
     points = [(x, y) for x, y in points if math.isfinite(y)]
     return points[-1::-(len(points) // most + 1)][::-1]
 
 # %% ../../nbs/panels/70_plots.ipynb #da904faf
-_MARKERS = {"circle": "<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>",
-           "diamond": "<path d='M{x:.1f} {y:.1f}m0 -5l5 5l-5 5l-5 -5z'/>"}
+_MARKERS = {"": "", "circle": "<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>",
+            "diamond": "<path d='M{x:.1f} {y:.1f}m0 -5l5 5l-5 5l-5 -5z'/>"}
 
 def draw_line(line, x_axis, y_axis) -> str:
-    "The SVG of a line: its path and its markers."
+    "The SVG of a line and its markers."
     places = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    marks = "".join(_MARKERS[line.marker].format(x=x, y=y) for x, y in places) if line.marker else ""
+    marks = "".join(_MARKERS[line.marker].format(x=x, y=y) for x, y in places)
     return (f"<g fill='{line.color}' stroke='{line.color}'><polyline points='{path}' fill='none' stroke-width='2' "
             f"stroke-linejoin='round' stroke-dasharray='{line.dashes}'/>{marks}</g>")
 
 # %% ../../nbs/panels/70_plots.ipynb #865c3c5c
 def draw_text(x, y, words, anchor="start", style="") -> str:
-    "The SVG of `words` at a place; `style` are more of SVG's attributes."
+    "The SVG of `words`; `style` are more of SVG's attributes."
     words = html.escape(words)
     return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='currentColor' {style}>{words}</text>"
 
@@ -119,10 +117,10 @@ def draw_axes(x_axis, y_axis, x_label) -> str:
 
 # %% ../../nbs/panels/70_plots.ipynb #437b3c8a
 def draw_legend(lines, left, y) -> str:
-    "The SVG that names each line, after a piece of it."
+    "The SVG of the lines' names, each after a piece of its line."
     drawn, x = "", left
     for line in lines:
-        mark = _MARKERS[line.marker].format(x=x + 11, y=y - 4) if line.marker else ""
+        mark = _MARKERS[line.marker].format(x=x + 11, y=y - 4)
         drawn += (f"<g stroke='{line.color}' fill='{line.color}'><path d='M{x} {y - 4}h22' stroke-width='2' "
                   f"stroke-dasharray='{line.dashes}'/>{mark}</g>") + draw_text(x + 28, y, line.label)
         x += 44 + 6.2 * len(line.label)  # a letter of this size is about 6 pixels wide
@@ -131,8 +129,8 @@ def draw_legend(lines, left, y) -> str:
 # %% ../../nbs/panels/70_plots.ipynb #fa18cf50
 def describe_lines(title, lines) -> str:
     "The chart in words, for those who cannot see it."
-    ends = [(line.label, short(line.points[0][1]), short(line.points[-1][1])) for line in lines]
-    return f"{title}. " + " ".join(f"{label}: from {first} to {last}." for label, first, last in ends)
+    def ends(points): return f"from {short(points[0][1])} to {short(points[-1][1])}"
+    return " ".join([f"{title}.", *(f"{line.label}: {ends(line.points)}." for line in lines)])
 
 # %% ../../nbs/panels/70_plots.ipynb #40fc6051
 def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=460, height=240) -> str:
@@ -157,10 +155,9 @@ def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=4
 
 # %% ../../nbs/panels/70_plots.ipynb #4e2318d9
 def on_paper(charts, width=460, height=240, gap=16) -> str:
-    "One SVG of the SVGs `charts`, one under the other, dark on white: to be read on any page, and as a file."
-    wide, tall, placed = width + 2 * gap, gap, ""
-    for chart in charts:
-        placed += f"<g transform='translate({gap} {tall})'>{chart}</g>"
-        tall += height + gap
+    "One SVG of the SVGs `charts`, one under the other, dark on white."
+    wide, step = width + 2 * gap, height + gap
+    placed = "".join(f"<g transform='translate({gap} {gap + n * step})'>{chart}</g>" for n, chart in enumerate(charts))
+    tall = gap + len(charts) * step
     return (f"<svg xmlns='http://www.w3.org/2000/svg' class='cg-charts' viewBox='0 0 {wide} {tall}' width='{wide}' "
             f"height='{tall}' color='#1f2937'><rect width='100%' height='100%' fill='#fff'/>{placed}</svg>")

@@ -11,14 +11,14 @@ from dataclasses import MISSING, fields
 
 # %% ../../nbs/panels/72_snippets.ipynb #6ad62155
 def differing(config, names=None) -> dict:
-    "The fields of a dataclass, or those of them in `names`, that are not at their default: name -> value."
+    "The fields of a dataclass, all or `names`, that are not at their default: name -> value."
     def default(f): return f.default if f.default_factory is MISSING else f.default_factory()
     chosen = [f for f in fields(config) if names is None or f.name in names]
     return {f.name: getattr(config, f.name) for f in chosen if getattr(config, f.name) != default(f)}
 
 # %% ../../nbs/panels/72_snippets.ipynb #79274354
 def wrapped(head, parts, tail="", joint=", ", indent=4, width=100, broken="") -> str:
-    "`head`, `parts` and `tail` on one line, or on several of at most `width` characters, with `broken` at their ends."
+    "`head`, `parts` and `tail` on one line, or on several of at most `width`, with `broken` at their ends."
     if not parts: return head + tail
     line, lines = head, []
     for part in [*(p + joint for p in parts[:-1]), parts[-1] + tail]:
@@ -28,20 +28,16 @@ def wrapped(head, parts, tail="", joint=", ", indent=4, width=100, broken="") ->
         line += part
     return "\n".join([*lines, line])
 
-# %% ../../nbs/panels/72_snippets.ipynb #ef6866ce
-def literal(value) -> str:
-    "`value` as Python writes it, text in double quotes."
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
 # %% ../../nbs/panels/72_snippets.ipynb #98b999c2
 def as_python(function, values, result="result") -> str:
-    "The call of one of the library's functions with `values` (name -> value)."
+    "The call of a function with `values` (name -> value); texts stand in double quotes."
+    def literal(value): return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
     call = wrapped(f"{result} = {function}(", [f"{name}={literal(value)}" for name, value in values.items()], ")")
     return f"from colab_gpt2 import {function}\n\n{call}"
 
 # %% ../../nbs/panels/72_snippets.ipynb #95d73122
 def quoted(text) -> str:
-    "`text` for a shell, on one line, as a Colab cell's `!` needs it: bash and zsh write invisible characters in $'…'."
+    "`text` for a shell, on one line; bash and zsh know invisible characters in $'…'."
     if text.isprintable(): return shlex.quote(text)
     known = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
     def escaped(c):

@@ -23,7 +23,7 @@ class Copy(Record):
     "A file that was copied and read back."
     path: Path  # where it is now
     bytes: int
-    sha256: str  # of what was read back, in hex
+    sha256: str  # in hex
     seconds: float
     note: str = ""  # what was there before, and what reading it back does not prove
 
@@ -39,7 +39,7 @@ def discard(path):
 
 # %% ../../nbs/storage/51_drive.ipynb #83285893
 def discard_leftovers(destination):
-    "Discard temporaries for `destination` that are older than a day."
+    "Discard temporaries for `destination` of more than a day ago."
     day = 24 * 3600  # seconds; no Colab session lasts longer
     with contextlib.suppress(OSError):  # the copy matters more
         for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part"):
@@ -47,7 +47,7 @@ def discard_leftovers(destination):
 
 # %% ../../nbs/storage/51_drive.ipynb #1503e39e
 def write_synced(source, target, add) -> str:
-    "Copy down to the disk, and have the system forget it, so that reading back asks the disk; returns the SHA-256."
+    "Copy to the disk, and have the system forget it, so that reading back asks the disk; returns the SHA-256."
     digest = hashlib.sha256()
     with open(source, "rb") as s, open(target, "wb") as t:
         while piece := s.read(1 << 20):
@@ -61,18 +61,18 @@ def write_synced(source, target, add) -> str:
 
 # %% ../../nbs/storage/51_drive.ipynb #f6783d41
 def copy_once(source, destination, report) -> str:
-    "Copy to a temporary name, read back, rename; returns the SHA-256. On an error `destination` stays as it was."
-    name, folder, size = source.name, destination.parent, source.stat().st_size
+    "Copy to a temporary name, read back, rename; returns the SHA-256."
+    name, size, damage = source.name, source.stat().st_size, ""
     temporary = destination.with_name(f".{destination.name}.{socket.gethostname()}-{os.getpid()}.part")
-    damage = ""
     def reading_back(_, done, total): report(f"Reading {name} back", done, total)
     try:
         sha256 = write_synced(source, temporary, counter(report, f"Copying {name}", size))
         arrived = os.stat(temporary).st_size
         if arrived != size: damage = f"truncated in transit: {human_bytes(arrived)} of {human_bytes(size)} arrived"
         elif sha256_of(temporary, reading_back) != sha256: damage = "corrupted in transit: its SHA-256 differs"
-        advice = "Nothing was replaced. Try again; on Drive, check the quota first."
-        if damage: raise OSError(f"{name} was {damage} in {folder}. {advice}")
+        if damage:
+            raise OSError(f"{name} was {damage} in {destination.parent}. Nothing was replaced. "
+                          "Try again; on Drive, check the quota first.")
         os.replace(temporary, destination)
     except BaseException:
         with contextlib.suppress(OSError): discard(temporary)  # a mount that has gone cannot delete either
@@ -83,12 +83,12 @@ def copy_once(source, destination, report) -> str:
 GONE = errno.ENOTCONN  # the errno of the errors that a new mount (force_remount=True) may mend
 
 def may_pass(error) -> bool:
-    "Whether `error` is an input/output error or a mount that has gone."
+    "Is `error` an input/output error or a mount that has gone?"
     return isinstance(error, OSError) and error.errno in (errno.EIO, GONE)
 
 # %% ../../nbs/storage/51_drive.ipynb #5838a40a
 def is_folder(path) -> bool:
-    "Whether `path` is a folder; unlike os.path.isdir, an error for a mount that has gone."
+    "os.path.isdir, but with an error for a mount that has gone."
     with explained(f"Reading {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return stat.S_ISDIR(os.stat(path).st_mode)
     return False
@@ -97,23 +97,23 @@ def is_folder(path) -> bool:
 SPELLINGS = "MyDrive", "My Drive"
 
 def my_drive(mountpoint):
-    "The user's Drive below `mountpoint`, in either spelling, or None when nothing is mounted there."
+    "The user's Drive below `mountpoint`, in either spelling, or None."
     return next(filter(is_folder, (Path(mountpoint, name) for name in SPELLINGS)), None)
 
 # %% ../../nbs/storage/51_drive.ipynb #0c5f0499
 def drive_path(path) -> Path:
-    "`path` with Drive's folder in the spelling that exists; FileNotFoundError if it names a Drive that is not mounted."
+    "`path` with Drive's folder in the spelling that exists; FileNotFoundError if that Drive is not mounted."
     path = Path(path).expanduser()
     for folder in reversed((path, *path.parents)):
         if folder.name not in SPELLINGS: continue
         if found := my_drive(folder.parent): return found/path.relative_to(folder)
-        advice = "Run mount_drive() in a cell first."
-        raise FileNotFoundError(f"Drive is not mounted: there is no folder {folder}. {advice}")
+        said = f"Drive is not mounted: there is no folder {folder}. Run mount_drive() in a cell first."
+        raise FileNotFoundError(said)
     return path
 
 # %% ../../nbs/storage/51_drive.ipynb #9956680f
 def shared_sha256(source, other):
-    "The SHA-256 of the file `source` if `other` is a file with the same bytes, else None. Lengths are compared first."
+    "The SHA-256 of the file `source` if `other` is a file with the same bytes, else None."
     if not os.path.isfile(other) or os.stat(other).st_size != source.stat().st_size: return None
     sha256 = sha256_of(source)
     return sha256 if sha256_of(other) == sha256 else None
@@ -122,10 +122,8 @@ def shared_sha256(source, other):
 def transfer(source, destination, report) -> tuple:
     "One attempt of `copy_verified`: (SHA-256, note)."
     if sha256 := shared_sha256(source, destination): return sha256, "It was there already, the same byte for byte."
-    note = ""
-    if os.path.isfile(destination):
-        size = human_bytes(os.stat(destination).st_size)
-        note = f"It replaced a file of the same name with other content ({size})."
+    note, size = "", human_bytes(os.stat(destination).st_size) if os.path.isfile(destination) else ""
+    if size: note = f"It replaced a file of the same name with other content ({size})."
     os.makedirs(destination.parent, exist_ok=True)
     check_space(destination.parent, source.stat().st_size, f"Copying {source.name}")
     discard_leftovers(destination)
@@ -152,8 +150,9 @@ def copy_verified(
 
 # %% ../../nbs/storage/51_drive.ipynb #e7f783fa
 def mount_error(error, mountpoint):
-    "The exception to raise for `error`, which google.colab.drive.mount raised."
-    name, reason = type(error).__name__, f"{type(error).__name__}: {error}"
+    "What to raise for an error of google.colab.drive.mount."
+    name = type(error).__name__
+    reason = f"{name}: {error}"
     if isinstance(error, AttributeError):  # 'NoneType' object has no attribute 'kernel'
         return RuntimeError("Drive can only be mounted from a cell, not from a script or a !command. "
                             "Call mount_drive() in a cell first.")
@@ -179,8 +178,8 @@ def drive_folder(folder, make=False) -> Path:
         with explained(f"Making {folder}"): os.makedirs(folder, exist_ok=True)
     if is_folder(folder): return my_drive(folder) or folder
     first = "Run mount_drive() in a cell first" if in_colab() else "Make it first"
-    template = "There is no folder {path}. {first}, or name another: {drive}."
-    raise FileNotFoundError(Sentence(template, path=folder, first=first))
+    raise FileNotFoundError(Sentence("There is no folder {path}. {first}, or name another: {drive}.",
+                                     path=folder, first=first))
 
 # %% ../../nbs/storage/51_drive.ipynb #343fc23b
 def mount_drive(
@@ -210,7 +209,7 @@ def mount_drive(
 
 # %% ../../nbs/storage/51_drive.ipynb #8a995293
 def flush_drive():
-    "Wait until Drive has uploaded everything, and unmount it; nothing outside Colab. OSError if that failed."
+    "On Colab, wait until Drive has uploaded everything, and unmount it; OSError if that failed."
     if not in_colab(): return
     try:
         from google.colab import drive
@@ -229,17 +228,16 @@ FLUSHED = ("Read back, then flushed and unmounted (mount_drive() mounts it again
 def check_folder(folder):
     "ValueError unless `folder` is a path that stays inside the Drive."
     if leads_out(folder):
-        template = "{folder} is {value!r}; it must be a path inside Drive, such as 'colab-gpt2'."
-        raise ValueError(Sentence(template, value=str(folder)))
+        raise ValueError(Sentence("{folder} is {value!r}; it must be a path inside Drive, such as 'colab-gpt2'.",
+                                  value=str(folder)))
 
 # %% ../../nbs/storage/51_drive.ipynb #55446af7
 def free_name(source, destination) -> Path:
-    "The first of `destination`, its number 2, 3, … that is not there, or that has the content of `source` already."
-    ending = re.search(r"(\.tar\.gz|\.[^.]*|)$", destination.name, re.I)[0]
-    stem, path = destination.name[:len(destination.name) - len(ending)], destination
-    for number in itertools.count(2):
+    "The first of `destination`, its number 2, 3, … that is free or has the content of `source` already."
+    stem, ending = re.fullmatch(r"(.*?)(\.tar\.gz|\.[^.]*|)", destination.name, re.I | re.S).groups()
+    names = itertools.chain([destination.name], (f"{stem}-{number}{ending}" for number in itertools.count(2)))
+    for path in map(destination.with_name, names):
         if not os.path.lexists(path) or shared_sha256(source, path): return path
-        path = destination.with_name(f"{stem}-{number}{ending}")
 
 # %% ../../nbs/storage/51_drive.ipynb #1817f449
 def save_to_drive(
@@ -272,8 +270,8 @@ def save_to_drive(
 def find_archive(name, drive) -> Path:
     "The file `name` in `drive` or in its folder `colab-gpt2`; FileNotFoundError with the names that are there."
     folders = [drive, drive/"colab-gpt2"]
-    for path in (folder/name for folder in folders):
-        if path.is_file(): return path
+    for folder in folders:
+        if (folder/name).is_file(): return folder/name
     known = sorted({p.name for folder in folders if folder.is_dir() for p in folder.glob("*.tar.gz")})
     hint = nearest(name, known) if known else ""
     raise FileNotFoundError(f"There is no archive {name} in {drive} or its folder colab-gpt2.{hint}")
