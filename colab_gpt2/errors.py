@@ -18,7 +18,7 @@ def in_python(name, *value) -> str:
 
 # %% ../nbs/01_errors.ipynb #c33851bd
 class _Words(dict):
-    "What `str.format_map` looks up: the values, in the same door's words; any other name is a field, as `name_of` has it."
+    "For `str.format_map`: the values, in the same door's words; any other name is a field, as `name_of` has it."
     def __init__(self, values, name_of):
         told = {k: worded(v, name_of) for k, v in values.items() if isinstance(v, (Sentence, BaseException))}
         super().__init__({**values, **told})
@@ -43,7 +43,6 @@ class Sentence(str):
 
     @property
     def fields(self) -> tuple:
-        "The names of the fields that it speaks of, in their order, each once."
         names = (name.partition("=")[0] for _, name, *_ in string.Formatter().parse(self.template) if name)
         return tuple(dict.fromkeys(n for n in names if n.partition(".")[0].partition("[")[0] not in self.values))
 
@@ -73,33 +72,19 @@ def about(*fields):
         raise
 
 # %% ../nbs/01_errors.ipynb #096c8bd4
-def check_number(
-    name,  # of the field
-    value,
-    minimum=None,  # the least that is allowed
-    maximum=None,  # the most
-    above=None,  # allowed are numbers greater than this
-    integer=False,  # whole numbers only
-    hint="",  # a sentence on what to do
-):
-    "`value`, if it is a finite number within the limits; else a ValueError that says which rule broke."
-    kind = numbers.Integral if integer else numbers.Real
-    good = isinstance(value, kind) and not isinstance(value, bool)
-    good = good and (isinstance(value, numbers.Integral) or math.isfinite(value))  # isfinite fails for a huge int
-    limits = [(s, limit) for s, limit in ((">", above), ("≥", minimum), ("≤", maximum)) if limit is not None]
-    holds = {">": operator.gt, "≥": operator.ge, "≤": operator.le}
-    if good and all(holds[sign](value, limit) for sign, limit in limits): return value
-    rule = " and ".join(f"{sign} {limit}" for sign, limit in limits)
+def check_number(name, value, minimum=None, maximum=None, above=None, integer=False, hint=""):
+    "`value`, if it is a finite number within the limits; else a ValueError that says which rule broke, and the `hint`."
+    limits = (">", operator.gt, above), ("≥", operator.ge, minimum), ("≤", operator.le, maximum)
+    limits = [limit for limit in limits if limit[-1] is not None]
+    good = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
+    if good and abs(value) < math.inf and all(holds(value, limit) for _, holds, limit in limits): return value
     kind = "a whole number" if integer else "a number"
-    told = dict(value=value, kind=kind, rule=f" {rule}" if rule else "", hint=f" {hint}" if hint else "")
-    raise ValueError(Sentence(f"{{{name}}} is {{value!r}}; it must be {{kind}}{{rule}}.{{hint}}", **told))
+    rule = " ".join([kind, " and ".join(f"{sign} {limit}" for sign, _, limit in limits)]).strip()
+    told = dict(value=value, rule=rule, hint=f" {hint}" if hint else "")
+    raise ValueError(Sentence(f"{{{name}}} is {{value!r}}; it must be {{rule}}.{{hint}}", **told))
 
 # %% ../nbs/01_errors.ipynb #a98ce874
-def check_choice(
-    name,  # of the field
-    value,
-    known,  # the values that are allowed
-):
+def check_choice(name, value, known):
     "`value`, if it is one of `known`; else a ValueError with the nearest of them."
     if value in known: return value
     near = nearest(value, [str(k) for k in known])

@@ -26,22 +26,18 @@ class Bars:
 
     def open(self, what, done, total):
         from tqdm import tqdm  # by those who work, not by `colab-gpt2 --help`
-        self.what = what
         many = total is None or total >= 10_000
+        self.what = what
         self.bar = tqdm(desc=what, total=total, initial=done, unit="", unit_scale=many, **self.options)
 
     def close(self):
-        "End the bar, if there is one: what is printed next begins on a line of its own."
         if self.bar is not None: self.bar.close()
         self.bar = self.what = None
 
 # %% ../nbs/02_reporting.ipynb #46792180
 @contextlib.contextmanager
-def reporting(
-    progress,  # True: bars; False: nothing; a function of (what, done, total): that
-    **options,  # of tqdm's bars
-):
-    "The `report` that a public function's `progress` stands for; bars are closed when the work ends, by an error too."
+def reporting(progress, **options):
+    "The `report` that a public function's `progress` stands for; its bars, with tqdm's `options`, are closed at the end."
     if callable(progress): yield progress; return
     report = Bars(**options) if progress else silent
     try: yield report
@@ -49,12 +45,7 @@ def reporting(
         if progress: report.close()
 
 # %% ../nbs/02_reporting.ipynb #cf6a0a8f
-def counter(
-    report,
-    what,  # is being done: "Reading a.txt"
-    total=None,
-    done=0,  # before the first piece
-):
+def counter(report, what, total=None, done=0):
     "A function `add(n=1)` that reports `n` more of `total` as done; the beginning is reported at once."
     def add(n=1):
         nonlocal done
@@ -64,12 +55,7 @@ def counter(
     return add
 
 # %% ../nbs/02_reporting.ipynb #3b2db16f
-def counted(
-    items,
-    report,
-    what,  # is being done: "Reading a.txt"
-    total=None,
-):
+def counted(items, report, what, total=None):
     "Yield `items`, and report each that has been worked on."
     add = counter(report, what, total)
     for item in items:
