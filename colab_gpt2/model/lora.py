@@ -12,35 +12,26 @@ from ..errors import Sentence
 from .loading import DTYPES
 
 # %% ../../nbs/model/23_lora.ipynb #3850d9ca
-def add_adapters(
-    model,  # changed in place
-    rank: int,  # of the adapters; they count twice (lora_alpha = 2 · rank), as in peft's own examples
-    precision: str = "fp32",  # of the frozen weights
-    seed: int = 0,  # of the adapters' random start
-):
-    """`model` with LoRA adapters in fp32 on its linear layers, all else frozen: a peft.PeftModel. GPT-2's layers are
-    c_attn, c_proj and c_fc; other architectures get peft's "all-linear". ImportError without peft."""
+def add_adapters(model, rank, precision="fp32", seed=0):
+    "`model` in `precision`, frozen, with LoRA adapters in fp32 on its linear layers: a peft.PeftModel."
     try: import peft
     except ImportError as e:
         raise ImportError(Sentence("{method=lora} needs peft: pip install peft, or set {method=full}.")) from e
     gpt2 = model.config.model_type == "gpt2"
     layers = ["c_attn", "c_proj", "c_fc"] if gpt2 else "all-linear"
-    settings = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=layers, fan_in_fan_out=gpt2, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank,  # as in peft's own examples
+                               target_modules=layers, fan_in_fan_out=gpt2, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return peft.get_peft_model(model.to(DTYPES[precision]), settings)
 
 # %% ../../nbs/model/23_lora.ipynb #cbf0db77
-def merge_adapters(
-    adapted,  # from `add_adapters`, trained; its weights are emptied, so that there are never two models in memory
-    load,  # () -> the untouched model in fp32, in RAM
-):
-    "The model of `load` with the adapters of `adapted` merged into its weights."
+def merge_adapters(adapted, load):
+    "The untouched model that `load()` gives, in fp32 and in RAM, with the adapters of `adapted` in its weights."
     import peft
     settings = adapted.peft_config["default"]
     adapters = {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(adapted).items()}
-    adapted.to("meta")
+    adapted.to("meta")  # never two models in memory
     fresh = peft.get_peft_model(load(), settings)
     peft.set_peft_model_state_dict(fresh, adapters)
     return fresh.merge_and_unload().eval()
