@@ -113,7 +113,8 @@ class FinetuneResult(Record):
         measure = f"perplexity per {after.unit}, {after.split}, stride {after.stride}"
         samples = [(f"sample {when}", sample.text) for when, sample in self.samples.items()]
         return [("model", f"{self.model}, {self.parameters:,} parameters"),
-                ("text", f"{self.dataset}, {self.train_tokens:,} tokens"), (measure, f"{before.value:.2f} → {after.value:.2f}"),
+                ("text", f"{self.dataset}, {self.train_tokens:,} tokens"),
+                (measure, f"{before.value:.2f} → {after.value:.2f}"),
                 ("steps", f"{self.steps} ({self.epochs:.2f} epochs)"), ("speed", speed),
                 ("time", human_time(self.seconds)), ("saved in", self.output_dir), *samples]
 
@@ -136,8 +137,9 @@ def in_one_line(output_dir):
             told = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then set {resume=True}."
             raise OSError(Sentence(told, path=output_dir, free=human_bytes(free), kept=kept)) from e
         if not out_of_memory(e): raise
-        raise MemoryError(Sentence("Out of memory at a micro-batch of 1; set a smaller {block_size}, "
-                                   "{gradient_checkpointing=True} or {method=lora}, or choose a smaller {model}.")) from e
+        told = ("Out of memory at a micro-batch of 1; set a smaller {block_size}, {gradient_checkpointing=True} or "
+                "{method=lora}, or choose a smaller {model}.")
+        raise MemoryError(Sentence(told)) from e
 
 # %% ../nbs/63_training.ipynb #16ddf5f2
 SHAPE = ("model_type", "vocab_size", "n_embd", "n_layer", "hidden_size", "num_hidden_layers")  # in a model's config
