@@ -95,7 +95,7 @@ def draw_text(x, y, words, anchor="start", style="") -> str:
 
 # %% ../../nbs/panels/70_plots.ipynb #e43b3c4e
 def draw_values(lines, x_axis, y_axis, height=14) -> str:
-    "The SVG of the lines' last values, at least `height` pixels from each other."
+    "The SVG of the lines' last values, at least `height` pixels apart."
     drawn, above = "", -math.inf
     for x, y in sorted((line.points[-1] for line in lines), key=lambda point: -point[1]):
         above = max(y_axis.at(y), above + height)
@@ -135,7 +135,7 @@ def describe_lines(title, lines) -> str:
 # %% ../../nbs/panels/70_plots.ipynb #40fc6051
 def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=460, height=240) -> str:
     """The SVG of a chart of Lines; empty where none has a point. `x_range`: first and last x, if not the points'.
-    ValueError for a value ≤ 0 on a logarithmic y axis."""
+    ValueError for a value ≤ 0 on a logarithmic axis."""
     lines = [line for line in (replace(line, points=thinned(line.points)) for line in lines) if line.points]
     values = [y for line in lines for _, y in line.points]
     if log and values and min(values) <= 0:
@@ -145,9 +145,9 @@ def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=4
     if not lines: body += draw_text((left + right) / 2, height / 2, "no values yet", "middle", "fill-opacity='.6'")
     else:
         xs = x_range or [x for line in lines for x, _ in line.points]
-        x_axis, y_axis = Axis(min(xs), max(*xs, min(xs) + 1), left, right), axis_for(values, bottom, top, log)
-        body += draw_axes(x_axis, y_axis, x_label) + draw_legend(lines, left, 37)
-        body += "".join(draw_line(line, x_axis, y_axis) for line in lines) + draw_values(lines, x_axis, y_axis)
+        axes = Axis(min(xs), max(*xs, min(xs) + 1), left, right), axis_for(values, bottom, top, log)
+        body += draw_axes(*axes, x_label) + draw_legend(lines, left, 37)
+        body += "".join(draw_line(line, *axes) for line in lines) + draw_values(lines, *axes)
     said = html.escape(describe_lines(title, lines), quote=True)
     return (f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='{said}' viewBox='0 0 {width} {height}' "
             f"width='{width}' height='{height}' style='max-width:min(100%,{width}px);height:auto' "

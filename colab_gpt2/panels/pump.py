@@ -27,7 +27,7 @@ def is_ours(session, frames) -> bool:
 
 # %% ../../nbs/panels/71_pump.ipynb #a30c5806
 def take_queued(kernel) -> list:
-    "The widgets' messages that wait in the queue of an ipykernel 6."
+    "The messages of `OURS` in the queue of an ipykernel 6."
     import zmq  # which is there where a kernel is
     kernel.shell_stream.flush(zmq.POLLIN)  # what lies in the socket goes into the queue
     waiting, ours = [], []
@@ -48,7 +48,7 @@ def own_channel(kernel) -> tuple:
 
 # %% ../../nbs/panels/71_pump.ipynb #f1b390e6
 def take_from_socket(kernel) -> list:
-    "The widgets' messages that an ipykernel 7 has passed on to the current thread."
+    "Those that an ipykernel 7 has passed on to the current thread."
     import zmq
     subshell, pair, loop = own_channel(kernel)
     ours = []
@@ -96,7 +96,7 @@ def answer_channel(kernel, source):
 
 # %% ../../nbs/panels/71_pump.ipynb #b2fbf9b3
 def finish(coroutine):
-    "Run `coroutine` to its end; RuntimeError for one that waits for something."
+    "Run `coroutine` to its end; RuntimeError if it waits for something."
     try: coroutine.send(None)
     except StopIteration: return
     coroutine.close()

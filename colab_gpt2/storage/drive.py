@@ -107,8 +107,8 @@ def drive_path(path) -> Path:
     for folder in reversed((path, *path.parents)):
         if folder.name not in SPELLINGS: continue
         if found := my_drive(folder.parent): return found/path.relative_to(folder)
-        said = f"Drive is not mounted: there is no folder {folder}. Run mount_drive() in a cell first."
-        raise FileNotFoundError(said)
+        raise FileNotFoundError(f"Drive is not mounted: there is no folder {folder}. "
+                                "Run mount_drive() in a cell first.")
     return path
 
 # %% ../../nbs/storage/51_drive.ipynb #9956680f
@@ -122,8 +122,10 @@ def shared_sha256(source, other):
 def transfer(source, destination, report) -> tuple:
     "One attempt of `copy_verified`: (SHA-256, note)."
     if sha256 := shared_sha256(source, destination): return sha256, "It was there already, the same byte for byte."
-    note, size = "", human_bytes(os.stat(destination).st_size) if os.path.isfile(destination) else ""
-    if size: note = f"It replaced a file of the same name with other content ({size})."
+    note = ""
+    if os.path.isfile(destination):
+        size = human_bytes(os.stat(destination).st_size)
+        note = f"It replaced a file of the same name with other content ({size})."
     os.makedirs(destination.parent, exist_ok=True)
     check_space(destination.parent, source.stat().st_size, f"Copying {source.name}")
     discard_leftovers(destination)

@@ -149,8 +149,7 @@ def write_tokens(path, file, encoder, report=silent):
         file.ids.parent.mkdir(parents=True, exist_ok=True)
         with sole_owner(file.part) as out:
             for old in leftovers(file.ids.parent): shutil.rmtree(old, ignore_errors=True)
-            counts = file.counts()
-            if not counts: return write_part(path, file, out, encoder, report)
+            if not (counts := file.counts()): return write_part(path, file, out, encoder, report)
             file.part.unlink()  # another process wrote the tokens while this one waited
             return counts
     except OSError as e:
@@ -180,8 +179,8 @@ def tokenize_file(
     added; `<|endoftext|>` in the text is the token of that name. Errors: as `check_text`."""
     hint = "A causal model learns from each token to the next."
     check_number("block_size", block_size, minimum=2, integer=True, hint=hint)
-    path = check_text(path)
-    encoder, sha256 = Encoder(tokenizer), sha256 or sha256_of(path)
+    path, encoder = check_text(path), Encoder(tokenizer)
+    sha256 = sha256 or sha256_of(path)
     key = dict(dtype=encoder.dtype.name, text_sha256=sha256, tokenizer_sha256=encoder.fingerprint)
     file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{encoder.fingerprint[:16]}.ids", **key)
     with reporting(progress) as report: counts = file.counts() or write_tokens(path, file, encoder, report)

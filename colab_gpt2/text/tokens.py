@@ -6,7 +6,7 @@
 __all__ = ['LONG', 'read_segments', 'Encoder']
 
 # %% ../../nbs/text/12_tokens.ipynb #f3f1da51
-import hashlib, json, re, warnings
+import copy, hashlib, json, re, warnings
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def read_segments(file, cut, size=1 << 18):
 # %% ../../nbs/text/12_tokens.ipynb #c443ca46
 def private_copy(tokenizer):
     "A copy of the `tokenizers.Tokenizer` inside `tokenizer`, with padding and truncation off."
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
@@ -58,8 +58,7 @@ class Encoder:
     `cut` is its `cut_pattern`, `vocabulary_size` its largest id + 1, `dtype` what holds an id, `fingerprint` the
     SHA-256 of all that decides about ids."""
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember, 17 bytes for each
-        self.tokenizer, self.backend, self.cut = tokenizer, None, None
-        vocabulary = tokenizer.get_vocab()
+        self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
         if getattr(tokenizer, "backend_tokenizer", None):
             self.backend = private_copy(tokenizer)
             self.cut = cut_pattern(self.backend)
