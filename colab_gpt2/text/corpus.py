@@ -88,24 +88,23 @@ def measure(name, files, source):
                   bytes={split: path.stat().st_size for split, path in files.items()})
 
 # %% ../../nbs/text/11_corpus.ipynb #e4f48c28
-log = logging.getLogger(__name__)
-
 def recall(folder):
     "The Corpus in `folder`, if there is a manifest and every file has its SHA-256; else None."
-    manifest = folder/"corpus.json"
-    if not manifest.exists(): return None
     try:
-        known = json.loads(manifest.read_text(encoding="utf-8"))
+        known = json.loads((folder/"corpus.json").read_text(encoding="utf-8"))
         corpus = measure(known["name"], {s: folder/f["file"] for s, f in known["splits"].items()}, known["source"])
         if corpus.sha256 == {s: f["sha256"] for s, f in known["splits"].items()}: return corpus
     except (FileNotFoundError, ValueError): pass
-    log.warning("%s is damaged; it is fetched or made again", folder)
+    return None
 
 # %% ../../nbs/text/11_corpus.ipynb #978a42fa
+log = logging.getLogger(__name__)
+
 def cached(folder, name, source, make, published=()):
     """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path.
     ConnectionError if one has not the SHA-256 that is `published` for its split."""
     if known := recall(folder): return known
+    if folder.exists(): log.warning("%s is damaged; it is fetched or made again", folder)
     with atomic(folder, folder=True) as stage:
         made = {split: check_text(path) for split, path in make(stage).items()}
         corpus = measure(name, made, source)
@@ -188,6 +187,7 @@ def bring(source, name, zip_sha256, root, stage, report=silent):
 # %% ../../nbs/text/11_corpus.ipynb #c65acef2
 def fetch(name, published, root, report=silent):
     "The Corpus `name` from the cache, or the first source that has it; ConnectionError lists what each one answered."
+    if known := recall(root/name): return known  # where no source may be asked, too
     answers = []
     for source in published.sources:
         def make(stage): return bring(source, name, published.zip_sha256, root, stage, report)
