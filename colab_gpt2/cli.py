@@ -10,7 +10,7 @@ import contextlib, inspect, itertools, json, random, sys, warnings
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
@@ -27,9 +27,14 @@ app = typer.Typer(
     rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="Fine-tune GPT-2: check the machine, fetch a text, fine-tune, generate, archive and save.")
 
+# %% ../nbs/65_cli.ipynb #b11cf3c0
+def option(kind, help, *flags, **limits):
+    "The annotation of an argument that is an option."
+    return Annotated[kind, typer.Option(*flags, help=help, **limits)]
+
 # %% ../nbs/65_cli.ipynb #b11cf3ce
 @app.callback(invoke_without_command=True)
-def show_version(version: Annotated[bool, typer.Option("--version", help="show the version")] = False):
+def show_version(version: option(bool, "show the version", "--version") = False):
     "What stands before a command."
     if version:
         typer.echo(__version__)
@@ -49,10 +54,8 @@ def one_line(error, name_of=name_of) -> str:
 
 # %% ../nbs/65_cli.ipynb #ce7f6373
 @contextlib.contextmanager
-def errors_in_one_line(
-    debug=False,  # let the traceback through
-):
-    "Exit with the right code and one line on stderr."
+def errors_in_one_line(debug=False):
+    "Exit with the right code and one line on stderr; `debug` lets the traceback through."
     try: yield
     except (Exception, KeyboardInterrupt) as e:
         stopped = isinstance(e, KeyboardInterrupt)
@@ -96,13 +99,8 @@ def quiet_libraries(name_of=name_of):
     warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {one_line(message, name_of)}", err=True)
 
 # %% ../nbs/65_cli.ipynb #60846a14
-def answer(
-    function,  # of a command
-    arguments,  # by name
-    as_json=False,  # one object on stdout, for programs
-    debug=False,  # show the traceback of an error
-):
-    "Call a command and print what it returns: a table, JSON, or text as it comes. What libraries print goes to stderr."
+def answer(function, arguments, as_json=False, debug=False):
+    "Call a command and print what it returns: a table, JSON, or text as it comes. Libraries print on stderr."
     with errors_in_one_line(debug):
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             quiet_libraries()
@@ -114,22 +112,19 @@ def answer(
         if isinstance(result, tasks.RunResult) and result.drive["failed"]:
             raise OSError(f"The model is trained and archived, but not on the Drive: {result.drive['why']}")
 
-# %% ../nbs/65_cli.ipynb #856c8cf5
-SHARED = dict(
-    as_json=Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")],
-    debug=Annotated[bool, typer.Option("--debug", help="show the traceback of an error")])
-
 # %% ../nbs/65_cli.ipynb #926bbb2d
 def keyword(name, default, annotation):
     "A keyword parameter, which typer turns into an option."
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
+# %% ../nbs/65_cli.ipynb #856c8cf5
+SHARED = [
+    keyword("as_json", False, option(bool, "print one JSON object on stdout and nothing else", "--json")),
+    keyword("debug", False, option(bool, "show the traceback of an error", "--debug"))]
+
 # %% ../nbs/65_cli.ipynb #24f67f56
-def config_options(
-    defaults,  # a FinetuneConfig, or another record whose fields have helps
-    names=None,  # of the fields to offer, in a string; default: all
-) -> list:
-    "A parameter for each field; `trainer_args` are NAME=VALUE, as often as needed."
+def config_options(defaults, names=None) -> list:
+    "A parameter for each field of a record, or for those in `names`; `trainer_args` are several NAME=VALUE."
     made = []
     for f in fields(defaults):
         if names is not None and f.name not in names.split(): continue
@@ -137,17 +132,15 @@ def config_options(
         help = Sentence(f.metadata["help"]).render(name_of)
         if "choices" in f.metadata: help += f" ({', '.join(f.metadata['choices'])})"
         if f.name == "trainer_args":
-            kind, default, flags = Optional[list[str]], None, [name_of(f.name)]
+            kind, default, flags = list[str] | None, None, [name_of(f.name)]
             help = "NAME=VALUE for transformers.TrainingArguments; may be repeated"
-        typed = typer.Option(*flags, help=help, show_default=default not in (None, False))
-        made.append(keyword(f.name, default, Annotated[kind, typed]))
+        typed = option(kind, help, *flags, show_default=default not in (None, False))
+        made.append(keyword(f.name, default, typed))
     return made
 
 # %% ../nbs/65_cli.ipynb #0ae447fc
-def parse_pairs(
-    pairs,  # NAME=VALUE, each
-) -> dict:
-    "The values by name; one is read as JSON where it is JSON."
+def parse_pairs(pairs) -> dict:
+    "The values of NAME=VALUE by name; one is read as JSON where it is JSON."
     parsed = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
@@ -158,12 +151,8 @@ def parse_pairs(
     return parsed
 
 # %% ../nbs/65_cli.ipynb #7d2908fa
-def take_config(
-    arguments,  # by name; what belongs to the config is taken out
-    defaults=FinetuneConfig(),
-    names=None,  # of its fields, in a string; default: all
-):
-    "`defaults` with the values of `arguments`; one that is refused is `bad_usage`."
+def take_config(arguments, defaults=FinetuneConfig(), names=None):
+    "`defaults` with the values of its fields, or those in `names`, which are taken out of `arguments`."
     with bad_usage():
         mine = (f.name for f in fields(defaults) if names is None or f.name in names.split())
         named = {name: arguments.pop(name) for name in mine if name in arguments}
@@ -184,17 +173,14 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 # %% ../nbs/65_cli.ipynb #f02bdded
-def command(
-    *sources,  # records with defaults, or (record, names of the fields that are read): an argument each
-):
-    "Register a function as a subcommand; its docstring is the help."
+def command(example, *sources):
+    "Register a function as a subcommand. `sources`: its first arguments, records or (record, names of fields to read)."
     sources = [source if isinstance(source, tuple) else (source, None) for source in sources]
 
     def register(function):
         takes = list(inspect.signature(function).parameters.values())
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in takes[len(sources):] if p.name != "as_json"]
-        shared = [keyword(name, False, annotation) for name, annotation in SHARED.items()]
-        offered = [*own, *(p for source in sources for p in config_options(*source)), *shared]
+        offered = [*own, *(p for source in sources for p in config_options(*source)), *SHARED]
 
         def called(as_json, debug, **arguments):
             records = [take_config(arguments, *source) for source in sources]
@@ -203,66 +189,67 @@ def command(
 
         called.__signature__ = inspect.Signature(offered)
         called.__annotations__ = {p.name: p.annotation for p in offered}
-        app.command(function.__name__, help=function.__doc__, cls=Command)(called)
+        said = f"{function.__doc__}\n\nExample: colab-gpt2 {function.__name__} {example}".rstrip()
+        app.command(function.__name__, help=said, cls=Command)(called)
         return function
     return register
 
 # %% ../nbs/65_cli.ipynb #ab609030
-DriveFolder = Annotated[Optional[str], typer.Option(help="a folder that stands for the Drive (default: Colab's Drive)")]
+DriveFolder = option(str | None, "a folder that stands for the Drive (default: Colab's Drive)")
 TEXT = "dataset train_file eval_file cache_dir"
 
 # %% ../nbs/65_cli.ipynb #c4841e7e
-@command()
-def check(path: Annotated[str, typer.Option(help="where files would go")] = "."):
-    "Look at the machine: GPU, memory, precision.\n\nExample: colab-gpt2 check --json"
+@command("--json")
+def check(path: option(str, "where files would go") = "."):
+    "Look at the machine: GPU, memory, precision."
     return tasks.check(path)
 
 # %% ../nbs/65_cli.ipynb #4ddad37e
-@command((FinetuneConfig(), TEXT))
+@command("--dataset wikitext-2-raw-v1", (FinetuneConfig(), TEXT))
 def fetch(config):
-    "Download a text, verify and store it.\n\nExample: colab-gpt2 fetch --dataset wikitext-2-raw-v1"
+    "Download a text, verify and store it."
     return tasks.fetch_for(config)
 
 # %% ../nbs/65_cli.ipynb #d100d6cc
 WORK = """block_size effective_batch_size per_device_train_batch_size gradient_accumulation_steps precision method
 lora_rank optim gradient_checkpointing torch_compile tune keep_attention_dropout tokenizer"""  # for memory and speed
 
-@command((FinetuneConfig(), f"model {TEXT} num_train_epochs max_steps eval_stride {WORK}"))
+@command("--model gpt2-xl --gpu T4", (FinetuneConfig(), f"model {TEXT} num_train_epochs max_steps eval_stride {WORK}"))
 def plan(
     config,
-    gpu: Annotated[Optional[str], typer.Option(
-        help="plan for a Colab machine: T4, L4, A100-40, A100-80, G4, H100 or CPU (default: this machine)")] = None,
+    gpu: option(str | None, "plan for a Colab machine: T4, L4, A100-40, A100-80, G4, H100 or CPU "
+                "(default: this machine)") = None,
 ):
-    "Forecast memory and time, and choose batch and method.\n\nExample: colab-gpt2 plan --model gpt2-xl --gpu T4"
+    "Forecast memory and time, and choose batch and method."
     with bad_usage(): return tasks.plan(config, gpu=gpu)
 
 # %% ../nbs/65_cli.ipynb #0adbe161
-@command(FinetuneConfig())
+@command("--model gpt2 --output-dir gpt2-tuned", FinetuneConfig())
 def finetune(config):
-    "Fine-tune a model on a text.\n\nExample: colab-gpt2 finetune --model gpt2 --output-dir gpt2-tuned"
+    "Fine-tune a model on a text."
     from colab_gpt2.training import finetune
     return finetune(config)
 
 # %% ../nbs/65_cli.ipynb #4673ec85
 TUNED = FinetuneConfig(model="gpt2-tuned")
 
-@command((TUNED, f"model {TEXT} block_size precision eval_split eval_stride tokenizer"))
+@command("--model gpt2-tuned", (TUNED, f"model {TEXT} block_size precision eval_split eval_stride tokenizer"))
 def evaluate(config):
-    "Compute a model's perplexity on held-out text.\n\nExample: colab-gpt2 evaluate --model gpt2-tuned"
+    "Compute a model's perplexity on held-out text."
     return tasks.evaluate(config.model, config)
 
 # %% ../nbs/65_cli.ipynb #6baf5015
-@command((TUNED, "model max_new_tokens tokenizer cache_dir"), Sampling())
+@command("--model tiny --prompt ' = Rain = ' --seed 1", (TUNED, "model max_new_tokens tokenizer cache_dir"), Sampling())
 def generate(
     config,
     sampling,
-    prompt: Annotated[str, typer.Option(help="the text to continue, taken as typed")] = TUNED.prompt,
-    seed: Annotated[Optional[int], typer.Option(min=0, help="the same seed gives the same text")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="how many")] = 1,
-    stop: Annotated[Optional[list[str]], typer.Option(help="end before this text; may be repeated")] = None,
+    prompt: option(str, "the text to continue, taken as typed") = TUNED.prompt,
+    seed: option(int | None, "the same seed gives the same text", min=0) = None,
+    samples: option(int, "how many", min=1) = 1,
+    stop: option(list[str] | None, "end before this text; may be repeated") = None,
     as_json=False,
 ):
-    "Generate text from a prompt.\n\nExample: colab-gpt2 generate --model tiny --prompt ' = History = ' --seed 1"
+    "Generate text from a prompt."
     from colab_gpt2.generation import generate, stream
     options = {name: getattr(config, name) for name in ("max_new_tokens", "tokenizer", "cache_dir")}
     options |= dict(stop=tuple(stop or ()), **sampling.to_dict())
@@ -275,58 +262,58 @@ def generate(
     return itertools.chain([prompt], stream(config.model, prompt, seed=seed, **options))
 
 # %% ../nbs/65_cli.ipynb #2e818088
-@command()
+@command("--folder gpt2-tuned")
 def archive(
-    folder: Annotated[str, typer.Option(help="the folder of a saved model")] = "gpt2-tuned",
-    path: Annotated[Optional[str], typer.Option(help="the archive (default: FOLDER.tar.gz)")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="overwrite an archive that is there")] = False,
+    folder: option(str, "the folder of a saved model") = "gpt2-tuned",
+    path: option(str | None, "the archive (default: FOLDER.tar.gz)") = None,
+    overwrite: option(bool, "overwrite an archive that is there", "--overwrite") = False,
 ):
-    "Pack a saved model into one file.\n\nExample: colab-gpt2 archive --folder gpt2-tuned"
+    "Pack a saved model into one file."
     return tasks.archive(folder, path, overwrite=overwrite)
 
 # %% ../nbs/65_cli.ipynb #c20d05cb
-@command()
+@command("--archive gpt2-tuned.tar.gz")
 def save(
-    archive: Annotated[str, typer.Option(help="the file to save")] = "gpt2-tuned.tar.gz",
-    folder: Annotated[str, typer.Option(help="folder on the Drive")] = "colab-gpt2",
+    archive: option(str, "the file to save") = "gpt2-tuned.tar.gz",
+    folder: option(str, "folder on the Drive") = "colab-gpt2",
     drive: DriveFolder = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="overwrite another file of that name there")] = False,
+    overwrite: option(bool, "overwrite another file of that name there", "--overwrite") = False,
 ):
-    "Copy an archive to the Drive and verify it.\n\nExample: colab-gpt2 save --archive gpt2-tuned.tar.gz"
+    "Copy an archive to the Drive and verify it."
     return tasks.save(archive, folder, drive=drive, overwrite=overwrite)
 
 # %% ../nbs/65_cli.ipynb #54cd57b0
-@command()
+@command("--folder gpt2-tuned")
 def restore(
-    name: Annotated[str, typer.Option(
-        help="the archive: its name on the Drive or in its folder colab-gpt2, or a path")] = "gpt2-tuned.tar.gz",
-    folder: Annotated[str, typer.Option(help="where to unpack it: a new or empty folder")] = "restored",
+    name: option(
+        str, "the archive: its name on the Drive or in its folder colab-gpt2, or a path") = "gpt2-tuned.tar.gz",
+    folder: option(str, "where to unpack it: a new or empty folder") = "restored",
     drive: DriveFolder = None,
 ):
-    "Fetch an archive from the Drive, verify and unpack it.\n\nExample: colab-gpt2 restore --folder gpt2-tuned"
+    "Fetch an archive from the Drive, verify and unpack it."
     return tasks.restore(name, folder, drive=drive)
 
 # %% ../nbs/65_cli.ipynb #1ecae43c
-@command(FinetuneConfig())
+@command("--model gpt2 --json", FinetuneConfig())
 def run(
     config,
-    archive_path: Annotated[Optional[str], typer.Option(help="the archive (default: OUTPUT_DIR.tar.gz)")] = None,
+    archive_path: option(str | None, "the archive (default: OUTPUT_DIR.tar.gz)") = None,
     drive: DriveFolder = None,
-    drive_folder: Annotated[str, typer.Option(help="folder on the Drive")] = "colab-gpt2",
+    drive_folder: option(str, "folder on the Drive") = "colab-gpt2",
 ):
-    "Check, fetch, fine-tune, generate, archive and save.\n\nExample: colab-gpt2 run --model gpt2 --json"
+    "Check, fetch, fine-tune, generate, archive and save."
     return tasks.run(config, archive_path=archive_path, drive=drive, drive_folder=drive_folder)
 
 # %% ../nbs/65_cli.ipynb #e4c0d1a5
-@command(tasks.DEMO)
+@command("", tasks.DEMO)
 def demo(config, drive: DriveFolder = None):
-    "`run` offline: the embedded model, Python's docs.\n\nExample: colab-gpt2 demo"
+    "`run` offline: the embedded model, Python's docs."
     return tasks.demo(config, drive=drive)
 
 # %% ../nbs/65_cli.ipynb #c54475e4
-@command((tasks.DEMO, f"model dataset train_file cache_dir from_scratch seed trainer_args {WORK}"))
-def bench(config, steps: Annotated[int, typer.Option(min=3, help="steps to take; the first two are not counted")] = 8):
-    "Measure how fast this machine trains.\n\nExample: colab-gpt2 bench --model tiny"
+@command("--model tiny", (tasks.DEMO, f"model dataset train_file cache_dir from_scratch seed trainer_args {WORK}"))
+def bench(config, steps: option(int, "steps to take; the first two are not counted", min=3) = 8):
+    "Measure how fast this machine trains."
     return tasks.bench(config, steps=steps)
 
 # %% ../nbs/65_cli.ipynb #2f96e9bb

@@ -86,7 +86,7 @@ def _settle(folder):
 # %% ../nbs/00_core.ipynb #a393b176
 @contextlib.contextmanager
 def atomic(path, folder=False):
-    """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; after an error `path` is as
+    """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; an error leaves `path` as
     it was. Into a folder that is there already the new files move one by one, the largest last; its others stay."""
     path = Path(path)
     inside = folder and path.is_dir()  # it may be a mount, out of which nothing can be renamed
@@ -145,8 +145,7 @@ def cache_folder(cache_dir=None):
 
 # %% ../nbs/00_core.ipynb #4a9058d6
 def retried(action, passing, attempts=3, wait=1.0):
-    """`action()`, at most `attempts` times: again after `wait` seconds, then twice as many, if its error is `passing`. An
-    error with a `wait` of its own is given that time."""
+    "`action()`, again after `wait` (or the error's own `wait`) seconds, then twice as many, if its error is `passing`."
     for attempt in range(1, attempts):
         try: return action()
         except Exception as e:

@@ -32,8 +32,8 @@ class _Words(dict):
 
 # %% ../nbs/01_errors.ipynb #51ea8613
 class Sentence(str):
-    """A text whose `template` has names in braces: those of `values` stand for these, any other is a field, `{resume}`, or a
-    field with the value to give it, `{method=lora}`. As a string it has Python's names; `render` gives it in others."""
+    """A text whose `template` has names in braces: one of `values`, or a field, `{resume}`, perhaps with the value to
+    give it, `{method=lora}`. As a string it has Python's names."""
     def __new__(cls, template, /, **values):
         self = super().__new__(cls, template.format_map(_Words(values, in_python)))
         self.template, self.values = template, values

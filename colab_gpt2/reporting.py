@@ -37,7 +37,7 @@ class Bars:
 # %% ../nbs/02_reporting.ipynb #46792180
 @contextlib.contextmanager
 def reporting(progress, **options):
-    "The `report` that a public function's `progress` stands for; its bars, with tqdm's `options`, are closed at the end."
+    "The `report` that a public function's `progress` stands for; bars, with tqdm's `options`, are closed at the end."
     if callable(progress): yield progress; return
     report = Bars(**options) if progress else silent
     try: yield report

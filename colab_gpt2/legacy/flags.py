@@ -28,11 +28,8 @@ class Flag:
 # %% ../../nbs/legacy/90_flags.ipynb #f707cc19
 FIELDS = {f.name: f for f in fields(FinetuneConfig)}
 
-def kept(
-    name,  # of a field of FinetuneConfig
-    otherwise=...,  # what zero and negative numbers meant
-):
-    "The field takes the value, and checks it."
+def kept(name, otherwise=...):
+    "The field takes the value, and checks it; zero and negative numbers meant `otherwise`."
     def rule(value, given):
         if otherwise is not ... and value <= 0: value = otherwise
         return {name: value}, f"{name}={value}"
@@ -40,47 +37,29 @@ def kept(
     return Flag(next(iter(get_args(kind)), kind), rule, FIELDS[name].metadata["help"])
 
 # %% ../../nbs/legacy/90_flags.ipynb #d3807eb3
-def passed(
-    kind,  # of value
-    name,
-    help,
-    **limits,  # of `check_number`
-):
-    "transformers.TrainingArguments takes the value under `name`."
+def passed(kind, name, help, **limits):
+    "transformers.TrainingArguments takes the value under `name`; limits as `check_number` takes them."
     def rule(value, given):
         if limits: check_number(name, value, **limits)
         return {"trainer_args": {name: value}}, f"trainer_args[{name!r}]={value}"
     return Flag(kind, rule, help)
 
 # %% ../../nbs/legacy/90_flags.ipynb #2c5d5d58
-def means(
-    words,  # for the line about it, and as its help
-    **changes,
-): return Flag(bool, lambda value, given: (changes, words), words)
+def means(words, **changes): return Flag(bool, lambda value, given: (changes, words), words)
 
 # %% ../../nbs/legacy/90_flags.ipynb #2c5d5d5b
-def ignored(
-    kind,  # of value
-    why,
-): return Flag(kind, lambda value, given: ({}, f"nothing: {why}"), f"ignored: {why}")
+def ignored(kind, why): return Flag(kind, lambda value, given: ({}, f"nothing: {why}"), f"ignored: {why}")
 
 # %% ../../nbs/legacy/90_flags.ipynb #a04bda59
-def refused(
-    kind,  # of value
-    why,
-    nothing=None,  # the value that asked for nothing
-):
-    "A flag that is a ValueError with any other value."
+def refused(kind, why, nothing=None):
+    "A flag that is a ValueError with any other value than `nothing`."
     def rule(value, given):
         if value != nothing: raise ValueError(why)
         return {}, "nothing, as in 2020"
     return Flag(kind, rule, f"refused: {why}")
 
 # %% ../../nbs/legacy/90_flags.ipynb #dab111c7
-def needs(
-    other,  # flag
-    flag: Flag,
-) -> Flag:
+def needs(other, flag) -> Flag:
     "`flag`, which is not used without `other`."
     def rule(value, given):
         return flag.become(value, given) if other in given else ({}, f"nothing: it is used with --{other} only")
@@ -88,7 +67,7 @@ def needs(
 
 # %% ../../nbs/legacy/90_flags.ipynb #6dc767bb
 def shape_of(value, given):
-    "`--config_name`: the shape of a new model. Weights come with the config that they were saved with."
+    "`--config_name`: the shape of a new model."
     named = given.get("model_name_or_path")
     if named is None: return {"model": value, "from_scratch": True}, f"random weights in the shape of {value}"
     if named == value: return {}, "nothing: it is the model's own"
@@ -145,23 +124,20 @@ MODEL = dict(
     model_name_or_path=Flag(str, start_of, "name or folder of the model to start from; without it a new one is made"),
     model_type=Flag(str, type_of, "gpt2, for a new model without --config_name"),
     config_name=Flag(str, shape_of, "name or folder with the shape of a new model"),
-    tokenizer_name=kept("tokenizer"),
-    cache_dir=kept("cache_dir"),
+    tokenizer_name=kept("tokenizer"), cache_dir=kept("cache_dir"),
     should_continue=Flag(bool, continue_of, "resume from the newest checkpoint in the output folder"),
-    overwrite_output_dir=Flag(bool, overwrite_of, FIELDS["overwrite_output_dir"].metadata["help"]))
+    overwrite_output_dir=replace(kept("overwrite_output_dir"), become=overwrite_of))
 
 # %% ../../nbs/legacy/90_flags.ipynb #5a8d7aa8
 def texts_of(value, given):
-    "`--train_data_files`: a pattern. Several files are read as one text, in the order of their names."
+    "`--train_data_files`: a pattern. Several files are read as one text."
     files = sorted(glob(value))
     if not files: raise ValueError("no file has such a name.")
     return {"train_file": files[0], "train_files": tuple(files)}, f"{', '.join(files)}, read as one text"
 
-# %% ../../nbs/legacy/90_flags.ipynb #12355dd1
+# %% ../../nbs/legacy/90_flags.ipynb #0e0987ec
 LINES = "GPT-2 has no padding token for lines of different lengths; leave it out, and they are read as one stream."
 MASKED = "GPT-2 predicts the next token and masks nothing; leave it out."
-
-# %% ../../nbs/legacy/90_flags.ipynb #0e0987ec
 DATA = dict(
     train_data_file=needs("do_train", kept("train_file")),
     train_data_files=needs("do_train", Flag(str, texts_of, "texts to train on, as a pattern: 'texts/*.txt'")),
@@ -179,14 +155,13 @@ DATA = dict(
 
 # %% ../../nbs/legacy/90_flags.ipynb #4519f90f
 def batch_of(value, given):
-    "`--per_gpu_train_batch_size`, `--per_device_train_batch_size` and `--gradient_accumulation_steps`, together."
-    names = ("per_gpu_train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    "The three flags of the batch, together."
+    names = "per_gpu_train_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"
     sizes = {name: check_number(name, given[name], minimum=1, integer=True) for name in names if name in given}
     steps = sizes.pop("gradient_accumulation_steps", 1)
-    if not sizes: return {"effective_batch_size": 8 * steps}, f"effective_batch_size={8 * steps}"
-    micro = next(iter(sizes.values()))
-    changes = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=steps)
-    return changes, f"per_device_train_batch_size={micro}, gradient_accumulation_steps={steps}"
+    changes = dict(effective_batch_size=8 * steps)
+    if sizes: changes = dict(per_device_train_batch_size=[*sizes.values()][0], gradient_accumulation_steps=steps)
+    return changes, ", ".join(f"{name}={value}" for name, value in changes.items())
 
 # %% ../../nbs/legacy/90_flags.ipynb #ca3179c7
 FITS = ignored(int, "perplexity does not depend on the batch")
@@ -207,13 +182,12 @@ LEARNING = dict(
     **same("num_train_epochs warmup_steps weight_decay max_grad_norm seed"),
     max_steps=kept("max_steps", -1),
     learning_rate=replace(kept("learning_rate"), help="peak learning rate"),
-    adam_beta1=passed(float, "adam_beta1", "of AdamW", minimum=0, maximum=1),
-    adam_beta2=passed(float, "adam_beta2", "of AdamW", minimum=0, maximum=1),
+    **{f"adam_beta{n}": passed(float, f"adam_beta{n}", "of AdamW", minimum=0, maximum=1) for n in (1, 2)},
     adam_epsilon=passed(float, "adam_epsilon", "of AdamW", minimum=0))
 
 # %% ../../nbs/legacy/90_flags.ipynb #28736db0
 def watch_of(value, given):
-    "`--evaluate_during_training`, `--evaluation_strategy`: every so many steps, or (0) after every epoch."
+    "`watch_every` so many steps, or (0) after every epoch."
     if value is not True: check_choice("evaluation_strategy", value, ("no", "steps", "epoch"))
     if value == "no": return {}, "nothing: perplexity is computed before and after training"
     if "eval_data_file" not in given: raise ValueError("there is no --eval_data_file to evaluate on.")
@@ -248,13 +222,12 @@ def half_of(value, given):
     return {}, f"nothing: without an NVIDIA GPU fp16 is very slow, so {pick_precision(device).dtype} is used"
 
 # %% ../../nbs/legacy/90_flags.ipynb #5a5ba5c0
-PROCESSES = "this command is one process on one GPU, without torchrun; leave it out."
 DEBUGGER = "ptvsd is gone; leave it out, and for a debugger use `python -m debugpy`."
 MACHINE = dict(
     fp16=Flag(bool, half_of, "compute in half precision"),
     fp16_opt_level=ignored(str, "apex is gone, and torch's mixed precision has no levels"),
     no_cuda=means("no NVIDIA GPU is used"),
-    local_rank=refused(int, PROCESSES, nothing=-1),
+    local_rank=refused(int, "this command is one process on one GPU, without torchrun; leave it out.", nothing=-1),
     tpu_num_cores=refused(int, "TPUs are not supported; leave it out."),
     tpu_metrics_debug=ignored(bool, "it showed the figures of a TPU"),
     debug=means("the traceback of an error is shown"),
@@ -278,7 +251,7 @@ NAMES = dict(model="model_name_or_path", tokenizer="tokenizer_name", train_file=
              eval_file="eval_data_file", resume="should_continue")
 
 def name_of(name, *value) -> str:
-    "The flag of 2020 for a field, with its `value` where there is one; Python's words where it had none."
+    "The flag of 2020 for a field, with its `value`; Python's words where it had none."
     flag = NAMES.get(name, name)
     if flag not in FLAGS: return in_python(name, *value)
     return f"--{flag}" if not value or value[0] is True else f"--{flag}={value[0]}"
@@ -286,9 +259,9 @@ def name_of(name, *value) -> str:
 # %% ../../nbs/legacy/90_flags.ipynb #0bf3c5c8
 def truth(text):
     "The script's newer versions took `--do_train=True` too."
-    known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in known: raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return known[text.lower()]
+    if text.lower() in ("true", "yes", "1"): return True
+    if text.lower() in ("false", "no", "0"): return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 # %% ../../nbs/legacy/90_flags.ipynb #7e8fd1c3
 EXAMPLE = """python -m colab_gpt2.run_language_modeling --output_dir=output --model_name_or_path=gpt2 \\
@@ -296,7 +269,7 @@ EXAMPLE = """python -m colab_gpt2.run_language_modeling --output_dir=output --mo
     --per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2"""
 
 def make_parser() -> argparse.ArgumentParser:
-    "All flags of both generations, none abbreviated; bad usage is one line, not a screen of flags."
+    "All flags of both generations, none abbreviated; bad usage is one line."
     parser = argparse.ArgumentParser(
         prog="python -m colab_gpt2.run_language_modeling", usage="%(prog)s --output_dir=FOLDER [--FLAG[=VALUE] ...]",
         description="The command line of 2020, in today's terms.", epilog=f"Example:\n{EXAMPLE}", allow_abbrev=False,

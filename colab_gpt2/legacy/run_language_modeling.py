@@ -12,14 +12,14 @@ from pathlib import Path
 
 from ..cli import one_line, quiet_libraries
 from ..config import FinetuneConfig, pick_block_size
-from ..core import Record, atomic
+from ..core import atomic
 from ..errors import fields_of
 from .flags import FLAGS, name_of, parse
 from ..tasks import evaluate
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ef648aec
 @dataclass(frozen=True)
-class Job(Record):
+class Job:
     "What a command of 2020 asks for, in today's terms."
     config: FinetuneConfig
     train: bool
@@ -44,20 +44,11 @@ def check_given(given):
     need("model_name_or_path config_name model_type", "name a model, or --model_type=gpt2 to make a new one")
     need("tokenizer_name", "a new model has no tokenizer of its own, as in --tokenizer_name=gpt2")
 
-# %% ../../nbs/legacy/91_run_language_modeling.ipynb #7ee97e62
+# %% ../../nbs/legacy/91_run_language_modeling.ipynb #fc829b81
 DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_total_limit=None, max_new_tokens=1)
 
-# %% ../../nbs/legacy/91_run_language_modeling.ipynb #c1729ee2
-def not_given(given, config) -> str:
-    "The line about the values that decide a run and were left to their defaults."
-    then = [f"{name}={getattr(config, name)}" for name in DEFAULTS if name not in {*given, "max_new_tokens"}]
-    return f"not given: {', '.join(then)} as in 2020, anything else as today"
-
-# %% ../../nbs/legacy/91_run_language_modeling.ipynb #fc829b81
-def translate(
-    given,  # flags, as `parse` returns them
-) -> Job:
-    "The job that they ask for; ValueError, in one line, for what is missing, refused or out of range."
+def translate(given) -> Job:
+    "The job that the flags ask for; ValueError, in one line, for what is missing, refused or out of range."
     check_given(given)
     changes, said, trainer_args = {**DEFAULTS}, [], {}
     for name, value in given.items():
@@ -69,12 +60,14 @@ def translate(
         said.append(f"{typed} → {words}")
     own = {f.name: changes.pop(f.name) for f in fields(Job) if f.name in changes}
     config = FinetuneConfig(**changes, trainer_args=trainer_args)
-    if "do_train" in given: said.append(not_given(given, config))
+    if "do_train" in given:
+        then = [f"{name}={getattr(config, name)}" for name in DEFAULTS if name not in {*given, "max_new_tokens"}]
+        said.append(f"not given: {', '.join(then)} as in 2020, anything else as today")
     return Job(config=config, train="do_train" in given, evaluate="do_eval" in given, said=tuple(said), **own)
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #8a8d6455
 def opening(path, folder, size=1 << 16) -> Path:
-    "The first `size` bytes of a text, up to a complete character, as a file in `folder`."
+    "The first `size` bytes of a text, in complete characters, as a file in `folder`."
     with open(path, "rb") as file: start = file.read(size)
     cut = Path(folder)/f"start of {Path(path).name} (trained on)"
     cut.write_text(start.decode("utf-8", errors="ignore"), encoding="utf-8")
@@ -91,10 +84,7 @@ def joined(files, folder) -> Path:
     return path
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
-def with_texts(
-    job,
-    folder,  # for texts that have to be made
-) -> FinetuneConfig:
+def with_texts(job, folder) -> FinetuneConfig:
     "The job's config with a text to train on and one to evaluate on."
     from colab_gpt2.text.corpus import check_text
     config = job.config
@@ -181,10 +171,8 @@ def end(error, code) -> int:
     return code
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #d4ae4bff
-def main(
-    words=None,  # what was typed; default: this process's own
-) -> int:
-    "The command: returns 0, 1 for what failed, 2 for bad usage, 130 after Ctrl-C. Everything it says goes to stderr."
+def main(words=None) -> int:
+    "The command: returns 0, 1 for what failed, 2 for bad usage, 130 after Ctrl-C."
     given = parse(sys.argv[1:] if words is None else words)
     if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not loaded yet
     try: job = translate(given)
