@@ -58,7 +58,7 @@ class Perplexity(Record):
         return [("perplexity", str(self)), ("scored", text)]
 
 # %% ../nbs/60_evaluation.ipynb #382cd17a
-def windows(tokens: int, context: int, stride: int):
+def windows(tokens, context, stride):
     "Yield (start, scored) for each window over a stream of `tokens`: its last `scored` targets are scored."
     length, done = min(context, tokens - 1), 0
     for end in itertools.chain(range(length, tokens - 1, stride), [tokens - 1]):  # the last target
@@ -66,7 +66,7 @@ def windows(tokens: int, context: int, stride: int):
         done = end
 
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
-def logits_batch(scored: int, length: int, vocabulary: int, gpu: bool) -> int:
+def logits_batch(scored, length, vocabulary, gpu) -> int:
     "How many windows of `length` tokens make a batch, by bytes of fp32 logits and by tokens."
     logits, inputs = (1_000_000_000, 16_384) if gpu else (64_000_000, 4_096)
     return max(1, min(logits // (4 * scored * vocabulary), inputs // length))
@@ -80,7 +80,7 @@ def batches(stream, context, stride, size):
             yield torch.from_numpy(np.stack([stream[s:s + length + 1] for s, _ in some]).astype(np.int64)), scored
 
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
-def score(model, ids, scored: int) -> float:
+def score(model, ids, scored) -> float:
     "The nats of the last `scored` targets of each of `ids` (batch, length + 1), on the model's device."
     keep = {"logits_to_keep": scored} if keeps_logits(model) else {}
     logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -scored:]
@@ -95,14 +95,6 @@ def evaluation_mode(model):
     try: yield model.eval()
     finally:
         for module, mode in modes: module.training = mode
-
-# %% ../nbs/60_evaluation.ipynb #4fa7d350
-@contextlib.contextmanager
-def evaluating(model, device: torch.device, precision: str = "fp32"):
-    "`evaluation_mode`, no gradients, and autocast to `precision`."
-    check_choice("precision", precision, DTYPES)
-    half = dict(enabled=False) if precision == "fp32" else dict(dtype=DTYPES[precision])
-    with evaluation_mode(model), torch.inference_mode(), torch.autocast(device.type, **half): yield
 
 # %% ../nbs/60_evaluation.ipynb #aced9b79
 def check_measure(model, blocks, stride=None, context=None) -> tuple:
@@ -122,7 +114,7 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
 # %% ../nbs/60_evaluation.ipynb #f3f7ced4
 def perplexity(
     model,  # a causal language model of transformers
-    blocks: Blocks,  # its complete stream is scored, also what is left over after the last full block
+    blocks: Blocks,  # also what is left over after the last full block is scored
     *,
     stride: int = None,  # tokens between windows: smaller is slower and more exact; default context // 2
     context: int = None,  # tokens that the model sees at a time; default the block size, or the model's own
@@ -135,12 +127,14 @@ def perplexity(
     https://huggingface.co/docs/transformers/perplexity. RuntimeError if a loss is not finite."""
     stride, context = check_measure(model, blocks, stride, context)
     if batch_size is not None: check_number("batch_size", batch_size, 1, integer=True)
+    check_choice("precision", precision, DTYPES)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     total, vocabulary = blocks.tokens - 1, model.get_input_embeddings().weight.shape[0]
     length, nats, done = min(context, total), 0, 0
     logits = stride if keeps_logits(model) else length  # the first and the last window may score more or less: alone
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
-    with evaluating(model.to(device), device, precision), reporting(progress) as report:
+    autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    with evaluation_mode(model.to(device)), torch.inference_mode(), autocast, reporting(progress) as report:
         add = counter(report, f"Perplexity of {blocks.split or 'the text'}", total)
         for ids, scored in batches(blocks.stream, context, stride, size):
             nats += score(model, ids.to(device), scored)

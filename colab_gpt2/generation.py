@@ -40,10 +40,7 @@ class TextPieces:
 
     def push(self, ids) -> str:
         "The text that is final after `ids`, a list of new tokens; `''` once the text has ended."
-        pieces = [[token] for token in ids] if self.stops else [ids]  # a stop string is seen at its last token
-        return "".join(self.take(piece) for piece in pieces)
-
-    def take(self, ids):
+        if self.stops and len(ids) > 1: return "".join(self.push([i]) for i in ids)  # which token ends a stop string?
         if self.stopped: return ""
         end = next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
         if end < len(ids): self.stopped = "end"
@@ -67,7 +64,7 @@ class TextPieces:
 
     def finish(self) -> str:
         "What was held back, when no token follows; an unfinished character is dropped."
-        if not self.stopped: self.stopped = "length"
+        self.stopped = self.stopped or "length"
         piece, self.held = self.held, ""
         return piece
 
@@ -99,12 +96,6 @@ def encode_prompt(prompt, tokenizer, context) -> list:
     warnings.warn(Sentence(cut, n=len(ids), context=context, kept=context - 1), stacklevel=4)
     return ids[1 - context:]
 
-# %% ../nbs/61_generation.ipynb #345fbcbc
-def end_tokens(model, tokenizer) -> set:
-    "Ids of the tokens that end a text."
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {*(ids if isinstance(ids, (list, tuple)) else [ids]), tokenizer.eos_token_id} - {None}
-
 # %% ../nbs/61_generation.ipynb #a493b238
 def stop_strings(stop) -> tuple:
     "`stop`, one string, several or None, as a tuple."
@@ -134,7 +125,10 @@ class Request:
         self.context = model_context(self.model)
         self.ids = encode_prompt(prompt, self.tokenizer, self.context)
 
-    def pieces(self): return TextPieces(self.tokenizer, self.ids, self.stops, end_tokens(self.model, self.tokenizer))
+    def pieces(self):
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)  # one, several or None
+        ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), self.tokenizer.eos_token_id} - {None}
+        return TextPieces(self.tokenizer, self.ids, self.stops, ends)
 
     def steps(self):
         device = self.model.get_input_embeddings().weight.device
@@ -188,8 +182,8 @@ def generate(
     prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
     *,
     tokenizer=None,  # needed with a loaded model
-    max_new_tokens=250,  # may be more than the context: when that is full, its last half is read again
-    seed=None,  # gives the same texts on the same device; None: a new one, which the samples have
+    max_new_tokens=250,  # may be more than the context
+    seed=None,  # gives the same texts on the same device; None: a new one
     samples=1,  # how many texts, generated as one batch
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
@@ -201,8 +195,8 @@ def generate(
     request = Request(model, prompt, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
                       stop=stop, device=device, cache_dir=cache_dir, **sampling)
     with evaluation_mode(request.model), reporting(progress, delay=3, leave=False) as report:
-        texts = collect(request, report)
-    return [Sample(prompt, text, pieces.tokens, request.seed, pieces.stopped) for text, pieces in texts]
+        return [Sample(prompt, text, pieces.tokens, request.seed, pieces.stopped)
+                for text, pieces in collect(request, report)]
 
 # %% ../nbs/61_generation.ipynb #09c34692
 def stream_pieces(request):

@@ -108,7 +108,7 @@ class GPT2Reader:
 
 # %% ../../nbs/model/25_decoding.ipynb #06c2bdd9
 class GraphReader(GPT2Reader):
-    "A GPT2Reader on the current GPU that records its step as a CUDA graph at the first token after the prompt."
+    "A GPT2Reader on the current GPU that records its step as a CUDA graph."
     graph = None
 
     def read(self, ids):
@@ -121,7 +121,7 @@ class GraphReader(GPT2Reader):
         return self.recorded.to(torch.float32, copy=True)  # the graph writes the next ones to the same place
 
     def record(self, ids):
-        "Capture `step` (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)."
+        # https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
         self.ids, self.at = ids.clone(), torch.full((1,), self.length, device=ids.device)
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)

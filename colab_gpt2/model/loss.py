@@ -19,9 +19,9 @@ EXACT_ROWS = 256  # at a time in fp32 on a GPU, which wants much work a launch: 
 # %% ../../nbs/model/21_loss.ipynb #83b8e22b
 def padded(weight, dtype, multiple):
     "`weight` (rows, width) in `dtype`, with rows of zeros up to a `multiple`: tensor cores want 8, and prefer 64."
-    rows = -(-len(weight) // multiple) * multiple
-    if rows == len(weight): return weight.to(dtype)
-    head = weight.new_zeros(rows, weight.shape[1], dtype=dtype)
+    extra = -len(weight) % multiple
+    if not extra: return weight.to(dtype)
+    head = weight.new_zeros(len(weight) + extra, weight.shape[1], dtype=dtype)
     head[:len(weight)] = weight
     return head
 
@@ -103,7 +103,7 @@ def linear_cross_entropy(
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits, after Liger Kernel (arXiv 2410.10989, 3.2).
 
     Under autocast the products are in its precision; the loss is a scalar in fp32 (fp64 for fp64). ValueError for
-    shapes that do not fit, no rows a chunk and an unknown reduction; torch's own error for a label out of range."""
+    shapes that do not fit and for options; torch's own error for a label out of range."""
     check_number("chunk_size", chunk_size, minimum=1)
     check_choice("reduction", reduction, ("mean", "sum"))
     if labels.shape != hidden.shape[:-1]:
