@@ -49,13 +49,13 @@ def name_of(name, *value) -> str:
 
 # %% ../nbs/65_cli.ipynb #0ba5d3db
 def one_line(error, name_of=name_of) -> str:
-    "An error or a warning in one line, with a door's names; its class where it has no message."
+    "An error or a warning in one line; its class where it has no message."
     return " ".join(worded(error, name_of).split()) or type(error).__name__
 
 # %% ../nbs/65_cli.ipynb #ce7f6373
 @contextlib.contextmanager
 def errors_in_one_line(debug=False):
-    "Exit with the right code and one line on stderr; `debug` lets the traceback through."
+    "Exit with the right code and one line on stderr; `debug` shows the traceback."
     try: yield
     except (Exception, KeyboardInterrupt) as e:
         stopped = isinstance(e, KeyboardInterrupt)
@@ -82,7 +82,7 @@ def as_typed(result):
 
 # %% ../nbs/65_cli.ipynb #b66e3cc2
 def readable(result) -> str:
-    "A result for a person: the rows that its table has in a notebook."
+    "A result for a person: the rows of its table."
     if isinstance(result, (list, tuple)): return "\n\n".join(map(readable, result))
     if not isinstance(result, Record) or type(result).__str__ is not object.__str__: return str(result)
     rows = [(str(k), str(v).strip()) for k, v in result._rows() if v not in (None, "")]
@@ -91,7 +91,7 @@ def readable(result) -> str:
 
 # %% ../nbs/65_cli.ipynb #897fcaed
 def quiet_libraries(name_of=name_of):
-    "Our own warnings become notes on stderr; those of other packages, and their logs below errors, are left out."
+    "Our own warnings become notes on stderr; those of other packages are left out."
     import transformers
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -154,7 +154,7 @@ def parse_pairs(pairs) -> dict:
 def take_config(arguments, defaults=FinetuneConfig(), names=None):
     "`defaults` with the values of its fields, or those in `names`, which are taken out of `arguments`."
     with bad_usage():
-        mine = (f.name for f in fields(defaults) if names is None or f.name in names.split())
+        mine = names.split() if names else [f.name for f in fields(defaults)]
         named = {name: arguments.pop(name) for name in mine if name in arguments}
         if "trainer_args" in named: named["trainer_args"] = parse_pairs(named["trainer_args"] or ())
         return replace(defaults, **named)
@@ -217,8 +217,7 @@ lora_rank optim gradient_checkpointing torch_compile tune keep_attention_dropout
 @command("--model gpt2-xl --gpu T4", (FinetuneConfig(), f"model {TEXT} num_train_epochs max_steps eval_stride {WORK}"))
 def plan(
     config,
-    gpu: option(str | None, "plan for a Colab machine: T4, L4, A100-40, A100-80, G4, H100 or CPU "
-                "(default: this machine)") = None,
+    gpu: option(str | None, "for Colab's T4, L4, A100-40, A100-80, G4, H100 or CPU (default: this machine)") = None,
 ):
     "Forecast memory and time, and choose batch and method."
     with bad_usage(): return tasks.plan(config, gpu=gpu)
@@ -285,8 +284,7 @@ def save(
 # %% ../nbs/65_cli.ipynb #54cd57b0
 @command("--folder gpt2-tuned")
 def restore(
-    name: option(
-        str, "the archive: its name on the Drive or in its folder colab-gpt2, or a path") = "gpt2-tuned.tar.gz",
+    name: option(str, "a name on the Drive or in its folder colab-gpt2, or a path") = "gpt2-tuned.tar.gz",
     folder: option(str, "where to unpack it: a new or empty folder") = "restored",
     drive: DriveFolder = None,
 ):

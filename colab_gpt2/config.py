@@ -34,8 +34,7 @@ class DataFields(Record):
     eval_file: str | None = value(
         None, "own text to evaluate on (UTF-8); without it a part of {train_file} is held out",
         label="Own held-out text", path=True)
-    output_dir: str = value(
-        "gpt2-tuned", "where the model and its checkpoints go", label="Output folder", path=True)
+    output_dir: str = value("gpt2-tuned", "where the model and its checkpoints go", label="Output folder", path=True)
 
 # %% ../nbs/04_config.ipynb #3ddc96a0
 SCHEDULES = "linear", "cosine", "constant", "constant_with_warmup"
@@ -44,8 +43,7 @@ SCHEDULES = "linear", "cosine", "constant", "constant_with_warmup"
 class StepFields(DataFields):
     "How many steps there are, of how many blocks, and how far they go."
     num_train_epochs: float = value(2.0, "how many times to read the training text", label="Epochs", above=0)
-    max_steps: int = value(
-        -1, "stop after this many steps, whatever {num_train_epochs} says (-1: don't)", minimum=-1)
+    max_steps: int = value(-1, "stop after this many steps, whatever {num_train_epochs} says (-1: don't)", minimum=-1)
     block_size: int | None = value(
         None, "tokens in a training example (default: the model's context, 1024 at most)", minimum=2)
     effective_batch_size: int = value(
@@ -72,8 +70,7 @@ class MethodFields(StepFields):
     "What changes memory and speed more than the result."
     precision: str = value(
         "auto", "number format of the computation; auto: what the device is good at", choices=PRECISIONS)
-    method: str = value(
-        "auto", "train all weights, or LoRA's adapters only; auto: all where they fit", choices=METHODS)
+    method: str = value("auto", "train all weights, or LoRA's adapters only; auto: all where they fit", choices=METHODS)
     lora_rank: int = value(16, "rank of LoRA's adapters", label="LoRA rank", minimum=1)
     optim: str | None = value(
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",
@@ -91,9 +88,8 @@ class MethodFields(StepFields):
 # %% ../nbs/04_config.ipynb #3ddc969c
 @dataclass(frozen=True)
 class FinetuneConfig(MethodFields):
-    "Everything that a fine-tuning run depends on. ValueError for a bad value names the field, the value and the rule."
-    seed: int = value(
-        42, "the same seed gives the same weights on the same machine", minimum=0, maximum=2**32 - 1)
+    "Everything that a fine-tuning run depends on. ValueError for a bad value names field, value and rule."
+    seed: int = value(42, "the same seed gives the same weights on the same machine", minimum=0, maximum=2**32 - 1)
     logging_steps: int = value(10, "steps between two entries of the loss", label="Log every", minimum=1)
     save_steps: int = value(500, "steps between two checkpoints (-1: none on the way)", label="Save every", minimum=-1)
     save_total_limit: int | None = value(2, "how many checkpoints to keep", label="Checkpoints kept", minimum=1)
@@ -113,7 +109,7 @@ class FinetuneConfig(MethodFields):
 
 # %% ../nbs/04_config.ipynb #cbab7b6c
 def check_value(f, given):
-    "ValueError for a value that the field `f` cannot have. None stands for a number that the run chooses."
+    "ValueError for a value that the field `f` cannot have."
     limits = {name: f.metadata[name] for name in ("minimum", "maximum", "above") if name in f.metadata}
     if limits and given is not None: check_number(f.name, given, integer=f.type in (int, int | None), **limits)
     if given == "": raise ValueError(Sentence(f"{{{f.name}}} is empty; give a value."))
@@ -124,7 +120,7 @@ def check_value(f, given):
 
 # %% ../nbs/04_config.ipynb #555209f8
 def check_paths(config):
-    "ValueError for the first path that no file can have: too long, or below the home of nobody. It need not exist."
+    "ValueError for the first path that no file can have: too long, or below the home of nobody."
     for f in fields(config):
         given = getattr(config, f.name)
         if not (f.metadata.get("path") and isinstance(given, str)): continue
@@ -169,14 +165,14 @@ def changed(config=None, **changes):
 
 # %% ../nbs/04_config.ipynb #5087b756
 def pick_learning_rate(config, parameters, method="full") -> float:
-    "The peak learning rate: `config`'s own, else by the size of the model and the method."
+    "`config`'s own peak, else by the size of the model and the method."
     if config.learning_rate: return config.learning_rate
     if method == "lora": return 2e-4
     return 1e-4 if parameters < 20e6 else 5e-5
 
 # %% ../nbs/04_config.ipynb #668ad414
 def pick_block_size(config, context: int) -> int:
-    "Tokens in an example: `config`'s own, which must fit the `context`, else the context, 1024 at most."
+    "`config`'s own, which must fit the `context` in tokens, else the context, 1024 at most."
     if config.block_size and config.block_size > context:
         message = "{block_size} is {value}, but the model's context is {context} tokens; take {context} or less."
         raise ValueError(Sentence(message, value=config.block_size, context=context))

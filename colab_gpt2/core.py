@@ -44,7 +44,7 @@ def nearest(name, known):
 
 # %% ../nbs/00_core.ipynb #6373cf46
 def human_bytes(n):
-    "`n` bytes in decimal units, as disks and downloads are labelled."
+    "`n` bytes in decimal units."
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if abs(n) < 1000: return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000

@@ -17,7 +17,7 @@ from .errors import check_choice
 
 # %% ../nbs/03_runtime.ipynb #cefbc495
 def in_colab() -> str:
-    "`'kernel'` in the kernel of a Colab notebook, `'subprocess'` elsewhere on a Colab machine, `''` on any other."
+    "`'kernel'` of a Colab notebook, `'subprocess'` elsewhere on a Colab machine, `''` on any other."
     ipython = sys.modules.get("IPython")  # a kernel has imported it; importing it here would only cost time
     shell = ipython.get_ipython() if ipython else None
     if "google.colab" in str(shell): return "kernel"
@@ -34,7 +34,7 @@ class Precision(Record):
 
 # %% ../nbs/03_runtime.ipynb #1bfebcfb
 def cpu_info(name: str, path="/proc/cpuinfo") -> str:
-    "What Linux says of the first core's `flags` or `model name`; '' on other systems."
+    "What Linux says of the first core's `flags` or `model name`, or ''."
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
@@ -77,8 +77,8 @@ def pick_precision(
     if device == "mps": return Precision("fp32", False, "on Apple's GPUs only fp32 is known to train well here")
     found = cpu_bfloat16(cpu_capabilities)
     if found: return Precision("bf16", False, f"this CPU has {found}, bfloat16 in hardware")
-    return Precision("fp32", False, "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), "
-                                    "and fp16 is very slow on a CPU")
+    why = "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), and fp16 is very slow on a CPU"
+    return Precision("fp32", False, why)
 
 # %% ../nbs/03_runtime.ipynb #cd55ca8d
 def find_device():
@@ -97,7 +97,7 @@ def find_device():
 
 # %% ../nbs/03_runtime.ipynb #2748cfc7
 def describe_device(device):
-    "`(name, memory in bytes or None, compute capability or None)` of the first device of its kind."
+    "`(name, memory in bytes, compute capability)` of the first device of its kind; the last two may be None."
     import torch
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
@@ -107,7 +107,7 @@ def describe_device(device):
 
 # %% ../nbs/03_runtime.ipynb #d92abcbf
 def cgroup_memory(root="/sys/fs/cgroup"):
-    "`(limit, free)` bytes of this container's control group (version 2, else 1), or None where there is no limit."
+    "`(limit, free)` bytes of this container's control group, or None where there is no limit."
     version_2 = "memory.max", "memory.current", "inactive_file"
     version_1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"
     for *files, cache in (version_2, version_1):

@@ -39,14 +39,14 @@ def fetch_for(config, progress=True, **options) -> Record:
 
 # %% ../nbs/64_tasks.ipynb #83dd3af0
 def corpus_for_plan(config, download, progress=True):
-    "The text that `config` names, or None for a published one that is not here and not to be had."
+    "The text that `config` names, or None for a published one that is not to be had."
     sources = {name: published if download else replace(published, sources=()) for name, published in WIKITEXT.items()}
     try: return fetch_for(config, progress, sources=sources)
     except ConnectionError: return None
 
 # %% ../nbs/64_tasks.ipynb #79a71546
 def tokenizer_for_plan(config, download):
-    "The tokenizer that `config` names, or None if it is not here and need not or cannot be fetched."
+    "The tokenizer that `config` names, or None if it need not or cannot be fetched."
     from colab_gpt2.model.loading import TOKENIZERS, from_cache, load_tokenizer, locate
     place = locate(config.tokenizer or config.model)
     try:
@@ -59,7 +59,7 @@ def tokenizer_for_plan(config, download):
 
 # %% ../nbs/64_tasks.ipynb #c1243baa
 def size_for_plan(config, context, download, progress=True):
-    "The training text as `Blocks` where text and tokenizer are there, or can be fetched; else a `TextSize`."
+    "The training text as `Blocks` where text and tokenizer are to be had, else a `TextSize`."
     corpus, tokenizer = corpus_for_plan(config, download, progress), tokenizer_for_plan(config, download)
     if corpus and tokenizer:
         from colab_gpt2.preparing import training_blocks

@@ -20,7 +20,7 @@ from ..errors import Sentence, check_choice, check_number, in_python
 # %% ../../nbs/legacy/90_flags.ipynb #7f5f4d99
 @dataclass(frozen=True)
 class Flag:
-    "A flag of 2020: the type of its value, the rule that translates it, and a sentence of help."
+    "A flag of 2020, with the type of its value."
     kind: type
     become: callable  # (value, given) -> (changes, words)
     help: str
@@ -87,7 +87,7 @@ def type_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #83eb9228
 def newest_checkpoint(output_dir) -> Path:
-    "The newest complete checkpoint in `output_dir`; ValueError if there is none."
+    "The newest complete checkpoint in `output_dir`."
     from colab_gpt2.engine.checkpoints import sort_checkpoints
     complete, incomplete = sort_checkpoints(output_dir)
     if complete: return complete[-1]
