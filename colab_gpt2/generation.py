@@ -24,8 +24,7 @@ from .reporting import counted, reporting
 # %% ../nbs/61_generation.ipynb #7e6ba0d3
 def held_back(text, stops) -> int:
     "How many characters at the end of `text` may be the beginning of one of `stops`."
-    longest = max(map(len, stops), default=1) - 1
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
+    return max((n for s in stops for n in range(len(s)) if text.endswith(s[:n])), default=0)
 
 # %% ../nbs/61_generation.ipynb #241535ac
 class TextPieces:
@@ -182,9 +181,8 @@ def generate(
     prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
     *,
     tokenizer=None,  # needed with a loaded model
-    max_new_tokens=250,  # may be more than the context
+    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts, generated as one batch
     seed=None,  # gives the same texts on the same device; None: a new one
-    samples=1,  # how many texts, generated as one batch
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
     cache_dir=None,  # Hugging Face's cache, if not its usual place

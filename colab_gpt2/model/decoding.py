@@ -121,14 +121,13 @@ class GraphReader(GPT2Reader):
         return self.recorded.to(torch.float32, copy=True)  # the graph writes the next ones to the same place
 
     def record(self, ids):
-        # https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
         self.ids, self.at = ids.clone(), torch.full((1,), self.length, device=ids.device)
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):  # libraries make themselves ready, which cannot be captured
             for _ in range(3): self.step(self.ids, self.at)  # what it writes is written again
         main.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph = torch.cuda.CUDAGraph()  # https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.recorded = self.step(self.ids, self.at)
 

@@ -130,18 +130,17 @@ def explain(error, place) -> Exception:
     while cause := errors[-1].__cause__ or errors[-1].__context__: errors.append(cause)
     kinds = {type(e).__name__ for e in errors}
     responses = [getattr(e, "response", None) for e in errors]
-    answers = [r for r in responses if getattr(r, "status_code", 404) != 404]  # a 404 is about a file
+    answer = next((r for r in responses if getattr(r, "status_code", 404) != 404), None)  # a 404 is about a file
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "GatedRepoError" in kinds:
         return PermissionError(f"{place} is gated: accept its terms on the Hub and log in with `hf auth login`.")
     if "RepositoryNotFoundError" in kinds:
         return ValueError(f"There is no model {place!r} on the Hub (or it is private), and no folder of that name. "
                           f"Known by name: {', '.join(MODELS)}.")
-    if answers:
-        told = f"{answers[0].status_code} {answers[0].reason_phrase}"
-        return ConnectionError(f"The Hub answers {told} for {place}. Try again later. {_ADVICE}")
-    if kinds & OFFLINE:
-        return ConnectionError(f"The connection to the Hub broke while {place} was fetched. {_ADVICE}")
+    told = f"The connection to the Hub broke while {place} was fetched."
+    if answer is not None:
+        told = f"The Hub answers {answer.status_code} {answer.reason_phrase} for {place}. Try again later."
+    if answer is not None or kinds & OFFLINE: return ConnectionError(f"{told} {_ADVICE}")
     if kinds & {"SafetensorError", "JSONDecodeError"}: return ValueError(f"{place} is damaged: {first}")
     if isinstance(error, OSError): return FileNotFoundError(f"{place} lacks a file that a model needs: {first}")
     return ValueError(f"{place} cannot be loaded as a causal language model: {first}")
@@ -197,7 +196,8 @@ def check_causal(config, place="The model"):
 def load_config(config, cache_dir=None):
     "`config` if it is a PretrainedConfig, else that of the causal model it names. Errors as `load_model`."
     if isinstance(config, PretrainedConfig): return config
-    if str(config) in MODELS and (info := MODELS[str(config)]).hub_id:
+    info = MODELS.get(str(config))
+    if info and info.hub_id:
         return GPT2Config(n_layer=info.layers, n_embd=info.width, n_head=info.heads,
                           n_positions=info.context, vocab_size=info.vocabulary)
     place = ready(config, cache_dir, ("config.json",))

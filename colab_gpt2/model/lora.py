@@ -29,9 +29,8 @@ def add_adapters(model, rank, precision="fp32", seed=0):
 def merge_adapters(adapted, load):
     "The untouched model that `load()` gives, in fp32 and in RAM, with the adapters of `adapted` in its weights."
     import peft
-    settings = adapted.peft_config["default"]
     adapters = {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(adapted).items()}
     adapted.to("meta")  # never two models in memory
-    fresh = peft.get_peft_model(load(), settings)
+    fresh = peft.get_peft_model(load(), adapted.peft_config["default"])
     peft.set_peft_model_state_dict(fresh, adapters)
     return fresh.merge_and_unload().eval()

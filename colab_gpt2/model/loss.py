@@ -87,7 +87,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             d_weight = scaled(d_weight, scale).to(ctx.dtypes[1])
             if len(d_weight) > ctx.rows: d_weight = d_weight[:ctx.rows]  # autograd adds to no view in place
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 5
 
 # %% ../../nbs/model/21_loss.ipynb #4c0fadd6
 def linear_cross_entropy(
