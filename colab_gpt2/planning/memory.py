@@ -102,23 +102,20 @@ def trained_parameters(shape: Shape, recipe: Recipe) -> int:
 LAYER = {"half": 36.1, "fp32": 64.1, "lora": 34, "stock half": 69, "stock fp32": 138}
 LAST = {"half": 10, "fp32": 12, "lora": 6}
 
-@dataclass(frozen=True)
-class Costs(Record):
+class COSTS:
     "Bytes of the rest, each of what its comment says."
-    inner: float = 2  # measured, numbers for each channel of the MLP over 4·C: GELU's input and output
-    inner_stock: float = 5  # three more in the formula
-    norm_lora_cuda: float = 4  # derived, a token and channel: CUDA's autocast copies the inputs of LoRA's norms to fp32
-    mask_cuda: float = 1  # derived, a dropout: CUDA keeps booleans, a CPU numbers as wide as what it drops
-    matrix: float = 12  # measured, an entry of a head's T×T matrix, which attention with dropout keeps on a CPU
-    loss_exact: float = 8  # counted, a logit that a CPU takes from half precision to fp32: a copy and its logarithm
-    loss_exact_here: float = 4  # the same where no copy is made, on a GPU and in fp32
-    loss_stock: float = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss
-    moments_8bit: int = 2  # a parameter: AdamW's two moments by bitsandbytes
-    heap_cpu: float = 0.15  # measured, a share of the tensors' bytes: what the C library keeps of freed memory
-    heap_lora: float = 0.73
-    context: int = 500_000_000  # in all, before any tensor: measured on a CPU (0.46 GB), assumed for CUDA
-
-COSTS = Costs()
+    inner = 2  # measured, numbers for each channel of the MLP over 4·C: GELU's input and output
+    inner_stock = 5  # three more in the formula
+    norm_lora_cuda = 4  # derived, a token and channel: CUDA's autocast copies the inputs of LoRA's norms to fp32
+    mask_cuda = 1  # derived, a dropout: CUDA keeps booleans, a CPU numbers as wide as what it drops
+    matrix = 12  # measured, an entry of a head's T×T matrix, which attention with dropout keeps on a CPU
+    loss_exact = 8  # counted, a logit that a CPU takes from half precision to fp32: a copy and its logarithm
+    loss_exact_here = 4  # the same where no copy is made, on a GPU and in fp32
+    loss_stock = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss
+    moments_8bit = 2  # a parameter: AdamW's two moments by bitsandbytes
+    heap_cpu = 0.15  # measured, a share of the tensors' bytes: what the C library keeps of freed memory
+    heap_lora = 0.73
+    context = 500_000_000  # in all, before any tensor: measured on a CPU (0.46 GB), assumed for CUDA
 
 # %% ../../nbs/planning/30_memory.ipynb #914cfa0e
 @dataclass(frozen=True)
@@ -128,42 +125,42 @@ class ResidentMemory(Record):
     recipe: Recipe
 
     @cached_property
-    def trained(self) -> int: return trained_parameters(self.shape, self.recipe)
+    def trained(self): return trained_parameters(self.shape, self.recipe)
 
     @cached_property
-    def weights(self) -> int:
+    def weights(self):
         if not self.recipe.lora: return 4*self.shape.parameters
         return self.recipe.number_bytes*self.shape.parameters + 4*self.trained
 
     @cached_property
-    def optimizer_moments(self) -> int:
+    def optimizer_moments(self):
         "AdamW's two, in fp32 or in 8 bits, of which the Trainer leaves the embeddings' in fp32."
         if self.recipe.optimizer == OPTIMIZERS[0]: return 8*self.trained
         exact = 0 if self.recipe.lora else (self.shape.vocabulary + self.shape.context)*self.shape.width
         return COSTS.moments_8bit*(self.trained - exact) + 8*exact
 
     @cached_property
-    def resident(self) -> dict:
+    def resident(self):
         return {"weights": self.weights, "optimizer moments": self.optimizer_moments, "torch itself": COSTS.context}
 
 # %% ../../nbs/planning/30_memory.ipynb #ed76bbdc
 class EngineMemory(ResidentMemory):
     "Which constants count, and bytes of what depends on the engine and the device."
     @cached_property
-    def tuned(self) -> bool: return self.shape.gpt2 and self.recipe.tune
+    def tuned(self): return self.shape.gpt2 and self.recipe.tune
 
     @cached_property
-    def column(self) -> str:
+    def column(self):
         "Of `LAYER` and `LAST`."
         kind = "half" if self.recipe.half else "fp32"
         if not self.tuned: return f"stock {kind}"
         return "lora" if self.recipe.lora and self.recipe.half else kind
 
     @cached_property
-    def norms_in_fp32(self) -> float:  # bytes a token and channel
+    def norms_in_fp32(self):  # bytes a token and channel
         return COSTS.norm_lora_cuda if self.column == "lora" and self.recipe.on_cuda else 0
 
-    def dropout_mask(self, number_bytes) -> float:
+    def dropout_mask(self, number_bytes):
         if not (self.tuned and self.shape.residual_dropout): return 0
         return (COSTS.mask_cuda if self.recipe.on_cuda else number_bytes) * self.recipe.tokens*self.shape.width
 
@@ -171,14 +168,14 @@ class EngineMemory(ResidentMemory):
 class LayerMemory(EngineMemory):
     "Bytes that one layer keeps for the backward pass."
     @cached_property
-    def attention_matrices(self) -> float:
+    def attention_matrices(self):
         "T×T for each head: of attention with dropout, anywhere but on CUDA."
         kept = self.recipe.keep_attention_dropout or not self.tuned
         if self.recipe.on_cuda or not (kept and self.shape.attention_dropout): return 0
         return COSTS.matrix*self.recipe.micro_batch*self.shape.heads*self.recipe.block_size**2
 
     @cached_property
-    def layer(self) -> float:
+    def layer(self):
         "Activations, more of them for a wider MLP, LoRA's inner ones, two masks of dropout, attention's matrices."
         shape, tokens, each = self.shape, self.recipe.tokens, self.recipe.number_bytes
         inner = COSTS.inner if self.tuned else COSTS.inner_stock
@@ -188,10 +185,28 @@ class LayerMemory(EngineMemory):
         return usual + wider + adapters + 2*self.dropout_mask(each) + self.attention_matrices
 
 # %% ../../nbs/planning/30_memory.ipynb #408e788a
-class ForwardMemory(LayerMemory):
+class CopiesMemory(LayerMemory):
+    "Bytes of weights in half precision."
+    @cached_property
+    def head_copy(self):
+        "The output layer in half precision: LoRA has one only on CUDA, where it is padded."
+        copied = self.recipe.half and (not self.recipe.lora or self.recipe.on_cuda)
+        return 2*self.shape.vocabulary*self.shape.width if copied else 0
+
+    @cached_property
+    def half_precision_copies(self):
+        "Of all weights; with gradient checkpointing of the output layer and one layer; with LoRA of what it adds."
+        shape, recipe = self.shape, self.recipe
+        if not recipe.half: return 0
+        if recipe.lora: return 2*self.trained + self.head_copy
+        if not recipe.gradient_checkpointing: return 2*shape.parameters
+        return self.head_copy + 2*(4*shape.width**2 + 2*shape.width*shape.inner)
+
+# %% ../../nbs/planning/30_memory.ipynb #408e788b
+class ForwardMemory(CopiesMemory):
     "Bytes that the forward pass leaves."
     @cached_property
-    def activations(self) -> float:
+    def activations(self):
         "Of all layers, or their inputs alone, and of the last norm."
         recipe, width, layers = self.recipe, self.shape.width, self.shape.layers
         last = (LAST.get(self.column, 0) + self.norms_in_fp32)*recipe.tokens*width
@@ -199,22 +214,7 @@ class ForwardMemory(LayerMemory):
         return (2 if recipe.lora and recipe.half else 4)*recipe.tokens*width*layers + last
 
     @cached_property
-    def head_copy(self) -> int:
-        "The output layer in half precision: LoRA has one only on CUDA, where it is padded."
-        copied = self.recipe.half and (not self.recipe.lora or self.recipe.on_cuda)
-        return 2*self.shape.vocabulary*self.shape.width if copied else 0
-
-    @cached_property
-    def half_precision_copies(self) -> int:
-        "Of all weights; with gradient checkpointing of the output layer and one layer; with LoRA of what it adds."
-        shape = self.shape
-        if not self.recipe.half: return 0
-        if self.recipe.lora: return 2*self.trained + self.head_copy
-        if not self.recipe.gradient_checkpointing: return 2*shape.parameters
-        return self.head_copy + 2*(4*shape.width**2 + 2*shape.width*shape.inner)
-
-    @cached_property
-    def after_forward(self) -> dict:
+    def after_forward(self):
         "With gradients of an earlier micro-batch; the stock model's always, as its constants were measured so."
         earlier = self.recipe.gradient_accumulation_steps > 1 or not self.tuned
         return {**self.resident, "activations": self.activations, "dropout of the embeddings": self.dropout_mask(4),
@@ -224,18 +224,18 @@ class ForwardMemory(LayerMemory):
 class LossMemory(ForwardMemory):
     "Bytes of the loss: logits, and the gradient of the embedding, which is the output layer too."
     @cached_property
-    def one_chunk(self) -> bool: return self.recipe.tokens <= CHUNK_SIZE  # nothing adds up
+    def one_chunk(self): return self.recipe.tokens <= CHUNK_SIZE  # nothing adds up
 
     @cached_property
-    def in_place(self) -> bool:
+    def in_place(self):
         "One chunk's gradient takes the place of the output layer's copy, which there is not in fp32."
         return self.one_chunk and self.recipe.half
 
     @cached_property
-    def embedding_gradient(self) -> int: return 0 if self.recipe.lora else 4*self.shape.vocabulary*self.shape.width
+    def embedding_gradient(self): return 0 if self.recipe.lora else 4*self.shape.vocabulary*self.shape.width
 
     @cached_property
-    def logits(self) -> float:
+    def logits(self):
         "A chunk, and the slice of it in fp32 or, where that is more, a product for the output layer's gradient."
         recipe, V = self.recipe, self.shape.vocabulary
         if not self.tuned: return COSTS.loss_stock*recipe.tokens*V
@@ -249,22 +249,22 @@ class LossMemory(ForwardMemory):
 class StepMemory(LossMemory):
     "Bytes of a training step, by what they are for."
     @cached_property
-    def moments(self) -> dict:
+    def moments(self):
         "At each of the three that can be the peak."
         copies, head, gradient = self.half_precision_copies, self.head_copy, self.embedding_gradient
         again, summed = self.recipe.gradient_checkpointing, not (self.tuned and self.one_chunk)  # from several chunks
+        more = 2 if self.recipe.gradient_accumulation_steps > 1 else 1  # the first micro-batch's is in the gradients
         loss = {"logits and their loss": self.logits, "embedding's gradient": gradient if summed else 0}
         begin = {"half-precision copies": copies - (0 if self.in_place else head),
                  "layer computed again": self.layer if again else 0,
                  "embedding's gradient": gradient if self.in_place else 2*gradient}
-        # the first micro-batch's gradient of the embedding is one of the gradients
         end = {"half-precision copies": 0 if again else copies - head, "gradients": 4*self.trained,
-               "embedding's gradient": 2*gradient if self.recipe.gradient_accumulation_steps > 1 else gradient}
+               "embedding's gradient": more*gradient}
         return {"at the loss": {**self.after_forward, **loss}, "backward begins": {**self.after_forward, **begin},
                 "backward ends": {**self.resident, **end}}
 
     @cached_property
-    def terms(self) -> dict:
+    def terms(self):
         "At the moment that needs most."
         peak = max(self.moments.values(), key=lambda terms: sum(terms.values()))
         share = COSTS.heap_lora if self.recipe.lora else COSTS.heap_cpu
@@ -272,7 +272,7 @@ class StepMemory(LossMemory):
         return {**peak, "freed memory": freed}
 
     @cached_property
-    def total(self) -> int: return int(sum(self.terms.values()))
+    def total(self): return int(sum(self.terms.values()))
 
     def _rows(self):
         rows = [(name, f"{round(size):,} bytes, {size / self.total:.1%}") for name, size in self.terms.items() if size]
