@@ -88,7 +88,7 @@ def effective_batch(config: FinetuneConfig) -> int:
     return micro * steps if micro and steps else config.effective_batch_size
 
 # %% ../../nbs/planning/32_plan.ipynb #1cf93331
-def micro_batches(config: FinetuneConfig) -> list:
+def micro_batches(config: FinetuneConfig):
     "The micro-batches that `config` allows, the largest first: what it fixes, or every divisor of the effective batch."
     batch, micro = effective_batch(config), config.per_device_train_batch_size
     if micro or config.gradient_accumulation_steps: return [micro or batch // config.gradient_accumulation_steps]
@@ -97,7 +97,7 @@ def micro_batches(config: FinetuneConfig) -> list:
     return sorted({*small, *(batch // n for n in small)}, reverse=True)
 
 # %% ../../nbs/planning/32_plan.ipynb #3b826ced
-def methods(config: FinetuneConfig, runtime: Runtime) -> list:
+def methods(config: FinetuneConfig, runtime: Runtime):
     "Pairs of method and optimizer, the best first: what `config` names, else what is installed."
     allowed = ["full", "lora"] if "peft" in runtime.versions else ["full"]
     if config.method != "auto": allowed = [config.method]
@@ -107,7 +107,7 @@ def methods(config: FinetuneConfig, runtime: Runtime) -> list:
     return [(method, optimizer) for method in allowed for optimizer in optimizers[method]]
 
 # %% ../../nbs/planning/32_plan.ipynb #8df74fff
-def missing_packages(config: FinetuneConfig, runtime: Runtime) -> list:
+def missing_packages(config: FinetuneConfig, runtime: Runtime):
     "A sentence for each package that `config` asks for and the machine lacks."
     asked = [("peft", "method", "lora"), ("bitsandbytes", "optim", OPTIMIZERS[1])]
     return [Sentence(f"{{{name}={value}}} needs {package}, which is not installed: pip install {package}.")
@@ -122,7 +122,7 @@ def check_packages(config: FinetuneConfig, runtime: Runtime):
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed5
 PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
 
-def possible_ways(search) -> list:
+def possible_ways(search):
     "The best first; each is a list of Recipes, the largest micro-batch first."
     config, runtime, blocks = search.config, search.runtime, search.blocks
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
@@ -132,8 +132,9 @@ def possible_ways(search) -> list:
     ways = [[replace(base, micro_batch=n, gradient_accumulation_steps=math.ceil(blocks / n), method=method,
                      optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
             for method, optimizer in methods(config, runtime) for on in checkpointing]
+    if runtime.device != "cpu": return ways
     def quick(recipe): return forecast_step(search.shape, recipe, device_of(runtime), recipe.tokens) <= PATIENCE
-    return [[r for r in way if quick(r)] or way[-1:] for way in ways] if runtime.device == "cpu" else ways
+    return [[r for r in way if quick(r)] or way[-1:] for way in ways]
 
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed6
 @dataclass(frozen=True)
@@ -145,13 +146,13 @@ class Search(Record):
     config: FinetuneConfig
 
     @cached_property
-    def limit(self) -> int:  # bytes; the rest is for fragmentation and others
+    def limit(self):  # bytes; the rest is for fragmentation and others
         return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free))
 
     @cached_property
-    def blocks(self) -> int: return min(effective_batch(self.config), self.text.blocks)  # in a step
+    def blocks(self): return min(effective_batch(self.config), self.text.blocks)  # in a step
 
-    def memory(self, recipe) -> int: return StepMemory(self.shape, recipe).total
+    def memory(self, recipe): return StepMemory(self.shape, recipe).total
 
     ways = cached_property(possible_ways)
 
@@ -180,9 +181,9 @@ def advise(search: Search) -> Sentence:
         return Sentence(f"Leave {' and '.join(fixed)} to the plan: {{way}} fits.", way=describe(search.best))
     with_peft = replace(search.runtime, versions={**search.runtime.versions, "peft": ""})
     if replace(search, runtime=with_peft).best: return Sentence("Install peft (pip install peft): LoRA fits.")
-    for size in (512, 256, 128, 64):
-        if size < text.block_size and replace(search, text=replace(text, block_size=size)).best:
-            return Sentence("Lower {block_size} to {n}.", n=size)
+    for n in (512, 256, 128, 64):
+        if n < text.block_size and replace(search, text=replace(text, block_size=n)).best:
+            return Sentence("Lower {block_size} to {n}.", n=n)
     return Sentence("No smaller batch or block fits: choose a smaller {model} or a device with more memory.")
 
 # %% ../../nbs/planning/32_plan.ipynb #ee0c97b8
@@ -208,7 +209,7 @@ def correct(plan, *, peak_bytes=None, step_seconds=None):
                    reasons=(*plan.reasons, f"A probed step {' and '.join(said)}."))
 
 # %% ../../nbs/planning/32_plan.ipynb #20fa0611
-def plan_rows(plan) -> list:
+def plan_rows(plan):
     "The rows of its table: does it fit, how, how long, why."
     recipe, blocks, share = plan.recipe, plan.tokens // plan.recipe.block_size, plan.peak_bytes / plan.limit_bytes
     source, bar = "measured" if plan.source == "probe" else "estimate", f"{'█' * min(20, round(20*share)):░<20}"
@@ -265,19 +266,19 @@ class Plan(Record):
 class Planner(Search):
     "What a search has found, how long it takes, and why."
     @cached_property
-    def chosen(self) -> Recipe: return self.best or min(sum(self.ways, []), key=self.memory)  # what needs least
+    def chosen(self): return self.best or min(sum(self.ways, []), key=self.memory)  # what needs least
 
     @cached_property
-    def peak(self) -> int: return self.memory(self.chosen)
+    def peak(self): return self.memory(self.chosen)
 
     @cached_property
-    def steps(self) -> int:
+    def steps(self):
         "As the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
         if self.config.max_steps > 0: return self.config.max_steps
         return math.ceil(self.config.num_train_epochs * math.ceil(self.text.blocks / effective_batch(self.config)))
 
     @cached_property
-    def time(self) -> tuple:
+    def time(self):
         "Seconds of a step and of all, None where they are unknown; whether to compile, and a reason."
         step = forecast_step(self.shape, self.chosen, device_of(self.runtime), self.blocks * self.text.block_size)
         seconds = None if step is None else self.steps * step
@@ -287,41 +288,41 @@ class Planner(Search):
         return step, self.steps * step + start, compiled, reason
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self):
         step, seconds, compiled, _ = self.time
         micro = max(self.chosen.micro_batch, micro_batches(self.config)[-1])  # the latter is what is asked for, or one
-        recipe = replace(self.chosen, micro_batch=micro,
-                         gradient_accumulation_steps=effective_batch(self.config) // micro)
+        parts = effective_batch(self.config) // micro
         return Plan(
-            fits=self.peak <= self.limit, recipe=recipe, peak_bytes=self.peak, limit_bytes=self.limit, seconds=seconds,
-            step_seconds=step, steps=self.steps, torch_compile=compiled, tokens=self.text.tokens,
+            fits=self.peak <= self.limit, peak_bytes=self.peak, limit_bytes=self.limit, seconds=seconds,
+            recipe=replace(self.chosen, micro_batch=micro, gradient_accumulation_steps=parts), step_seconds=step,
+            steps=self.steps, torch_compile=compiled, tokens=self.text.tokens,
             parameters=self.shape.parameters, device=self.runtime.device_name,
             reasons=(*memory_reasons(self), *other_reasons(self)))
 
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa4
-def memory_reasons(planner: Planner) -> list:
+def memory_reasons(planner: Planner):
     "The verdict, and a sentence for each way that was passed over."
     recipe, runtime, config, ways = planner.chosen, planner.runtime, planner.config, planner.ways
     size = (f"{describe(recipe)} in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about "
             f"{human_bytes(planner.peak)}; the limit is {human_bytes(planner.limit)}, 90% of "
             f"{'the GPU' if runtime.device_memory else 'the free RAM'}.")
-    advice = None if planner.best else advise(planner)
-    reasons = [f"It fits: {size}"]
-    if advice: reasons = [Sentence(f"It does not fit: {{size}} {advice.template}", size=size, **advice.values)]
-    own = next(way for way in ways if recipe in way)
+    reasons, own = [f"It fits: {size}"], next(way for way in ways if recipe in way)
+    if not planner.best:
+        advice = advise(planner)
+        reasons = [Sentence(f"It does not fit: {{size}} {advice.template}", size=size, **advice.values)]
     larger = min(micro_batches(config)[0], recipe.micro_batch * recipe.gradient_accumulation_steps)
     if runtime.device == "cpu" and recipe.micro_batch == own[0].micro_batch < larger:
         reasons.append(f"On this CPU a larger micro-batch would take over {PATIENCE} s by the forecast.")
-    for way in [w for w in ways if w is not own] if advice else ways[:ways.index(own)]:
+    for way in ways[:ways.index(own)] if planner.best else [way for way in ways if way is not own]:
         least = human_bytes(min(map(planner.memory, way)))
         reasons.append(f"Passed over: {describe(way[0])} needs {least} at least.")
     wanted = runtime.device == "cuda" and config.method != "lora" and config.optim is None
-    if wanted and (recipe.lora or advice) and "bitsandbytes" not in runtime.versions:
+    if wanted and not (planner.best and recipe.method == "full") and "bitsandbytes" not in runtime.versions:
         reasons.append("8-bit AdamW was not tried: bitsandbytes is not installed.")
     return reasons
 
 # %% ../../nbs/planning/32_plan.ipynb #387e87fd
-def other_reasons(planner: Planner) -> list:
+def other_reasons(planner: Planner):
     "On the text, the precision, the time, and what is not certain."
     text, runtime = planner.text, planner.runtime
     reasons = missing_packages(planner.config, runtime)
