@@ -52,14 +52,13 @@ class App(Shown):
     def result(self): return self.finetune.result
 
     def start(self):
-        "All five; -> the FinetuneResult. It ends at the first that fails or is stopped, and shows that."
+        "-> the FinetuneResult, or None: it ends at the first panel that fails or is stopped."
         for i, panel in enumerate(self.panels):
             self.box.selected_index = i
             if panel.start() is None: return None
         return self.result
 
     def leave_place(self):
-        "Each panel leaves its own picture."
         for panel in self.panels: panel.leave_place()
         if not self.runtime.result: self.runtime.start()
 

@@ -19,7 +19,7 @@ from ..errors import Sentence
 from ..model.loading import load_config, model_context
 from .fields import Form
 from .panel import Panel, Stoppable, button, row, take_values, wide
-from .snippets import as_python, as_shell, differing
+from .snippets import differing
 from ..reporting import silent
 from ..tasks import fetch_for, tokenizer_for_plan
 from ..text.corpus import PYTHON_DOCS, SPLITS, Corpus, check_text
@@ -50,7 +50,7 @@ class Preview(Record):
 # %% ../../nbs/panels/76_data.ipynb #85f1aa1c
 def describe_preview(preview: Preview) -> str:
     "The HTML of a Preview."
-    rows = "".join(f"<tr><th scope='row'>{escape(str(label))}</th><td>{escape(str(said))}</td></tr>"
+    rows = "".join(f"<tr><th scope='row'>{escape(label)}</th><td>{escape(said)}</td></tr>"
                    for label, said in preview._rows())
     begins = f"<pre class='cg-text' tabindex='0' aria-label='How the text begins'>{escape(preview.excerpt)} …</pre>"
     return f"<table class='cg-table'>{rows}</table>{begins}"
@@ -111,14 +111,14 @@ FILES = "train_file", "eval_file"
 
 # %% ../../nbs/panels/76_data.ipynb #808fd086
 def missing_files(values) -> dict:
-    "What is said of files that don't exist, unless the config refuses them: field -> message."
+    "Files that don't exist, unless the config refuses them: field -> message."
     paths = {name: getattr(values.config, name) for name in FILES if name not in values.typed}
     return {name: f"There is no file {path}." for name, path in paths.items()
             if path and not Path(path).expanduser().is_file()}
 
 # %% ../../nbs/panels/76_data.ipynb #35893bd5
 def wrong_files(values, own) -> dict:
-    "All that is wrong with the files: field -> message; `own`: whether the user chose a text of their own."
+    "All that is wrong with the files, if the text is one's `own` or not: field -> message."
     needed, config = {}, values.config
     if own and not config.train_file: needed = {"train_file": UPLOAD}
     if config.eval_file and not config.train_file:
@@ -144,17 +144,16 @@ class TextChoice(Stoppable):
         return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
 
     def offered(self) -> list:
-        "The known texts; before them a folder or a file, if the config names one."
+        "The known texts, after a folder or a file that the config names."
         named = self.config.dataset
         return ([] if named in TEXTS.values() else [(named, named)]) + list(TEXTS.items())
 
     def choose(self, name):
-        "The user picked `name`; a text of their own needs a file next."
+        "A text of one's own needs a file next."
         if name != OWN: self.values.set(dataset=name, train_file=None, eval_file=None)
         elif not self.config.train_file: self.values.mark({"train_file": UPLOAD}, ["train_file"])
 
     def receive(self, name, value):
-        "A file has been uploaded for the field `name`."
         for filename, content in uploaded_files(value).items():
             done = f"{filename} uploaded ({human_bytes(len(content))}, {len(content.split()):,} words)."
             keep = functools.partial(keep_upload, filename, content, Path(UPLOADS)/name)
@@ -189,7 +188,7 @@ class DataPanel(TextChoice):
         if not isinstance(before, Panel): self.say(self.values.suggestion, "ℹ")
 
     def source(self):
-        names = ("dataset", "train_file", "eval_file", "model", "tokenizer", "block_size")
+        names = ("dataset", *FILES, "model", "tokenizer", "block_size")
         return tuple(getattr(self.config, name) for name in names)
 
     def clear(self):
@@ -207,14 +206,9 @@ class DataPanel(TextChoice):
         self.clear()
         super().receive(name, value)
 
-    def python(self): return as_python("fetch", self.given(), "corpus")
-
-    def shell(self): return as_shell("fetch", self.given())
-
-    def given(self): return differing(self.config, ("dataset", "train_file", "eval_file", "cache_dir"))
+    def calls(self): return [("fetch", "fetch", differing(self.config, ("dataset", *FILES, "cache_dir")), "corpus")]
 
     def start(self):
-        "Fetch the text, check it and count it; -> the Preview."
         if not self.fetch.disabled: return self.work(self.fetch_and_look, "Loading the text …", self.describe)
         self.say(next(iter(self.values.problems.values()), "The text is being loaded."), "⚠")
 

@@ -18,7 +18,6 @@ from ..core import Record, human_bytes, sha256_of
 from ..errors import Sentence
 from .fields import Form, Values
 from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row, wide
-from .snippets import as_python, as_shell
 from ..runtime import disk, in_colab
 from ..storage.archives import Archive, archive_model, explained
 from ..storage.drive import GONE, Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
@@ -48,13 +47,13 @@ class DriveConfig(Record):
     def archive_path(self) -> str: return self.archive or archive_name(self.model)
 
     def calls(self, chosen="") -> list:
-        "(command, function, result, arguments) of archive, save, and of restore for the archive `chosen`."
+        "(command, function, arguments, result) of archive, save and restore."
         drive = dict(drive=self.drive) if self.drive else {}
         overwrite = dict(overwrite=True) if self.overwrite else {}
         path, name = self.archive_path, chosen or f"{self.folder}/{Path(self.archive_path).name}"
-        return [("archive", "archive_model", "archive", dict(folder=self.model, path=path, **overwrite)),
-                ("save", "save_to_drive", "copy", dict(archive=path, folder=self.folder, **drive, **overwrite)),
-                ("restore", "restore_from_drive", "restored", dict(name=name, folder=self.restore_to, **drive))]
+        return [("archive", "archive_model", dict(folder=self.model, path=path, **overwrite), "archive"),
+                ("save", "save_to_drive", dict(archive=path, folder=self.folder, **drive, **overwrite), "copy"),
+                ("restore", "restore_from_drive", dict(name=name, folder=self.restore_to, **drive), "restored")]
 
 # %% ../../nbs/panels/80_drive.ipynb #c0ae8f6e
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def archives_on(drive, folder) -> list:
 
 # %% ../../nbs/panels/80_drive.ipynb #3fa92b60
 def missing_places(config, awaited=None) -> dict:
-    "What is wrong with the model, unless it is the one `awaited`, and with the Drive: field -> message."
+    "What is wrong with the model, unless it is `awaited`, and with the Drive: field -> message."
     found, drive = {}, config.drive
     if config.model != awaited and not Path(config.model).expanduser().is_dir():
         found["model"] = f"There is no folder {config.model}."
@@ -89,7 +88,9 @@ def missing_places(config, awaited=None) -> dict:
 
 # %% ../../nbs/panels/80_drive.ipynb #e6e93486
 class DriveSource(Stoppable):
-    "The model to save, that of the FinetunePanel `before` if there is one, and the archive to restore, in code."
+    "The model to save, that of the FinetunePanel `before`, and the archive to restore, in code."
+    comments = {"restore": "# to load it again later\n"}
+
     def __init__(self, before=None, **values):
         if not in_colab(): values = {"drive": "drive", **values}
         given = {"model": (before.saved or before.config).output_dir, **values} if before else values
@@ -100,18 +101,12 @@ class DriveSource(Stoppable):
         if before and before.earlier: self.earlier = before.saved.output_dir
 
     def take(self, panel):
-        "Take over the folder in which `panel` has saved a model; one that it has yet to fill is awaited."
+        "The model that `panel` has saved; one not yet made is awaited."
         self.awaited = None if panel.saved else panel.config.output_dir
         self.earlier = panel.saved.output_dir if panel.earlier else None
         if panel.saved: self.values.set(model=panel.saved.output_dir)
 
-    def python(self):
-        *save, back = (as_python(function, given, name) for _, function, name, given in self.config.calls(self.chosen))
-        return "\n\n".join([*save, f"# to load it again later\n{back}"])
-
-    def shell(self):
-        *save, back = (as_shell(command, given) for command, *_, given in self.config.calls(self.chosen))
-        return "\n".join([*save, "# to load it again later", back])
+    def calls(self): return self.config.calls(self.chosen)
 
 # %% ../../nbs/panels/80_drive.ipynb #cc88f6c5
 class DriveView(DriveSource):
@@ -143,7 +138,7 @@ class DriveView(DriveSource):
 
     def refresh(self):
         missing = missing_places(self.config, self.awaited)
-        if self.values.doubt(missing): return  # everyone was told, this panel too
+        if self.values.doubt(missing): return
         if self.looked not in (None, (self.config.drive, self.config.folder)):  # what is shown is of another one
             self.looked, self.quota.value = None, ""
             self.offer([])
@@ -155,13 +150,13 @@ class DriveView(DriveSource):
         if not self.chosen: self.buttons["restore"].disabled = True
 
     def offer(self, archives):
-        "Offer `archives`, (shown, path) of each, to be restored; the first is chosen."
+        "Offer `archives`, (shown, path) each; the first is chosen."
         self.kept_there.options = archives or self.nothing
         self.kept_there.value = self.kept_there.options[0][1]
 
 # %% ../../nbs/panels/80_drive.ipynb #6d91b7c3
 def is_own(path, packed) -> bool:
-    "Whether the file `path` is an archive just as it was made here: `packed` is path -> SHA-256."
+    "Whether the file `path` is as it was `packed` here (path -> SHA-256)."
     path = Path(path).expanduser()
     return path in packed and path.is_file() and sha256_of(path) == packed[path]
 
@@ -173,7 +168,7 @@ class DrivePanel(DriveView):
     packed = {}  # path -> SHA-256 of the archives that were made here, by whichever panel: Run all makes new ones
 
     def mount(self):
-        "Mount the Drive, again if the last error was that it has gone; -> its folder. In Colab, call it in a cell."
+        "-> the folder of the Drive, mounted again if it has gone. In Colab, call it in a cell."
         look = functools.partial(self.look, again=getattr(self.error, "errno", None) == GONE)
         return self.work(look, "Mounting the Drive …", lambda drive: f"The Drive is at {drive}.")
 
@@ -188,7 +183,7 @@ class DrivePanel(DriveView):
         return self.mounted
 
     def start(self):
-        "Pack the model, copy it to the Drive, read it back; -> the Saved, or None."
+        "-> the Saved, or None."
         if self.awaited and self.before: self.before.refresh()  # it may have been restored, or made by others
         if self.config.model != self.awaited: return self.work(self.pack_and_save, "Saving …", self.describe)
         self.say(UNFINISHED, "⚠")
@@ -210,7 +205,7 @@ class DrivePanel(DriveView):
         return self.finish(saved)
 
     def restore(self):
-        "Unpack the archive chosen of those on the Drive into the folder `restore_to`; -> that folder, or None."
+        "-> the folder with the chosen archive's model, or None."
         folder, report = self.config.restore_to, self.report
         fetch = functools.partial(restore_from_drive, self.chosen, folder, drive=self.mounted, progress=report)
         if self.chosen: return self.work(fetch, "Fetching and unpacking …", lambda folder: f"Restored to {folder}.")

@@ -29,7 +29,7 @@ def labels_of(config):
 
 # %% ../../nbs/panels/73_fields.ipynb #0ee4a32c
 def find_problems(config, given) -> dict:
-    "What is wrong with `config`, a dataclass that checks its values, changed by `given`: field -> message."
+    "What `config`, a dataclass that checks its values, refuses of the values `given`: field -> message."
     problems, left = {}, dict(given)
     while left:
         try: replace(config, **left)
@@ -51,21 +51,21 @@ class Values:
         self.doubts = {}  # field -> message: what a plan says against good values
 
     def set(self, **changes):
-        "Change fields. ValueError or TypeError, and no change, if the config refuses."
+        "Change fields; ValueError or TypeError if the config refuses."
         self.change(changes)
         self.offer(changes)
 
     def touched(self, name) -> bool: return getattr(self.config, name) != getattr(self.began, name)
 
     def change(self, changes):
-        "As `replace`; what was chosen for a field's first value, and was not touched, goes with it."
+        "As `replace`; untouched values that were chosen for a field's first value go with it."
         left = [name for name in changes if not self.touched(name) and changes[name] != getattr(self.began, name)]
         chosen = {other for name in left for other in self.goes_with.get(name, ()) if not self.touched(other)}
         stale = {f.name: f.default for f in fields(self.config) if f.name in chosen}
         self.config = replace(self.config, **(stale | changes))
 
     def offer(self, values):
-        "A person has typed `values`: what fits reaches the config, with what didn't fit before; the rest is marked."
+        "What fits of `values`, and of what didn't fit before, reaches the config; the rest is marked."
         tried = {name: v for name, v in (self.typed | values).items() if v != getattr(self.config, name)}
         problems, again = find_problems(self.config, tried), {*values, *self.refused}
         self.change({name: value for name, value in tried.items() if name not in problems})
@@ -78,7 +78,7 @@ class Values:
         self.tell()
 
     def doubt(self, doubts) -> bool:
-        "`doubts` (field -> message) are all that a plan has against the config; True if that was new, and told."
+        "`doubts` are all that a plan has against the config; True if that was new, and told."
         if doubts == self.doubts: return False
         self.doubts = doubts
         self.tell()
@@ -127,7 +127,7 @@ def options_of(f) -> list:
 
 # %% ../../nbs/panels/73_fields.ipynb #391081ca
 def shared_looks():
-    "A function that makes widgets of a class; those that look the same share their Layout and their style."
+    "A maker of widgets: those that look the same share their Layout and their style."
     shared = functools.cache(lambda kind, **traits: kind(**traits))
     def make(kind, layout=None, style=None, **traits):
         if "style" in kind.class_traits(): traits["style"] = shared(kind.style.klass, **(style or {}))
@@ -177,7 +177,7 @@ class Row:
         return None if self.widget.value == AUTOMATIC else self.widget.value
 
     def show(self, value):
-        "Show `value`, unless it is shown, perhaps in other letters; a slider's ends give way."
+        "Show `value`, if it isn't shown in other letters; a slider's ends give way."
         if slider := self.slider:
             slider.min, slider.max, slider.value = min(slider.min, value), max(slider.max, value), value
         if self.read() == value: return
@@ -185,7 +185,6 @@ class Row:
         else: self.widget.value = AUTOMATIC if value is None else value
 
     def mark(self, wrong):
-        "Say next to the widget what is `wrong`, or for `''` the help."
         (self.widget.add_class if wrong else self.widget.remove_class)("cg-invalid")
         kind, said = ("cg-bad' role='alert", f"⚠ {wrong}") if wrong else ("cg-hint", self.help)
         shown = f"<span class='{kind}'>{html.escape(said, quote=False)}</span>"
@@ -206,11 +205,11 @@ class Form:
         values.listeners.append(self.follow)
 
     def edited(self, name):
-        "The widget of the field `name` has changed: by a person, unless `follow` did it."
+        "A person, or `follow`, has changed a widget."
         if not self.busy: self.values.offer({name: self.rows[name].read()})
 
     def follow(self):
-        "Show the config, and at each row what is wrong; what was typed and is refused stays."
+        "Show the config and what is wrong; what was typed and is refused stays."
         if self.busy: return
         self.busy = True
         try:

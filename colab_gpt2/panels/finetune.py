@@ -24,7 +24,7 @@ from .fields import Form, labels_of
 from .live import Live, describe_samples
 from .panel import Panel, button, fact, folded, listening, meter, row, sentence, take_values
 from .pump import interrupts_reach
-from .snippets import as_python, as_shell, differing
+from .snippets import differing
 from ..planning.plan import Plan, estimate_text, pick_run_precision, plan_run, step_time
 from ..runtime import check_runtime
 from ..tasks import corpus_for_plan, size_for_plan
@@ -51,7 +51,7 @@ def describe_plan(plan: Plan, config) -> str:
 COUNTED = 20_000_000  # bytes: a text of this size takes some ten seconds to cut into tokens
 
 def known_size(config, shape):
-    "The text of `config` for a plan, without a download: counted, estimated from its size, or as published."
+    "The text of `config` for a plan, without a download: counted, estimated, or as published."
     context = model_context(shape)
     with about("train_file" if config.train_file else "dataset"):
         corpus = corpus_for_plan(config, False, progress=False)
@@ -62,7 +62,7 @@ def known_size(config, shape):
 
 # %% ../../nbs/panels/78_finetune.ipynb #0455ff28
 class Forecaster:
-    "Plans for a config as it changes: models and texts are read once, a measured plan is kept while it holds."
+    "Plans for a config as it changes: models and texts are read once, a measured plan is kept."
     def __init__(self, runtime=None):
         self.runtime, self.known, self.measured = runtime or check_runtime(), {}, None
 
@@ -78,14 +78,13 @@ class Forecaster:
         return plan_run(self.known[model], self.known[text], pick_run_precision(config, self.runtime), config)
 
     def keep(self, config, plan):
-        "`plan` was measured with `config`."
         self.measured = self.key(config), plan
 
     def key(self, config) -> tuple:
         return replace(config, resume=False, overwrite_output_dir=False), self.files(config)
 
     def files(self, config) -> tuple:
-        "Size and time of each file that the text is read from: another may take its name."
+        "Size and time of each file of the text: another may take its name."
         paths = [Path(name).expanduser() for name in (config.dataset, config.train_file, config.eval_file) if name]
         return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
 
@@ -100,14 +99,14 @@ def refused_place(folder: Path) -> str:
 
 # %% ../../nbs/panels/78_finetune.ipynb #1c7adc06
 def former_settings(was, now) -> str:
-    "The settings of two runs that differ, with the former value, as a template."
+    "The settings that differ, with the former values, as a template."
     names = dict(batch="effective_batch_size")
     changes = [name for name, value in now.items() if was.get(name, value) != value]
     return ", ".join(f"{{{names.get(name, name)}={was[name]!r}}}" for name in changes)
 
 # %% ../../nbs/panels/78_finetune.ipynb #6e18cb03
 def describe_resume(there, newest, config, plan) -> tuple:
-    "(what resuming from the checkpoint `newest`, or None, would mean, whether it is refused)."
+    "(what resuming from the checkpoint `newest` would mean, whether it is refused)."
     if not newest: return f"{there} and has no complete checkpoint: there is nothing to resume from.", True
     if not plan: return f"{there}: this run resumes from it.", False
     if former := former_settings(read_manifest(newest)["run"], identify_settings(plan, config.seed)):
@@ -173,12 +172,10 @@ class Settings(Panel):
         self.origin = " (from step 2)" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
 
-    def python(self): return as_python("finetune", differing(self.config))
-
-    def shell(self): return as_shell("finetune", differing(self.config))
+    def calls(self): return [("finetune", "finetune", differing(self.config), "result")]
 
     def refresh(self):
-        "The text, the forecast, and whether a run can be started, for the settings as they are."
+        "The text, the forecast, and whether a run can be started."
         super().refresh()
         if self.running: return
         told, plan, refused, named = [], None, "", ()
@@ -197,17 +194,15 @@ class Settings(Panel):
         self.allow(not (self.values.problems or self.refused))
 
     def fold(self):
-        "Show the advanced settings while their button is down."
         self.more.box.layout.display = "" if self.advanced.value else "none"
         self.advanced.icon = "caret-down" if self.advanced.value else "caret-right"
 
     def recount(self, fetched=None):
-        "A text has been fetched: what was estimated of it can be counted now."
+        "A text was fetched: what was estimated can be counted."
         self.forecaster.known.clear()
         self.refresh()
 
-    def allow(self, start):
-        "Whether a run can be started: for a subclass that has the button."
+    def allow(self, start): pass  # a subclass has the button
 
 # %% ../../nbs/panels/78_finetune.ipynb #c8a1f95b
 class Steering(Settings):
@@ -227,11 +222,10 @@ class Steering(Settings):
     def allow(self, start): self.enable(start=start)
 
     def enable(self, **able):
-        "Switch on the buttons named; the others are off."
         for name, made in self.buttons.items(): made.disabled = not able.get(name, False)
 
     def show(self, **parts):
-        "HTML for the regions progress, charts and samples; only what is new is sent."
+        "HTML for the regions; only what is new is sent."
         for name, shown in parts.items():
             region = getattr(self, name)
             if region.value != shown: region.value = shown
@@ -263,22 +257,22 @@ class Trained(Steering):
         self.finish(None)
 
     def offer_again(self, missing):
-        "As any panel; but what a run of its own has left in its folder was to be expected."
+        "What a run of its own has left in its folder is not missing."
         super().offer_again(missing and self.left != self.config.output_dir)
 
     def leave(self, saved):
-        "The folder holds the finished model of the config `saved`, or for None no finished one."
+        "The folder holds the model of the config `saved`, or none."
         self.saved, self.earlier, self.left = saved, False, self.live.config.output_dir
         self.finish(None)
 
     def can_resume(self, error) -> bool:
-        "Whether the run that `error` ended has left a checkpoint in the folder of the settings. NaN needs others."
+        "Whether the run that `error` ended left a checkpoint in the folder of the settings. NaN needs others."
         if isinstance(error, FloatingPointError) or self.config.output_dir != self.live.config.output_dir: return False
         newest = next(reversed(find_checkpoints(Path(self.config.output_dir).expanduser())), None)
         return newest is not None and newest.name in self.live.saved
 
     def resume_next(self, error):
-        "The next start resumes what the run saved. More memory takes another run: that is said."
+        "The next start resumes the run; settings that need less memory take another run."
         self.values.set(resume=True, overwrite_output_dir=False)
         if isinstance(error, MemoryError):
             self.note(Sentence("Start resumes from the checkpoint, with the settings as they were. To train from the "
@@ -292,7 +286,7 @@ class FinetunePanel(Trained):
     lead = "Training runs in this cell. Buttons work while the model trains; the notebook's own stop button means Stop."
 
     def start(self, callbacks=()):
-        "Fine-tune until it is done, stopped or has failed; -> the FinetuneResult, or None."
+        "-> the FinetuneResult, or None if it was refused, stopped or failed."
         self.refresh()  # what refused it may have gone
         doing = "Training… Buttons take effect after the current step."
         if not self.buttons["start"].disabled: return self.work(lambda: self.run(callbacks), doing, self.describe)

@@ -15,7 +15,7 @@ from ..config import value
 from ..core import Record, human_bytes
 from .fields import Values
 from .panel import Panel, button, meter, row
-from .snippets import as_python, as_shell, differing
+from .snippets import differing
 from ..runtime import Runtime, check_runtime
 
 # %% ../../nbs/panels/75_runtime.ipynb #253426b2
@@ -35,7 +35,7 @@ def runtime_meters(runtime: Runtime, used=None) -> str:
 
 # %% ../../nbs/panels/75_runtime.ipynb #64fbc3a1
 def describe_runtime(runtime: Runtime, used=None) -> str:
-    "The HTML of a Runtime: the processor, its precision, the bars, and what to do if there is no GPU."
+    "The HTML of a Runtime, and what to do if there is no GPU."
     kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, using the CPU"}[runtime.device]
     versions = ", ".join(f"{name} {version}" for name, version in runtime.versions.items())
     advice = f"<div class='cg-note'><b>What to click</b><br>{escape(runtime.advice)}</div>" if runtime.advice else ""
@@ -51,7 +51,7 @@ class CheckConfig(Record):
 
 # %% ../../nbs/panels/75_runtime.ipynb #8e148116
 class RuntimePanel(Panel):
-    "The machine: `config` is a CheckConfig, `result` a Runtime. It looks when it is first shown, and again on Refresh."
+    "The machine: `config` is a CheckConfig, `result` a Runtime."
     title, lead = "1. The machine", "Your processor, memory and disk."
 
     def __init__(self, **values):
@@ -59,9 +59,7 @@ class RuntimePanel(Panel):
         self.view = widgets.HTML()
         self.assemble(self.view, self.status, row(button("Refresh", self.start, primary=True)))
 
-    def python(self): return as_python("check_runtime", differing(self.config), "runtime")
-
-    def shell(self): return as_shell("check", differing(self.config))
+    def calls(self): return [("check", "check_runtime", differing(self.config), "runtime")]
 
     def start(self):
         return self.work(self.look, "Looking at the machine …", self.describe)
