@@ -69,7 +69,7 @@ def look_into(config, report=silent) -> Preview:
     return Preview(corpus, blocks, len(titles), tuple(itertools.islice(titles, 6)), excerpt)
 
 # %% ../../nbs/panels/76_data.ipynb #c34b7c7a
-UPLOADS = "uploads"  # next to the notebook; in it a folder for each field, since two texts may have one name
+UPLOADS = "uploads"  # with a folder for each field, since two texts may have one name
 
 def uploaded_files(value) -> dict:
     "name -> bytes of the value of a FileUpload: a dict in ipywidgets 7, a tuple in 8."
@@ -143,7 +143,7 @@ class TextChoice(Stoppable):
     def chosen(self):
         return OWN if self.config.train_file or "train_file" in self.values.problems else self.config.dataset
 
-    def offered(self) -> list:
+    def offered(self):
         "The known texts, after a folder or a file that the config names."
         named = self.config.dataset
         return ([] if named in TEXTS.values() else [(named, named)]) + list(TEXTS.items())

@@ -96,7 +96,7 @@ class DriveSource(Stoppable):
         given = {"model": (before.saved or before.config).output_dir, **values} if before else values
         super().__init__(Values(changed(DriveConfig(), **given)))
         self.before = before
-        self.awaited = self.earlier = None  # a model that is not made yet; one that was there before the training
+        self.awaited = self.earlier = None  # a model not yet made; one of an earlier run
         if before and "model" not in values and not before.saved: self.awaited = given["model"]
         if before and before.earlier: self.earlier = before.saved.output_dir
 
@@ -165,7 +165,7 @@ class DrivePanel(DriveView):
     "The Drive: `config` is a DriveConfig, `result` a Saved. The model is that of the FinetunePanel `before`."
     title = "5. Save to Drive"
     lead = "When a Colab session ends, its files are deleted; what is on the Drive stays."
-    packed = {}  # path -> SHA-256 of the archives that were made here, by whichever panel: Run all makes new ones
+    packed = {}  # path -> SHA-256 of archives made by any panel: Run all makes new ones
 
     def mount(self):
         "-> the folder of the Drive, mounted again if it has gone. In Colab, call it in a cell."
@@ -197,7 +197,7 @@ class DrivePanel(DriveView):
         drive, over = self.look(), config.overwrite
         own = is_own(config.archive_path, self.packed)
         packed = archive_model(config.model, config.archive_path, overwrite=over or own, progress=report)
-        self.packed[packed.path] = packed.sha256  # the copying may fail, and then the next attempt replaces it
+        self.packed[packed.path] = packed.sha256  # if the copying fails, the next attempt replaces it
         saved = Saved(packed, save_to_drive(packed, config.folder, drive=drive, overwrite=over, progress=report))
         self.view.value = describe_saved(saved)
         self.keep(self.view.value)

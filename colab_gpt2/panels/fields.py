@@ -46,7 +46,7 @@ class Values:
     def __init__(self, config, suggestion="", goes_with=None):
         self.config, self.began, self.name_of = config, config, labels_of(config)
         self.suggestion = suggestion  # why it begins like this
-        self.goes_with = goes_with or {}  # field -> the fields whose first value was chosen for its first value
+        self.goes_with = goes_with or {}  # field -> those chosen for its first value
         self.typed, self.problems, self.refused, self.listeners = {}, {}, set(), []
         self.doubts = {}  # field -> message: what a plan says against good values
 
@@ -55,7 +55,7 @@ class Values:
         self.change(changes)
         self.offer(changes)
 
-    def touched(self, name) -> bool: return getattr(self.config, name) != getattr(self.began, name)
+    def touched(self, name): return getattr(self.config, name) != getattr(self.began, name)
 
     def change(self, changes):
         "As `replace`; untouched values that were chosen for a field's first value go with it."
@@ -77,14 +77,14 @@ class Values:
         self.problems = {name: said for name, said in self.problems.items() if name not in names} | problems
         self.tell()
 
-    def doubt(self, doubts) -> bool:
+    def doubt(self, doubts):
         "`doubts` are all that a plan has against the config; True if that was new, and told."
         if doubts == self.doubts: return False
         self.doubts = doubts
         self.tell()
         return True
 
-    def wrong(self, name) -> str:
+    def wrong(self, name):
         "What is wrong with the field `name`, in labels, or ''."
         return worded(self.problems.get(name) or self.doubts.get(name, ""), self.name_of)
 
@@ -104,7 +104,7 @@ def read_typed(f, typed):
     if not typed and type(None) in allowed: return None
     if not {int, float} & set(allowed): return typed
     if int in allowed:
-        with contextlib.suppress(ValueError): return int(typed)  # as a float a long one would be another number
+        with contextlib.suppress(ValueError): return int(typed)  # a float would round a long one
     try: number = float(typed)
     except ValueError: return typed
     return int(number) if int in allowed and number.is_integer() else number

@@ -48,7 +48,7 @@ def describe_plan(plan: Plan, config) -> str:
                     folded("Why", reasons)])
 
 # %% ../../nbs/panels/78_finetune.ipynb #b7576327
-COUNTED = 20_000_000  # bytes: a text of this size takes some ten seconds to cut into tokens
+COUNTED = 20_000_000  # bytes, which take some ten seconds to tokenize
 
 def known_size(config, shape):
     "The text of `config` for a plan, without a download: counted, estimated, or as published."
@@ -80,10 +80,10 @@ class Forecaster:
     def keep(self, config, plan):
         self.measured = self.key(config), plan
 
-    def key(self, config) -> tuple:
+    def key(self, config):
         return replace(config, resume=False, overwrite_output_dir=False), self.files(config)
 
-    def files(self, config) -> tuple:
+    def files(self, config):
         "Size and time of each file of the text: another may take its name."
         paths = [Path(name).expanduser() for name in (config.dataset, config.train_file, config.eval_file) if name]
         return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
@@ -162,7 +162,7 @@ class Settings(Panel):
     def __init__(self, before=None, **values):
         super().__init__(take_values(before, values))
         self.running, self.forecaster = False, Forecaster()
-        self.refused = ""  # why a run cannot be started with values that are good in themselves
+        self.refused = ""  # why a run with good values cannot be started
         self.form, self.more = Form(self.values, MAIN, dict(model=MODELS)), Form(self.values, ADVANCED)
         look = widgets.Layout(align_self="flex-start", margin="8px 0")
         self.advanced = widgets.ToggleButton(description="Advanced", tooltip="More settings", layout=look)
@@ -242,7 +242,7 @@ class Steering(Settings):
 class Trained(Steering):
     "What a run has left: `saved` is the config of a finished model in the output folder, or None."
     saved, earlier = None, False  # `earlier`: it is from an earlier run
-    left = None  # the folder in which this panel's last run has begun to train
+    left = None  # the folder in which this panel's last run trained
 
     def refresh(self):
         self.look_for_model()
@@ -265,7 +265,7 @@ class Trained(Steering):
         self.saved, self.earlier, self.left = saved, False, self.live.config.output_dir
         self.finish(None)
 
-    def can_resume(self, error) -> bool:
+    def can_resume(self, error):
         "Whether the run that `error` ended left a checkpoint in the folder of the settings. NaN needs others."
         if isinstance(error, FloatingPointError) or self.config.output_dir != self.live.config.output_dir: return False
         newest = next(reversed(find_checkpoints(Path(self.config.output_dir).expanduser())), None)

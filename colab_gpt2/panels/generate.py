@@ -43,7 +43,7 @@ class GenerateConfig(Sampling):
 
     def sampling(self) -> dict: return {f.name: getattr(self, f.name) for f in fields(Sampling)}
 
-    def options(self) -> dict:
+    def options(self):
         return dict(prompt=self.prompt, max_new_tokens=self.max_new_tokens, **self.sampling(), seed=self.seed)
 
     def models(self) -> dict:
@@ -97,7 +97,7 @@ class Sources(Stoppable):
         super().__init__(Values(changed(GenerateConfig(), **values)))
         self.own, self.taken = set(values), {}  # fields that were set here; what came from the panel before
         self.before, self.loaded = before, {}
-        self.awaited = self.earlier = None  # a model that `before` has not made yet; one that was there before it
+        self.awaited = self.earlier = None  # a model not yet made; one of an earlier run
         self.cache_dir, self.tokenizers = None, {}  # of that run: for the Hub's files; model -> a tokenizer not its own
         if not before: return
         self.take(before)
@@ -109,7 +109,7 @@ class Sources(Stoppable):
         made = dict(model=config.output_dir, compare_with=config.model)
         made |= {name: getattr(config, name) for name in shared}
         self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
-        self.loaded.clear()  # the weights in the folder are others now, and a training needs the memory
+        self.loaded.clear()  # the folder has other weights now, and a training needs the memory
         for name in shared:
             now = getattr(self.config, name)
             if name in self.values.problems or now != self.taken.get(name, now): self.own.add(name)
@@ -118,7 +118,7 @@ class Sources(Stoppable):
         self.earlier = panel.saved.output_dir if panel.earlier else None
         self.values.set(**self.taken)
 
-    def arguments(self, model) -> dict:
+    def arguments(self, model):
         "Those of `generate` for `model`, with the run's tokenizer and cache."
         given = dict(self.config.options(), tokenizer=self.tokenizers.get(model), cache_dir=self.cache_dir)
         return dict(model=model) | {name: value for name, value in given.items() if value is not None}

@@ -55,13 +55,13 @@ class Course:
         self.losses, self.measured = [], []  # (step, nats a token), (step, perplexity)
         self.samples, self.saved = [], []  # (title, prompt, text), names of checkpoints
 
-    def progress(self) -> str:
+    def progress(self):
         label = self.ended or LABELS[self.stage] + (" · stopping after this step" if self.stopping else "")
         if self.steps and (self.ended or self.stage == TRAINING):
             return progress_bar(label, self.step, self.steps, self.figures())
         return progress_bar(label, self.share, 1, f"{self.what}, {self.share:.0%}" if self.share else self.what)
 
-    def figures(self) -> str:
+    def figures(self):
         taken, seconds = self.step - self.first, time.perf_counter() - self.started
         parts = [f"step {self.step:,} of {self.steps:,}"]
         if self.ended: return parts[0]
@@ -72,9 +72,9 @@ class Course:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         return " · ".join(parts)
 
-    def charts(self) -> list: return charts(self.losses, self.measured, self.steps)
+    def charts(self): return charts(self.losses, self.measured, self.steps)
 
-    def parts(self) -> dict:
+    def parts(self):
         drawn = f"<div class='cg-columns'>{''.join(self.charts())}</div>" if self.losses else ""
         return dict(progress=self.progress(), charts=drawn, samples=describe_samples(self.samples))
 

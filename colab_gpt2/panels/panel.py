@@ -216,7 +216,7 @@ class Frame(Shown):
 # %% ../../nbs/panels/74_panel.ipynb #76ba53a6
 class Panel(Frame):
     "A frame around one piece of work, which `start()` does."
-    at_work = None  # the title of the panel that works now, whichever it is
+    at_work = None  # the title of the panel that works now
 
     def __init__(self, values):
         super().__init__(values)
