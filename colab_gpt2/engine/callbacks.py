@@ -36,14 +36,14 @@ class Meter(TrainerCallback):
         self.read()
 
     def read(self, wait=False):
-        "Record the steps that the device has finished; with `wait`, all of them."
+        "Record the steps that the device has finished, or wait for all."
         if wait and self.running and self.gpu: self.running[-1][1].synchronize()
         while self.running and (not self.gpu or self.running[0][1].query()):
             begun, ended = self.running.popleft()
             self.seconds.append(begun.elapsed_time(ended) / 1000 if self.gpu else ended - begun)
 
     def tokens_per_second(self, tokens_per_step, newest=None):
-        "Tokens over the median step after the first two, which warm up, or of the `newest`; None before a step."
+        "By the median step after the first two, which warm up, or of the `newest`; None before a step."
         if not newest: self.read(wait=True)
         counted = (self.seconds[2:] or self.seconds)[-(newest or 0):]
         return tokens_per_step / statistics.median(counted) if counted else None
@@ -62,32 +62,31 @@ class Bar(TrainerCallback):
         self.on_train_begin(args, state, control)
 
     def figures(self, log_history) -> str:
-        loss = [f"loss {entry['loss']:.3f}" for entry in log_history if "loss" in entry][-1:]
+        shown = [f"loss {entry['loss']:.3f}" for entry in log_history if "loss" in entry][-1:]
         speed = self.meter.tokens_per_second(self.tokens_per_step, newest=20)
-        return ", ".join([*loss, *([f"{speed:,.0f} tokens/s"] if speed else [])])
+        if speed: shown.append(f"{speed:,.0f} tokens/s")
+        return ", ".join(shown)
 
 # %% ../../nbs/engine/40_callbacks.ipynb #9753baeb
 class StopOnInterrupt(TrainerCallback):
     """Ctrl-C, and the notebook's stop button, end the run after the current step, with a checkpoint; a second one at
-    once. An interrupt in the middle of a step would leave weights of which only a part is updated."""
-    def __init__(self): self.asked, self.aloud = False, True  # `aloud`: whether an interrupt is answered on stderr
+    once: in the middle of a step only a part of the weights is updated."""
+    def __init__(self): self.asked, self.aloud = False, True  # `aloud`: answer an interrupt on stderr
 
-    def ask(self):
-        "For a button: the same, without a message and without a second click."
-        self.asked = True
+    def ask(self): self.asked = True  # for a button
 
     def interrupted(self, signum, frame):
         if self.asked: raise KeyboardInterrupt
         self.ask()
-        told = "\nStopping after this step and saving; press again to stop at once without saving."
-        if self.aloud: print(told, file=sys.stderr)
+        if not self.aloud: return
+        print("\nStopping after this step and saving; press again to stop at once without saving.", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_training_stop = control.should_save = True
 
     @contextlib.contextmanager
     def listening(self):
-        "Only Python's main thread gets signals; in others `ask` can still be called."
+        "Only Python's main thread gets signals; elsewhere there is `ask`."
         if threading.current_thread() is not threading.main_thread(): yield; return
         former = signal.signal(signal.SIGINT, self.interrupted)
         try: yield
@@ -95,7 +94,7 @@ class StopOnInterrupt(TrainerCallback):
 
 # %% ../../nbs/engine/40_callbacks.ipynb #c12692cf
 class StopOnNaN(TrainerCallback):
-    "Ends the run when a logged loss is NaN or infinite. Looking waits for the device: at logs and checkpoints only."
+    "Ends the run when a logged loss is NaN or infinite; looking at each step would wait for the device."
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save: control.should_log = True  # the Trainer logs first, and then saves
 
@@ -111,29 +110,29 @@ class TimeLimit(TrainerCallback):
     def __init__(self, seconds, least=20): self.seconds, self.least = seconds, least
 
     def shorten(self, plan):
-        "The plan as it fits into the time, with the reason; the same plan if it does already, or no step was measured."
+        "The plan as it fits; the same one if it does already, or no step was measured."
         steps = max(self.least, int(self.seconds / plan.step_seconds)) if plan.step_seconds else plan.steps
         if steps >= plan.steps: return plan
-        took = f"A step takes {step_time(plan.step_seconds)} on this machine"
-        reasons = f"{took}, so the run takes {steps} steps instead of {plan.steps}.", *plan.reasons
-        return replace(plan, steps=steps, seconds=steps * plan.step_seconds, reasons=reasons)
+        told = (f"A step takes {step_time(plan.step_seconds)} on this machine, so the run takes {steps} steps "
+                f"instead of {plan.steps}.")
+        return replace(plan, steps=steps, seconds=steps * plan.step_seconds, reasons=(told, *plan.reasons))
 
 # %% ../../nbs/engine/40_callbacks.ipynb #ab7e4bcd
-STAGES = LOADING, BEFORE, PROBING, TRAINING, SAVING, AFTER = (  # of a run, in their order
+STAGES = LOADING, BEFORE, PROBING, TRAINING, SAVING, AFTER = (  # of a run, in order
     "loading", "evaluating before", "probing", "training", "saving", "evaluating after")
 
 # %% ../../nbs/engine/40_callbacks.ipynb #37ea46b5
 class Listener(TrainerCallback):
-    "A callback that `finetune` also tells what happens before and after the training. Its own methods do nothing."
+    "A callback that `finetune` also tells what happens before and after the training."
     def on_stage(self, stage, **facts):
         """One of STAGES begins. `facts` are new: `plan` and `resumed_from` BEFORE, `stop` (a StopOnInterrupt) when
         PROBING, and `plan`, as probed, when TRAINING."""
 
     def on_progress(self, what, done, total):
-        "A report (see `reporting`) of everything except the training's own steps. What this raises ends the run."
+        "A report (see `reporting`) of everything but the training's steps. What this raises ends the run."
 
     def on_measured(self, perplexity, sample):
-        "A Perplexity of the held-out text and a Sample, before the training or after it."
+        "The Perplexity of the held-out text and a Sample, before the training or after it."
 
 # %% ../../nbs/engine/40_callbacks.ipynb #47b8015d
 def tell(callbacks, event, *args, **kwargs):
