@@ -44,7 +44,7 @@ def a_zip(texts):
 
 START = """
 import json, sys
-from colab_gpt2.text.corpus import *
+from colab_gpt2.text.corpus import SPLITS, Published, load_corpus
 result = {}
 def failing(f, *args, **kwargs):
     try: return f(*args, **kwargs) and "no error"
@@ -125,7 +125,7 @@ def test_the_real_splits_survive_the_way_through_the_hub(hub, ask, shared):
 
 
 MODEL_CODE = """
-from colab_gpt2.model.loading import *
+from colab_gpt2.model.loading import check_match, load_config, load_model, load_tokenizer
 import time
 began = time.monotonic()
 for name in ("gpt2", "owner/name"):
@@ -168,7 +168,7 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
 
 
 BUSY_CODE = """
-from colab_gpt2.model.loading import *
+from colab_gpt2.model.loading import load_model, load_tokenizer
 import time
 began = time.monotonic()
 result["said"] = [failing(load, "owner/name") for load in (load_model, load_tokenizer)]
