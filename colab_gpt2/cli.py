@@ -195,7 +195,7 @@ def command(example, *sources):
     return register
 
 # %% ../nbs/65_cli.ipynb #ab609030
-DriveFolder = option(str | None, "a folder that stands for the Drive (default: Colab's Drive)")
+DriveFolder = option(str | None, "a folder to use instead of the Drive (default: Colab's Drive)")
 TEXT = "dataset train_file eval_file cache_dir"
 
 # %% ../nbs/65_cli.ipynb #c4841e7e

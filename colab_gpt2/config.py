@@ -42,7 +42,7 @@ SCHEDULES = "linear", "cosine", "constant", "constant_with_warmup"
 class StepFields(DataFields):
     "How many steps there are, of how many blocks, and how far they go."
     num_train_epochs: float = value(2.0, "how many times to read the training text", label="Epochs", above=0)
-    max_steps: int = value(-1, "stop after this many steps, whatever {num_train_epochs} says (-1: don't)", minimum=-1)
+    max_steps: int = value(-1, "stop after so many steps, whatever {num_train_epochs} says (-1: no limit)", minimum=-1)
     block_size: int | None = value(
         None, "tokens in a training example (default: the model's context, 1024 at most)", minimum=2)
     effective_batch_size: int = value(
@@ -54,7 +54,7 @@ class StepFields(DataFields):
         minimum=1)
     learning_rate: float | None = value(
         None, "peak learning rate (default: 5e-5; below 20 million parameters 1e-4; for LoRA 2e-4)", above=0)
-    weight_decay: float = value(0.0, "AdamW's decay of the weights a step, relative to the learning rate", minimum=0)
+    weight_decay: float = value(0.0, "AdamW weight decay", minimum=0)
     warmup_steps: float = value(0.05, "steps of rising learning rate; below 1, a share of all steps", minimum=0)
     lr_scheduler_type: str = value("linear", "learning-rate schedule", choices=SCHEDULES, label="Schedule")
     max_grad_norm: float = value(1.0, "clip the gradients to this norm", above=0)
@@ -68,7 +68,7 @@ OPTIMIZERS = "adamw_torch_fused", "adamw_bnb_8bit"
 class MethodFields(StepFields):
     "What changes memory and speed more than the result."
     precision: str = value(
-        "auto", "number format of the computation; auto: what the device is good at", choices=PRECISIONS)
+        "auto", "number format of the computation; auto: the fastest that the device supports well", choices=PRECISIONS)
     method: str = value("auto", "train all weights, or LoRA's adapters only; auto: all where they fit", choices=METHODS)
     lora_rank: int = value(16, "rank of LoRA's adapters", label="LoRA rank", minimum=1)
     optim: str | None = value(
@@ -119,7 +119,7 @@ def check_value(f, given):
 
 # %% ../nbs/04_config.ipynb #555209f8
 def check_paths(config):
-    "ValueError for the first path that no file can have: too long, or below the home of nobody."
+    "ValueError for the first path that no file can have: too long, or in the home of a user who does not exist."
     for f in fields(config):
         given = getattr(config, f.name)
         if not (f.metadata.get("path") and isinstance(given, str)): continue
@@ -128,7 +128,7 @@ def check_paths(config):
             message = "{%s} is {value!r}, and there is no user {user!r} here; give a path without ~." % f.name
             raise ValueError(Sentence(message, value=given, user=given.split("/")[0][1:])) from None
         if len(os.fsencode(path)) > 4095 or max(map(len, map(os.fsencode, path.parts)), default=0) > 255:
-            message = "{%s} is a text of {size:,} characters, and no file has so long a name; give a path." % f.name
+            message = "{%s} is {size:,} characters long, too long for a path." % f.name
             raise ValueError(Sentence(message, size=len(given)))
 
 # %% ../nbs/04_config.ipynb #f8a5b6be
@@ -147,7 +147,7 @@ def check_config(config):
     for f in fields(config): check_value(f, getattr(config, f.name))
     for name in ("max_steps", "save_steps"):
         if getattr(config, name) == 0:
-            raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1 for no limit."))
+            raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1."))
     if config.resume and config.overwrite_output_dir:
         raise ValueError(Sentence("{resume} and {overwrite_output_dir} exclude each other: choose one."))
     check_paths(config)
@@ -155,7 +155,7 @@ def check_config(config):
 
 # %% ../nbs/04_config.ipynb #bf542408
 def changed(config=None, **changes):
-    "`config`, else a FinetuneConfig, with `changes`; a TypeError for a name that it has not, with the nearest."
+    "`config`, else a FinetuneConfig, with `changes`; a TypeError for an unknown name."
     config = config or FinetuneConfig()
     names = [f.name for f in fields(config)]
     for name in changes:

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_errors.ipynb #301486e8
-import contextlib, math, numbers, operator, string
+import contextlib, math, numbers, operator, re, string
 from ast import literal_eval
 
 from .core import nearest
@@ -24,18 +24,23 @@ class _Words(dict):
         super().__init__({**values, **told})
         self.name_of = name_of
 
-    def __missing__(self, key):
-        name, sign, value = key.partition("=")
-        if not sign: return self.name_of(name)
-        try: return self.name_of(name, literal_eval(value))
-        except ValueError: return self.name_of(name, value)  # a word
+    def __missing__(self, name): return self.name_of(name)
+
+GIVEN = re.compile(r"\{(\w+)=([^{}]*)\}")  # a field with the value to give it
+
+def _fill(template, values, name_of):
+    def given(found):
+        try: value = literal_eval(found[2])
+        except (ValueError, SyntaxError): value = found[2]  # a word
+        return name_of(found[1], value).replace("{", "{{").replace("}", "}}")
+    return GIVEN.sub(given, template).format_map(_Words(values, name_of))
 
 # %% ../nbs/01_errors.ipynb #51ea8613
 class Sentence(str):
     """A text whose `template` has names in braces: one of `values`, or a field, `{resume}`, perhaps with the value to
     give it, `{method=lora}`. As a string it has Python's names."""
     def __new__(cls, template, /, **values):
-        self = super().__new__(cls, template.format_map(_Words(values, in_python)))
+        self = super().__new__(cls, _fill(template, values, in_python))
         self.template, self.values = template, values
         return self
 
@@ -43,12 +48,13 @@ class Sentence(str):
 
     @property
     def fields(self) -> tuple:
-        names = (name.partition("=")[0] for _, name, *_ in string.Formatter().parse(self.template) if name)
+        plain = GIVEN.sub(r"{\1}", self.template)
+        names = (name for _, name, *_ in string.Formatter().parse(plain) if name)
         return tuple(dict.fromkeys(n for n in names if n.partition(".")[0].partition("[")[0] not in self.values))
 
     def render(self, name_of) -> str:
         "The text with `name_of(name)`, or `name_of(name, value)`, in the place of each field."
-        return self.template.format_map(_Words(self.values, name_of))
+        return _fill(self.template, self.values, name_of)
 
 # %% ../nbs/01_errors.ipynb #9c2ecafc
 def fields_of(told) -> tuple:

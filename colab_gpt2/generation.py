@@ -75,7 +75,7 @@ def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
         with about("model"): model = load_model(model, cache_dir=cache_dir)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(tokenizer, nn.Module):
-        raise ValueError(Sentence("A loaded model needs its {tokenizer} too: pass tokenizer=load_tokenizer(name)."))
+        raise ValueError(Sentence("A loaded model needs a loaded {tokenizer} too; see load_tokenizer."))
     if isinstance(tokenizer, (str, Path)):
         with about(field): tokenizer = load_tokenizer(tokenizer, cache_dir=cache_dir)
     check_match(model, tokenizer)

@@ -98,7 +98,8 @@ def evaluate(
     strides = config.eval_stride and (config.eval_stride,)
     with reporting(progress) as report:
         ready = prepare(config, report, train=False)
-        precision = ready.runtime.precision.dtype
+        longest, precision = ready.held_out.block_size, ready.runtime.precision.dtype
+        if strides: check_number("eval_stride", config.eval_stride, maximum=longest)
         return report_card(ready.model, ready.held_out, strides=strides, precision=precision, progress=report)
 
 # %% ../nbs/64_tasks.ipynb #455558b2
@@ -155,15 +156,15 @@ def open_drive(drive):
 def ask_for_drive() -> str:
     "Mount Colab's Drive now, while somebody is there to allow it; returns a one-sentence status, and never fails."
     from colab_gpt2.storage.drive import mount_drive
-    if not in_colab(): return "This is not Colab: there is no Drive to allow, and a folder will stand for it."
+    if not in_colab(): return "This is not Colab: there is no Drive to allow, and a folder takes its place."
     try: return f"The Drive is mounted at {mount_drive()}."
-    except FAILURES as e: return Sentence("{why} All else works without it, and the last step asks again.", why=e)
+    except FAILURES as e: return Sentence("{why} Everything else works without it; the last step asks again.", why=e)
 
 # %% ../nbs/64_tasks.ipynb #143e1e0d
 def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     "`path` of the copy on the Drive, or None and `why`; `failed` if there is a Drive, and no copy on it."
     if drive is None and not in_colab():
-        return dict(path=None, why="this is not Colab, and no folder was given to stand for a Drive", failed=False)
+        return dict(path=None, why="this is not Colab, and no folder was given in place of a Drive", failed=False)
     try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
     except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=True)
 
@@ -190,7 +191,7 @@ def run(
     config: FinetuneConfig | None = None,
     *,
     archive_path=None,  # default: OUTPUT_DIR.tar.gz
-    drive=None,  # a folder that stands for the Drive
+    drive=None,  # a folder to use instead of the Drive
     drive_folder="colab-gpt2",  # on the Drive
     callbacks=(),  # of `finetune`
     progress=True,

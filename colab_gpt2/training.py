@@ -69,7 +69,7 @@ def check_sources(config):
 def check_run(config) -> FinetuneConfig:
     "The config, with the path of the output folder, which is made. RuntimeError under torchrun."
     if (size := int(os.environ.get("WORLD_SIZE", 1))) != 1:
-        raise RuntimeError(f"WORLD_SIZE is {size}, and a run is for one process and GPU. Start it without torchrun.")
+        raise RuntimeError(f"WORLD_SIZE is {size}, but a run uses one process. Start it without torchrun.")
     check_trainer_args(config.trainer_args)
     path = check_output_dir(config.output_dir, config.resume, config.overwrite_output_dir)
     config = replace(config, output_dir=str(path))
@@ -145,7 +145,7 @@ def checkpoint_to_resume(output_dir, shape, identity) -> Path | None:
     file, was = checkpoint/"config.json", read_manifest(checkpoint)["run"]
     saved = json.loads(file.read_text()) if file.exists() else {}  # adapters alone have none
     pairs = [(name, saved[name], getattr(shape, name)) for name in SHAPE if name in saved]
-    for name, then, now in pairs + [(name, was.get(name), now) for name, now in identity.items()]:
+    for name, then, now in pairs + [(name, was[name], now) for name, now in identity.items() if name in was]:
         if then == now: continue
         field = f"{{{name}}}" if hasattr(FinetuneConfig, name) else name
         told = (f"{{path}} belongs to a different run: its {field} was {{then}}, now it is {{now}}. "

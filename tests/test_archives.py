@@ -72,7 +72,7 @@ def test_no_model_no_archive(model, tmp_path, name, missing):
     assert tree(tmp_path)["a.tar.gz"] == b"old"
 
 
-TAKEN = "{} exists. Give another path, or overwrite=True to replace it."
+TAKEN = "{} exists. Give another path, or overwrite=True to overwrite it."
 BAD_NAME = "{} is not a valid archive name: it must end in .tar.gz or .tgz."
 
 

@@ -163,7 +163,7 @@ def test_the_prompt_is_taken_as_typed(tokenizer):
 
 
 @pytest.mark.parametrize("field, value, words", [
-    ("temperature", 0, "temperature is 0; it must be > 0. For the likeliest token set top_k=1"),
+    ("temperature", 0, "temperature is 0; it must be > 0. To always take the most likely token, set top_k=1"),
     ("temperature", -1, "temperature is -1"), ("temperature", float("nan"), "temperature is nan"),
     ("temperature", float("inf"), "temperature is inf"),
     ("top_p", 0, "top_p is 0"), ("top_p", 2, "top_p is 2"), ("top_p", float("nan"), "top_p is nan"),
@@ -171,7 +171,7 @@ def test_the_prompt_is_taken_as_typed(tokenizer):
     ("samples", 0, "samples is 0"), ("max_new_tokens", 0, "max_new_tokens is 0"),
     ("max_new_tokens", -5, "max_new_tokens is -5"), ("seed", -1, "seed is -1"), ("seed", "x", "seed is 'x'"),
     ("stop", "", "stop has ''"), ("stop", ["a", ""], "stop has ''"), ("stop", [3], "stop has 3"),
-    ("prompt", 7, "prompt is 7"), ("tokenizer", None, "pass tokenizer=")])
+    ("prompt", 7, "prompt is 7"), ("tokenizer", None, "needs a loaded tokenizer")])
 def test_bad_input_gets_a_line_that_knows_its_field(small, tokenizer, field, value, words):
     options = {"prompt": "The", "tokenizer": tokenizer, "max_new_tokens": 2, field: value}
     with pytest.raises(ValueError, match=words) as error: generate(small, **options)

@@ -161,7 +161,7 @@ def test_a_path_that_no_file_can_have_is_marked(quick):
     panel = colab_gpt2.DataPanel(quick)
     field = panel.own.rows["train_file"]
     good = field.widget.value
-    refused = {"The tide came in. " * 20: "no file has so long a name", "a\0b": "There is no file",
+    refused = {"The tide came in. " * 20: "characters long, too long for a path", "a\0b": "There is no file",
                "~nobody-here/text.txt": "there is no user 'nobody-here'"}
     for bad, said in refused.items():
         field.widget.value = bad

@@ -121,7 +121,7 @@ def test_run_all(notebook, offline, tmp_path):
     assert told["steps"] == 30
     assert told["perplexity_after"]["value"] < told["perplexity_before"]["value"] / 10
     archives = [p for p in tmp_path.rglob("gpt2-tuned.tar.gz")]
-    assert len(archives) == 2, archives  # here, and in the folder that stands for the Drive
+    assert len(archives) == 2, archives  # here, and in the folder to use instead of the Drive
     assert len({p.read_bytes() for p in archives}) == 1
     outputs = [o.get("data", {}) for c in ran.cells for o in c.get("outputs", ())]
     assert any("image/svg+xml" in data for data in outputs)  # the curve, for a reader without a kernel

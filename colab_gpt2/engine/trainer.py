@@ -103,9 +103,9 @@ REFUSED_ARGS = dict(
     push_to_hub="checkpoints stay here; afterwards, AutoModelForCausalLM.from_pretrained(output_dir).push_to_hub(name)",
     **dict.fromkeys(["eval_strategy", "eval_on_start", "load_best_model_at_end"],
                     "perplexity is evaluated before and after the training; evaluate during it in a callback"),
-    **dict.fromkeys([*(f.name for f in fields(FinetuneConfig)), "bf16", "fp16", "use_cpu", "save_strategy",
-                     "disable_tqdm", "resume_from_checkpoint"],
-                    "the run sets it itself; use the field of FinetuneConfig that decides it"))
+    **dict.fromkeys(["bf16", "fp16", "use_cpu", "save_strategy", "disable_tqdm", "resume_from_checkpoint"],
+                    "the run sets it itself"),
+    **{f.name: Sentence(f"set {{{f.name}}} instead") for f in fields(FinetuneConfig)})
 
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b6
 def check_trainer_args(trainer_args):
@@ -156,8 +156,9 @@ def training_arguments(config, plan) -> TrainingArguments:
 # %% ../../nbs/engine/42_trainer.ipynb #9b833c62
 def identify_settings(plan, seed) -> dict:
     "The settings that tell one run from another."
-    method = "full" if plan.recipe.method == "full" else f"lora of rank {plan.recipe.lora_rank}"
-    return dict(block_size=plan.recipe.block_size, batch=plan.blocks_per_step, seed=seed, method=method)
+    recipe, same = plan.recipe, dict(effective_batch_size=plan.blocks_per_step, seed=seed)
+    rank = dict(lora_rank=recipe.lora_rank) if recipe.method == "lora" else {}
+    return dict(block_size=recipe.block_size, method=recipe.method, **same, **rank)
 
 # %% ../../nbs/engine/42_trainer.ipynb #77f3cabc
 def identify(blocks, plan, seed) -> dict:

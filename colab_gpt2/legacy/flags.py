@@ -88,10 +88,9 @@ def type_of(value, given):
 # %% ../../nbs/legacy/90_flags.ipynb #83eb9228
 def newest_checkpoint(output_dir) -> Path:
     "The newest complete checkpoint in `output_dir`."
-    from colab_gpt2.engine.checkpoints import sort_checkpoints
-    complete, incomplete = sort_checkpoints(output_dir)
-    if complete: return complete[-1]
-    raise ValueError(f"of {len(incomplete)} checkpoints in {output_dir} none is complete.")
+    from colab_gpt2.engine.checkpoints import find_checkpoints
+    if complete := find_checkpoints(output_dir): return complete[-1]
+    raise ValueError(f"{output_dir} has no complete checkpoint to resume from.")
 
 # %% ../../nbs/legacy/90_flags.ipynb #7465ae6f
 def start_of(value, given):
@@ -132,7 +131,7 @@ MODEL = dict(
 def texts_of(value, given):
     "`--train_data_files`: a pattern. Several files are read as one text."
     files = sorted(glob(value))
-    if not files: raise ValueError("no file has such a name.")
+    if not files: raise ValueError("no file matches.")
     return {"train_file": files[0], "train_files": tuple(files)}, f"{', '.join(files)}, read as one text"
 
 # %% ../../nbs/legacy/90_flags.ipynb #0e0987ec
@@ -205,7 +204,7 @@ JOURNAL = dict(
     run_name=passed(str, "run_name", "name of the run for trackers"),
     disable_tqdm=means("no progress bars", progress=False),
     evaluate_during_training=needs("do_train", Flag(bool, watch_of, "compute perplexity during training")),
-    evaluation_strategy=needs("do_train", Flag(str, watch_of, "no, steps or epoch: when to do so")),
+    evaluation_strategy=needs("do_train", Flag(str, watch_of, "when to evaluate: no, steps or epoch")),
     eval_steps=ignored(int, "it counts only with --evaluate_during_training"),
     save_steps=kept("save_steps", -1),
     save_total_limit=kept("save_total_limit", None),

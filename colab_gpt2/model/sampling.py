@@ -26,7 +26,8 @@ class Sampling(Record):
 
     def __post_init__(self):
         if self.temperature == 0:
-            raise ValueError(Sentence("{temperature} is 0; it must be > 0. For the likeliest token set {top_k=1}."))
+            raise ValueError(Sentence("{temperature} is 0; it must be > 0. To always take the most likely token, "
+                                      "set {top_k=1}."))
         check_number("temperature", self.temperature, above=0)
         check_number("top_k", self.top_k, minimum=0, integer=True, hint="0 keeps every token.")
         check_number("top_p", self.top_p, above=0, maximum=1)

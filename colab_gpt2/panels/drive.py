@@ -31,7 +31,7 @@ class DriveConfig(Record):
     archive: str | None = value(None, "the file to pack it into, .tar.gz (default: the folder's name)", path=True)
     overwrite: bool = value(
         False, "overwrite the file if it exists, here and on the Drive; otherwise the new one there gets a number")
-    drive: str | None = value(None, "a folder that stands for the Drive; in Colab the mounted Drive is used", path=True)
+    drive: str | None = value(None, "a folder to use instead of Colab's mounted Drive", path=True)
     folder: str = value("colab-gpt2", "the folder on the Drive", label="Drive folder")
     restore_to: str = value("restored", "where a restored model goes: a new folder", path=True)
 
@@ -121,7 +121,7 @@ class DriveView(DriveSource):
         self.kept_there = widgets.Dropdown(options=self.nothing, description="On the Drive", **wide(440))
         self.kept_there.observe(lambda _: self.refresh(), "value")
         self.buttons = dict(
-            mount=button("Mount", self.mount, tooltip="Mount the Drive and look what is there"),
+            mount=button("Mount", self.mount, tooltip="Mount the Drive and list its archives"),
             save=button("Save", self.start, primary=True, tooltip="Pack the model and save it on the Drive"),
             restore=button("Restore", self.restore, tooltip="Unpack the chosen archive on this machine"))
         self.quota, self.view = widgets.HTML(), widgets.HTML()
@@ -130,8 +130,8 @@ class DriveView(DriveSource):
                       self.kept_there, self.target.box, row(last))
         if before: before.followers.append(lambda result: self.take(before))
         if in_colab(): return
-        place = f"the folder {self.config.drive} stands" if self.config.drive else "name a folder that stands"
-        self.say(f"This is not Colab, so {place} for the Drive.", "ℹ")
+        place = f"the folder {self.config.drive} is used" if self.config.drive else "name a folder to use"
+        self.say(f"This is not Colab, so {place} instead of the Drive.", "ℹ")
 
     @property
     def chosen(self): return self.kept_there.value

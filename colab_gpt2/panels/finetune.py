@@ -100,9 +100,8 @@ def refused_place(folder: Path) -> str:
 # %% ../../nbs/panels/78_finetune.ipynb #1c7adc06
 def former_settings(was, now) -> str:
     "The settings that differ, with the former values, as a template."
-    names = dict(batch="effective_batch_size")
     changes = [name for name, value in now.items() if was.get(name, value) != value]
-    return ", ".join(f"{{{names.get(name, name)}={was[name]!r}}}" for name in changes)
+    return ", ".join(f"{{{name}={was[name]!r}}}" for name in changes)
 
 # %% ../../nbs/panels/78_finetune.ipynb #6e18cb03
 def describe_resume(there, newest, config, plan) -> tuple:
@@ -110,8 +109,8 @@ def describe_resume(there, newest, config, plan) -> tuple:
     if not newest: return f"{there} and has no complete checkpoint: there is nothing to resume from.", True
     if not plan: return f"{there}: this run resumes from it.", False
     if former := former_settings(read_manifest(newest)["run"], identify_settings(plan, config.seed)):
-        return Sentence(f"{{there}}, of a run with {former}. To resume, set that again; to train with the settings as "
-                        "they are, turn off {resume} and turn on {overwrite_output_dir}.", there=there), True
+        return Sentence(f"{{there}}, of a run with {former}. To resume, restore that; to train with the current "
+                        "settings, turn off {resume} and turn on {overwrite_output_dir}.", there=there), True
     if int(newest.name.split("-")[1]) < plan.steps: return f"{there}: this run resumes from it.", False
     return Sentence("{there}, the last step of this run: no training is left, and Start would only evaluate and save "
                     "the model again. To train further, raise {num_train_epochs}.", there=there), False

@@ -104,7 +104,7 @@ class Steered(Course):
     def draw(self): self.show(**self.parts())
 
     def attempt(self, what, action):
-        "Do `action()`; if it fails, warn, and do `what` no more."
+        "Do `action()`; if it fails, warn and disable `what`."
         if what in self.broken: return
         try: action()
         except Exception as e:

@@ -118,7 +118,7 @@ def check_archive_path(path, overwrite=False) -> Path:
     if not path.name.lower().endswith((".tar.gz", ".tgz")):
         raise ValueError(f"{path} is not a valid archive name: it must end in .tar.gz or .tgz.")
     if overwrite or not os.path.lexists(path): return path
-    raise FileExistsError(Sentence("{path} exists. Give another path, or {overwrite=True} to replace it.", path=path))
+    raise FileExistsError(Sentence("{path} exists. Give another path, or {overwrite=True} to overwrite it.", path=path))
 
 # %% ../../nbs/storage/50_archives.ipynb #af85bd68
 def archive_model(

@@ -184,7 +184,7 @@ def drive_folder(folder, make=False) -> Path:
 
 # %% ../../nbs/storage/51_drive.ipynb #343fc23b
 def mount_drive(
-    mountpoint=None,  # on Colab: where (default /content/drive); elsewhere: the folder that stands for the Drive
+    mountpoint=None,  # on Colab: where (default /content/drive); elsewhere: the folder to use instead of the Drive
     *,
     force_remount=False,  # mount it again if it is mounted?
     readonly=False,
