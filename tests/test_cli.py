@@ -76,6 +76,11 @@ def test_a_text_of_less_than_a_block_can_be_evaluated(cli, tmp_path):
 
 # In its own names
 
+def test_a_stride_beyond_the_block_is_refused_by_its_name(cli, own):
+    refused(cli("evaluate", "--model", "tiny", *own, "--block-size", "64", "--eval-stride", "65"), 1,
+            "--eval-stride is 65; it must be a number ≤ 64.")
+
+
 def test_a_file_that_is_called_like_a_field_keeps_its_name(cli, own):
     refused(cli("finetune", *QUICK, *own, "--train-file", "train_file.txt"), 1, "train_file.txt does not exist")
     refused(cli("evaluate", "--model", "output_dir", "--dataset", "python-docs"), 1, "'output_dir'")
@@ -136,9 +141,10 @@ def test_text_that_cannot_be_used(cli, own, tmp_path, name, content, said):
     (("--model", "gtp2-medium"), 1, "gpt2-medium"), (("--eval-split", "tset"), 2, "Did you mean 'test'?"),
     (("--no-such-option",), 2, "--no-such-option"), (("--lerning-rate", "1"), 2, "--learning-rate"),
     (("--train-file", ""), 2, "train"), (("--precision", "fp16"), 1, "use --precision auto"),
-    (("--eval-stride", "1000"), 1, "stride"),
+    (("--eval-stride", "1000"), 1, "--eval-stride is 1000"),
     (("--trainer-arg", "foo"), 2, "--trainer-arg is 'foo'; write NAME=VALUE"),
-    (("--trainer-arg", "adam_bet2=1"), 1, "adam_beta2"), (("--trainer-arg", "output_dir=x"), 1, "output_dir"),
+    (("--trainer-arg", "adam_bet2=1"), 1, "adam_beta2"),
+    (("--trainer-arg", "output_dir=x"), 1, "set --output-dir instead"),
     (("--trainer-arg", "optim=addam"), 1, "optim"), (("--trainer-arg", "adam_beta2=NaN"), 1, "adam_beta2=nan"),
     (("--trainer-arg", "adam_beta2=5"), 1, "{'adam_beta2': 5}"),
     (("--trainer-arg", "eval_strategy=epoch"), 1, "eval_strategy")])
