@@ -93,9 +93,8 @@ def recall(folder):
     try:
         known = json.loads((folder/"corpus.json").read_text(encoding="utf-8"))
         corpus = measure(known["name"], {s: folder/f["file"] for s, f in known["splits"].items()}, known["source"])
-        if corpus.sha256 == {s: f["sha256"] for s, f in known["splits"].items()}: return corpus
-    except (FileNotFoundError, ValueError): pass
-    return None
+        return corpus if corpus.sha256 == {s: f["sha256"] for s, f in known["splits"].items()} else None
+    except (FileNotFoundError, ValueError): return None  # never kept, or damaged since
 
 # %% ../../nbs/text/11_corpus.ipynb #978a42fa
 log = logging.getLogger(__name__)
