@@ -179,6 +179,8 @@ def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_pat
     for a, b in zip(*(model.parameters() for model in models)): assert torch.equal(a, b)
     with pytest.raises(ValueError, match="its method was lora, now it is full"):
         run(text, tmp_path/"broken", learning_rate=5e-3, resume=True)
+    with pytest.raises(ValueError, match="its lora_rank was 16, now it is 4"):
+        run(text, tmp_path/"broken", method="lora", lora_rank=4, learning_rate=5e-3, resume=True)
 
 
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
