@@ -3,6 +3,7 @@ import os, subprocess, sys
 from pathlib import Path
 
 import pytest
+from helpers import pretend_gpu
 from helpers.forks import command, forked
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,13 @@ def shell(tmp_path):
         options = dict(text=True, capture_output=True, timeout=timeout)
         return subprocess.run(words, cwd=cwd, env={**os.environ, **env}, **options)
     return run
+
+
+@pytest.fixture(scope="session")
+def on_gpu(tmp_path_factory):
+    "Call a function in a process with a pretended GPU, see `helpers.pretend_gpu`; `on_gpu(train, \"gpt2\")`."
+    if reason := pretend_gpu.why_not(): pytest.skip(reason)
+    with pretend_gpu.process(tmp_path_factory.mktemp("gpu")) as call: yield call
 
 
 @pytest.fixture(autouse=True)
