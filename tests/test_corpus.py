@@ -1,5 +1,5 @@
 "Own files, folders and zips, Python's documentation, the real WikiText: what comes out; own files stay as they are."
-import json, os, subprocess, sys, tracemalloc, zipfile
+import json, os, re, socket, subprocess, sys, tracemalloc, warnings, zipfile
 
 import pytest
 
@@ -50,14 +50,15 @@ def test_paragraphs_stay_complete_where_there_are_no_articles(load, tmp_path):
 def test_windows_line_ends_and_a_huge_line(load, tmp_path):
     (tmp_path/"dos.txt").write_bytes(ARTICLES.replace("\n", "\r\n").encode())
     assert len(list(load(tmp_path/"dos.txt").articles())) >= 20
-    (tmp_path/"lines.txt").write_text("é" * 1_500_000 + "\nb\nc\n")
+    text = "é" * 1_500_000 + "\nb\nc\n"
+    (tmp_path/"lines.txt").write_text(text)
     corpus = load(tmp_path/"lines.txt")
-    assert [corpus.path(s).read_text()[-2:] for s in SPLITS] == ["é\n", "b\n", "c\n"]
+    assert "".join(corpus.path(s).read_text() for s in SPLITS) == text
 
 
 def test_too_little_to_hold_any_out(load, tmp_path):
     (tmp_path/"one.txt").write_text("just one line")
-    with pytest.raises(ValueError, match="one.txt has fewer than three lines") as e: load(tmp_path/"one.txt")
+    with pytest.raises(ValueError, match="one.txt has 13 bytes, too few to hold") as e: load(tmp_path/"one.txt")
     assert fields_of(e.value) == ("train_file", "eval_file")
     assert list((tmp_path/"cache"/"corpora").iterdir()) == []
 
@@ -162,16 +163,25 @@ def test_python_docs_need_no_network_and_no_heavy_import(tmp_path):
     assert heavy == [] and sum(corpus["bytes"].values()) > 300_000 and len(list(titles(corpus["test"]))) >= 5
 
 
-def test_memory_does_not_grow_with_the_text(load, tmp_path):
-    path = tmp_path/"long.txt"
-    with open(path, "w") as f:
-        for n in range(4000): f.write(f" \n = Number {n} = \n \n {'word ' * 1000}\n")  # 20 MB
+def number(n): return f" \n = Number {n} = \n \n {'word ' * 1000}\n"
+
+
+SIZES = {  # shape -> 10 MB of text, in files
+    "articles": ["".join(map(number, range(2000)))], "no white space": ["ACGT" * 2_500_000],
+    "a giant line": ["It_ebbs_and_flows_and_ebbs_again_for_ever, " * 240_000],
+    "line ends of Windows": ["It ebbs and flows for ever and ever.\r\n" * 270_000],
+    "many files": [number(n) * 20 for n in range(100)]}
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_memory_does_not_grow_with_the_text(load, tmp_path, shape):
+    for i, text in enumerate(SIZES[shape]): (tmp_path/f"{i}.txt").write_bytes(text.encode())
     tracemalloc.start()
-    corpus = load(path)
-    assert next(corpus.articles("test")).startswith("Number 3")
+    corpus = load(tmp_path/("0.txt" if i == 0 else "*.txt"))
+    for split in SPLITS: all(corpus.articles(split))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 8e6, f"{peak:,} bytes for a text of {path.stat().st_size:,}"
+    assert peak < 6e6 and sum(corpus.bytes.values()) > 9e6, f"{peak:,} bytes"
 
 
 def test_the_real_wikitext(shared):
@@ -182,3 +192,224 @@ def test_the_real_wikitext(shared):
     assert next(corpus.articles("validation")) == "Homarus gammarus"
     assert check_text(corpus.test) == corpus.test
     with pytest.raises(ValueError, match="has no split 'train'; it has validation, test"): corpus.path("train")
+
+
+# ---- where a text is cut
+
+def message(i): return f"10:{i % 60:02d} - A: message number {i} about nothing much\n"
+
+
+NEAR = {  # texts -> what begins the validation text
+    "a chat with two blank lines": ("".join([*map(message, range(200)), "\n", *map(message, range(200, 600)), "\n",
+                                             *map(message, range(600, 2000))]), r"10:\d\d - A"),
+    "a novel after a title page": ("My Novel\n\nby Someone\n\n" + "Line of the story goes on.\n" * 900, "Line"),
+    "a short article and a long one": (" = One = \n \n text \n \n = Two = \n \n" + "".join(
+        f" para {i} of a long article . \n \n" for i in range(500)), r" para \d+"),
+    "a giant line": ("A thing, and another thing. " * 2000, "A thing"),
+    "words without a full stop": ("word " * 4000 + "\nx\ny\n", "word"),
+    "no white space": ("ACGTTGCA" * 2000, "[ACGT]"),
+    "Chinese": ("春眠不觉晓，处处闻啼鸟。" * 500, "春眠不觉晓"),
+    "emoji": ("🌊" * 900, "🌊"),
+    "quotes": ('"It ebbs." she said. "It flows!" ' * 300, '("It|she)'),
+    "Hindi": ("ज्वार आया। " * 400, "ज्वार"),
+    "U+2028 as line ends": ("a verse of the tide\u2028" * 400, "a verse"),
+    "a page of many pages": ("\f".join(f"Page {i}\n" + "It ebbs\nand flows\n" * 20 for i in range(60)), r"Page \d+"),
+    "indented paragraphs": ("    It ebbs and\nflows.\n\n" * 300, "    It ebbs"),
+    "chapters": ("".join(f"CHAPTER {i}\n\n" + "It ebbs.\n\n" * 5 for i in range(99)), "CHAPTER"),
+    "Markdown": ("".join(f"# Tide {i}\n\n" + "It ebbs.\n\n" * 5 for i in range(99)), "# Tide"),
+    "stars between poems": ("* * *\n".join(f"Poem {i}\n\nof the\n\ntide\n" for i in range(99)), r"Poem \d+"),
+    "rules between poems": ("\n---\n\n".join(f"Poem {i}\n\nof the\n\ntide\n" for i in range(99)), r"\s*Poem \d+"),
+    "headings that are underlined": ("".join(f"Poem {i}\n------\nof the tide\n\n" for i in range(99)), r"Poem \d+"),
+    "many blank lines at the end": ("It ebbs.\n" * 200 + "\n" * 3000, "It ebbs"),
+    "documents that begin with a mark": ("".join(
+        f"<|endoftext|>\nStory {i}\n\nOnce there was tide {i}.\n\nIt went out.\n\n" for i in range(200)), r"Story \d+"),
+    "documents with a mark between them": ("<|endoftext|>".join(
+        f"Story {i}: once there was a tide. It went out." for i in range(500)), r"Story \d+:"),
+    "documents in tags": ("".join(f"<|startoftext|>joke {i}.\n\nHa.<|endoftext|>\n" for i in range(99)), r"<\|start"),
+    "documents of Llama": ("".join(f"<s>joke {i}.\n\nHa.</s>\n" for i in range(99)), "<s>joke"),
+}
+
+
+@pytest.mark.parametrize("shape", NEAR)
+def test_every_shape_of_text_is_cut_near_80_10_10(load, tmp_path, shape):
+    text, beginning = NEAR[shape]
+    (tmp_path/"mine.txt").write_text(text, encoding="utf-8")
+    corpus = load(tmp_path/"mine.txt")
+    parts = [corpus.path(split).read_text(encoding="utf-8") for split in SPLITS]
+    assert "".join(parts) == text
+    size = len(text.rstrip().encode())
+    ends = [corpus.bytes["train"] / size, (corpus.bytes["train"] + corpus.bytes["validation"]) / size]
+    assert 0.75 <= ends[0] <= 0.85 and 0.85 <= ends[1] <= 0.95
+    for part in parts[1:]: assert re.match(beginning, part), part[:40]
+
+
+def test_the_source_says_the_real_shares(load, tmp_path):
+    (tmp_path/"mine.txt").write_text("<|endoftext|>".join("It ebbs. " * n for n in (77, 11, 12)))
+    assert load(tmp_path/"mine.txt").source == f"{tmp_path/'mine.txt'}, cut 76/12/12"
+
+
+def test_of_documents_that_are_too_long_a_paragraph_is_cut_off(load, tmp_path):
+    (tmp_path/"two.txt").write_text("It ebbs.\n\n" * 50 + "<|endoftext|>" + "It flows.\n\n" * 50)
+    corpus = load(tmp_path/"two.txt")
+    assert re.search(r"cut (79|80)/", corpus.source) and corpus.validation.read_text().startswith("It flows.\n\n")
+
+
+@pytest.mark.parametrize("ends", ["\r\n", "\r", "mixed"])
+def test_line_ends_of_every_system_are_read_as_one(load, tmp_path, ends):
+    text = "".join(f"Verse {i} of the tide\n" for i in range(300))
+    lines = text.split("\n")[:-1]
+    other = "".join(line + ("\n", "\r\n", "\r")[i % 3] for i, line in enumerate(lines)) if ends == "mixed" else (
+        text.replace("\n", ends))
+    for name, content in (("a.txt", text), ("b.txt", "\ufeff" + other)):
+        (tmp_path/name).write_bytes(content.encode())
+    plain, converted = load(tmp_path/"a.txt"), load(tmp_path/"b.txt")
+    assert plain.sha256 == converted.sha256
+    for name in ("train_file", "eval_file"):
+        both = load(**{"train_file": tmp_path/"a.txt", "eval_file": tmp_path/"a.txt", name: tmp_path/"b.txt"})
+        assert both.sha256["train"] == both.sha256["validation"] == sha256_of(tmp_path/"a.txt")
+    (tmp_path/"set").mkdir()
+    with zipfile.ZipFile(tmp_path/"set.zip", "w") as z: z.writestr("train.txt", other)
+    (tmp_path/"set"/"train.txt").write_bytes(other.encode())
+    for name in ("set", "set.zip"): assert load(tmp_path/name).sha256 == {"train": sha256_of(tmp_path/"a.txt")}
+    assert (tmp_path/"b.txt").read_bytes() == ("\ufeff" + other).encode()
+
+
+# ---- folders and patterns
+
+@pytest.fixture
+def poems(tmp_path):
+    for name in ("10.txt", "2.txt", "1.txt", "more/11.md", ".draft.txt", ".git/12.txt", "13.txt"):
+        (tmp_path/"poems"/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/"poems"/name).write_bytes(f"Poem {name}\r\nof the tide\n".encode() if name != "13.txt" else b" \n")
+    return tmp_path/"poems"
+
+
+POEMS = [f"Poem {name}\nof the tide\n" for name in ("1.txt", "2.txt", "10.txt", "more/11.md")]
+
+
+def test_a_folder_of_texts_is_read_in_order_as_documents(load, poems):
+    before = snapshot(poems)
+    for corpus in (load(poems), load(train_file=poems), load(str(poems))):
+        assert "".join(corpus.path(s).read_text() for s in SPLITS) == "<|endoftext|>".join(POEMS)
+        assert corpus.name == "poems" and corpus.source.startswith(f"4 files of {poems}, cut ")
+    both = load(train_file=poems, eval_file=poems/"1.txt")
+    assert both.train.read_text() == "<|endoftext|>".join(POEMS) and both.validation.read_text() == POEMS[0]
+    assert snapshot(poems) == before
+
+
+def test_a_pattern_stands_for_its_files(load, poems, monkeypatch):
+    expected = "<|endoftext|>".join(POEMS[:3])
+    corpus = load(train_file=poems/"*.txt", hold_out=False)
+    assert corpus.train.read_text() == expected and corpus.name == "texts"
+    monkeypatch.chdir(poems)
+    for name in ("*.txt", "./*.txt"): assert load(name).source.startswith(f"3 files of {name.removeprefix('./')}, cut ")
+    (poems/"a[1].txt").write_text("It ebbs. " * 20)  # a name, and not a pattern
+    assert load(poems/"a[1].txt").name == "a[1]"
+    with pytest.raises(FileNotFoundError, match=r"No text matches .*poems/\*\.doc\.") as e:
+        load(train_file=poems/"*.doc")
+    assert fields_of(e.value) == ("train_file",)
+
+
+@pytest.mark.parametrize("folders", [("train", "valid"), ("train", "test"), ("train", "val", "test"), ("train", "dev")])
+def test_a_folder_for_each_split(load, tmp_path, folders):
+    for folder in folders:
+        (tmp_path/"set"/folder).mkdir(parents=True)
+        for i in (10, 9): (tmp_path/"set"/folder/f"{i}.txt").write_text(f"{folder} {i}\n")
+    corpus = load(tmp_path/"set")
+    assert [*corpus.bytes] == [dict.fromkeys(("val", "valid", "dev"), "validation").get(f, f) for f in folders]
+    texts = [corpus.path(split).read_text() for split in corpus.bytes]
+    assert texts == [f"{folder} 9\n<|endoftext|>{folder} 10\n" for folder in folders]
+    assert load(train_file=tmp_path/"set") == corpus
+
+
+def test_a_poem_called_test_is_no_split(load, poems):
+    (poems/"test.txt").write_text("Poem called test\n" * 9)
+    assert "Poem 1.txt" in load(poems).train.read_text()
+
+
+def test_of_a_folder_only_texts_are_read_and_a_bad_one_is_named(load, poems):
+    (poems/"cover.jpg").write_bytes(b"\xff\xd8\xff\0")
+    assert load(poems).source.startswith("4 files of ")
+    (poems/"3.txt").write_bytes("größe".encode("latin-1"))
+    with pytest.raises(ValueError, match="3.txt is not UTF-8: byte 2"): load(poems)
+    for path in [*poems.rglob("*.*")]: path.suffix in (".txt", ".md") and path.unlink()
+    with pytest.raises(FileNotFoundError, match="poems holds no corpus"): load(poems)
+
+
+def test_documents_stay_complete_in_a_folder_of_many(load, tmp_path):
+    (tmp_path/"many").mkdir()
+    for i in range(200):
+        (tmp_path/"many"/f"{i}.txt").write_text(f"Story {i}\n\nOnce there was a tide.\n\nIt ebbed {i}.\n")
+    corpus = load(tmp_path/"many")
+    parts = [corpus.path(split).read_text() for split in SPLITS]
+    assert all(part.startswith("Story ") for part in parts) and sum(p.count("Story") for p in parts) == 200
+    assert corpus.source.endswith("cut 80/10/10")
+
+
+# ---- what is no text
+
+OTHERS = dict.fromkeys(("d.jsonl", "d.CSV", "d.json", "d.html", "d.docx", "d.pdf", "d.rtf", "d.txt.gz", "d.xlsx"),
+                       (b"a,b", r"a \.\w+ file, not plain text"))
+OTHERS |= {"utf16.txt": ("a tide".encode("utf-16"), "UTF-16"), "be.txt": ("\ufeff潮水".encode("utf-16-be"), "UTF-16"),
+           "bom.txt": (b"\xef\xbb\xbf \n", "empty:"), "picture.md": (b"\x89PNG\0", "binary, not text: byte 4")}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_kind_is_named_as_what_it_is(load, tmp_path, name):
+    content, said = OTHERS[name]
+    (tmp_path/name).write_bytes(content)
+    for argument in ("train_file", "eval_file"):
+        with pytest.raises(ValueError, match=f"{name} is {said}") as e: load(**{argument: tmp_path/name})
+        assert "\n" not in str(e.value) and fields_of(e.value) == (argument,)
+
+
+@pytest.mark.parametrize("line", ['{"text": "It ebbs."}', '[{"text": "It ebbs."},', "<!DOCTYPE html>", "<?xml ?>"])
+def test_a_text_that_looks_like_json_or_html_is_noted(load, tmp_path, line):
+    (tmp_path/"a.txt").write_text(f"{line}\n" * 900)
+    with pytest.warns(UserWarning, match="a is JSON or HTML, whose syntax will be learned"):
+        load(tmp_path/"a.txt")
+
+
+def test_braces_and_brackets_of_prose_are_not_noted(load, tmp_path, recwarn):
+    for i, line in enumerate(("{Enter a ghost}", "[1] It ebbs.", "1984", "<s>It ebbs.</s>")):
+        (tmp_path/f"{i}.txt").write_text(f"{line}\n" * 3000)
+        load(tmp_path/f"{i}.txt")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("argument", ["name", "train_file", "eval_file"])
+def test_a_pipe_a_device_or_a_socket_is_refused_at_once(load, tmp_path, argument, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    os.mkfifo(tmp_path/"pipe.txt")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind("socket.txt")
+        for path in (tmp_path/"pipe.txt", tmp_path/"socket.txt", "/dev/zero", "/dev/null"):
+            with pytest.raises(ValueError, match=f"{path} is a pipe or a device") as e: load(**{argument: path})
+            assert fields_of(e.value) == ("dataset" if argument == "name" else argument,)
+
+
+def test_what_cannot_be_read_or_written_is_one_line(tmp_path):
+    with pytest.raises(OSError, match="/proc/self/mem cannot be read: Input/output error") as e:
+        load_corpus(train_file="/proc/self/mem", cache_dir=tmp_path)
+    assert fields_of(e.value) == ("train_file",)
+    (tmp_path/"file").write_text("It ebbs. " * 20)
+    for cache_dir in (tmp_path/"file", "/proc/none"):
+        with pytest.raises(OSError, match="corpora cannot be made: .*. Give another cache_dir.") as e:
+            load_corpus(train_file=tmp_path/"file", cache_dir=cache_dir)
+        assert fields_of(e.value) == ("cache_dir",)
+
+
+# ---- too little text
+
+def test_little_held_out_text_is_noted(load, tmp_path):
+    small, large = tmp_path/"small.txt", tmp_path/"large.txt"
+    small.write_text("Verse of the song about the tide.\n" * 50)
+    large.write_text("Verse of the song about the tide.\n" * 400)
+    for arguments in (dict(train_file=small), dict(name=small), dict(train_file=large, eval_file=small)):
+        if "eval_file" in arguments: small.write_text("A verse.\n")
+        with pytest.warns(UserWarning, match=r"held-out text of \w+ has only \d+ bytes") as warned: load(**arguments)
+        assert fields_of(warned[0].message) == ("eval_file",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(large)
+        load(train_file=small, hold_out=False)

@@ -5,6 +5,7 @@ import pytest
 
 from colab_gpt2.text.corpus import WIKITEXT
 from colab_gpt2.model.loading import TINY
+from helpers.colab_stub import colab, stub
 from helpers.servers import Hub
 
 LINES = {
@@ -196,3 +197,35 @@ def test_wikitext_from_a_hub_that_is_down(hub, ask):
     hub.refusals = {"/": 503}
     said = ask(f"result['said'] = failing(load_corpus, {loading(SHAS, sources=(SOURCE,))})")["said"]
     assert "wikitext answers 503 Service Unavailable. Without a network these work" in said
+
+
+TOKEN_CODE = """
+import os
+os.environ["HF_TOKEN"] = "hf_expired"
+from colab_gpt2.model.loading import load_config, load_tokenizer
+result["said"] = [failing(load, "owner/name") for load in (load_tokenizer, load_config)]
+"""
+
+
+def test_a_token_that_has_expired_is_named(hub, ask):
+    hub.add("models", "owner/name", {f: (TINY/f).read_bytes() for f in os.listdir(TINY)})
+    hub.refusals = {"/api": 401}
+    answer = ask(TOKEN_CODE)
+    refused = "refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it"
+    assert answer["said"] == [f"ConnectionError: The Hub {refused}. owner/name needs none if it is public."] * 2
+    hub.refusals = {}
+    assert ask(TOKEN_CODE)["said"] == ["no error"] * 2
+
+
+@pytest.mark.parametrize("secrets, timeout", [({}, False), ({"HF_TOKEN": None}, False), ({}, True)])
+def test_colabs_secret_that_does_not_come_is_neither_a_failure_nor_a_wall_of_warnings(
+        colab, monkeypatch, recwarn, secrets, timeout):
+    from huggingface_hub.utils import _auth
+    from colab_gpt2.model.loading import loading
+    before = dict(is_google_colab=lambda: True, _IS_GOOGLE_COLAB_CHECKED=False, _GOOGLE_COLAB_SECRET=None)
+    for name, value in before.items():
+        monkeypatch.setattr(_auth, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    colab.stub.secrets.update(secrets)
+    with colab.faults(secret_timeout=timeout), loading("gpt2"): assert _auth._get_token_from_google_colab() is None
+    assert ("GetSecret", {"key": "HF_TOKEN"}) in colab.stub.requests and not recwarn.list

@@ -6,7 +6,7 @@
 __all__ = ['DataPanel']
 
 # %% ../../nbs/panels/76_data.ipynb #6b8960a5
-import functools, itertools
+import functools, glob, itertools, os
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -111,10 +111,11 @@ FILES = "train_file", "eval_file"
 
 # %% ../../nbs/panels/76_data.ipynb #808fd086
 def missing_files(values) -> dict:
-    "Files that don't exist, unless the config refuses them: field -> message."
+    "Files, folders and patterns that lead nowhere, unless the config refuses them: field -> message."
     paths = {name: getattr(values.config, name) for name in FILES if name not in values.typed}
+    def there(path): return os.path.exists(path) or glob.glob(path)
     return {name: f"There is no file {path}." for name, path in paths.items()
-            if path and not Path(path).expanduser().is_file()}
+            if path and not there(os.path.expanduser(path))}
 
 # %% ../../nbs/panels/76_data.ipynb #35893bd5
 def wrong_files(values, own) -> dict:

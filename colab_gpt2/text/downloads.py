@@ -93,12 +93,12 @@ def download(url, path, sha256, *, tries=4, wait=0.5, report=silent) -> Path:
     raise ConnectionError(f"sent wrong bytes (SHA-256 {got[:12]}… instead of {sha256[:12]}…)")
 
 # %% ../../nbs/text/10_downloads.ipynb #4047c531
-LAYOUT = re.compile(r"(?:wiki\.)?(train|valid|validation|test)\.(?:raw|tokens|txt)")
+LAYOUT = re.compile(r"(?:wiki\.)?(train|valid|validation|val|dev|test)\.(?:raw|tokens|txt)")
 
 def split_of(filename):
     "The split that the name of a file stands for, or None."
     found = LAYOUT.fullmatch(filename)
-    return found and {"valid": "validation"}.get(found[1], found[1])
+    return found and ("validation" if found[1][0] in "vd" else found[1])
 
 # %% ../../nbs/text/10_downloads.ipynb #cbc90fc3
 def find_splits(archive):
