@@ -6,7 +6,8 @@ import importlib
 _MODULES = {
     "runtime": "Precision Runtime check_runtime pick_precision in_colab",
     "config": "FinetuneConfig",
-    "text.corpus": "Corpus load_corpus check_text",
+    "text.reading": "check_text",
+    "text.corpus": "Corpus load_corpus",
     "text.token_store": "Blocks tokenize_file tokenize_corpus",
     "model.loading": "MODELS ModelInfo load_model load_tokenizer model_context",
     "model.loss": "linear_cross_entropy",
