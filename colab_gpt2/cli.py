@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from . import __version__, tasks
 from .config import FinetuneConfig
-from .core import Record, plain
+from .core import Record, plain, printable
 from .errors import Sentence, worded
 from .model.sampling import Sampling
 
@@ -50,7 +50,7 @@ def name_of(name, *value) -> str:
 # %% ../nbs/65_cli.ipynb #0ba5d3db
 def one_line(error, name_of=name_of) -> str:
     "An error or a warning in one line; its class where it has no message."
-    return " ".join(worded(error, name_of).split()) or type(error).__name__
+    return printable(" ".join(worded(error, name_of).split())) or type(error).__name__
 
 # %% ../nbs/65_cli.ipynb #ce7f6373
 @contextlib.contextmanager
@@ -107,8 +107,9 @@ def answer(function, arguments, as_json=False, debug=False):
             pieces = result = as_typed(function(**arguments))
             if not isinstance(result, Iterator):
                 pieces = [json.dumps(plain(result), ensure_ascii=False) if as_json else readable(result)]
-        for piece in pieces: typer.echo(piece, nl=False)
-        typer.echo()
+        try:
+            for piece in pieces: typer.echo(printable(piece), nl=False)
+        finally: typer.echo()  # an error has a line of its own
         if isinstance(result, tasks.RunResult) and result.drive["failed"]:
             raise OSError(f"The model is trained and archived, but not on the Drive: {result.drive['why']}")
 
@@ -246,19 +247,22 @@ def generate(
     seed: option(int | None, "the same seed gives the same text", min=0) = None,
     samples: option(int, "how many", min=1) = 1,
     stop: option(list[str] | None, "end before this text; may be repeated") = None,
+    include_prompt: option(bool, "print the prompt before the text") = True,
     as_json=False,
 ):
     "Generate text from a prompt."
-    from colab_gpt2.generation import generate, stream
+    from colab_gpt2.generation import check_request, generate, stop_strings, stream
     options = {name: getattr(config, name) for name in ("max_new_tokens", "tokenizer", "cache_dir")}
-    options |= dict(stop=tuple(stop or ()), **sampling.to_dict())
+    with bad_usage():
+        check_request(config.max_new_tokens, seed, samples)
+        options |= dict(prompt=prompt, stop=stop_strings(stop), **sampling.to_dict())
     if as_json or samples != 1:
-        made = generate(config.model, prompt, samples=samples, seed=seed, **options)
-        return dict(samples=made) if as_json else made
+        made = generate(config.model, samples=samples, seed=seed, **options)
+        return dict(samples=made) if as_json else made if include_prompt else [sample.text for sample in made]
     if seed is None:
         seed = random.randrange(2**31)
         typer.echo(f"note: seed {seed}", err=True)
-    return itertools.chain([prompt], stream(config.model, prompt, seed=seed, **options))
+    return itertools.chain([prompt] * include_prompt, stream(config.model, seed=seed, **options))
 
 # %% ../nbs/65_cli.ipynb #2e818088
 @command("--folder gpt2-tuned")

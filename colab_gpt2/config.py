@@ -96,7 +96,7 @@ class FinetuneConfig(MethodFields):
     eval_stride: int | None = value(
         None, "tokens that perplexity's window moves by (default: half of it)", label="Stride", minimum=1)
     prompt: str = value(" = Toronto Raptors = \n", "the text that the samples before and after continue", lines=3)
-    max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1)
+    max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1, maximum=10**7)
     from_scratch: bool = value(False, "start from random weights of the model's shape")
     tokenizer: str | None = value(None, "another tokenizer than the model's own: a name or a folder", path=True)
     resume: bool = value(False, "resume from the newest complete checkpoint in {output_dir}")

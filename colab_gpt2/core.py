@@ -35,6 +35,13 @@ class Record:
         body = "".join(f"<tr><th {left}>{label}</th><td {left}>{text}</td></tr>" for label, text in rows)
         return f"<table><caption>{type(self).__name__}</caption>{body}</table>"
 
+# %% ../nbs/00_core.ipynb #1f13599b
+CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
+
+def printable(text) -> str:
+    "`text` with \\u and four digits for each character that could steer a terminal, or that cannot be written to one."
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
 # %% ../nbs/00_core.ipynb #bc007942
 def nearest(name, known):
     "`' Did you mean ...?'` for the entry of `known` most like `name`, else the list of all."

@@ -14,10 +14,21 @@ import torch
 import torch.nn.functional as F
 
 from .core import Record
-from .errors import check_choice, check_number
+from .errors import Sentence, check_choice, check_number
 from .model.loading import DTYPES, keeps_logits, model_context
 from .reporting import counter, reporting
 from .text.token_store import Blocks
+
+# %% ../nbs/60_evaluation.ipynb #02694b28
+def has_words(words, bytes) -> bool:
+    "Whether white space parts words: English has 6 bytes each, Malayalam 30, Chinese a sentence."
+    return 0 < bytes <= 36 * words
+
+# %% ../nbs/60_evaluation.ipynb #534d376f
+def shown(p) -> str:
+    "The value of a `Perplexity` for people, per byte with the bits."
+    value = f"{p.value:.2f}" if p.value < 1e6 else f"{p.value:.2e}"
+    return f"{value} ({p.nats / p.bytes / math.log(2):.3f} bits)" if p.unit == "byte" else value
 
 # %% ../nbs/60_evaluation.ipynb #028dc281
 UNITS = ("token", "word", "byte")
@@ -26,32 +37,35 @@ UNITS = ("token", "word", "byte")
 class Perplexity(Record):
     """exp(nats / count) and all that it takes to compare it with another.
 
-    Every token but the first is scored; words (between white space) and bytes (UTF-8) are those of the complete text.
+    Every token but the first counts; words (between white space) and bytes (UTF-8) are those of the complete text.
     lm-evaluation-harness counts so too, but also scores the first token of each article, after an end-of-text."""
     value: float
     unit: str  # "token", "word" or "byte"
     split: str  # of the corpus
     stride: int  # tokens scored by each window but the first
-    context: int  # the most tokens that a prediction looks back on
-    tokens: int  # scored
+    context: int  # tokens that a window holds
+    tokens: int  # of the text but the first
     words: int
     bytes: int
-    nats: float  # of all scored tokens together
+    nats: float  # of all these tokens together
     precision: str = "fp32"  # of the computation
 
     @property
     def count(self) -> int: return getattr(self, f"{self.unit}s")
 
+    @property
+    def units(self) -> tuple: return UNITS if has_words(self.words, self.bytes) else ("token", "byte")
+
     def per(self, unit: str) -> "Perplexity":
-        "The same measurement in another unit; ValueError for an unknown unit or a text without a word."
-        other = replace(self, unit=check_choice("unit", unit, UNITS))
-        if not other.count: raise ValueError(f"The text has no {unit}s to divide by.")
-        mean = self.nats / other.count
-        return replace(other, value=math.exp(mean) if mean < 709 else math.inf)  # exp(710) is beyond a float
+        "The same measurement in another unit; ValueError for one that is unknown or not among the text's `units`."
+        if check_choice("unit", unit, UNITS) not in self.units:
+            raise ValueError(f"The text has no {unit}s between white space to divide by; use per byte.")
+        other = replace(self, unit=unit)
+        return replace(other, value=math.exp(min(self.nats / other.count, 709)))  # exp(710) is beyond a float
 
     def __str__(self):
         where = f"{self.split or 'unnamed'} split, stride {self.stride}, context {self.context}"
-        return f"{self.value:.2f} per {self.unit} ({where})"
+        return f"{shown(self)} per {self.unit} ({where})"
 
     def _rows(self):
         text = f"{self.tokens:,} tokens of a text of {self.words:,} words and {self.bytes:,} bytes, in {self.precision}"
@@ -59,11 +73,12 @@ class Perplexity(Record):
 
 # %% ../nbs/60_evaluation.ipynb #382cd17a
 def windows(tokens, context, stride):
-    "Yield (start, scored) for each window over a stream of `tokens`: its last `scored` targets are scored."
-    length, done = min(context, tokens - 1), 0
-    for end in itertools.chain(range(length, tokens - 1, stride), [tokens - 1]):  # the last target
-        yield end - length, end - done
-        done = end
+    "Yield (start, end, scored) for each window over a stream of `tokens`: its last `scored` ones are scored."
+    end = 0
+    for start in range(0, tokens, stride):
+        done, end = end, min(start + context, tokens)
+        if scored := end - max(done, start + 1): yield start, end, scored
+        if end == tokens: return
 
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
 def logits_batch(scored, length, vocabulary, gpu) -> int:
@@ -73,15 +88,15 @@ def logits_batch(scored, length, vocabulary, gpu) -> int:
 
 # %% ../nbs/60_evaluation.ipynb #8c694693
 def batches(stream, context, stride, size):
-    "Yield (ids, scored) for at most `size` windows: inputs and targets in one, (batch, length + 1)."
-    length = min(context, len(stream) - 1)
-    for scored, group in itertools.groupby(windows(len(stream), context, stride), key=lambda w: w[1]):
+    "Yield (ids, scored) for at most `size` windows: inputs and targets in one, (batch, length)."
+    found = windows(len(stream), context, stride)
+    for (_, scored), group in itertools.groupby(found, key=lambda w: (w[1] - w[0], w[2])):
         while some := list(itertools.islice(group, size)):
-            yield torch.from_numpy(np.stack([stream[s:s + length + 1] for s, _ in some]).astype(np.int64)), scored
+            yield torch.from_numpy(np.stack([stream[s:e] for s, e, _ in some]).astype(np.int64)), scored
 
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
 def score(model, ids, scored) -> float:
-    "The nats of the last `scored` targets of each of `ids` (batch, length + 1), on the model's device."
+    "The nats of the last `scored` of each of `ids` (batch, length), on the model's device."
     keep = {"logits_to_keep": scored} if keeps_logits(model) else {}
     logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -scored:]
     losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, -scored:].flatten(), reduction="none")
@@ -101,11 +116,13 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
     "(stride, context), defaults filled in; ValueError for one out of range, or a text that cannot be scored."
     limit, known = model_context(model), model.get_input_embeddings().weight.shape[0]
     if context is None: context = min(blocks.block_size, limit)
-    check_number("context", context, 1, limit, integer=True, hint=f"The model's context is {limit} tokens.")
+    check_number("context", context, 2, limit, integer=True, hint=f"The model's context is {limit} tokens.")
     if stride is None: stride = max(1, context // 2)
     check_number("stride", stride, 1, context, integer=True, hint="Beyond the context, tokens would be left out.")
     text = f"The {blocks.split or 'unnamed'} text"
-    if blocks.tokens < 2: raise ValueError(f"{text} has {blocks.tokens} token; perplexity needs 2 or more.")
+    if blocks.tokens < 2:
+        raise ValueError(Sentence("{text} has 1 token; perplexity needs 2 or more. Give a longer {eval_file}.",
+                                  text=text))
     if blocks.vocabulary_size > known and (largest := int(blocks.stream.max())) >= known:
         raise ValueError(f"{text} has the token {largest} and the model's vocabulary ends at {known - 1}. "
                          "Tokenise it with the model's own tokenizer.")
@@ -129,9 +146,9 @@ def perplexity(
     if batch_size is not None: check_number("batch_size", batch_size, 1, integer=True)
     check_choice("precision", precision, DTYPES)
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    total, vocabulary = blocks.tokens - 1, model.get_input_embeddings().weight.shape[0]
-    length, nats, done = min(context, total), 0, 0
-    logits = stride if keeps_logits(model) else length  # the first and the last window may score more or less: alone
+    tokens, total = blocks.tokens - 1, sum(scored for *_, scored in windows(blocks.tokens, context, stride))
+    vocabulary, length, nats, done = model.get_input_embeddings().weight.shape[0], min(context, blocks.tokens), 0, 0
+    logits = stride if keeps_logits(model) else length  # the first window may score more: alone
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     with evaluation_mode(model.to(device)), torch.inference_mode(), autocast, reporting(progress) as report:
@@ -144,8 +161,8 @@ def perplexity(
                                    f"tokens: its weights are damaged{cause}.")
             done += len(ids) * scored
             add(len(ids) * scored)
-    found = Perplexity(math.nan, "token", split=blocks.split, stride=stride, context=context, tokens=total,
-                       words=blocks.words, bytes=blocks.bytes, nats=nats, precision=precision)
+    found = Perplexity(math.nan, "token", split=blocks.split, stride=stride, context=context, tokens=tokens,
+                       words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)
     return found.per("token")
 
 # %% ../nbs/60_evaluation.ipynb #e8dac32c
@@ -174,10 +191,11 @@ class ReportCard(Record):
         return min(found, key=lambda p: p.stride)
 
     def _rows(self):
-        values = [f"{p.value:.2f}" for p in self.rows]
+        values = [shown(p) for p in self.rows]
         pairs = zip(self.before, values, self.ratios)
-        if self.before: values = [f"{old.value:.2f} → {new} (× {ratio:.3f})" for old, new, ratio in pairs]
-        return [(f"{p.split or 'text'}, per {p.unit}, stride {p.stride}", text) for p, text in zip(self.rows, values)]
+        if self.before: values = [f"{shown(old)} → {new} (× {ratio:.3f})" for old, new, ratio in pairs]
+        return [(f"{p.split or 'text'}, per {p.unit}, stride {p.stride}, context {p.context}", text)
+                for p, text in zip(self.rows, values)]
 
 # %% ../nbs/60_evaluation.ipynb #a4cf06ee
 def report_card(
@@ -188,8 +206,8 @@ def report_card(
     context: int = None,  # default the block size, at most the model's context
     **options,  # of `perplexity`
 ) -> ReportCard:
-    "`perplexity` at each of `strides`, per token, word and byte; per word only if the text has one."
+    "`perplexity` at each of `strides`, per token, word and byte; per word only if white space parts words."
     _, context = check_measure(model, blocks, context=context)
     strides = dict.fromkeys(strides or (context, max(1, context // 2)))
     measured = [perplexity(model, blocks, stride=s, context=context, **options) for s in strides]
-    return ReportCard(tuple(p.per(unit) for p in measured for unit in UNITS if replace(p, unit=unit).count))
+    return ReportCard(tuple(p.per(unit) for p in measured for unit in p.units))

@@ -8,6 +8,8 @@ __all__ = []
 # %% ../nbs/02_reporting.ipynb #99439931
 import contextlib
 
+from .core import printable
+
 # %% ../nbs/02_reporting.ipynb #e6c70471
 def silent(what, done, total):
     "Says nothing."
@@ -28,7 +30,7 @@ class Bars:
         from tqdm import tqdm  # by those who work, not by `colab-gpt2 --help`
         many = total is None or total >= 10_000
         self.what = what
-        self.bar = tqdm(desc=what, total=total, initial=done, unit="", unit_scale=many, **self.options)
+        self.bar = tqdm(desc=printable(what), total=total, initial=done, unit="", unit_scale=many, **self.options)
 
     def close(self):
         if self.bar is not None: self.bar.close()
