@@ -1,11 +1,12 @@
 "Own files, folders and zips, Python's documentation, the real WikiText: what comes out; own files stay as they are."
-import json, os, re, socket, subprocess, sys, tracemalloc, warnings, zipfile
+import io, json, os, re, socket, subprocess, sys, tracemalloc, warnings, zipfile
 
 import pytest
 
 from colab_gpt2.core import sha256_of
 from colab_gpt2.errors import fields_of
-from colab_gpt2.text.corpus import SPLITS, WIKITEXT, cached, check_text, load_corpus, recall, titles
+from colab_gpt2.text.corpus import WIKITEXT, cached, load_corpus, recall, titles
+from colab_gpt2.text.reading import SPLITS, check_text, cut_near
 
 ARTICLES = "".join(f" \n = Number {n} = \n \n It is {n} , and {'very ' * n}large . \n" for n in range(30))
 
@@ -241,6 +242,16 @@ def test_every_shape_of_text_is_cut_near_80_10_10(load, tmp_path, shape):
     ends = [corpus.bytes["train"] / size, (corpus.bytes["train"] + corpus.bytes["validation"]) / size]
     assert 0.75 <= ends[0] <= 0.85 and 0.85 <= ends[1] <= 0.95
     for part in parts[1:]: assert re.match(beginning, part), part[:40]
+
+
+@pytest.mark.parametrize("unit", ["🌊", "é", "a tide. ", "潮水。", "It ebbs\n\n", "A tide<|endoftext|>", " \n\n\n x"])
+def test_even_a_short_text_has_three_parts(unit):
+    for size in range(64, 500):
+        text = (unit * 500).encode()[:size].decode(errors="ignore").strip().encode()
+        if len(text) < 64: continue
+        first = cut_near(io.BytesIO(text), len(text), 0.8)
+        second = cut_near(io.BytesIO(text), len(text), 0.9, first)
+        for part in (text[:first], text[first:second], text[second:]): assert part.decode().strip()
 
 
 def test_the_source_says_the_real_shares(load, tmp_path):

@@ -89,11 +89,12 @@ CHARACTER = re.compile(rb"[^\x80-\xbf]")
 # %% ../../nbs/text/10_reading.ipynb #e516fdc5
 def cut_near(file, size, share, after=0):
     "The byte near `share` of the first `size` of the open `file`, and beyond `after`, where the coarsest unit begins."
-    wanted, reach = int(share * size), min(max(size // 20, 4), 1 << 21)  # memory does not grow with the text
-    low, high = max(wanted - reach, after), min(wanted + reach, size)
+    wanted, reach = int(share * size), min(max(size // 20, 16), size // 12, 1 << 21)  # bounded memory
+    low, high = max(wanted - reach, after), min(wanted + reach, size - 1)
     file.seek(start := max(low - 99, 0))  # what ends a unit may begin before `low`
     text = file.read(high - start)
-    places = ((start + m.end() for m in unit.finditer(text) if low < start + m.end() < high) for unit in UNITS)
+    places = ((start + m.end() for m in unit.finditer(text)
+               if low < start + m.end() <= high and not text.startswith(b"<|end", m.end())) for unit in UNITS)
     nearest = (min(ends, key=lambda place: abs(place - wanted), default=0) for ends in places)
     return next(filter(None, nearest), start + CHARACTER.search(text, wanted - start).start())
 
