@@ -21,7 +21,8 @@ setup(
     author=settings["author"],
     url=settings["git_url"],
     license="Apache-2.0",
-    classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Developers", "Natural Language :: English"]
+    classifiers=["Development Status :: 4 - Beta", "Intended Audience :: Developers", "Natural Language :: English",
+                 "Operating System :: POSIX :: Linux", "Operating System :: MacOS"]
         + [f"Programming Language :: Python :: {p}" for p in pythons[pythons.index(settings["min_python"]):]],
     packages=find_packages(include=["colab_gpt2", "colab_gpt2.*"]),
     package_data={"colab_gpt2": ["py.typed", "assets/*.css", "assets/*.js", "assets/tiny/*"]},

@@ -8,9 +8,8 @@ __all__ = ['FinetuneConfig']
 # %% ../nbs/04_config.ipynb #ce1056b1
 import os
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
-from .core import Record, nearest
+from .core import Record, home, nearest
 from .errors import Sentence, check_choice, check_number
 
 # %% ../nbs/04_config.ipynb #1da4635b
@@ -118,18 +117,17 @@ def check_value(f, given):
         raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be True or False.", value=given))
 
 # %% ../nbs/04_config.ipynb #555209f8
-def check_paths(config):
-    "ValueError for the first path that no file can have: too long, or in the home of a user who does not exist."
+def expand_paths(config):
+    "Put the home folder in the place of `~`; ValueError for a path that no file can have: too long, or of no user."
     for f in fields(config):
         given = getattr(config, f.name)
-        if not (f.metadata.get("path") and isinstance(given, str)): continue
-        try: path = Path(given).expanduser()
-        except RuntimeError:
-            message = "{%s} is {value!r}, and there is no user {user!r} here; give a path without ~." % f.name
-            raise ValueError(Sentence(message, value=given, user=given.split("/")[0][1:])) from None
+        if not (f.metadata.get("path") and isinstance(given, (str, os.PathLike))): continue
+        try: path = home(given)
+        except ValueError as e: raise ValueError(Sentence("{%s} is {why}" % f.name, why=e)) from None
+        if str(given)[:1] == "~": object.__setattr__(config, f.name, type(given)(path))
         if len(os.fsencode(path)) > 4095 or max(map(len, map(os.fsencode, path.parts)), default=0) > 255:
             message = "{%s} is {size:,} characters long, too long for a path." % f.name
-            raise ValueError(Sentence(message, size=len(given)))
+            raise ValueError(Sentence(message, size=len(str(given))))
 
 # %% ../nbs/04_config.ipynb #f8a5b6be
 def check_batch(config):
@@ -150,7 +148,7 @@ def check_config(config):
             raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1."))
     if config.resume and config.overwrite_output_dir:
         raise ValueError(Sentence("{resume} and {overwrite_output_dir} exclude each other: choose one."))
-    check_paths(config)
+    expand_paths(config)
     check_batch(config)
 
 # %% ../nbs/04_config.ipynb #bf542408

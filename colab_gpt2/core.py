@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/00_core.ipynb #0b0b9bfa
-import contextlib, dataclasses, difflib, hashlib, html, logging, math, os, re, shutil, tempfile, time
+import contextlib, dataclasses, difflib, errno, hashlib, html, logging, math, os, re, shutil, stat, tempfile, time
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #f9a2c4bf
@@ -64,6 +64,53 @@ def human_time(seconds):
     if seconds < 3600: return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
+# %% ../nbs/00_core.ipynb #c024d5c9
+def home(path) -> Path:
+    "`path`, with a home folder for `~` or `~user` at its beginning; ValueError where there is none."
+    text = os.path.expanduser(path)
+    if text[:1] != "~" or os.path.lexists(text): return Path(text)  # a file of one's own may begin with ~
+    user = Path(text).parts[0][1:]
+    why = f"there is no user {user!r} here" if user else "no home folder is known here"
+    raise ValueError(f"{text!r}: {why}; give a path without ~.")
+
+# %% ../nbs/00_core.ipynb #7fcea497
+DRIVES = "MyDrive", "My Drive", "Shareddrives", "Shared drives"
+
+def drive_top(path, anywhere=True):
+    "The first folder in `path` with a Drive's name, `anywhere` or in a folder `drive`, as on Colab; None without any."
+    path = Path(os.path.realpath(path))
+    found = (f for f in (*reversed(path.parents), path) if f.name in DRIVES)
+    return next((f for f in found if anywhere or f.parent.name == "drive"), None)
+
+# %% ../nbs/00_core.ipynb #82a8adac
+def _empty(path):
+    "Empty a file, but for one that has another name as well, or that this process reads through a map: it would crash."
+    status, maps = path.lstat(), Path("/proc/self/maps")
+    mapped = maps.exists() and os.path.realpath(path) in maps.read_text(errors="replace")
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and not mapped: os.truncate(path, 0)
+
+# %% ../nbs/00_core.ipynb #f476e545
+def discard(path):
+    "Delete a file, a link or a folder; the files of a Drive are emptied first."
+    path = Path(path)
+    folder = path.is_dir() and not path.is_symlink()
+    if drive_top(path.parent):
+        with contextlib.suppress(OSError):  # deleting matters more
+            for file in path.rglob("*") if folder else [path]: _empty(file)
+    shutil.rmtree(path) if folder else os.unlink(path)
+
+# %% ../nbs/00_core.ipynb #d389b12b
+def replace(source, path):
+    "Move the file `source` to `path`. A former file on a Drive is discarded."
+    if not (os.path.isfile(path) and drive_top(path)): return os.replace(source, path)
+    former = Path(source).with_suffix(".former.part")
+    os.replace(path, former)
+    try: os.replace(source, path)
+    except BaseException:
+        os.replace(former, path)
+        raise
+    discard(former)
+
 # %% ../nbs/00_core.ipynb #50e3506a
 def current_umask():
     "The process's umask, which can only be read by setting it."
@@ -97,27 +144,31 @@ def atomic(path, folder=False):
     path = Path(path)
     inside = folder and path.is_dir()  # it may be a mount, out of which nothing can be renamed
     place, prefix = path if inside else path.parent, f".{path.name}.{os.getpid()}."
+    top = drive_top(place, anywhere=False)
+    if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))  # not mounted
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=prefix, suffix=".part") as temporary:
+    options = dict(suffix=".part", ignore_cleanup_errors=True)  # the error that led there says more
+    with tempfile.TemporaryDirectory(dir=place, prefix=prefix, **options) as temporary:
         target = Path(temporary, path.name)
         if folder: target.mkdir()
         try: yield target
         except BaseException:
-            if not folder:
-                with contextlib.suppress(OSError): target.unlink()  # a Drive under load may refuse to list a folder
+            with contextlib.suppress(OSError): discard(target)  # a Drive under load may refuse to list `temporary`
             raise
         _settle(temporary)
-        if not (folder and path.is_dir()): os.replace(target, path)  # another process may have made it meanwhile
+        if not (folder and path.is_dir()): replace(target, path)  # another process may have made it meanwhile
         else:
-            for child in sorted(target.iterdir(), key=lambda p: p.stat().st_size): os.replace(child, path/child.name)
+            for child in sorted(target.iterdir(), key=lambda p: p.stat().st_size): replace(child, path/child.name)
         _sync(place)
 
 # %% ../nbs/00_core.ipynb #4da8cefb
 def leftovers(folder) -> list[Path]:
     "What `atomic` left in `folder` when its process was killed; not what a living process still writes."
     import psutil
+    def alive(number, path):  # one that began a minute after `path` has the number by chance; Drive has its own clock
+        return psutil.pid_exists(number) and psutil.Process(number).create_time() < path.stat().st_mtime + 60
     named = ((path, re.fullmatch(r"\..+\.(\d+)\.\w{8}\.part", path.name)) for path in Path(folder).glob(".*.part"))
-    dead = (path for path, found in named if found and not psutil.pid_exists(int(found[1])))
+    dead = (path for path, found in named if found and not alive(int(found[1]), path))
     return [path for path in dead if path.is_dir() and not path.is_symlink()]
 
 # %% ../nbs/00_core.ipynb #ee4f0b91
@@ -133,7 +184,8 @@ def sha256_of(path, report=None, chunk=1 << 20):
 # %% ../nbs/00_core.ipynb #56e22cc0
 def existing(path) -> Path:
     "`path`, or the nearest folder above it that exists."
-    return next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    path = home(path).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
 
 # %% ../nbs/00_core.ipynb #56e22ccc
 def check_space(path, needed, what):
@@ -143,11 +195,6 @@ def check_space(path, needed, what):
     if free >= needed: return
     raise OSError(f"{what} needs {human_bytes(needed)} and {folder} has {human_bytes(free)} free. "
                   "Free some space or choose another folder.")
-
-# %% ../nbs/00_core.ipynb #20c058bd
-def cache_folder(cache_dir=None):
-    "Where downloads and token files are kept: `cache_dir`, else `colab_gpt2` under `$XDG_CACHE_HOME` or `~/.cache`."
-    return Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"colab_gpt2").expanduser()
 
 # %% ../nbs/00_core.ipynb #4a9058d6
 def retried(action, passing, attempts=3, wait=1.0):

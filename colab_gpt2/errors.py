@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_errors.ipynb #301486e8
-import contextlib, math, numbers, operator, re, string
+import contextlib, errno, math, numbers, operator, re, string
 from ast import literal_eval
 
 from .core import nearest
@@ -95,3 +95,49 @@ def check_choice(name, value, known):
     if value in known: return value
     near = nearest(value, [str(k) for k in known])
     raise ValueError(Sentence(f"{{{name}}} is {{value!r}}.{{near}}", value=value, near=near))
+
+# %% ../nbs/01_errors.ipynb #e7b72cdb
+FULL = "the disk, or Drive's quota, is full. Free some space (on Drive, empty the trash too)."
+DENIED = "you have no permission there. Choose another folder."
+NO_FOLDER = "a file stands where a folder is needed. Choose another path."
+REMOUNT = "Mount Drive again with mount_drive(force_remount=True) in a cell"
+ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails under load and after a lost connection
+    errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EPERM: DENIED,
+    errno.EEXIST: NO_FOLDER, errno.ENOTDIR: NO_FOLDER,
+    errno.ENOENT: "a file or folder is missing, or cannot be made there. Choose another folder.",
+    errno.ENAMETOOLONG: "the name is too long. Choose another.",
+    errno.EROFS: "the folder is read-only. Mount Drive without readonly=True, or choose another folder.",
+    errno.EIO: "an input/output error (errno 5). On Drive it comes from a folder with many files, or a full quota: "
+               "try again in a minute, or choose another folder.",
+    errno.ENOTCONN: f"Drive's mount has gone (errno 107). {REMOUNT}, then try again."}
+
+# %% ../nbs/01_errors.ipynb #786f016b
+def errno_of(error):
+    "The system's number of an error, or None; safetensors, whose errors are no OSErrors, has it in the text."
+    if isinstance(error, OSError): return error.errno
+    told = str(error)
+    return next((number for number in ADVICE if f"(os error {number})" in told), None)
+
+# %% ../nbs/01_errors.ipynb #629511a3
+def same_kind(error, message) -> OSError:
+    "An OSError like `error`, with another `message`."
+    made = (type(error) if isinstance(error, OSError) else OSError)(message)
+    made.errno = errno_of(error)
+    return made
+
+# %% ../nbs/01_errors.ipynb #f4ad65e0
+@contextlib.contextmanager
+def explained(action):
+    "Turn an error that `ADVICE` knows into one line: `action` ('Copying a.tar.gz') failed, and why."
+    try: yield
+    except Exception as e:
+        number = errno_of(e)
+        if number not in ADVICE or getattr(e, "strerror", "") is None: raise  # explained already
+        raise same_kind(e, f"{action} failed: {ADVICE[number]}") from e
+
+# %% ../nbs/01_errors.ipynb #49d1ba8a
+GONE = errno.ENOTCONN  # the errno of the errors that a new mount (force_remount=True) may mend
+
+def may_pass(error) -> bool:
+    "Is `error` an input/output error or a mount that has gone?"
+    return errno_of(error) in (errno.EIO, GONE)

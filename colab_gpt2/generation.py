@@ -20,6 +20,7 @@ from .model.decoding import decode
 from .model.loading import check_match, load_model, load_tokenizer, model_context
 from .model.sampling import Sampling
 from .reporting import counted, reporting
+from .runtime import find_device
 
 # %% ../nbs/61_generation.ipynb #7e6ba0d3
 def held_back(text, stops) -> int:
@@ -73,7 +74,7 @@ def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
     field, tokenizer = ("model", model) if tokenizer is None else ("tokenizer", tokenizer)
     if not isinstance(model, nn.Module):
         with about("model"): model = load_model(model, cache_dir=cache_dir)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or ("cuda" if find_device()[0] == "cuda" else "cpu")
     if isinstance(tokenizer, nn.Module):
         raise ValueError(Sentence("A loaded model needs a loaded {tokenizer} too; see load_tokenizer."))
     if isinstance(tokenizer, (str, Path)):

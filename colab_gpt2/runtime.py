@@ -6,21 +6,68 @@
 __all__ = ['in_colab', 'Precision', 'pick_precision', 'Runtime', 'check_runtime']
 
 # %% ../nbs/03_runtime.ipynb #23b576a0
-import importlib.metadata, os, platform, shutil, sys, warnings
+import contextlib, importlib.metadata, os, platform, re, shutil, stat, sys, warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import Record, existing, human_bytes
-from .errors import check_choice
+from .core import DRIVES, Record, drive_top, existing, home, human_bytes
+from .errors import Sentence, check_choice, explained
+
+# %% ../nbs/03_runtime.ipynb #bca13f84
+def on_kaggle() -> bool:
+    "Whether this is one of Kaggle's notebooks."
+    known = "KAGGLE_KERNEL_", "KAGGLE_CONTAINER_", "KAGGLE_URL_"
+    return any(name.startswith(known) for name in os.environ) or Path("/kaggle/working").exists()
 
 # %% ../nbs/03_runtime.ipynb #cefbc495
 def in_colab() -> str:
     "`'kernel'` of a Colab notebook, `'subprocess'` elsewhere on a Colab machine, `''` on any other."
+    if on_kaggle(): return ""
     ipython = sys.modules.get("IPython")  # a kernel has imported it; importing it here would only cost time
     shell = ipython.get_ipython() if ipython else None
     if "google.colab" in str(shell): return "kernel"
     return "subprocess" if "COLAB_RELEASE_TAG" in os.environ or Path("/var/colab/hostname").exists() else ""
+
+# %% ../nbs/03_runtime.ipynb #5838a40a
+def is_folder(path) -> bool:
+    "os.path.isdir, but with an error for a mount that has gone."
+    with explained(f"Reading {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    return False
+
+# %% ../nbs/03_runtime.ipynb #64dda586
+SPELLINGS = DRIVES[:2]
+
+def my_drive(mountpoint):
+    "The user's Drive below `mountpoint`, in either spelling, or None."
+    return next(filter(is_folder, (Path(mountpoint, name) for name in SPELLINGS)), None)
+
+# %% ../nbs/03_runtime.ipynb #0c5f0499
+def drive_path(path) -> Path:
+    "`path`, with the home folder for `~`, and Drive's folder in the spelling that exists."
+    path = home(path)
+    for folder in (*reversed(path.parents), path):
+        if folder.name in SPELLINGS and (found := my_drive(folder.parent)): return found/path.relative_to(folder)
+    return path
+
+# %% ../nbs/03_runtime.ipynb #ebe2c1b5
+def check_mounted(path, field="") -> Path:
+    "`drive_path(path)`; FileNotFoundError about `field` if that is on a Drive that is not mounted. Nothing is made."
+    path, colab = drive_path(path), in_colab()
+    top = drive_top(path, anywhere=colab)
+    if colab and not top and path.absolute().is_relative_to("/content/drive"): top = Path("/content/drive/MyDrive")
+    if not top or my_drive(top.parent): return path
+    other = f", or choose another {{{field}}}" if field else ""
+    told = f"Drive is not mounted: there is no folder {{path}}. Run mount_drive() in a cell first{other}."
+    raise FileNotFoundError(Sentence(told, path=top))
+
+# %% ../nbs/03_runtime.ipynb #94682992
+def cache_folder(cache_dir=None) -> Path:
+    "Where downloads and token files are kept: `cache_dir`, else `colab_gpt2` under `$XDG_CACHE_HOME` or `~/.cache`."
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"colab_gpt2"
+    try: return check_mounted(cache_dir or usual, "cache_dir")
+    except ValueError as e: raise ValueError(Sentence("{cache_dir} is {why}", why=e)) from None
 
 # %% ../nbs/03_runtime.ipynb #9b36c39a
 @dataclass(frozen=True)
@@ -79,6 +126,17 @@ def pick_precision(
     why = "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), and fp16 is very slow on a CPU"
     return Precision("fp32", False, why)
 
+# %% ../nbs/03_runtime.ipynb #0dc98468
+def lacks_code(gpu) -> str:
+    "What to do if this torch has no code for a GPU with these properties, else ''."
+    import torch
+    built = re.findall(r"(sm|compute)_(\d+)(\d)([af]?)", " ".join(torch.cuda.get_arch_list()))  # none of AMD's
+    mine, codes = (gpu.major, gpu.minor), [(int(major), int(minor)) for _, major, minor, _ in built]
+    later = any(kind == "compute" and not letter and mine >= code for (kind, *_, letter), code in zip(built, codes))
+    if not built or later or any(code <= mine and code[0] == gpu.major for code in codes): return ""
+    other = "a newer torch" if mine > min(codes) else "torch for CUDA 12.6 (cu126), the last for old GPUs"
+    return f"this torch has no code for sm_{gpu.major}{gpu.minor} ({gpu.name}): choose a T4, or install {other}"
+
 # %% ../nbs/03_runtime.ipynb #cd55ca8d
 def find_device():
     "`('cuda' | 'mps' | 'cpu', what torch said if it failed)`."
@@ -88,8 +146,8 @@ def find_device():
         warnings.simplefilter("always")
         try:
             if torch.cuda.is_available():
-                torch.cuda.get_device_properties(0)  # a device that cannot be asked cannot be used
-                return "cuda", ""
+                trouble = lacks_code(torch.cuda.get_device_properties(0))  # one that cannot be asked cannot be used
+                return ("cpu" if trouble else "cuda"), trouble
         except (RuntimeError, AssertionError, OSError) as error: return "cpu", first_line(error)
     if torch.backends.mps.is_available(): return "mps", ""
     return "cpu", first_line(caught[0].message) if caught else ""
@@ -161,9 +219,11 @@ def advise(colab: str, device: str, trouble="") -> str:
     "What to do where there is no GPU, with what torch said of one that failed; `''` where there is one."
     if device != "cpu": return ""
     said = f" torch said: {trouble}." if trouble else ""
-    if colab: return ("There is no GPU in this session. In Colab's menu choose Runtime → Change runtime type → T4 GPU "
-                      f"→ Save, then run the cells again from the first one.{said}")
-    return ("No GPU was found, so the CPU is used: the embedded model 'tiny' is fine-tuned in a minute or two, GPT-2 "
+    menu = "Kaggle's menu choose Settings → Accelerator → GPU T4 x2" if on_kaggle() else ""
+    if colab: menu = "Colab's menu choose Runtime → Change runtime type → T4 GPU → Save"
+    if menu:
+        return f"No GPU can be used in this session. In {menu}, then run the cells again from the first one.{said}"
+    return ("No GPU can be used here, so the CPU is: the embedded model 'tiny' is fine-tuned in a minute or two, GPT-2 "
             "in a day or two. With an NVIDIA GPU in this machine, update its driver or install a CUDA build of torch; "
             f"else open the notebook in Colab with a T4 GPU.{said}")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import FinetuneConfig, changed, pick_block_size
-from .core import Record, human_bytes
+from .core import Record, home, human_bytes
 from .errors import Sentence, check_number
 from .reporting import reporting
 from .runtime import check_runtime, in_colab
@@ -105,8 +105,8 @@ def evaluate(
 # %% ../nbs/64_tasks.ipynb #455558b2
 def archive_name(folder) -> str:
     "The archive of `folder`, next to it."
-    path = Path(folder)
-    if path.name in ("", ".."): path = path.expanduser().absolute()
+    path = home(folder)
+    if path.name in ("", ".."): path = path.absolute()
     return f"{path}.tar.gz"
 
 # %% ../nbs/64_tasks.ipynb #7661410d
@@ -166,7 +166,7 @@ def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     if drive is None and not in_colab():
         return dict(path=None, why="this is not Colab, and no folder was given in place of a Drive", failed=False)
     try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
-    except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=True)
+    except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=type(e) is not NotImplementedError)
 
 # %% ../nbs/64_tasks.ipynb #3f624cd5
 @dataclass(frozen=True)
@@ -201,11 +201,11 @@ def run(
     from colab_gpt2.training import finetune
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir or config.resume
+    if drive is not None or in_colab(): open_drive(drive)
     path = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
     if not again and (path.exists() or path.is_symlink()):
         said = "{path} exists; set {archive_path} to another file, or {overwrite_output_dir=True} to overwrite it."
         raise FileExistsError(Sentence(said, path=path))
-    if drive is not None or in_colab(): open_drive(drive)
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
     packed = archive(finetuned.output_dir, archive_path, overwrite=again, progress=progress)
     saved = save_or_say_why(packed.path, drive_folder, drive, progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
-from .core import Record, atomic, check_space, human_bytes, human_time, leftovers
+from .core import Record, atomic, check_space, discard, home, human_bytes, human_time, leftovers
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit, tell
 from .engine.checkpoints import find_checkpoints, newest_intact, read_manifest, remove_checkpoint, save_model
 from .engine.checkpoints import sort_checkpoints
@@ -28,13 +28,13 @@ from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
 from .preparing import prepare, release_memory, starting_model
 from .reporting import reporting, silent
-from .runtime import Runtime, out_of_memory
+from .runtime import Runtime, check_mounted, out_of_memory
 
 # %% ../nbs/63_training.ipynb #85386443
 def check_output_dir(output_dir, resume=False, overwrite=False) -> Path:
     """The folder, made if necessary. NotADirectoryError, or PermissionError if it cannot be written to; if it is not
     empty, FileExistsError unless `resume` or `overwrite` is set, FileNotFoundError with nothing to resume."""
-    path = Path(output_dir).expanduser()
+    path = check_mounted(output_dir, "output_dir")
     if path.is_file(): raise NotADirectoryError(Sentence("{output_dir} {path} is a file; give a folder.", path=path))
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def check_output_dir(output_dir, resume=False, overwrite=False) -> Path:
         told = "{output_dir} {path} cannot be written to ({why}); choose another folder."
         raise PermissionError(Sentence(told, path=path, why=e.strerror)) from e
     if resume or overwrite:
-        for left in leftovers(path): shutil.rmtree(left)
+        for left in leftovers(path): discard(left)
     if overwrite or not any(path.iterdir()): return path
     if not resume: raise FileExistsError(Sentence(TAKEN, path=path))
     complete, incomplete = sort_checkpoints(path)
@@ -61,7 +61,7 @@ def check_sources(config):
     "ValueError if the model or the tokenizer is a checkpoint that this run would delete."
     doomed = [path.resolve() for path in find_checkpoints(config.output_dir)]
     for name, given in dict(model=config.model, tokenizer=config.tokenizer).items():
-        if not given or Path(given).expanduser().resolve() not in doomed: continue
+        if not given or Path(given).resolve() not in doomed: continue
         told = f"{{{name}}} is {{given}}, a checkpoint that this run would delete; choose another {{output_dir}}."
         raise ValueError(Sentence(told, given=given))
 
@@ -282,7 +282,7 @@ def finetune(
 # %% ../nbs/63_training.ipynb #7d3cd2aa
 def finished_config(output_dir) -> FinetuneConfig | None:
     "Of the run that was finished in `output_dir`; None without one, or if another has begun since."
-    folder = Path(output_dir).expanduser()
+    folder = home(output_dir)
     told = folder/"finetune.json"
     if not told.is_file(): return
     if any(path.stat().st_mtime > told.stat().st_mtime for path in find_checkpoints(folder)): return

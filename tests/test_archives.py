@@ -1,5 +1,5 @@
 "Archives: the same bytes, nothing that leads elsewhere, every fault, and what is left on disk."
-import io, os, re, shutil, subprocess, sys, tarfile, tracemalloc
+import gzip, io, os, re, shutil, subprocess, sys, tarfile, tracemalloc, types
 
 import pytest
 
@@ -151,6 +151,7 @@ def evil(path, **fields):
     return path
 
 
+LETTERS, DEEP, LONG = "a name with control characters", "more than 64 folders deep", "a name of more than 255 bytes"
 ABSOLUTE, PARENT, LINK, DEVICE = "is an absolute path", "is a path with ..", "is a link", "is a device file"
 EVIL = [
     (dict(name="/etc/evil"), ABSOLUTE), (dict(name="C:\\evil"), ABSOLUTE),
@@ -160,6 +161,10 @@ EVIL = [
     (dict(name="link", type=tarfile.LNKTYPE, linkname="config.json"), LINK),
     (dict(name="null", type=tarfile.CHRTYPE, devmajor=1, devminor=3), DEVICE),
     (dict(name="disk", type=tarfile.BLKTYPE), DEVICE), (dict(name="pipe", type=tarfile.FIFOTYPE), DEVICE),
+    *((dict(name=f"a{c}b"), f"is {LETTERS}") for c in "\x1b \a \n \r \x7f \x9b \u202e \u2066".split(" ")),
+    (dict(name="a/" * 1200 + "b"), f"is {DEEP}"), (dict(name="a/" * 1200, type=tarfile.DIRTYPE), f"is {DEEP}"),
+    (dict(name="x" * 300), f"is {LONG}"), (dict(name="d/" + "é" * 128), f"is {LONG}"),
+    (dict(name=""), "is a file without a name"), (dict(name="."), "is a file without a name"),
     (dict(name="config.json"), "appears twice"), (dict(name="config.json/x"), "is a file inside a file")]
 
 
@@ -170,9 +175,73 @@ def test_evil_archives_write_nothing(tmp_path, monkeypatch, fields, reason, filt
     (tmp_path/"in").mkdir()
     path = evil(tmp_path/"in"/"evil.tar.gz", **fields)
     before = tree(tmp_path)
-    line = f"{path} holds {fields['name']!r}, which {reason}. Nothing was unpacked"
+    line = f"{path} holds {fields['name']!r:.99}, which {reason}. Nothing was unpacked"
     with pytest.raises(ValueError, match=re.escape(line)): extract_archive(path, tmp_path/"in"/"new")
     assert tree(tmp_path) == before and os.listdir(tmp_path/"in") == ["evil.tar.gz"]
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path):
+    "A byte of Latin-1, in an archive of the old format."
+    with tarfile.open(tmp_path/"a.tar.gz", "w:gz", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("caf\xe9.json"))
+    with pytest.raises(ValueError, match=re.escape(f"'caf\\udce9.json', which is {LETTERS}")):
+        extract_archive(tmp_path/"a.tar.gz", tmp_path/"new")
+
+
+def zeros(path, size, names=("a",), **fields):
+    "An archive of files of zeros, whose bytes are not there if `size` is too much to write."
+    with gzip.open(path, "wb", 1) as file:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = size
+            for field, value in fields.items(): setattr(member, field, value)
+            file.write(member.tobuf(tarfile.GNU_FORMAT))
+            file.write(bytes(min(size, 1 << 20)))
+    return path
+
+
+@pytest.mark.parametrize("size, line", [
+    (10 << 30, "holds more than 10,000 files or 1.1 GB. Nothing was unpacked."), (1 << 60, "holds more than 10,000")])
+def test_a_bomb_is_refused_at_its_header(tmp_path, size, line):
+    path = zeros(tmp_path/"a.tar.gz", size)
+    with pytest.raises(ValueError, match=re.escape(line)): extract_archive(path, tmp_path/"new")
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def test_room_is_looked_for_before_an_archive_is_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1 << 20))
+    with pytest.raises(OSError, match="Unpacking .* needs 3.0 MB and .* has 1.0 MB free"):
+        extract_archive(zeros(tmp_path/"a.tar.gz", 3_000_000, ["a", "b"]), tmp_path/"new")  # truncated, too
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.REGTYPE])
+def test_an_archive_of_too_many_members_is_refused(tmp_path, monkeypatch, kind):
+    "The same folder for ever, or a file more than is allowed."
+    monkeypatch.setattr("colab_gpt2.storage.archives.MOST", 100)
+    names = ["d"] * 101 if kind == tarfile.DIRTYPE else map(str, range(101))
+    with pytest.raises(ValueError, match="holds more than 100 files"):
+        extract_archive(zeros(tmp_path/"a.tar.gz", 0, names, type=kind), tmp_path/"new")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_of_gigabytes_is_not_read_into_memory(tmp_path, kind):
+    path = zeros(tmp_path/"a.tar.gz", 8 << 30, type=kind)
+    def refused():
+        with pytest.raises(ValueError, match="a header of 8.6 GB"): extract_archive(path, tmp_path/"new")
+    assert peak_of(refused) < 8 << 20
+
+
+def test_tokens_and_keys_do_not_travel_in_archives(model, archive, tmp_path):
+    (model/"checkpoint-8").mkdir()
+    secret = "hf_" + "aB3" * 12
+    texts = {"finetune.json": '{"config": {"trainer_args": {"hub_token": "x"}}}', "notes.txt": f"my token is {secret}",
+             "checkpoint-8/training_args.bin": f"\x00hub_token{secret}", ".env": secret, "prod.env": "x", "token": "x",
+             "kaggle.json": "{}", "client_secret_1.json": "{}", "a.pem": "x"}
+    for name, text in texts.items(): (model/name).write_text(text)
+    for checkpoints, warned in ((False, 2), (True, 3)):
+        with pytest.warns(UserWarning, match="holds an access token and is left out of the archive") as caught:
+            again = archive_model(model, tmp_path/"b.tar.gz", checkpoints=checkpoints, overwrite=True, progress=False)
+        assert again.files == archive.files and len(caught) == warned
 
 
 def test_pythons_own_filter_is_asked_too(tmp_path, monkeypatch):

@@ -3,11 +3,11 @@ import errno, json, os, re, subprocess, sys, threading, time
 
 import pytest
 
-from colab_gpt2 import ask_for_drive
-from colab_gpt2.core import sha256_of
-from colab_gpt2.errors import fields_of
-from colab_gpt2.storage.archives import REMOUNT
-from colab_gpt2.storage.drive import GONE, copy_verified, mount_drive, restore_from_drive, save_to_drive
+from colab_gpt2 import archive_model, ask_for_drive
+from colab_gpt2.core import atomic, discard, sha256_of
+from colab_gpt2.errors import GONE, REMOUNT, fields_of
+from colab_gpt2.storage.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
+from colab_gpt2.tasks import save_or_say_why
 from helpers.archives import archive, model, tree
 from helpers.colab_stub import colab, environment, stub
 
@@ -91,12 +91,28 @@ def test_on_a_runtime_that_cannot_mount(stub, tmp_path, monkeypatch):
     """Colab's front end on a machine of the user's own, and a Colab machine without the package."""
     with stub.pretend(), monkeypatch.context() as patched:
         patched.delenv("COLAB_RELEASE_TAG")
-        with pytest.raises(RuntimeError, match="This runtime cannot mount Drive .NotImplementedError"):
+        with pytest.raises(NotImplementedError, match="This runtime cannot mount Drive .NotImplementedError"):
             mount_drive(tmp_path/"drive")
         patched.setitem(sys.modules, "google.colab.drive", None)
         patched.delattr(sys.modules["google.colab"], "drive")
         with pytest.raises(RuntimeError, match="This runtime cannot mount Drive .(Import|ModuleNotFound)Error"):
             mount_drive(tmp_path/"drive")
+
+
+@pytest.mark.parametrize("kaggle", [False, True])
+def test_a_drive_that_cannot_exist_is_no_failure(stub, archive, monkeypatch, kaggle):
+    "Nobody asked for one: Colab's Docker image on a machine of the user's own, and Kaggle."
+    with stub.pretend(), monkeypatch.context() as patched:
+        if kaggle: patched.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+        else: patched.delenv("COLAB_RELEASE_TAG")
+        saved = save_or_say_why(archive.path, "colab-gpt2", None, progress=False)
+    assert saved["path"] is None and saved["why"] and not saved["failed"]
+
+
+def test_a_drive_that_was_refused_is_a_failure(colab, archive, monkeypatch):
+    mount_here(monkeypatch, colab)
+    with colab.faults(authorization_denied=True):
+        assert save_or_say_why(archive.path, "colab-gpt2", None, progress=False)["failed"]
 
 
 def test_a_mount_that_has_gone(colab, my_drive, archive):
@@ -181,6 +197,70 @@ def test_read_back_comes_from_the_disk(archive, tmp_path, monkeypatch):
     assert calls == ["fsync", os.POSIX_FADV_DONTNEED]
 
 
+@pytest.fixture
+def deleted(monkeypatch):
+    "The sizes of the files when they are deleted, and of those that another takes the place of."
+    sizes, unlink, replace = [], os.unlink, os.replace
+    def unlinked(path, *, dir_fd=None):
+        sizes.append(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_size)
+        unlink(path, dir_fd=dir_fd)
+    def replaced(source, path):
+        if os.path.isfile(path): sizes.append(os.stat(path).st_size)
+        replace(source, path)
+    monkeypatch.setattr(os, "unlink", unlinked)
+    monkeypatch.setattr(os, "replace", replaced)
+    return sizes
+
+
+def test_what_is_replaced_on_a_drive_reaches_the_trash_empty(colab, model, my_drive, archive, old, deleted):
+    "An archive that is packed there, one that is copied there, a model that is saved again."
+    for place in (old, my_drive/"b.tar.gz"): archive_model(model, place, overwrite=True, progress=False)
+    copy_verified(archive.path, my_drive/"b.tar.gz", progress=False)  # the same bytes: nothing is written
+    (my_drive/"b.tar.gz").write_text("another")
+    copy_verified(archive.path, my_drive/"b.tar.gz", progress=False)
+    for text in ("one", "two"):
+        with atomic(my_drive/"run", folder=True) as folder: (folder/"model.safetensors").write_text(text)
+    assert deleted == [0, 0, 0] and (my_drive/"run/model.safetensors").read_text() == "two"
+    assert sorted(tree(my_drive)) == ["b.tar.gz", "colab-gpt2/gpt2-tuned.tar.gz", "run/model.safetensors"]
+
+
+def test_what_an_error_leaves_half_written_on_a_drive_is_emptied(colab, my_drive, deleted):
+    for folder in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            with atomic(my_drive/"a", folder=folder) as target:
+                (target/"weights" if folder else target).write_text("half of the weights")
+                raise KeyboardInterrupt
+    assert deleted == [0, 0] and os.listdir(my_drive) == []
+
+
+def test_a_replacement_that_fails_puts_the_former_file_back(colab, my_drive, monkeypatch):
+    (my_drive/"a.txt").write_text("old")
+    def fails(source, path, replace=os.replace):
+        if str(path).endswith("a.txt") and "former" not in str(source): raise OSError(errno.EIO, "Input/output error")
+        replace(source, path)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Errno 5"):
+        patched.setattr(os, "replace", fails)
+        with atomic(my_drive/"a.txt") as file: file.write_text("new")
+    assert tree(my_drive) == {"a.txt": b"old"}
+
+
+def test_only_files_of_a_drive_with_one_name_are_emptied(tmp_path, colab, my_drive):
+    "Not what a link leads to, what a backup shares, nor what this process reads through a map: it would crash."
+    import mmap
+    for place in (tmp_path, my_drive):
+        (place/"kept").write_text("kept")
+        (place/"run").mkdir()
+        (place/"run/link").symlink_to(place/"kept")
+        os.link(place/"kept", place/"run/shared")
+    (my_drive/"run/mapped").write_text("mapped")
+    with open(my_drive/"run/mapped", "rb") as file: view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    (my_drive/"way").symlink_to(my_drive/"run")
+    for place in (tmp_path, my_drive): discard(place/"run")
+    discard(my_drive/"way")
+    assert view[:] == b"mapped" and [(place/"kept").read_text() for place in (tmp_path, my_drive)] == ["kept"] * 2
+    assert os.listdir(my_drive) == ["kept"]
+
+
 def test_temporaries_reach_the_trash_empty(colab, archive, old, monkeypatch):
     sizes, unlink = [], os.unlink
     leftover = old.with_name(f".{old.name}.another-vm-7.part")
@@ -190,7 +270,7 @@ def test_temporaries_reach_the_trash_empty(colab, archive, old, monkeypatch):
         leftover.write_text("half of an archive")
         os.utime(leftover, (0, time.time() - 25 * 3600))
         copy_verified(archive.path, old, progress=False)
-    assert sizes == [0, 0] and list(tree(old.parent)) == [old.name]
+    assert sizes == [0, 0, 0] and list(tree(old.parent)) == [old.name]  # the third is the former archive
 
 
 def test_killed_in_the_middle(archive, tmp_path):
@@ -301,9 +381,23 @@ def test_outside_colab_a_folder_serves(archive, model, tmp_path):
     assert saved.path == tmp_path/"plays/Drive/colab-gpt2/gpt2-tuned.tar.gz" and saved.note == ""
     back = restore_from_drive("gpt2-tuned.tar.gz", tmp_path/"back", drive=tmp_path/"plays/Drive", progress=False)
     assert tree(back) == tree(model)
-    for action in (mount_drive, lambda: save_to_drive(archive), lambda: restore_from_drive("none", tmp_path/"new")):
+    for action in (mount_drive, lambda: save_to_drive(archive)):
         with pytest.raises(FileNotFoundError, match="Google Drive can be mounted on Colab only") as e: action()
         assert fields_of(e.value) == ("drive",)
+
+
+@pytest.mark.parametrize("name", ["none", "missing/file", "../none.tar.gz", "/none.tar.gz", "~/none.tar.gz"])
+def test_a_file_that_is_missing_is_not_looked_for_on_a_drive_that_is_not_there(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"There is no archive {name} here")) as e:
+        restore_from_drive(name, tmp_path/"new")
+    assert fields_of(e.value) == ("drive",) and "Google" not in str(e.value)
+
+
+def test_a_path_that_leads_out_of_the_drive_is_no_reason_to_mount_it(colab, tmp_path):
+    asked = len(colab.stub.requests)
+    with pytest.raises(FileNotFoundError, match="There is no archive /none.tar.gz here"):
+        restore_from_drive("/none.tar.gz", tmp_path/"new")
+    assert len(colab.stub.requests) == asked
 
 
 def test_archive_that_was_changed_after_it_was_made(archive, tmp_path):
@@ -332,3 +426,71 @@ def test_records_are_for_people_and_programs(archive, tmp_path):
     assert facts == {"path": str(archive.path), "bytes": archive.bytes, "sha256": archive.sha256}
     assert set(saved.to_dict()) == {"path", "bytes", "sha256", "seconds", "note"}
     for record in (archive, saved): assert record.sha256 in record._repr_html_()
+
+
+# ---- a run whose folder is on the Drive
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for name, articles in (("train", 60), ("eval", 12)):
+        page = f" = {name} = \n \n The tide came in at noon and went out again . \n"
+        (folder/f"{name}.txt").write_text(page * articles)
+    return folder
+
+
+@pytest.fixture
+def train(texts, my_drive):
+    "Fine-tune for three steps into `run` on the Drive; after the first checkpoint the Drive has the `faults`."
+    from transformers import TrainerCallback
+    from colab_gpt2 import finetune
+    def run(faults=None, **changes):
+        class Breaks(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 2: sys.modules["google.colab._stub"].faults.set(**(faults or {}))
+        files = {f"{name}_file": str(texts/f"{name}.txt") for name in ("train", "eval")}
+        options = dict(model="tiny", block_size=64, max_steps=3, save_steps=1, save_total_limit=1, max_new_tokens=1,
+                       precision="fp32", cache_dir=str(texts/"cache"), output_dir=str(my_drive/"run"), **files)
+        return finetune(**{**options, **changes}, callbacks=[Breaks()], progress=False)
+    return run
+
+
+def test_a_run_fills_no_trash_and_outlasts_a_passing_error(colab, my_drive, train, deleted, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    train(dict(io_error=2))
+    names = os.listdir(my_drive/"run")
+    assert "model.safetensors" in names and [n for n in names if n.startswith("checkpoint")] == ["checkpoint-3"]
+    train(overwrite_output_dir=True)
+    assert deleted and set(deleted) == {0}
+
+
+@pytest.mark.parametrize("faults, line", [
+    (dict(disconnected=True), "failed: Drive's mount has gone (errno 107)."),
+    (dict(io_error=True), "failed: an input/output error (errno 5)."),
+    (dict(read_only=True), "failed: the folder is read-only."),
+    (dict(full=3000), "is full: ")])
+def test_a_run_ends_in_one_line_when_its_drive_fails(colab, my_drive, train, faults, line, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(OSError) as e: train(faults)
+    assert line in str(e.value) and str(my_drive/"run") in str(e.value)
+    assert "\n" not in str(e.value) and "[Errno" not in str(e.value)
+    colab.faults.set(**dict.fromkeys(faults, None if "full" in faults else False))
+    assert [n for n in os.listdir(my_drive/"run") if not n.startswith(".")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("faults, line", [
+    (dict(disconnected=True), "Drive's mount has gone (errno 107)"), (dict(read_only=True), "cannot be written to"),
+    (dict(quota=1_000_000), "The run needs")])
+def test_a_run_does_not_start_on_a_drive_that_fails(colab, my_drive, train, faults, line):
+    with colab.faults(**faults), pytest.raises(OSError, match=re.escape(line)) as e: train()
+    assert "\n" not in str(e.value) and "[Errno" not in str(e.value)
+
+
+def test_a_finished_run_that_is_resumed_has_the_same_archive(my_drive, train):
+    "Nothing is copied to the Drive again."
+    train()
+    first = archive_model(my_drive/"run", my_drive/"a.tar.gz", progress=False)
+    train(resume=True)
+    assert archive_model(my_drive/"run", my_drive/"a.tar.gz", overwrite=True, progress=False) == first
+    train(resume=True, prompt="Rain")
+    assert archive_model(my_drive/"run", my_drive/"a.tar.gz", overwrite=True, progress=False).sha256 != first.sha256

@@ -12,6 +12,7 @@ def fake_gpu(monkeypatch, name, memory, capability):
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device=None: properties)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)  # a T4 emulates it
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_70", "sm_75", "sm_80"])
 
 
 def no_gpu(monkeypatch, answer=lambda: False):
@@ -39,6 +40,59 @@ def test_no_gpu_in_colab_says_what_to_click(monkeypatch):
     assert (runtime.colab, runtime.device, runtime.device_memory) == ("subprocess", "cpu", None)
     assert "Runtime → Change runtime type → T4 GPU → Save" in runtime.advice
     assert html.escape(runtime.advice) in runtime._repr_html_()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+@pytest.mark.parametrize("name", ["KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_URL_BASE", "KAGGLE_CONTAINER_NAME"])
+def test_kaggle_is_not_colab(monkeypatch, name, kernel):
+    "Its image is built on Colab's, whose front end may be connected to it."
+    no_gpu(monkeypatch)
+    if kernel: monkeypatch.setattr("IPython.get_ipython", type("Shell", (), {"__module__": "google.colab._shell"}))
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260101")
+    monkeypatch.setenv(name, "Interactive")
+    runtime = check_runtime()
+    assert runtime.colab == "" and "Settings → Accelerator → GPU T4 x2" in runtime.advice
+    assert "Colab" not in runtime.advice
+
+
+def test_credentials_for_kaggle_do_not_make_a_machine_of_kaggles(monkeypatch):
+    for name in ("USERNAME", "KEY", "API_TOKEN", "CONFIG_DIR"): monkeypatch.setenv(f"KAGGLE_{name}", "x")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab_20260101")
+    assert in_colab() == "subprocess"
+
+
+@pytest.mark.parametrize("name", ["SM_HOST", "PAPERSPACE_NOTEBOOK_REPO_ID", "BINDER_SERVICE_HOST", "VSCODE_PID"])
+def test_other_hosts_of_notebooks_are_no_colab(monkeypatch, name):
+    no_gpu(monkeypatch)
+    monkeypatch.setenv(name, "x")
+    runtime = check_runtime()
+    assert runtime.colab == "" and "Runtime →" not in runtime.advice and "Settings →" not in runtime.advice
+
+
+ARCHITECTURES = [  # what torch was built for, and a GPU; the other torch that has code for it, or ""
+    ("sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", (6, 0), "cu126"),  # Kaggle's P100
+    ("sm_70 sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", (7, 5), ""), ("sm_70 sm_80 sm_90", (7, 5), ""),
+    ("sm_75 sm_80 sm_86 sm_90", (7, 0), "cu126"),  # of one major version, but older
+    ("sm_75 sm_80 sm_86 sm_90", (8, 9), ""), ("sm_80 sm_90", (12, 0), "newer"),
+    ("sm_80 sm_90 compute_90", (12, 0), ""), ("sm_80 compute_80", (7, 5), "cu126"),
+    ("sm_80 sm_90a", (9, 0), ""), ("sm_80 compute_90a", (10, 0), "newer"), ("gfx90a gfx942", (9, 0), ""),
+    ("", (3, 5), "")]
+
+@pytest.mark.parametrize("built, capability, other", ARCHITECTURES)
+def test_a_gpu_that_torch_has_no_code_for_is_not_used(monkeypatch, built, capability, other):
+    fake_gpu(monkeypatch, "Tesla P100-PCIE-16GB", 17_059_545_088, capability)
+    monkeypatch.setattr("torch.cuda.get_arch_list", built.split)
+    runtime = check_runtime()
+    assert runtime.device == ("cpu" if other else "cuda") and other in runtime.advice
+    number = "sm_{}{}".format(*capability)
+    assert not other or f"no code for {number} (Tesla P100-PCIE-16GB): choose a T4" in runtime.advice
+
+
+def test_a_text_is_generated_on_the_cpu_where_torch_has_no_code_for_the_gpu(monkeypatch):
+    fake_gpu(monkeypatch, "Tesla P100-PCIE-16GB", 17_059_545_088, (6, 0))
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_70"])
+    from colab_gpt2.generation import resolve
+    assert resolve("tiny", None, None)[0].device.type == "cpu"
 
 
 def test_kernel_is_told_from_subprocess(monkeypatch):

@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #9e6964ce
-import contextlib, os, shutil, sys, tempfile, warnings
+import contextlib, os, re, shutil, sys, tempfile, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ..cli import one_line, quiet_libraries
 from ..config import FinetuneConfig, pick_block_size
-from ..core import atomic
+from ..core import atomic, home
 from ..errors import fields_of
 from .flags import FLAGS, name_of, parse
 from ..tasks import evaluate
@@ -45,11 +45,14 @@ def check_given(given):
     need("tokenizer_name", "a new model has no tokenizer of its own, as in --tokenizer_name=gpt2")
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #fc829b81
+PATH = re.compile("_(dir|files?|path)$|^(config|tokenizer)_name$")  # flags whose value may begin with ~
 DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_total_limit=None, max_new_tokens=1)
 
 def translate(given) -> Job:
     "The job that the flags ask for; ValueError, in one line, for what is missing, refused or out of range."
     check_given(given)
+    given = {name: str(home(value)) if PATH.search(name) and str(value)[:1] == "~" else value
+             for name, value in given.items()}
     changes, said, trainer_args = {**DEFAULTS}, [], {}
     for name, value in given.items():
         typed = f"--{name}" if value is True else f"--{name}={value}"

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 import colab_gpt2
-from ..core import Record, nearest
+from ..core import Record, home, nearest
 from ..errors import Sentence
-from ..runtime import out_of_memory
+from ..runtime import cache_folder, check_mounted, out_of_memory
 from ..text.corpus import hub_trouble
 
 # %% ../../nbs/model/20_loading.ipynb #8c79dab5
@@ -64,7 +64,7 @@ def locate(name):
     "The Path or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
     text = str(name)
     if text in MODELS: return MODELS[text].hub_id or TINY
-    folder = Path(text).expanduser()
+    folder = home(text)
     if folder.is_dir(): return folder
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
@@ -161,6 +161,7 @@ def loading(place):
 def ready(name, cache_dir, *needs):
     "Where to load `name` from: a folder, or a Hub id if the Hub answers. One of each of `needs` is there."
     place = locate(name)
+    if not isinstance(place, Path): check_mounted(cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "cache_dir")
     if isinstance(place, Path): files = [p.name for p in place.iterdir()]
     elif trouble := hub_trouble(): return from_cache(place, cache_dir, *needs, trouble=trouble)
     else:
@@ -180,6 +181,7 @@ def load_tokenizer(
     cache_dir=None,  # Hugging Face's cache, if not its usual place
 ):
     "The tokenizer of a model, a PreTrainedTokenizerFast. Errors as `load_model`."
+    cache_dir = cache_dir and cache_folder(cache_dir)
     place = ready(name, cache_dir, TOKENIZERS)
     with loading(place): tokenizer = AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
     if tokenizer.is_fast: return tokenizer
@@ -202,6 +204,7 @@ def load_config(config, cache_dir=None):
     if info and info.hub_id:
         return GPT2Config(n_layer=info.layers, n_embd=info.width, n_head=info.heads,
                           n_positions=info.context, vocab_size=info.vocabulary)
+    cache_dir = cache_dir and cache_folder(cache_dir)
     place = ready(config, cache_dir, ("config.json",))
     with loading(place): loaded = AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
     check_causal(loaded, place)
@@ -225,6 +228,7 @@ def load_model(
     """A causal language model in fp32, in evaluation mode, on the CPU; from safetensors only, and no code is run.
     ValueError for weights that do not fit, FileNotFoundError for a folder that is incomplete, ConnectionError."""
     if from_scratch: return new_model(load_config(config or name, cache_dir), seed).eval()
+    cache_dir = cache_dir and cache_folder(cache_dir)
     place = ready(name, cache_dir, ("config.json",), WEIGHTS)
     if config: config = load_config(config, cache_dir)
     safely = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)

@@ -115,7 +115,7 @@ def missing_files(values) -> dict:
     paths = {name: getattr(values.config, name) for name in FILES if name not in values.typed}
     def there(path): return os.path.exists(path) or glob.glob(path)
     return {name: f"There is no file {path}." for name, path in paths.items()
-            if path and not there(os.path.expanduser(path))}
+            if path and not there(path)}
 
 # %% ../../nbs/panels/76_data.ipynb #35893bd5
 def wrong_files(values, own) -> dict:

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..config import changed, check_paths, value
+from ..config import changed, expand_paths, value
 from ..core import Record, human_bytes, sha256_of
-from ..errors import Sentence
+from ..errors import GONE, Sentence, explained
 from .fields import Form, Values
 from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row, wide
 from ..runtime import disk, in_colab
-from ..storage.archives import Archive, archive_model, explained
-from ..storage.drive import GONE, Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
+from ..storage.archives import Archive, archive_model
+from ..storage.drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
 from ..tasks import archive_name
 
 # %% ../../nbs/panels/80_drive.ipynb #58028c8e
@@ -38,7 +38,7 @@ class DriveConfig(Record):
     def __post_init__(self):
         for name in ("model", "folder", "restore_to"):
             if not getattr(self, name): raise ValueError(Sentence(f"{{{name}}} is empty; give a value."))
-        check_paths(self)
+        expand_paths(self)
         check_folder(self.folder)
         if self.archive and not self.archive.lower().endswith((".tar.gz", ".tgz")):
             raise ValueError(Sentence("{archive} is {value!r}; it must end in .tar.gz or .tgz.", value=self.archive))
@@ -81,9 +81,9 @@ def archives_on(drive, folder) -> list:
 def missing_places(config, awaited=None) -> dict:
     "What is wrong with the model, unless it is `awaited`, and with the Drive: field -> message."
     found, drive = {}, config.drive
-    if config.model != awaited and not Path(config.model).expanduser().is_dir():
+    if config.model != awaited and not Path(config.model).is_dir():
         found["model"] = f"There is no folder {config.model}."
-    if drive and Path(drive).expanduser().is_file(): found["drive"] = f"{drive} is a file; name a folder to save in."
+    if drive and Path(drive).is_file(): found["drive"] = f"{drive} is a file; name a folder to save in."
     return found
 
 # %% ../../nbs/panels/80_drive.ipynb #e6e93486
@@ -157,7 +157,7 @@ class DriveView(DriveSource):
 # %% ../../nbs/panels/80_drive.ipynb #6d91b7c3
 def is_own(path, packed) -> bool:
     "Whether the file `path` is as it was `packed` here (path -> SHA-256)."
-    path = Path(path).expanduser()
+    path = Path(path)
     return path in packed and path.is_file() and sha256_of(path) == packed[path]
 
 # %% ../../nbs/panels/80_drive.ipynb #bc64d123

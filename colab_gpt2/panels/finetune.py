@@ -85,7 +85,7 @@ class Forecaster:
 
     def files(self, config):
         "Size and time of each file of the text: another may take its name."
-        paths = [Path(name).expanduser() for name in (config.dataset, config.train_file, config.eval_file) if name]
+        paths = [Path(name) for name in (config.dataset, config.train_file, config.eval_file) if name]
         return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
 
 # %% ../../nbs/panels/78_finetune.ipynb #5d37f1b8
@@ -118,7 +118,7 @@ def describe_resume(there, newest, config, plan) -> tuple:
 # %% ../../nbs/panels/78_finetune.ipynb #284fcd86
 def describe_folder(config, plan=None) -> tuple:
     "(what the output folder holds, or '', and what that means for the start, whether it is refused)."
-    folder = Path(config.output_dir).expanduser()
+    folder = Path(config.output_dir)
     if refused := refused_place(folder): return refused, True
     if not folder.is_dir() or not any(folder.iterdir()): return "", False
     newest = next(reversed(find_checkpoints(folder)), None)
@@ -267,7 +267,7 @@ class Trained(Steering):
     def can_resume(self, error):
         "Whether the run that `error` ended left a checkpoint in the folder of the settings. NaN needs others."
         if isinstance(error, FloatingPointError) or self.config.output_dir != self.live.config.output_dir: return False
-        newest = next(reversed(find_checkpoints(Path(self.config.output_dir).expanduser())), None)
+        newest = next(reversed(find_checkpoints(self.config.output_dir)), None)
         return newest is not None and newest.name in self.live.saved
 
     def resume_next(self, error):

@@ -12,7 +12,7 @@ from html import escape
 
 import ipywidgets as widgets
 
-from ..config import changed, check_paths, value
+from ..config import changed, expand_paths, value
 from ..core import Record
 from ..errors import Sentence
 from ..generation import check_request, stream
@@ -38,7 +38,7 @@ class GenerateConfig(Sampling):
         for name in ("model", "prompt"):
             if not getattr(self, name): raise ValueError(Sentence(f"{{{name}}} is empty; give a value."))
         check_request(self.max_new_tokens, self.seed)
-        check_paths(self)
+        expand_paths(self)
         super().__post_init__()
 
     def sampling(self) -> dict: return {f.name: getattr(self, f.name) for f in fields(Sampling)}

@@ -6,26 +6,29 @@
 __all__ = ['Archive', 'archive_model', 'extract_archive']
 
 # %% ../../nbs/storage/50_archives.ipynb #06e123ca
-import contextlib, errno, fnmatch, gzip, json, os, shutil, tarfile, zlib
+import contextlib, fnmatch, gzip, json, math, os, re, shutil, tarfile, warnings, zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError, safe_open
 from tqdm.utils import CallbackIOWrapper
 
-from ..core import Record, atomic, check_space, human_bytes, sha256_of
-from ..errors import Sentence
+from ..core import Record, atomic, check_space, home, human_bytes, sha256_of
+from ..errors import Sentence, explained
 from ..reporting import counter, reporting
+from ..runtime import check_mounted
 
 # %% ../../nbs/storage/50_archives.ipynb #2e2bf3a1
+SECRETS = (".*", "*.env", "*.pem", "*.key", "token", "stored_tokens", "kaggle.json", "credentials*.json",
+           "client_secret*.json")
 LEFT_OUT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "*.tar.gz", "*.tgz")
 
 def model_files(folder, checkpoints=False) -> list:
-    """The names of the files in `folder`, sorted; no hidden ones; checkpoint-*/ and what matches `LEFT_OUT` only with
-    `checkpoints`. A link counts as its file; none to a folder is followed."""
+    """The names of the files in `folder`, sorted; no hidden ones nor SECRETS; checkpoint-*/ and what matches `LEFT_OUT`
+    only with `checkpoints`. A link counts as its file; none to a folder is followed."""
     def stop(error): raise error  # os.walk would pass over a folder that it cannot read
     def kept(names, *left_out):
-        left_out = (".*",) if checkpoints else (".*", *left_out)
+        left_out = SECRETS if checkpoints else (*SECRETS, *left_out)
         return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in left_out)]
     found = []
     for root, folders, files in os.walk(folder, onerror=stop):
@@ -33,10 +36,20 @@ def model_files(folder, checkpoints=False) -> list:
         found += [Path(root, name) for name in kept(files, *LEFT_OUT)]
     return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
 
+# %% ../../nbs/storage/50_archives.ipynb #4e19bbab
+TOKEN = re.compile(rb'hf_[0-9A-Za-z]{30,}|"hub_token": "')
+
+def without_tokens(folder, names) -> list:
+    "`names` but for small files that hold an access token of the Hub; each is a warning."
+    def holds(path): return path.stat().st_size < 1 << 20 and TOKEN.search(path.read_bytes())
+    found = [name for name in names if holds(folder/name)]
+    for name in found: warnings.warn(f"{folder/name} holds an access token and is left out of the archive.", stacklevel=3)
+    return [name for name in names if name not in found]
+
 # %% ../../nbs/storage/50_archives.ipynb #41f2eca0
 def check_model(folder):
     "`folder`, if it holds a model; else FileNotFoundError, NotADirectoryError, or ValueError for damaged weights."
-    folder, advice = Path(folder).expanduser(), "Give the output folder of a finished fine-tuning."
+    folder, advice = home(folder), "Give the output folder of a finished fine-tuning."
     if not folder.exists(): raise FileNotFoundError(f"There is no folder {folder}. {advice}")
     if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; give the folder that holds the model.")
     names = [name for name in os.listdir(folder) if not name.startswith(".")]
@@ -52,37 +65,6 @@ def check_model(folder):
         except SafetensorError as e:
             raise ValueError(f"{path} is truncated or corrupted ({e}). Save the model again.") from e
     return folder
-
-# %% ../../nbs/storage/50_archives.ipynb #e7b72cdb
-FULL = "the disk, or Drive's quota, is full. Free some space (on Drive, empty the trash too)."
-DENIED = "you have no permission there. Choose another folder."
-NO_FOLDER = "a file stands where a folder is needed. Choose another path."
-REMOUNT = "Mount Drive again with mount_drive(force_remount=True) in a cell"
-ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails under load and after a lost connection
-    errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EPERM: DENIED,
-    errno.EEXIST: NO_FOLDER, errno.ENOTDIR: NO_FOLDER,
-    errno.ENOENT: "a file or folder is missing, or cannot be made there. Choose another folder.",
-    errno.ENAMETOOLONG: "the name is too long. Choose another.",
-    errno.EROFS: "the folder is read-only. Mount Drive without readonly=True, or choose another folder.",
-    errno.EIO: "an input/output error (errno 5). On Drive it comes from a folder with many files, or a full quota: "
-               "try again in a minute, or choose another folder.",
-    errno.ENOTCONN: f"Drive's mount has gone (errno 107). {REMOUNT}, then try again."}
-
-# %% ../../nbs/storage/50_archives.ipynb #629511a3
-def same_kind(error, message) -> OSError:
-    "`error` with another `message`."
-    made = type(error)(message)
-    made.errno = error.errno
-    return made
-
-# %% ../../nbs/storage/50_archives.ipynb #f4ad65e0
-@contextlib.contextmanager
-def explained(action):
-    "Turn an OSError that `ADVICE` knows into one line: `action` ('Copying a.tar.gz') failed, and why."
-    try: yield
-    except OSError as e:
-        if e.errno not in ADVICE or e.strerror is None: raise  # one that was explained already has no strerror
-        raise same_kind(e, f"{action} failed: {ADVICE[e.errno]}") from e
 
 # %% ../../nbs/storage/50_archives.ipynb #cc80905f
 @dataclass(frozen=True)
@@ -113,7 +95,7 @@ def write_archive(target, folder, names, add):
 # %% ../../nbs/storage/50_archives.ipynb #9d05d10c
 def check_archive_path(path, overwrite=False) -> Path:
     "`path`, if an archive can be written there; else IsADirectoryError, FileExistsError, or ValueError (its name)."
-    path = Path(path).expanduser()
+    path = check_mounted(path)
     if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder; name a file in it that ends in .tar.gz.")
     if not path.name.lower().endswith((".tar.gz", ".tgz")):
         raise ValueError(f"{path} is not a valid archive name: it must end in .tar.gz or .tgz.")
@@ -130,10 +112,11 @@ def archive_model(
     progress=True,  # as `reporting` takes it
 ) -> Archive:
     "Pack a model; the bytes depend on its files (and on zlib) alone. Errors of `check_model` and `check_archive_path`."
-    folder, path = check_model(folder), check_archive_path(path, overwrite)
     action = f"Packing {folder} into {path}"
     with reporting(progress) as report, explained(action):
+        folder, path = check_model(folder), check_archive_path(path, overwrite)
         names = [n for n in model_files(folder, checkpoints) if not (path.exists() and path.samefile(folder/n))]
+        names = without_tokens(folder, names)
         total = sum((folder/n).stat().st_size for n in names)
         check_space(path.parent, total, action)
         with atomic(path) as temporary:
@@ -149,8 +132,15 @@ def leads_out(name) -> str:
     return "a path with .." if ".." in path.parts else ""
 
 # %% ../../nbs/storage/50_archives.ipynb #a1f095db
+DEEPEST, LONGEST = 64, 255  # folders, bytes in a name: most file systems take no longer one
+
 def refusal(member, folder=".") -> str:
     "Why `member`, a TarInfo, must not be unpacked into `folder`, or ''."
+    parts = PurePosixPath(member.name).parts
+    if not member.name.isprintable(): return "a name with control characters"  # a terminal would obey them
+    if len(parts) > DEEPEST: return f"more than {DEEPEST} folders deep"
+    if max(map(len, map(str.encode, parts)), default=0) > LONGEST: return f"a name of more than {LONGEST} bytes"
+    if not parts and not member.isdir(): return "a file without a name"
     if reason := leads_out(member.name): return reason
     if member.issym() or member.islnk(): return "a link"
     if member.isdev(): return "a device file"
@@ -162,12 +152,19 @@ def refusal(member, folder=".") -> str:
     return ""
 
 # %% ../../nbs/storage/50_archives.ipynb #ea6d0b4f
-def plain_members(tar, path, folder) -> dict:
-    "Name -> TarInfo for all in `tar`; ValueError unless that is plain files and folders in `folder`, each once."
-    def refuse(name, reason): raise ValueError(f"{path} holds {name!r}, which {reason}. Nothing was unpacked.")
-    members, files = {}, set()
-    for member in tar:
+MOST = 10_000  # files in an archive
+
+def plain_members(tar, path, folder, limit=math.inf) -> dict:
+    """Name -> TarInfo for all in `tar`; ValueError unless that is plain files and folders in `folder`, each once, of
+    no more than `limit` bytes together; OSError unless there is room. A header that is wrong is the last to be read."""
+    def refuse(name, reason): raise ValueError(f"{path} holds {name!r:.99}, which {reason}. Nothing was unpacked.")
+    members, files, total = {}, set(), 0
+    for number, member in enumerate(tar):
         if reason := refusal(member, folder): refuse(member.name, f"is {reason}")
+        total += member.size
+        if number >= MOST or total > limit:
+            raise ValueError(f"{path} holds more than {MOST:,} files or {human_bytes(limit)}. Nothing was unpacked.")
+        if member.size > 1 << 20: check_space(folder, total, f"Unpacking {path}")
         name = str(PurePosixPath(member.name))
         if name in members and not (member.isdir() and members[name].isdir()): refuse(member.name, "appears twice")
         members[name] = member
@@ -175,15 +172,23 @@ def plain_members(tar, path, folder) -> dict:
     for name in members:
         if files.intersection(map(str, PurePosixPath(name).parents)): refuse(name, "is a file inside a file")
     if not files: raise ValueError(f"{path} holds no files.")
+    check_space(folder, total, f"Unpacking {path}")
     while tar.fileobj.read(1 << 20): continue  # to the end, where gzip compares its checksum
     return members
+
+# %% ../../nbs/storage/50_archives.ipynb #ec3c986a
+class Unzipped(gzip.GzipFile):
+    "A gzip file that is read in pieces of 16 MB at most."
+    def read(self, size=-1):
+        if size > 1 << 24: raise tarfile.ReadError(f"a header of {human_bytes(size)}")
+        return super().read(size)
 
 # %% ../../nbs/storage/50_archives.ipynb #8eeec475
 @contextlib.contextmanager
 def reading_archive(path, called):
     "The open archive `path`, `called` so in messages; ValueError if it cannot be read to its end."
     try:
-        with tarfile.open(path, "r:gz") as tar: yield tar
+        with Unzipped(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r:") as tar: yield tar
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
         said = f"{called} is truncated, corrupted or not a .tar.gz archive ({e}). Copy or make it again."
         raise ValueError(said) from e
@@ -191,7 +196,7 @@ def reading_archive(path, called):
 # %% ../../nbs/storage/50_archives.ipynb #eef84516
 def empty_folder(folder) -> Path:
     "`folder`, made absolute, if it is new or empty; else FileExistsError or NotADirectoryError."
-    folder = Path(folder).absolute()
+    folder = check_mounted(folder).absolute()
     if not folder.exists(): return folder
     if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; give a folder to unpack into.")
     if not any(folder.iterdir()): return folder
@@ -201,9 +206,8 @@ def empty_folder(folder) -> Path:
 def unpack(path, folder, report, called):
     "Check the archive `path`, `called` so in messages, and unpack it, with the permissions that `open` gives."
     with explained(f"Unpacking {called} into {folder}"), reading_archive(path, called) as tar:
-        members = plain_members(tar, called, folder)
+        members = plain_members(tar, called, folder, (1 << 30) + 100 * os.path.getsize(path))  # weights hardly shrink
         total = sum(m.size for m in members.values())
-        check_space(folder, total, f"Unpacking {called}")
         with atomic(folder, folder=True) as temporary:
             add = counter(report, f"Unpacking {called.name}", total)
             for name, member in members.items():
@@ -221,7 +225,7 @@ def extract_archive(
     progress=True,  # as `reporting` takes it
 ) -> Path:
     "Unpack an archive into `folder`. ValueError, before anything is written, if it is damaged or leads elsewhere."
-    path, folder = Path(path), empty_folder(folder)
+    path, folder = home(path), empty_folder(folder)
     if not path.is_file(): raise FileNotFoundError(f"There is no archive {path}.")
     with reporting(progress) as report: unpack(path, folder, report, path)
     return folder

@@ -6,15 +6,16 @@
 __all__ = ['Copy', 'copy_verified', 'mount_drive', 'save_to_drive', 'restore_from_drive']
 
 # %% ../../nbs/storage/51_drive.ipynb #04d5bba8
-import contextlib, errno, glob, hashlib, itertools, os, re, socket, stat, sys, tempfile, threading, time
-from dataclasses import dataclass, replace
+import contextlib, dataclasses, glob, hashlib, itertools, os, re, socket, sys, tempfile, threading, time
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import Record, check_space, human_bytes, human_time, nearest, retried, sha256_of
-from ..errors import Sentence, check_number
+from ..core import Record, check_space, discard, home, human_bytes, human_time, nearest, replace, retried
+from ..core import sha256_of
+from ..errors import GONE, REMOUNT, Sentence, check_number, explained, may_pass, same_kind
 from ..reporting import counter, reporting
-from ..runtime import in_colab
-from .archives import REMOUNT, Archive, empty_folder, explained, leads_out, same_kind, unpack
+from ..runtime import SPELLINGS, check_mounted, drive_path, in_colab, is_folder, my_drive
+from .archives import Archive, empty_folder, leads_out, unpack
 
 # %% ../../nbs/storage/51_drive.ipynb #f01e97e7
 @dataclass(frozen=True)
@@ -29,12 +30,6 @@ class Copy(Record):
     def _rows(self):
         return [("file", self.path), ("size", human_bytes(self.bytes)), ("SHA-256", self.sha256),
                 ("took", human_time(self.seconds)), ("note", self.note)]
-
-# %% ../../nbs/storage/51_drive.ipynb #3c5e07e0
-def discard(path):
-    "Empty the file `path`, then delete it."
-    os.truncate(path, 0)
-    os.unlink(path)
 
 # %% ../../nbs/storage/51_drive.ipynb #83285893
 def discard_leftovers(destination):
@@ -72,43 +67,11 @@ def copy_once(source, destination, report) -> str:
         if damage:
             raise OSError(f"{name} was {damage} in {destination.parent}. Nothing was replaced. "
                           "Try again; on Drive, check the quota first.")
-        os.replace(temporary, destination)
+        replace(temporary, destination)
     except BaseException:
         with contextlib.suppress(OSError): discard(temporary)  # a mount that has gone cannot delete either
         raise
     return sha256
-
-# %% ../../nbs/storage/51_drive.ipynb #49d1ba8a
-GONE = errno.ENOTCONN  # the errno of the errors that a new mount (force_remount=True) may mend
-
-def may_pass(error) -> bool:
-    "Is `error` an input/output error or a mount that has gone?"
-    return isinstance(error, OSError) and error.errno in (errno.EIO, GONE)
-
-# %% ../../nbs/storage/51_drive.ipynb #5838a40a
-def is_folder(path) -> bool:
-    "os.path.isdir, but with an error for a mount that has gone."
-    with explained(f"Reading {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return stat.S_ISDIR(os.stat(path).st_mode)
-    return False
-
-# %% ../../nbs/storage/51_drive.ipynb #64dda586
-SPELLINGS = "MyDrive", "My Drive"
-
-def my_drive(mountpoint):
-    "The user's Drive below `mountpoint`, in either spelling, or None."
-    return next(filter(is_folder, (Path(mountpoint, name) for name in SPELLINGS)), None)
-
-# %% ../../nbs/storage/51_drive.ipynb #0c5f0499
-def drive_path(path) -> Path:
-    "`path` with Drive's folder in the spelling that exists; FileNotFoundError if that Drive is not mounted."
-    path = Path(path).expanduser()
-    for folder in reversed((path, *path.parents)):
-        if folder.name not in SPELLINGS: continue
-        if found := my_drive(folder.parent): return found/path.relative_to(folder)
-        raise FileNotFoundError(f"Drive is not mounted: there is no folder {folder}. "
-                                "Run mount_drive() in a cell first.")
-    return path
 
 # %% ../../nbs/storage/51_drive.ipynb #9956680f
 def shared_sha256(source, other):
@@ -140,7 +103,7 @@ def copy_verified(
 ) -> Copy:
     """Copy a file, to Drive or anywhere, and read it back. A file with other content is replaced; the `note` says so.
     OSError if the copy does not arrive: then `destination` stays as it was."""
-    start, source, destination = time.monotonic(), drive_path(source), drive_path(destination)
+    start, source, destination = time.monotonic(), check_mounted(source), check_mounted(destination)
     check_number("attempts", attempts, minimum=1, integer=True)
     check_number("wait", wait, minimum=0)
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to copy.")
@@ -166,13 +129,14 @@ def mount_error(error, mountpoint):
         return same_kind(OSError(GONE, ""), f"Drive did not mount ({error}). Wait a minute. {REMOUNT}.")
     if isinstance(error, ValueError):
         return ValueError(f"Drive cannot be mounted at {mountpoint} ({error}). Use mount_drive('/content/drive').")
-    return RuntimeError(Sentence("This runtime cannot mount Drive ({reason}). Connect to a hosted Colab runtime, or "
-                                 "name a folder to save in: {drive}.", reason=reason))
+    return NotImplementedError(Sentence(  # Colab's Docker image runs on other machines too
+        "This runtime cannot mount Drive ({reason}). Connect to a hosted Colab runtime, or "
+        "name a folder to save in: {drive}.", reason=reason))
 
 # %% ../../nbs/storage/51_drive.ipynb #b58d22eb
 def drive_folder(folder, make=False) -> Path:
     "`folder`, or the `MyDrive` that is in it; outside Colab, `make` it when it is missing."
-    folder = drive_path(folder)
+    folder = drive_path(folder) if make and not in_colab() else check_mounted(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(Sentence("{path} is a file; name a folder to save in: {drive}.", path=folder))
     if make and not in_colab():
@@ -228,7 +192,7 @@ FLUSHED = ("Read back, then flushed and unmounted (mount_drive() mounts it again
 # %% ../../nbs/storage/51_drive.ipynb #0a3b1adf
 def check_folder(folder):
     "ValueError unless `folder` is a path that stays inside the Drive."
-    if leads_out(folder):
+    if leads_out(folder) or str(folder)[:1] == "~":
         raise ValueError(Sentence("{folder} is {value!r}; it must be a path inside Drive, such as 'colab-gpt2'.",
                                   value=str(folder)))
 
@@ -251,7 +215,7 @@ def save_to_drive(
     progress=True,  # as `reporting` takes it
 ) -> Copy:
     "Copy an archive to Drive and read it back. The `note` says what that does not prove, and what was there before."
-    source = Path(getattr(archive, "path", archive))
+    source = home(getattr(archive, "path", archive))
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
     check_folder(folder)
     drive = mount_drive() if drive is None else drive_folder(drive, make=True)
@@ -265,7 +229,7 @@ def save_to_drive(
     notes = [f"{wanted.name} is another file there and stays as it is."] if target != wanted else []
     if copy.note: notes.append(copy.note)
     if in_colab() and drive.name in SPELLINGS: notes.append(FLUSHED if flush else NOTE)
-    return replace(copy, note=" ".join(notes))
+    return dataclasses.replace(copy, note=" ".join(notes))
 
 # %% ../../nbs/storage/51_drive.ipynb #454c7d66
 def find_archive(name, drive) -> Path:
@@ -286,9 +250,13 @@ def restore_from_drive(
     progress=True,  # as `reporting` takes it
 ) -> Path:
     "Fetch an archive from Drive to this machine's disk, compare it, and unpack it."
-    folder, source = empty_folder(folder), drive_path(name)
+    folder, source = empty_folder(folder), check_mounted(name)
     with reporting(progress) as report, explained(f"Restoring {name}"):
-        if not source.is_file(): source = find_archive(name, mount_drive() if drive is None else drive_folder(drive))
+        if not source.is_file():
+            if leads_out(source) or drive is None and not in_colab():
+                told = "There is no archive {name} here; give its path, or the folder that it is in: {drive}."
+                raise FileNotFoundError(Sentence(told, name=name))
+            source = find_archive(name, mount_drive() if drive is None else drive_folder(drive))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".restoring-") as local:
             fetched = copy_verified(source, Path(local)/source.name, progress=report).path

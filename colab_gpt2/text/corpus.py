@@ -12,9 +12,10 @@ from pathlib import Path
 
 import requests
 
-from ..core import Record, atomic, cache_folder, human_bytes, nearest, sha256_of
+from ..core import Record, atomic, home, human_bytes, nearest, sha256_of
 from ..errors import Sentence, about
 from ..reporting import Bars, reporting, silent
+from ..runtime import cache_folder
 from .downloads import USER_AGENT, download, split_of, unzip
 from .reading import SPLITS, check_text, cut_text, find_texts, join, plain_ends
 
@@ -281,7 +282,7 @@ def load_path(path, root, report=silent):
 def load_files(train_file, eval_file, root, hold_out=True):
     "The Corpus of your files; a single `train_file` is cut in three if `hold_out`."
     if train_file and not eval_file and hold_out:
-        with about("train_file"): return load_path(Path(train_file).expanduser(), root)
+        with about("train_file"): return load_path(home(train_file), root)
     files, given = {}, {"train_file": train_file, "eval_file": eval_file}
     for split, (name, path) in zip(SPLITS, given.items()):
         with about(name):
@@ -327,7 +328,7 @@ def load_corpus(
         if name == PYTHON_DOCS:
             version = platform.python_version()
             return cached(root/f"{name}-{version}", name, f"the language reference of Python {version}", python_docs)
-        path = Path(name).expanduser()
+        path = home(name)
         if os.path.exists(path) or "/" in str(name) or path.suffix in (".txt", ".zip"):
             return noted(load_path(path, root, report))
         near = nearest(name, [*sources, PYTHON_DOCS])

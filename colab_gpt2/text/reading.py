@@ -9,7 +9,7 @@ __all__ = ['OTHERS', 'check_text']
 import codecs, glob, os, re
 from pathlib import Path
 
-from ..core import check_space
+from ..core import check_space, home
 from ..errors import Sentence, about
 
 # %% ../../nbs/text/10_reading.ipynb #610cb673
@@ -20,7 +20,7 @@ def check_text(
     path,  # of a file; `~` is the home folder
 ) -> Path:
     "`path`, if it holds UTF-8 text; else FileNotFoundError, IsADirectoryError, or ValueError with the wrong byte."
-    path, wrong = Path(path).expanduser(), ""
+    path, wrong = home(path), ""
     if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder; a text file is needed here.")
     if not os.path.exists(path): raise FileNotFoundError(f"{path} does not exist. Give the path of a text file.")
     if not path.is_file(): raise ValueError(f"{path} is a pipe or a device. Write its text to a file first.")
@@ -68,7 +68,7 @@ def in_order(path):
 # %% ../../nbs/text/10_reading.ipynb #b70696b9
 def find_texts(path) -> list:
     "The texts, checked, of a folder (.txt, .md) or a pattern, without hidden and blank ones; [path] for a file."
-    path = Path(path).expanduser()
+    path = home(path)
     if folder := os.path.isdir(path):
         found = [p for p in path.rglob("*") if p.suffix in (".txt", ".md") and "/." not in f"/{p.relative_to(path)}"]
     elif os.path.exists(path) or not glob.has_magic(str(path)): return [check_text(path)]

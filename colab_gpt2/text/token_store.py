@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import Record, atomic, cache_folder, human_bytes, leftovers, sha256_of
+from ..core import Record, atomic, human_bytes, leftovers, sha256_of
 from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
+from ..runtime import cache_folder
 from .corpus import check_text
 from .tokens import Encoder, read_segments
 
