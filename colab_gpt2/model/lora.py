@@ -6,10 +6,20 @@
 __all__ = []
 
 # %% ../../nbs/model/23_lora.ipynb #b413b74a
+import contextlib, warnings
+
 import torch
 
 from ..errors import Sentence
 from .loading import DTYPES
+
+# %% ../../nbs/model/23_lora.ipynb #3850d9c9
+@contextlib.contextmanager
+def quiet_peft():
+    "Inside, peft does not warn of what only it can change: an attribute of transformers that it asks for."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 # %% ../../nbs/model/23_lora.ipynb #3850d9ca
 def add_adapters(model, rank, precision="fp32", seed=0):
@@ -21,9 +31,11 @@ def add_adapters(model, rank, precision="fp32", seed=0):
     layers = ["c_attn", "c_proj", "c_fc"] if gpt2 else "all-linear"
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank,  # as in peft's own examples
                                target_modules=layers, fan_in_fan_out=gpt2, task_type="CAUSAL_LM")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), quiet_peft():
         torch.manual_seed(seed)
-        return peft.get_peft_model(model.to(DTYPES[precision]), settings)
+        adapted = peft.get_peft_model(model.to(DTYPES[precision]), settings)
+    for module in adapted.modules(): module.cast_input_dtype_enabled = False  # peft's; autocast casts
+    return adapted
 
 # %% ../../nbs/model/23_lora.ipynb #cbf0db77
 def merge_adapters(adapted, load):
@@ -31,6 +43,6 @@ def merge_adapters(adapted, load):
     import peft
     adapters = {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(adapted).items()}
     adapted.to("meta")  # never two models in memory
-    fresh = peft.get_peft_model(load(), adapted.peft_config["default"])
+    with quiet_peft(): fresh = peft.get_peft_model(load(), adapted.peft_config["default"])
     peft.set_peft_model_state_dict(fresh, adapters)
     return fresh.merge_and_unload().eval()

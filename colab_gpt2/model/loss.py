@@ -26,25 +26,27 @@ def padded(weight, dtype, multiple):
     return head
 
 # %% ../../nbs/model/21_loss.ipynb #1e89593d
-def slice_loss(logits, targets, counts, vocabulary, factor):
-    "`chunk_loss` of a few rows; `targets` and `counts` (rows, 1): the label, and 1. or 0. in the accumulation dtype."
-    converted = logits if logits.is_cuda else logits.to(counts.dtype)  # a GPU converts as it reads
-    log_probs = converted.log_softmax(-1, dtype=counts.dtype)
+def slice_loss(logits, targets, vocabulary, wanted):
+    "`chunk_loss` of a few rows."
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    converted = logits if logits.is_cuda else logits.to(exact)  # a GPU converts as it reads
+    log_probs = converted.log_softmax(-1, dtype=exact)
     del converted  # a slice fits a CPU's cache, two may not
-    loss = -log_probs[:, :vocabulary].gather(1, targets).mul_(counts).sum()  # a label in the padding is out of range
-    if factor: logits.copy_(log_probs.exp_().mul_(counts * factor).scatter_add_(1, targets, counts * -factor))
-    return loss
+    found = log_probs[:, :vocabulary].gather(1, targets)  # a label in the padding is out of range
+    if wanted:
+        direct = logits.is_cuda or logits.dtype == exact  # a CPU writes another precision in a second pass
+        gradient = torch.exp(log_probs, out=logits if direct else log_probs)
+        gradient.scatter_(1, targets, found.expm1().to(gradient.dtype))
+        if not direct: logits.copy_(gradient)
+    return -found
 
 # %% ../../nbs/model/21_loss.ipynb #e6a995b0
-def chunk_loss(logits, vocabulary, labels, ignore_index, factor=None):
-    "The summed loss of a chunk; given a `factor`, `logits` (rows, padded vocabulary) become their gradient times that."
+def chunk_loss(logits, vocabulary, targets, wanted):
+    """The loss of each row, (rows, 1); if `wanted`, `logits` (rows, padded vocabulary) become their gradients.
+    `targets` (rows, 1) are in the vocabulary, those that do not count too."""
     logits[:, vocabulary:] = -torch.inf  # the rows that padded the head are no tokens
-    counts = (labels != ignore_index)[:, None]
-    targets = labels[:, None].where(counts, 0)
-    counts = counts.to(torch.promote_types(logits.dtype, torch.float32))
     rows = EXACT_ROWS if logits.is_cuda else max(1, EXACT_LOGITS // logits.shape[1])
-    slices = zip(*(t.split(rows) for t in (logits, targets, counts)))
-    return sum(slice_loss(*some, vocabulary, factor) for some in slices)
+    return torch.cat([slice_loss(*some, vocabulary, wanted) for some in zip(logits.split(rows), targets.split(rows))])
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
 def scaled(gradient, scale):
@@ -52,16 +54,17 @@ def scaled(gradient, scale):
     return gradient * scale if gradient.dtype == scale.dtype else gradient.to(scale.dtype).mul_(scale)
 
 # %% ../../nbs/model/21_loss.ipynb #f2d2e668
-FP16_SUM = 64  # of the factors of a chunk's rows
+FP16_SUM = 64  # of the weights of a chunk's rows, at most
 
 class LinearCrossEntropy(torch.autograd.Function):
     "The summed cross-entropy of `hidden @ weight.T`; see `linear_cross_entropy`."
     @staticmethod
     def forward(ctx, hidden, weight, labels, dtype, chunk_size, ignore_index, multiple):
         rows, accumulation_dtype = min(chunk_size, len(hidden)), torch.promote_types(dtype, torch.float32)
-        factor = FP16_SUM / max(1, rows) if dtype == torch.float16 else 1.
+        factor = 0.5 ** ((rows - 1) // FP16_SUM).bit_length() if dtype == torch.float16 else 1.
         for_hidden, for_weight = ctx.needs_input_grad[:2]
-        wanted = factor if for_hidden or for_weight else None
+        counts = (labels != ignore_index)[:, None]
+        targets, counts = labels[:, None].where(counts, 0), counts.to(dtype)
         head, loss = padded(weight, dtype, multiple), hidden.new_zeros((), dtype=accumulation_dtype)
         logits, d_weight = head.new_empty(rows, len(head)), None
         d_hidden = torch.empty_like(hidden, dtype=dtype) if for_hidden else None
@@ -69,9 +72,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_size)
             h = hidden[chunk].to(dtype)
             gradient = torch.mm(h, head.T, out=logits[:len(h)])
-            loss += chunk_loss(gradient, len(weight), labels[chunk], ignore_index, wanted)
-            if for_hidden: torch.mm(gradient, head, out=d_hidden[chunk])
+            each = chunk_loss(gradient, len(weight), targets[chunk], wanted=for_hidden or for_weight)
+            loss += (each * counts[chunk]).sum()
+            if for_hidden: torch.mm(gradient, head, out=d_hidden[chunk]).mul_(counts[chunk])
             if not for_weight: continue
+            h = h * (counts[chunk] * factor)
             if len(hidden) <= chunk_size: d_weight = torch.mm(gradient.T, h, out=None if head is weight else head)
             elif d_weight is None: d_weight = (gradient.T @ h).to(accumulation_dtype)
             else: d_weight += gradient.T @ h
@@ -82,11 +87,10 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, from_above):
-        (d_hidden, d_weight), scale = ctx.saved_tensors, from_above / ctx.factor
-        if d_hidden is not None: d_hidden = scaled(d_hidden, scale).to(ctx.dtypes[0])
-        if d_weight is not None:
-            d_weight = scaled(d_weight, scale).to(ctx.dtypes[1])
-            if len(d_weight) > ctx.rows: d_weight = d_weight[:ctx.rows]  # autograd adds to no view in place
+        d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None: d_hidden = scaled(d_hidden, from_above).to(ctx.dtypes[0])
+        if d_weight is not None:  # the slice is scaled, not the other way round: autograd adds to no view in place
+            d_weight = scaled(d_weight[:ctx.rows], from_above / ctx.factor).to(ctx.dtypes[1])
         return d_hidden, d_weight, *[None] * 5
 
 # %% ../../nbs/model/21_loss.ipynb #4c0fadd6

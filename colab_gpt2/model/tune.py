@@ -37,6 +37,14 @@ def head_multiple(hidden) -> int:
     "The products with `hidden` pad the output layer to a multiple of this: 64 on a GPU in half precision."
     return 64 if hidden.is_cuda and torch.is_autocast_enabled("cuda") else 1
 
+# %% ../../nbs/model/22_tune.ipynb #22a5000c
+def run_layers(gpt2, input_ids):
+    "The last hidden states of full blocks, by a GPT2Model whose attention needs no mask."
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    hidden = gpt2.drop(gpt2.wte(input_ids) + gpt2.wpe(positions))
+    for layer in gpt2.h: hidden = layer(hidden)
+    return gpt2.ln_f(hidden)
+
 # %% ../../nbs/model/22_tune.ipynb #26f8b58f
 @functools.wraps(GPT2LMHeadModel.forward, assigned=(), updated=())  # the Trainer reads its arguments
 def training_forward(self, input_ids=None, labels=None, **kwargs):
@@ -44,7 +52,9 @@ def training_forward(self, input_ids=None, labels=None, **kwargs):
     if labels is None or not self.training:
         return type(self).forward(self, input_ids=input_ids, labels=labels, **kwargs)
     items = kwargs.pop("num_items_in_batch", None)
-    hidden = self.transformer(input_ids, **{**kwargs, "use_cache": False}).last_hidden_state
+    if self.config._attn_implementation == "sdpa" and not any(value is not None for value in kwargs.values()):
+        hidden = run_layers(self.transformer, input_ids)
+    else: hidden = self.transformer(input_ids, **{**kwargs, "use_cache": False}).last_hidden_state
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # each position predicts the next, the last none
     options = dict(reduction="mean" if items is None else "sum", multiple=head_multiple(hidden))
     loss = linear_cross_entropy(hidden, self.lm_head.weight, targets, **options)
