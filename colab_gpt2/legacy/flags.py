@@ -132,7 +132,7 @@ def texts_of(value, given):
     "`--train_data_files`: a pattern. Several files are read as one text."
     files = sorted(glob(value))
     if not files: raise ValueError("no file matches.")
-    return {"train_file": files[0], "train_files": tuple(files)}, f"{', '.join(files)}, read as one text"
+    return {"train_file": value}, f"{', '.join(files)}, read as one text"
 
 # %% ../../nbs/legacy/90_flags.ipynb #0e0987ec
 LINES = "GPT-2 has no padding token for lines of different lengths; leave it out, and they are read as one stream."

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #9e6964ce
-import contextlib, os, re, shutil, sys, tempfile, warnings
+import contextlib, os, re, sys, tempfile, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -27,7 +27,6 @@ class Job:
     said: tuple  # a line for each flag
     watch_every: int | None = None  # steps between evaluations during training; 0: every epoch
     every_checkpoint: bool = False
-    train_files: tuple = ()  # several texts to be read as one
     progress: bool = True
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #6f020ca9
@@ -76,25 +75,14 @@ def opening(path, folder, size=1 << 16) -> Path:
     cut.write_text(start.decode("utf-8", errors="ignore"), encoding="utf-8")
     return cut
 
-# %% ../../nbs/legacy/91_run_language_modeling.ipynb #6eb87e9e
-def joined(files, folder) -> Path:
-    "Several texts as one file in `folder`."
-    from colab_gpt2.text.corpus import check_text
-    path = Path(folder)/f"{len(files)} files"
-    with open(path, "wb") as target:
-        for file in files:
-            with open(check_text(file), "rb") as source: shutil.copyfileobj(source, target)
-    return path
-
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
 def with_texts(job, folder) -> FinetuneConfig:
     "The job's config with a text to train on and one to evaluate on."
-    from colab_gpt2.text.corpus import check_text
+    from colab_gpt2.text.reading import find_texts
     config = job.config
-    if len(job.train_files) > 1: config = replace(config, train_file=str(joined(job.train_files, folder)))
     if not job.train or config.eval_file: return config
     print("no --eval_data_file: perplexity of the training text's start says nothing about new text", file=sys.stderr)
-    return replace(config, eval_file=str(opening(check_text(config.train_file), folder)))
+    return replace(config, eval_file=str(opening(find_texts(config.train_file)[0], folder)))
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #2748fc05
 def with_shape(config, folder) -> FinetuneConfig:
