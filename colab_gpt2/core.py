@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../nbs/00_core.ipynb #0b0b9bfa
-import contextlib, dataclasses, difflib, errno, hashlib, html, logging, math, os, re, shutil, stat, tempfile, time
-from pathlib import Path
+import contextlib, dataclasses, difflib, errno, hashlib, html, json, logging, math, os, re, shutil, stat, tempfile, time
+from pathlib import Path, PureWindowsPath
 
 # %% ../nbs/00_core.ipynb #f9a2c4bf
 def plain(value):
@@ -180,6 +180,16 @@ def sha256_of(path, report=None, chunk=1 << 20):
             digest.update(piece)
             if report: report(f"Checking {path.name}", f.tell(), path.stat().st_size)
     return digest.hexdigest()
+
+# %% ../nbs/00_core.ipynb #19f5b3bd
+def weight_files(index) -> set:
+    "The names in an index of weights; ValueError unless they are of safetensors files in its own folder."
+    try: names = {*map(str, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())}
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{index} is damaged: {e!r}") from e
+    for name in names:
+        if name.endswith(".safetensors") and PureWindowsPath(name).name == name: continue
+        raise ValueError(f"{index} names {name!r}, but weights are safetensors files in its own folder.")
+    return names
 
 # %% ../nbs/00_core.ipynb #56e22cc0
 def existing(path) -> Path:

@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../nbs/62_preparing.ipynb #0994f430
-import gc
-from dataclasses import dataclass
+import gc, warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import pick_block_size
 from .errors import Sentence
-from .model.loading import check_match, load_model, load_tokenizer, model_context
+from .model.loading import add_rows, check_match, load_config, load_model, load_tokenizer, model_context
+from .model.loading import set_ids
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, pick_run_precision
 from .reporting import silent
@@ -59,9 +60,29 @@ def release_memory():
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/62_preparing.ipynb #d5f574f9
-def starting_model(config) -> PreTrainedModel:
-    "On the CPU: published weights, or new ones."
-    return load_model(config.model, from_scratch=config.from_scratch, seed=config.seed, cache_dir=config.cache_dir)
+def fit_shape(shape, config, tokenizer):
+    "Change `shape`, the config of the model that `config` names, to what it is in a run with `tokenizer`; -> `shape`."
+    text, entries = shape.get_text_config(), max(tokenizer.get_vocab().values()) + 1
+    had, enough = text.vocab_size, max(text.vocab_size, entries)
+    if not config.from_scratch: check_match(shape, tokenizer)
+    if config.tokenizer: text.vocab_size = entries if config.from_scratch else enough
+    elif config.from_scratch: text.vocab_size = enough
+    if config.from_scratch and text.vocab_size != had:
+        warnings.warn(f"The new model has {text.vocab_size} embeddings, as its tokenizer has entries, not {had}.")
+    set_ids(shape, tokenizer)
+    return shape
+
+# %% ../nbs/62_preparing.ipynb #715df893
+def starting_model(config, tokenizer) -> PreTrainedModel:
+    "On the CPU: published weights, with rows for the tokens that a chosen tokenizer adds, or new ones."
+    if config.from_scratch:
+        shape = fit_shape(load_config(config.model, config.cache_dir), config, tokenizer)
+        return load_model(config.model, from_scratch=True, config=shape, seed=config.seed)
+    model = load_model(config.model, cache_dir=config.cache_dir)
+    check_match(model, tokenizer)
+    if config.tokenizer: add_rows(model, max(tokenizer.get_vocab().values()) + 1)
+    set_ids(model, tokenizer)
+    return model
 
 # %% ../nbs/62_preparing.ipynb #8d30ea46
 @dataclass(frozen=True)
@@ -85,8 +106,8 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
                          cache_dir=config.cache_dir, progress=report)
     report("Loading the model", 0, 1)
     tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
-    model = starting_model(config).to(runtime.device)
-    check_match(model, tokenizer)
+    wanted = config if train else replace(config, tokenizer=None)  # rows that nobody trains are worth nothing
+    model = starting_model(wanted, tokenizer).to(runtime.device)
     report("Reading the text", 0, 1)
     given = config, corpus, tokenizer, model_context(model), report
     return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name,

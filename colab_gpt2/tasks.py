@@ -78,9 +78,12 @@ def plan(
     "What a run would take, before it is started: a `Plan`, from the model's config without its weights."
     from colab_gpt2.model.loading import load_config, model_context
     from colab_gpt2.planning.plan import named_runtime, plan_run
+    from colab_gpt2.preparing import fit_shape
     config = changed(config, **changes)
     runtime = check() if gpu is None else named_runtime(gpu)
     shape = load_config(config.model, cache_dir=config.cache_dir)
+    if config.tokenizer or config.from_scratch:
+        if tokenizer := tokenizer_for_plan(config, gpu is None): fit_shape(shape, config, tokenizer)
     return plan_run(shape, size_for_plan(config, model_context(shape), gpu is None, progress), runtime, config)
 
 # %% ../nbs/64_tasks.ipynb #35edfe83

@@ -22,7 +22,7 @@ from .engine.trainer import check_trainer_args, identify, make_trainer, training
 from .errors import Sentence
 from .evaluation import Perplexity, perplexity
 from .generation import generate
-from .model.loading import quiet
+from .model.loading import MODELS, quiet
 from .model.lora import merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
@@ -71,6 +71,9 @@ def check_run(config) -> FinetuneConfig:
     if (size := int(os.environ.get("WORLD_SIZE", 1))) != 1:
         raise RuntimeError(f"WORLD_SIZE is {size}, but a run uses one process. Start it without torchrun.")
     check_trainer_args(config.trainer_args)
+    if (name := str(Path(config.output_dir))) in MODELS:
+        told = f"{{output_dir}} is also the name of a known model: here {{model={name}}} will be the one in that folder."
+        warnings.warn(Sentence(told), stacklevel=3)
     path = check_output_dir(config.output_dir, config.resume, config.overwrite_output_dir)
     config = replace(config, output_dir=str(path))
     check_sources(config)
@@ -237,7 +240,7 @@ def train_and_merge(config, prepared, plan, callbacks, shown, resumed_from) -> t
     losses = [dict(step=entry["step"], loss=entry["loss"]) for entry in state.log_history if "loss" in entry]
     del trainer
     if plan.recipe.method == "lora":
-        model = merge_adapters(model, lambda: starting_model(config)).to(prepared.runtime.device)
+        model = merge_adapters(model, lambda: starting_model(config, prepared.tokenizer)).to(prepared.runtime.device)
     release_memory()
     facts = dict(steps=state.global_step, epochs=state.epoch or 0., tokens_per_second=speed, losses=losses)
     return model, plan, facts

@@ -1,15 +1,22 @@
 "Models from complete and incomplete folders, with new weights, and with the wrong tokenizer."
-import json
+import json, math, shutil
+from dataclasses import replace
 
 import pytest, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers import BertConfig, BloomConfig, GPT2Config, GPTNeoXConfig, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BloomConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, T5Config
 
+from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.errors import fields_of
 from colab_gpt2.generation import generate
-from colab_gpt2.model.loading import MODELS, TINY, check_match, load_model, load_tokenizer, model_context, new_model
+from colab_gpt2.model.loading import MODELS, TINY, add_rows, check_match, end_ids, load_config, load_model
+from colab_gpt2.model.loading import load_tokenizer, model_context, new_model, save_tokenizer, set_ids
 from colab_gpt2.planning.plan import TextSize, plan_run
+from colab_gpt2.preparing import prepare
 from colab_gpt2.runtime import check_runtime
+from colab_gpt2.storage.archives import check_model
+from colab_gpt2.tasks import plan
+from colab_gpt2.training import check_run, finetune
 
 SMALL = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=64, vocab_size=100)
 
@@ -151,10 +158,339 @@ def test_the_real_tokenizer_fits_gpt2_and_not_tiny(shared):
     check_match(new_model(GPT2Config(n_layer=1, n_embd=8, n_head=1)), tokenizer)
     with pytest.raises(ValueError, match="tokenizer has 50257 entries and model has 8192") as e:
         check_match(load_model("tiny"), tokenizer)
-    assert fields_of(e.value) == ("tokenizer", "model")
+    assert fields_of(e.value) == ("tokenizer", "model", "from_scratch")
 
 
 def test_tiny_is_loaded_from_the_package_as_by_transformers():
     assert load_tokenizer("tiny").get_vocab() == AutoTokenizer.from_pretrained(TINY).get_vocab()
     ids = torch.tensor([load_tokenizer("tiny")(" = Toronto Raptors = \n \n The")["input_ids"]])
     with torch.no_grad(): assert torch.isfinite(load_model("tiny")(ids).logits).all()
+
+
+# ---- where a text ends
+
+def tagged(*tags, **tokens):
+    "The tokenizer of `tiny` with special `tags`, and tokens such as a pad_token."
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_special_tokens({**tokens, **({"additional_special_tokens": list(tags)} if tags else {})})
+    return tokenizer
+
+
+def bert_tokenizer():
+    "Characters in BERT's manner, with [CLS] and [SEP] and no eos, as Chinese GPT-2s have them."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
+    backend = Tokenizer(models.WordPiece({c: i for i, c in enumerate(entries)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]", cls_token="[CLS]",
+                                   pad_token="[PAD]")
+
+
+def small_model(rows=8192, **fields):
+    return new_model(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=64, vocab_size=rows, **fields), seed=0)
+
+
+@pytest.mark.parametrize("tokenizer, ids, ends", [
+    (tagged, 8191, {0}),  # an ordinary token, here the piece "lie"
+    (tagged, [0, 8191], {0}),
+    (tagged, 50256, {0}),  # GPT-2's own config with another tokenizer
+    (tagged, None, {0}),
+    (lambda: tagged("<|im_end|>"), [8192, 0], {0, 8192}),  # several, as Qwen's
+    (lambda: tagged(eos_token="<|im_end|>"), 0, {8192, 0}),  # config.json of the base model
+    (bert_tokenizer, 3, {3}), (bert_tokenizer, 50256, {3}), (bert_tokenizer, 7, {3})])
+def test_the_tokenizer_says_what_ends_a_text(tokenizer, ids, ends):
+    tokenizer = tokenizer()
+    model = small_model(len(tokenizer), eos_token_id=None)
+    model.generation_config.eos_token_id = ids
+    assert end_ids(model, tokenizer) == ends
+
+
+def test_a_model_of_another_library_has_no_ids():
+    assert end_ids(torch.nn.Linear(2, 2), load_tokenizer("tiny")) == {0}
+
+
+@pytest.mark.parametrize("config, generation", [(8191, 8191), ([0, 8191], [0, 8191]), (50256, 50256)])
+def test_a_model_is_saved_with_the_ids_of_its_tokenizer(config, generation, tmp_path):
+    model = small_model(bos_token_id=8191, eos_token_id=config, pad_token_id=8190)
+    model.generation_config.eos_token_id = generation
+    set_ids(model, load_tokenizer("tiny"))
+    model.save_pretrained(tmp_path/"saved")
+    for name in ("config.json", "generation_config.json"):
+        saved = json.loads((tmp_path/"saved"/name).read_text())
+        assert (saved["bos_token_id"], saved["eos_token_id"], saved.get("pad_token_id")) == (0, 0, None), name
+
+
+def test_several_ends_are_kept_where_they_are_special_tokens(tmp_path):
+    tokenizer = tagged(eos_token="<|im_end|>")
+    model = small_model(len(tokenizer), eos_token_id=0)
+    set_ids(model, tokenizer)
+    model.save_pretrained(tmp_path/"saved")
+    assert json.loads((tmp_path/"saved"/"generation_config.json").read_text())["eos_token_id"] == [8192, 0]
+
+
+def test_an_id_beyond_the_embedding_is_not_saved():
+    model = small_model()  # of 8192 rows
+    set_ids(model, tagged(pad_token="[PAD]"))  # 8192
+    assert (model.config.pad_token_id, model.generation_config.pad_token_id) == (None, None)
+
+
+def test_an_end_that_is_an_ordinary_token_is_named_when_a_model_is_read(tmp_path):
+    small_model(eos_token_id=8191).save_pretrained(tmp_path)
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="model ends a text with token 8191, which is 'lie' in tokenizer") as told:
+        generate(str(tmp_path), "a", max_new_tokens=1, seed=0, device="cpu")
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny", "padded"])
+def test_a_model_whose_ids_fit_gets_no_note(name, recwarn):
+    model = load_model("tiny") if name == "tiny" else small_model(8448, eos_token_id=50256)
+    check_match(model, load_tokenizer("tiny"))
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+# ---- more tokens than rows
+
+def test_an_added_token_without_a_row_is_no_reason_to_refuse():
+    check_match(load_model("tiny"), tagged(pad_token="[PAD]"))
+    check_match(load_model("tiny"), tagged("<A>", "<B>", "<C>"))
+    check_match(small_model(8191), load_tokenizer("tiny"))  # german-gpt2: 52,000 rows, ids up to 52,000
+
+
+TIED = dict(n_layer=1, n_embd=8, n_head=1, n_positions=32)
+GATED = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+
+
+@pytest.mark.parametrize("config", [
+    GPT2Config(vocab_size=100, **TIED), GPT2Config(vocab_size=100, tie_word_embeddings=False, **TIED),
+    LlamaConfig(vocab_size=100, pad_token_id=99, **GATED),
+    GPTJConfig(vocab_size=100, rotary_dim=4, tie_word_embeddings=False, **TIED)],  # its output layer has a bias
+    ids=["tied", "untied", "padding", "bias"])
+def test_rows_for_new_tokens_are_the_mean_of_the_old(config):
+    model = new_model(config, seed=0)
+    with torch.no_grad():
+        if getattr(model.lm_head, "bias", None) is not None: model.lm_head.bias.normal_()
+    before = [(p.detach().clone(), p.mean(0)) for p in both(model)]
+    add_rows(model, 103)
+    for weight, (old, mean) in zip(both(model), before, strict=True):
+        assert torch.equal(weight[:100], old) and torch.allclose(weight[100:], mean.expand_as(weight[100:]))
+    assert model.config.vocab_size == 103 and model(input_ids=torch.tensor([[102]])).logits.shape == (1, 1, 103)
+
+
+def both(model):
+    "The weights with a row for each token, and a bias."
+    parts = model.get_input_embeddings().weight, model.lm_head.weight, getattr(model.lm_head, "bias", None)
+    return [p for p in parts if p is not None]
+
+
+def test_rows_that_pad_an_embedding_serve_new_tokens():
+    model = small_model(8448)
+    add_rows(model, 8195)
+    assert model.config.vocab_size == 8448
+
+
+# ---- files that may be loaded
+
+def shards(folder, tmp_path):
+    "A model in several files."
+    load_model(folder).save_pretrained(tmp_path/"parts", max_shard_size="50KB")
+    return tmp_path/"parts"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../model/model.safetensors", "/etc/passwd", "a/b.safetensors",
+                                  "..\\x.safetensors", ".safetensors/../x.bin", 7, None, ["a.safetensors"]])
+@pytest.mark.parametrize("read", [load_model, check_model])
+def test_an_index_may_name_only_safetensors_of_its_own_folder(folder, tmp_path, name, read, monkeypatch):
+    parts = shards(folder, tmp_path)
+    index = parts/"model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    torch.save({}, parts/"pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    told["weight_map"][next(iter(told["weight_map"]))] = name
+    index.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="but weights are safetensors files in its own folder") as e: read(parts)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("read", [load_model, check_model])
+def test_a_damaged_index_is_named(folder, tmp_path, text, read):
+    parts = shards(folder, tmp_path)
+    (parts/"model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="index.json is damaged") as e: read(parts)
+    assert "\n" not in str(e.value)
+
+
+def test_a_link_to_a_pickle_is_not_read_as_one(folder, tmp_path, monkeypatch):
+    torch.save({}, tmp_path/"outside.bin")
+    (folder/"model.safetensors").unlink()
+    (folder/"model.safetensors").symlink_to(tmp_path/"outside.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    with pytest.raises(ValueError, match="is damaged"): load_model(folder)
+
+
+def test_weights_elsewhere_are_not_loaded_by_a_name_in_the_config(folder, tmp_path):
+    small_model(100).save_pretrained(tmp_path/"other")
+    (tmp_path/"other"/"model.safetensors").rename(folder/"other.safetensors")
+    change_config(folder, transformers_weights="other.safetensors")
+    assert load_model(folder).num_parameters() == new_model(SMALL, seed=0).num_parameters()
+
+
+def test_adapters_beside_a_model_are_not_put_into_it(folder):
+    adapters = folder/"adapter_config.json"
+    adapters.write_text(json.dumps(dict(base_model_name_or_path="some/one", peft_type="LORA")))
+    with pytest.raises(ValueError, match="holds adapters .adapter_config.json.. Merge them"): load_model(folder)
+
+
+@pytest.mark.parametrize("fields", [
+    dict(_attn_implementation="evil/kernel"), dict(attn_implementation="evil/kernel"),
+    dict(_attn_implementation="flash_attention_2"), dict(_experts_implementation="evil/kernel"),
+    dict(return_dict=False), dict(output_attentions=True), dict(output_hidden_states=True), dict(use_cache=False),
+    dict(auto_map={"AutoModelForCausalLM": "evil/code--model.Model", "AutoConfig": "evil/code--model.Config"}),
+    dict(custom_generate="evil/code", use_kernels=True, kernel_config="evil/kernel")], ids=str)
+def test_no_code_and_no_shape_of_output_comes_from_a_config(folder, fields, monkeypatch):
+    from transformers import dynamic_module_utils, modeling_utils
+    for module, name in ((dynamic_module_utils, "get_class_from_dynamic_module"),
+                         (modeling_utils, "lazy_import_flash_attention")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("code was asked for"))
+    change_config(folder, **fields)
+    for model in (load_model(folder), load_model(folder, from_scratch=True)):
+        assert model.config._attn_implementation in ("sdpa", "eager")
+        assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, 100)
+
+
+def test_a_quantized_model_is_refused(folder):
+    change_config(folder, quantization_config=dict(quant_method="gptq", bits=4))
+    with pytest.raises(ValueError, match="is quantized, and is not loaded here"): load_model(folder)
+
+
+@pytest.mark.parametrize("fields", [dict(n_layer=1_000_000), dict(n_layer=5000), dict(n_embd=10**6, n_head=1),
+                                    dict(vocab_size=10**12), dict(n_positions=10**12)], ids=str)
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_a_config_of_absurd_size_is_one_line_at_once(folder, fields, from_scratch, monkeypatch):
+    change_config(folder, **fields)
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", lambda *_, **__: pytest.fail("a layer was made"))
+    with pytest.raises(ValueError, match="asks for about .* of weights .*. Choose a smaller one") as e:
+        load_model(folder, from_scratch=from_scratch)
+    assert "\n" not in str(e.value)
+
+
+def test_new_weights_that_the_memory_does_not_hold_are_not_allocated(monkeypatch):
+    monkeypatch.setattr("colab_gpt2.model.loading.memory", lambda: (10**6, 10**6))
+    with pytest.raises(ValueError, match="about .* of weights"): new_model(GPT2Config(n_layer=1, n_embd=64, n_head=1))
+
+
+# ---- names
+
+def test_a_folder_called_as_a_known_model_is_the_folder(folder, tmp_path, monkeypatch):
+    for name in ("gpt2", "tiny"): shutil.copytree(folder, tmp_path/name)
+    load_tokenizer("tiny").save_pretrained(tmp_path/"tiny")
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "tiny"):
+        with pytest.warns(UserWarning, match=f"{name} is a known model and also a folder here: the model in"):
+            assert load_model(name).config.n_embd == 32
+        with pytest.warns(UserWarning): assert load_config(name).n_embd == 32
+    with pytest.warns(UserWarning): load_tokenizer("tiny")
+
+
+def test_a_folder_without_a_model_does_not_hide_a_known_one(tmp_path, monkeypatch):
+    (tmp_path/"tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="tiny .* it holds no model, and is not used"):
+        assert load_model("tiny").config.n_embd == 256
+    with pytest.raises(FileNotFoundError): load_model("./tiny")
+
+
+# ---- tokenizers
+
+@pytest.mark.parametrize("make, kind", [
+    (tagged, "GPT2Tokenizer"), (lambda: tagged("<A>", "<B>"), "GPT2Tokenizer"),
+    (lambda: small_tokenizer("</s>"), "PreTrainedTokenizerFast"), (bert_tokenizer, "PreTrainedTokenizerFast")])
+def test_a_saved_tokenizer_is_one_that_transformers_4_knows(make, kind, tmp_path):
+    tokenizer = make()
+    save_tokenizer(tokenizer, tmp_path/"one")
+    save_tokenizer(load_tokenizer(tmp_path/"one"), tmp_path/"two")
+    told = json.loads((tmp_path/"two"/"tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == kind
+    assert not {"is_local", "local_files_only", "extra_special_tokens"} & told.keys()
+    again = load_tokenizer(tmp_path/"two")
+    assert again.get_vocab() == tokenizer.get_vocab() and again.all_special_ids == tokenizer.all_special_ids
+    text = "bad <A>egg</s> and<|endoftext|> [SEP]\n\n a"
+    assert again(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_saved_gpt2_has_the_files_of_older_tools(tmp_path):
+    save_tokenizer(load_tokenizer("tiny"), tmp_path)
+    entries, merges = json.loads((tmp_path/"vocab.json").read_text()), (tmp_path/"merges.txt").read_text().splitlines()
+    assert entries["<|endoftext|>"] == 0 and len(entries) == 8192 and merges[0].startswith("#version")
+
+
+def test_the_packaged_tokenizer_is_one_that_transformers_4_knows():
+    assert json.loads((TINY/"tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
+
+
+def test_a_tokenizer_with_an_extra_file_says_what_to_do(folder):
+    (folder/"spiece.model").write_text("x")
+    with pytest.raises(ValueError, match="spiece.model") as e: load_tokenizer(folder)
+    assert "sentencepiece" in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- a run with a tokenizer of one's own
+
+def small_tokenizer(end="<|endoftext|>"):
+    "Entries for bytes and a few words, of which the first ends a text."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    bpe, signs = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = dict(special_tokens=[end], initial_alphabet=signs, show_progress=False)
+    bpe.train_from_iterator(["the tide came in and went out\n"] * 9, trainers.BpeTrainer(vocab_size=300, **special))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    "The settings of a run of one step on own texts."
+    for name in ("t", "e"): (tmp_path/f"{name}.txt").write_text("<A> The tide came in. <B> It went out again.\n\n" * 40)
+    files = dict(train_file=str(tmp_path/"t.txt"), eval_file=str(tmp_path/"e.txt"), cache_dir=str(tmp_path/"c"))
+    return FinetuneConfig(model="tiny", block_size=32, max_steps=1, max_new_tokens=2, save_steps=-1, prompt="<A> The",
+                          output_dir=str(tmp_path/"out"), tokenizer=str(tmp_path/"own"), **files)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_tags_of_a_chosen_tokenizer_get_rows_and_are_saved(quick, method):
+    tagged("<A>", "<B>", "<C>").save_pretrained(quick.tokenizer)
+    result = finetune(replace(quick, method=method), progress=False)
+    model, tokenizer = load_model(result.output_dir), load_tokenizer(result.output_dir)
+    assert model.config.vocab_size == len(tokenizer) == 8195 and tokenizer.convert_tokens_to_ids("<C>") == 8194
+    assert math.isfinite(result.perplexity_before.value) and math.isfinite(result.perplexity_after.value)
+    assert tokenizer("<B>").input_ids == [8193] and model.config.eos_token_id == 0
+
+
+def test_new_weights_follow_a_chosen_tokenizer_in_a_run_and_in_its_plan(quick):
+    small_tokenizer().save_pretrained(quick.tokenizer)
+    config = replace(quick, from_scratch=True)
+    with pytest.warns(UserWarning, match="The new model has 279 embeddings, as its tokenizer has entries, not 8192"):
+        planned = plan(config, progress=False)
+    result = finetune(config, progress=False)
+    model = load_model(result.output_dir)
+    assert model.config.vocab_size == 279 and model.config.eos_token_id == 0
+    assert planned.parameters == result.parameters == model.num_parameters()
+
+
+def test_a_plan_refuses_what_its_run_would(quick):
+    small_tokenizer().save_pretrained(quick.tokenizer)
+    for act in (plan, finetune):
+        with pytest.raises(ValueError, match="tokenizer has 279 entries and model has 8192"): act(quick, progress=False)
+
+
+def test_evaluation_adds_no_rows_that_nobody_trained(quick):
+    tagged("<A>", "<B>").save_pretrained(quick.tokenizer)
+    prepared = prepare(replace(quick, train_file=None, eval_file=quick.train_file), train=False, held_out=False)
+    assert prepared.model.config.vocab_size == 8192
+
+
+def test_an_output_folder_called_as_a_known_model_is_told(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "./gpt2"):
+        with pytest.warns(UserWarning, match="output_dir is also the name of a known model: here model="):
+            check_run(replace(quick, output_dir=name))

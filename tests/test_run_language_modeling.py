@@ -122,7 +122,7 @@ def test_from_scratch_with_a_tokenizer_of_another_size(command, tmp_path):
     new = f"--model_type=gpt2 --config_name={tmp_path/'shape'} --tokenizer_name=tiny"
     code, said = command(f"--output_dir={tmp_path/'a'} {new} {TEXT} {EVALUATE} --max_steps=2 --learning_rate=1e-3")
     assert code == 0, said
-    assert "the new model has 8192 embeddings" in said
+    assert "The new model has 8192 embeddings" in said
     told = json.loads((tmp_path/"a"/"finetune.json").read_text())
     assert 7000 < told["perplexity_before"]["value"] < 9500  # it knows nothing: about the vocabulary's size
 

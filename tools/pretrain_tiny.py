@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from colab_gpt2.model.loading import save_tokenizer
 from colab_gpt2.runtime import pick_precision
 from colab_gpt2.model.tune import keep_freed_memory, tune_model
 
@@ -111,7 +112,8 @@ def save(model, tokenizer, out, half):
     kept = copy.deepcopy(model)
     kept.config.update(dict(use_cache=True, resid_pdrop=0., embd_pdrop=0.))
     (kept.half() if half else kept).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
+    for name in ("vocab.json", "merges.txt"): (out/name).unlink()  # tokenizer.json has both
 
 
 def main():

@@ -13,7 +13,7 @@ import torch
 
 from ..core import atomic, sha256_of
 from ..errors import Sentence
-from ..model.loading import quiet
+from ..model.loading import quiet, save_tokenizer
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
 def check_finite(model):
@@ -38,7 +38,7 @@ def save_model(model, tokenizer, output_dir) -> Path:
     check_finite(model)
     with atomic(output_dir, folder=True) as folder:
         with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return Path(output_dir)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #2eeef7c5

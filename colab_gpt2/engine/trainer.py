@@ -20,6 +20,7 @@ from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .callbacks import Bar, Meter, StopOnInterrupt, StopOnNaN
 from .checkpoints import find_checkpoints, full_disk_told, new_checkpoint, remove_checkpoint, write_manifest
 from ..errors import Sentence
+from ..model.loading import save_tokenizer
 from ..model.lora import add_adapters
 from ..model.tune import casting_once, tune_model, uncompiled
 from ..reporting import silent
@@ -78,6 +79,7 @@ class BlockTrainer(MicroBatchTrainer):
             self.aside = folder.parent  # there the stock Trainer writes its checkpoint-N: `folder`
             try:
                 with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
+                save_tokenizer(self.processing_class, folder)
             finally: self.aside = None
             write_manifest(folder, self.identity)
         if not self.checkpoints_to_keep: return

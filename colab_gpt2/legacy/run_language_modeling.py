@@ -84,21 +84,6 @@ def with_texts(job, folder) -> FinetuneConfig:
     print("no --eval_data_file: perplexity of the training text's start says nothing about new text", file=sys.stderr)
     return replace(config, eval_file=str(opening(find_texts(config.train_file)[0], folder)))
 
-# %% ../../nbs/legacy/91_run_language_modeling.ipynb #2748fc05
-def with_shape(config, folder) -> FinetuneConfig:
-    "The config with the shape of a new model fitted to its tokenizer, as a folder in `folder`."
-    from colab_gpt2.model.loading import load_config, load_tokenizer
-    if not config.from_scratch: return config
-    shape = load_config(config.model, cache_dir=config.cache_dir)
-    tokenizer = load_tokenizer(config.tokenizer, cache_dir=config.cache_dir)
-    size = len(tokenizer)
-    if shape.vocab_size == size: return config
-    print(f"the new model has {size} embeddings, as its tokenizer has entries, not {shape.vocab_size}", file=sys.stderr)
-    shape.update(dict(vocab_size=size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
-    path = Path(folder)/f"{Path(config.model).name} with {size} embeddings"
-    shape.save_pretrained(path)
-    return replace(config, model=str(path))
-
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ffe941d4
 def write_results(output_dir, results):
     "Write `eval_results_lm.txt` and show it on stderr, as the script did."
@@ -141,7 +126,7 @@ def work(job) -> dict:
     resume, overwrite = job.train and job.config.resume, job.config.overwrite_output_dir or not job.train
     check_output_dir(job.config.output_dir, resume, overwrite)
     with tempfile.TemporaryDirectory() as folder:
-        config = with_shape(with_texts(job, folder), folder)
+        config = with_texts(job, folder)
         size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))
         config = replace(config, block_size=size, eval_stride=size)
         callbacks = [] if job.watch_every is None else [watcher(job, config)]

@@ -6,21 +6,24 @@
 __all__ = ['DTYPES', 'TINY', 'MODELS', 'ModelInfo', 'load_tokenizer', 'load_model', 'model_context']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
-import contextlib, inspect, warnings
+import contextlib, inspect, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 import colab_gpt2
-from ..core import Record, home, nearest
+from ..core import Record, home, human_bytes, nearest, weight_files
 from ..errors import Sentence
-from ..runtime import cache_folder, check_mounted, out_of_memory
+from ..runtime import cache_folder, check_mounted, memory, out_of_memory
 from ..text.corpus import hub_trouble
+from ..text.tokens import cut_pattern
 
 # %% ../../nbs/model/20_loading.ipynb #8c79dab5
 def gpt2_parameters(layers, width, context, vocabulary, inner=None, tied=True) -> int:
@@ -63,8 +66,12 @@ MODELS = {info.name: info for info in (
 def locate(name):
     "The Path or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
     text = str(name)
-    if text in MODELS: return MODELS[text].hub_id or TINY
-    folder = home(text)
+    folder, known = home(text), text in MODELS and (MODELS[text].hub_id or TINY)
+    mine = (folder/"config.json").exists()
+    if known and folder.is_dir():
+        what = "the model in it is used" if mine else "it holds no model, and is not used"
+        warnings.warn(f"{text} is a known model and also a folder here: {what}.", stacklevel=2)
+    if known and not mine: return known
     if folder.is_dir(): return folder
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
@@ -76,7 +83,7 @@ def locate(name):
 
 # %% ../../nbs/model/20_loading.ipynb #2676487b
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 def check_files(place, files, *needs):
     "FileNotFoundError unless `files` has one name of each tuple of `needs`; ValueError for weights as a pickle only."
@@ -85,6 +92,11 @@ def check_files(place, files, *needs):
     if WEIGHTS in missing and pickles:
         raise ValueError(f"{place} has its weights as {pickles[0]}, a pickle, which can run any code when loaded. "
                          "Save the model with safetensors first.")
+    if WEIGHTS in needs and "adapter_config.json" in files:
+        raise ValueError(f"{place} holds adapters (adapter_config.json). Merge them into their model first.")
+    found = next((name for name in TOKENIZERS if TOKENIZERS in needs and name in files), "")
+    if found.endswith(".model") and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise ValueError(f"{place} has its tokenizer as {found}; to read it, `pip install sentencepiece protobuf`.")
     kind = "tokenizer" if TOKENIZERS in missing else "model"
     names = ", ".join(" or ".join(names[:2]) for names in missing)
     if missing: raise FileNotFoundError(f"{place} holds no complete {kind}: {names} is missing.")
@@ -110,7 +122,6 @@ def quiet():
     downloads = not hub.are_progress_bars_disabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # the environment forbids it
-        warnings.filterwarnings("ignore", message="(?s).*HF_TOKEN")  # five lines, where Colab's secret is not to be had
         logging.set_verbosity_error()
         logging.disable_progress_bar()  # and the Hub's
         if downloads: hub.enable_progress_bars()
@@ -131,9 +142,6 @@ def explain(error, place) -> Exception:
     responses = [getattr(e, "response", None) for e in errors]
     answer = next((r for r in responses if getattr(r, "status_code", 404) != 404), None)  # a 404 is about a file
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if answer is not None and answer.status_code == 401 and huggingface_hub.get_token():
-        return ConnectionError("The Hub refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it. "
-                               f"{place} needs none if it is public.")
     if "GatedRepoError" in kinds:
         return PermissionError(f"{place} is gated: accept its terms on the Hub and log in with `hf auth login`.")
     if "RepositoryNotFoundError" in kinds:
@@ -162,16 +170,22 @@ def ready(name, cache_dir, *needs):
     "Where to load `name` from: a folder, or a Hub id if the Hub answers. One of each of `needs` is there."
     place = locate(name)
     if not isinstance(place, Path): check_mounted(cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "cache_dir")
-    if isinstance(place, Path): files = [p.name for p in place.iterdir()]
-    elif trouble := hub_trouble(): return from_cache(place, cache_dir, *needs, trouble=trouble)
+    if isinstance(place, Path): pass
+    elif trouble := hub_trouble(): place = from_cache(place, cache_dir, *needs, trouble=trouble)
     else:
         try:
             with loading(place): info = huggingface_hub.model_info(place)  # list_repo_files retries for half a minute
             files = [f.rfilename for f in info.siblings]
         except ConnectionError as e:
-            try: return from_cache(place, cache_dir, *needs)
+            try: place = from_cache(place, cache_dir, *needs)
             except ConnectionError: raise e from None  # what the Hub answered says more
+    if isinstance(place, Path): files = [p.name for p in place.iterdir()]
     check_files(place, files, *needs)
+    if WEIGHTS in needs and WEIGHTS[0] not in files:
+        if isinstance(place, Path): weight_files(place/WEIGHTS[1])
+        else:
+            with loading(place): index = huggingface_hub.hf_hub_download(place, WEIGHTS[1], cache_dir=cache_dir)
+            weight_files(index)
     return place
 
 # %% ../../nbs/model/20_loading.ipynb #200591ea
@@ -184,36 +198,84 @@ def load_tokenizer(
     cache_dir = cache_dir and cache_folder(cache_dir)
     place = ready(name, cache_dir, TOKENIZERS)
     with loading(place): tokenizer = AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
-    if tokenizer.is_fast: return tokenizer
-    raise ValueError(f"{name} has a slow tokenizer, {type(tokenizer).__name__}; one with a tokenizer.json is needed.")
+    if tokenizer.is_fast and tokenizer.vocab_size > 1: return tokenizer
+    kind = type(tokenizer).__name__
+    raise ValueError(f"{name} has a {kind} that is slow or empty; one with a tokenizer.json is needed.")
 
 # %% ../../nbs/model/20_loading.ipynb #c6957cc6
+NOT_CAUSAL = ("xlnet", "reformer")
+
 def check_causal(config, place="The model"):
     "ValueError, which speaks of `place`, unless `config` is of a causal model."
     decodes = any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder"))
     looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or looks_ahead:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or looks_ahead or config.model_type in NOT_CAUSAL:
         raise ValueError(f"{place} cannot be loaded as a causal language model: it is of type {config.model_type}. "
                          "Choose a causal (next-token) model, such as gpt2.")
 
+# %% ../../nbs/model/20_loading.ipynb #2cd40d7e
+def check_size(config, place, most=1 << 42):
+    "ValueError for thousands of layers, or more than about `most` bytes of weights in fp32."
+    names = ("num_hidden_layers", "hidden_size", "n_positions", "vocab_size")
+    shape = [getattr(config.get_text_config(), name, None) or 0 for name in names]
+    size = 4 * gpt2_parameters(*shape)
+    if shape[0] <= 2000 and size <= most: return
+    told = ", ".join(f"{name} {value:,}" for name, value in zip(names, shape) if value)
+    raise ValueError(f"The config of {place} asks for about {human_bytes(size)} of weights ({told}). Choose a smaller one.")
+
 # %% ../../nbs/model/20_loading.ipynb #aaca9fdd
+OURS = dict(_attn_implementation=None, _experts_implementation=None,  # transformers chooses
+            return_dict=True, output_attentions=False, output_hidden_states=False)
+
+def read_config(place, cache_dir=None):
+    "The config of the causal model in `place`, a folder or a Hub id, with what is `OURS` to decide."
+    with loading(place):
+        config = AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
+        for name, value in OURS.items(): setattr(config, name, value)
+    vars(config).pop("transformers_weights", None)  # the name of another file
+    check_causal(config, place)
+    check_size(config, place)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{place} is quantized, and is not loaded here. Choose the model as it was before.")
+    return config
+
+# %% ../../nbs/model/20_loading.ipynb #25afdc27
 def load_config(config, cache_dir=None):
     "`config` if it is a PretrainedConfig, else that of the causal model it names. Errors as `load_model`."
     if isinstance(config, PretrainedConfig): return config
+    cache_dir = cache_dir and cache_folder(cache_dir)
     info = MODELS.get(str(config))
-    if info and info.hub_id:
+    if info and info.hub_id and locate(config) == info.hub_id:
         return GPT2Config(n_layer=info.layers, n_embd=info.width, n_head=info.heads,
                           n_positions=info.context, vocab_size=info.vocabulary)
-    cache_dir = cache_dir and cache_folder(cache_dir)
-    place = ready(config, cache_dir, ("config.json",))
-    with loading(place): loaded = AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
-    check_causal(loaded, place)
-    return loaded
+    return read_config(ready(config, cache_dir, ("config.json",)), cache_dir)
 
-# %% ../../nbs/model/20_loading.ipynb #cbac441d
+# %% ../../nbs/model/20_loading.ipynb #bfac291c
+def rows_of(model) -> int:
+    "How many tokens the embedding of a model has rows for, or that of a config."
+    if isinstance(model, PretrainedConfig): return model.get_text_config().vocab_size
+    return model.get_input_embeddings().num_embeddings
+
+# %% ../../nbs/model/20_loading.ipynb #2598374d
+@torch.no_grad()
+def check_reading(model, place):
+    "ValueError unless `model` predicts each token from those before it alone, and its loss is that of the next token."
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % rows_of(model)
+    with loading(place): out = model.eval()(input_ids=ids, labels=ids)
+    (one, other), logits = out.logits[:, :3], out.logits.flatten(0, 1)
+    ahead = (one - other).abs().max() > 1e-4 * one.abs().max()
+    following = cross_entropy(out.logits[:, :3].flatten(0, 1), ids[:, 1:].flatten())
+    own = (out.loss - cross_entropy(logits, ids.flatten())).abs() < (out.loss - following).abs()
+    if not (ahead or own): return  # nor if all are NaN
+    what = "sees the tokens to come" if ahead else "has another loss than that of the next token"
+    raise ValueError(f"{place} cannot be loaded as a causal language model: a {type(model).__name__} {what}.")
+
+# %% ../../nbs/model/20_loading.ipynb #9e9b0243
 def new_model(config, seed=None):
     "A model with random weights, in fp32; with a `seed` the same ones, and torch's own generator stays as it was."
-    with loading(type(config).__name__), torch.random.fork_rng(enabled=seed is not None):
+    place = type(config).__name__
+    check_size(config, place, memory()[0])
+    with loading(place), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
@@ -227,36 +289,95 @@ def load_model(
 ):
     """A causal language model in fp32, in evaluation mode, on the CPU; from safetensors only, and no code is run.
     ValueError for weights that do not fit, FileNotFoundError for a folder that is incomplete, ConnectionError."""
-    if from_scratch: return new_model(load_config(config or name, cache_dir), seed).eval()
     cache_dir = cache_dir and cache_folder(cache_dir)
-    place = ready(name, cache_dir, ("config.json",), WEIGHTS)
-    if config: config = load_config(config, cache_dir)
-    safely = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-    with loading(place):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            place, config=config, cache_dir=cache_dir, dtype=torch.float32, **safely)
-    check_causal(model.config, place)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{place} is incomplete: it lacks {len(missing)} of its weights, such as {missing[0]}.")
-    return model
+    if from_scratch: place, model = name, new_model(load_config(config or name, cache_dir), seed)
+    else:
+        place = ready(name, cache_dir, ("config.json",), WEIGHTS)
+        config = load_config(config, cache_dir) if config else read_config(place, cache_dir)
+        safely = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        with loading(place):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                place, config=config, cache_dir=cache_dir, dtype=torch.float32, **safely)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{place} is incomplete: it lacks {len(missing)} of its weights, such as {missing[0]}.")
+    if model.config.model_type != "gpt2": check_reading(model, place)
+    return model.eval()
 
 # %% ../../nbs/model/20_loading.ipynb #d6f35d9e
 def model_context(model) -> int:
     "How many tokens a model, or that of a config, sees at once; 2048 if nothing sets a limit."
     config = getattr(model, "config", model).get_text_config()  # a model of text and pictures keeps it one level down
     names = "n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "max_target_positions"
-    return next((length for name in names if (length := getattr(config, name, None))), 2048)
+    length = next((length for name in names if (length := getattr(config, name, None))), 2048)
+    starts_late = any(kind in config.model_type for kind in ("roberta", "camembert", "data2vec", "xmod"))
+    return length - config.pad_token_id - 1 if starts_late else length  # their first position follows the padding's
 
 # %% ../../nbs/model/20_loading.ipynb #33a26656
 def keeps_logits(model) -> bool:
     "Whether `model.forward` takes `logits_to_keep`, as GPT-2's does."
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
+# %% ../../nbs/model/20_loading.ipynb #441a9f54
+def listed(model, name) -> list:
+    "The ids, one, several or none, that the generation config of `model`, or a config, has under `name`."
+    given = getattr(getattr(model, "generation_config", model), name, None)
+    return [i for i in (given if isinstance(given, (list, tuple)) else [given]) if i is not None]
+
+# %% ../../nbs/model/20_loading.ipynb #862e6fd9
+def special_ids(model, name, tokenizer) -> list:
+    "What `tokenizer` has under `name`, and those ids of `model` that are special to it: no ordinary tokens."
+    own, special = getattr(tokenizer, name), {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return [*dict.fromkeys(i for i in (own, *listed(model, name)) if i is not None and i in {own, *special})]
+
+# %% ../../nbs/model/20_loading.ipynb #df0ca32b
+def end_ids(model, tokenizer) -> set:
+    "The ids that end a text; [SEP] where nothing else does, as in BERT's tokenizer."
+    return set(special_ids(model, "eos_token_id", tokenizer) or [tokenizer.sep_token_id]) - {None}
+
+# %% ../../nbs/model/20_loading.ipynb #bee973d4
+def set_ids(model, tokenizer):
+    "Let the ids in the configs of `model`, or in a config, follow `tokenizer`; none is beyond the embedding."
+    config, rows = getattr(model, "config", model), rows_of(model)
+    for place in (config, config.get_text_config(), getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if not hasattr(place, name): continue
+            ids = [i for i in special_ids(place, name, tokenizer) if i < rows] or [None]
+            setattr(place, name, ids if name == "eos_token_id" and len(ids) > 1 else ids[0])
+
 # %% ../../nbs/model/20_loading.ipynb #483588c3
 def check_match(model, tokenizer):
-    "ValueError if the vocabulary of `tokenizer` is larger than the model's embedding, or under nine tenths of it."
-    rows, entries = model.get_input_embeddings().num_embeddings, len(tokenizer)
-    if 0.9 * rows <= entries <= rows: return
-    raise ValueError(Sentence(
-        "{tokenizer} has {entries} entries and {model} has {rows}: they do not belong together. "
-        "Load both by the same name, or train a new model with vocab_size={entries}.", entries=entries, rows=rows))
+    """ValueError if `tokenizer` has more entries, without added tokens, than the embedding of `model` (or its config)
+    has rows, or under nine tenths in all. A warning for an end of text that is an ordinary token."""
+    rows, entries, ends = rows_of(model), len(tokenizer), end_ids(model, tokenizer)
+    if entries < 0.9 * rows or min(entries, tokenizer.vocab_size) > 1.01 * rows:
+        raise ValueError(Sentence(
+            "{tokenizer} has {entries} entries and {model} has {rows}: they do not belong together. "
+            "Load both by the same name, or train a new model with {from_scratch=True}.", entries=entries, rows=rows))
+    for token in (i for i in listed(model, "eos_token_id") if i < entries and i not in ends):
+        told = "{model} ends a text with token {token}, which is {text!r} in {tokenizer}; that is ignored."
+        warnings.warn(Sentence(told, token=token, text=tokenizer.decode([token])), stacklevel=3)
+
+# %% ../../nbs/model/20_loading.ipynb #f51e50d9
+@torch.no_grad()
+def add_rows(model, entries):
+    "Give the embedding of `model`, and an output layer of its own, `entries` rows if they have fewer."
+    if entries <= (rows := rows_of(model)): return
+    with loading(type(model).__name__): model.resize_token_embeddings(entries, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for weight in (layer.weight, getattr(layer, "bias", None)):
+            if weight is not None: weight[rows:] = weight[:rows].mean(0)
+
+# %% ../../nbs/model/20_loading.ipynb #050b9f4c
+def save_tokenizer(tokenizer, folder):
+    "As transformers from 4.57 loads it, and tools built on it."
+    tokenizer.save_pretrained(folder)
+    file, end = Path(folder)/"tokenizer_config.json", "<|endoftext|>"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"): told.pop(name, None)
+    if extra := told.pop("extra_special_tokens", None): told["additional_special_tokens"] = extra
+    gpt2s = (cut_pattern(tokenizer.backend_tokenizer) and tokenizer.bos_token == tokenizer.eos_token == end
+             and tokenizer.unk_token in (None, end))
+    if gpt2s: tokenizer.backend_tokenizer.model.save(str(folder))
+    if told["tokenizer_class"].endswith("Backend"):
+        told["tokenizer_class"] = "GPT2Tokenizer" if gpt2s else "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -6,14 +6,14 @@
 __all__ = ['Archive', 'archive_model', 'extract_archive']
 
 # %% ../../nbs/storage/50_archives.ipynb #06e123ca
-import contextlib, fnmatch, gzip, json, math, os, re, shutil, tarfile, warnings, zlib
+import contextlib, fnmatch, gzip, math, os, re, shutil, tarfile, warnings, zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError, safe_open
 from tqdm.utils import CallbackIOWrapper
 
-from ..core import Record, atomic, check_space, home, human_bytes, sha256_of
+from ..core import Record, atomic, check_space, home, human_bytes, sha256_of, weight_files
 from ..errors import Sentence, explained
 from ..reporting import counter, reporting
 from ..runtime import check_mounted
@@ -55,7 +55,7 @@ def check_model(folder):
     names = [name for name in os.listdir(folder) if not name.startswith(".")]
     missing = [pattern for pattern in ("config.json", "*.safetensors") if not fnmatch.filter(names, pattern)]
     if (index := folder/"model.safetensors.index.json").exists():
-        missing += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()).difference(names))
+        missing += sorted(weight_files(index).difference(names))
     if missing:
         if any(folder.glob("checkpoint-*")): advice = "It has checkpoints: resume the training."
         raise FileNotFoundError(f"{folder} holds no complete model: it has no {' and no '.join(missing)}. {advice}")
