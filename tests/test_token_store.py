@@ -275,3 +275,10 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
     assert done.returncode == 0, done.stderr
     small, large = map(int, done.stdout.split())
     assert large < 1.1 * small, f"{small} MiB for 650 kB, {large} MiB for 13 MB"
+
+
+def test_a_cache_that_is_a_file_is_one_line(tiny, tmp_path):
+    (tmp_path/"a.txt").write_text("It ebbs.")
+    with pytest.raises(OSError, match="could not be written to .*a.txt/tokens: Not a directory.*another cache_dir") as e:
+        tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path/"a.txt", progress=False)
+    assert fields_of(e.value) == ("cache_dir",)

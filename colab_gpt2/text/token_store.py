@@ -81,7 +81,7 @@ class TokenFile:
         try:
             known = json.loads(record.read_text(encoding="utf-8"))
             beyond = ids.stat().st_size - known["tokens"] * np.dtype(known["dtype"]).itemsize
-        except (FileNotFoundError, ValueError): return None  # never written, or not to its end
+        except (FileNotFoundError, NotADirectoryError, ValueError): return None  # never written, or not to its end
         if not self.key.items() <= known.items() or beyond < 0 or beyond and complete: return None
         return {name: known[name] for name in ("tokens", "words", "bytes")}
 
