@@ -2,7 +2,7 @@
 
 What depends on the start of a process (what a command loads, the environment at import, signals): see `shell`.
 """
-import multiprocessing, os, pickle, subprocess, sys, tempfile
+import gc, multiprocessing, os, pickle, subprocess, sys, tempfile
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -34,6 +34,7 @@ def read(path): return path.read_text(encoding="utf-8") if path.exists() else ""
 def _child(folder, function, args, cwd, env):
     for name, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(Path(folder)/name, os.O_WRONLY | os.O_CREAT), number)
+    gc.freeze()  # the libraries are no garbage
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
