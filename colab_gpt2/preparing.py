@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/62_preparing.ipynb #0994f430
-import gc, warnings
+import gc, math, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from .errors import Sentence
 from .model.loading import add_rows, check_match, load_config, load_model, load_tokenizer, model_context
 from .model.loading import set_ids
 from .model.tune import return_freed_memory
-from .planning.plan import check_packages, pick_run_precision
+from .planning.plan import check_packages, effective_batch, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
 from .text.corpus import load_corpus
-from .text.token_store import Blocks, tokenize_file
+from .text.token_store import Blocks, check_trainable, tokenize_file
+from .text.tokens import check_ids
 
 # %% ../nbs/62_preparing.ipynb #47a6116f
 def pick_split(corpus, wanted) -> str:
@@ -37,20 +38,37 @@ def blocks_of(config, corpus, name, tokenizer, context, report, **options) -> Bl
     return tokenize_file(corpus.path(name), tokenizer, pick_block_size(config, context), cache_dir=config.cache_dir,
                          progress=report, sha256=corpus.sha256[name], **options)
 
+# %% ../nbs/62_preparing.ipynb #a05de614
+def without_waste(blocks) -> Blocks:
+    "`blocks`, in a smaller size if they would leave more than a twentieth of the text over."
+    count, rest = divmod(blocks.tokens, blocks.block_size)
+    return replace(blocks, block_size=max(2, blocks.tokens // (count + 1))) if rest > blocks.tokens / 20 else blocks
+
+# %% ../nbs/62_preparing.ipynb #b8c551fa
+def warn_of_few_steps(config, blocks):
+    "A run of a few steps changes nothing that can be seen."
+    steps = math.ceil(config.num_train_epochs * math.ceil(len(blocks) / effective_batch(config)))
+    if config.max_steps > 0 or steps >= 100: return
+    told = "{steps} in all; 100 or more are needed to be noticed: set {max_steps=100}, or more {num_train_epochs}."
+    warnings.warn(Sentence(told, steps=f"{steps} step{'s' * (steps > 1)}"), stacklevel=2)
+
 # %% ../nbs/62_preparing.ipynb #5d7e8e53
 def training_blocks(config, corpus, tokenizer, context, report=silent) -> Blocks:
-    "ValueError if the text is shorter than a block, or was not given."
+    "ValueError if the text is shorter than a block that was asked for, or was not given; a warning if it is short."
     if config.eval_file and not config.train_file:
         told = "{eval_file} is {path!r} and {train_file} is missing; give both."
         raise ValueError(Sentence(told, path=config.eval_file))
-    return blocks_of(config, corpus, "train", tokenizer, context, report, split="train", minimum_blocks=1)
+    blocks = blocks_of(config, corpus, "train", tokenizer, context, report, split="train")
+    blocks = check_trainable(blocks if config.block_size else without_waste(blocks))
+    warn_of_few_steps(config, blocks)
+    return blocks
 
 # %% ../nbs/62_preparing.ipynb #60ea5cb5
-def held_out_blocks(config, corpus, tokenizer, context, report=silent) -> Blocks:
+def held_out_blocks(config, corpus, tokenizer, context, report=silent, **options) -> Blocks:
     "The split to evaluate on, under its name, or that of the user's file."
     split = pick_split(corpus, config.eval_split)
     label = Path(config.eval_file).name if config.eval_file else split
-    return blocks_of(config, corpus, split, tokenizer, context, report, split=label)
+    return blocks_of(config, corpus, split, tokenizer, context, report, split=label, **options)
 
 # %% ../nbs/62_preparing.ipynb #529482e0
 def release_memory():
@@ -110,6 +128,10 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     model = starting_model(wanted, tokenizer).to(runtime.device)
     report("Reading the text", 0, 1)
     given = config, corpus, tokenizer, model_context(model), report
-    return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name,
-                    train=training_blocks(*given) if train else None,
-                    held_out=held_out_blocks(*given) if held_out else None)
+    train = training_blocks(*given) if train else None
+    held_out = held_out_blocks(*given, notes=train is None) if held_out else None
+    rows = model.get_input_embeddings().num_embeddings
+    for blocks in (train, held_out):
+        if blocks is not None: check_ids(blocks.stream, rows, tokenizer, "The {split} text", split=blocks.split)
+    return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name, train=train,
+                    held_out=held_out)

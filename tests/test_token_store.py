@@ -1,16 +1,22 @@
 "Ids on the disk are those of the text, memory stays flat, and a file is complete, or as it was, or resumed."
-import errno, hashlib, json, random, resource, signal, subprocess, sys, time
+import errno, functools, hashlib, importlib, itertools, json, os, random, resource, signal, subprocess, sys, time
+import warnings
 from pathlib import Path
+from pydoc_data.topics import topics
 
-import numpy as np, pytest
-from transformers import AutoTokenizer, ByT5Tokenizer
+import numpy as np, psutil, pytest
+from helpers.forks import forked
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import colab_gpt2
+from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.errors import fields_of
+from colab_gpt2.preparing import prepare
 from colab_gpt2.text import token_store
 from colab_gpt2.text.corpus import load_corpus
 from colab_gpt2.text.token_store import tokenize_corpus, tokenize_file
-from colab_gpt2.text.tokens import Encoder
 
 DATA = Path(__file__).parents[1]/"../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not here")
@@ -111,12 +117,13 @@ import sys, time
 from transformers import AutoTokenizer
 from colab_gpt2.text import token_store
 tokenizer_folder, cache, text, pieces = sys.argv[1:]  # pieces: how many to encode before it hangs
-token_store.EVERY, call, encoded = 1, token_store.Encoder.__call__, []
-def slowly(self, segments):
-    if len(encoded) == int(pieces): time.sleep(600)
-    encoded.append(sum(map(len, segments)))
-    return call(self, segments)
-token_store.Encoder.__call__ = slowly
+token_store.EVERY, read, encoded = 1, token_store.read_windows, []
+def slowly(*given):
+    for piece in read(*given):
+        if len(encoded) == int(pieces): time.sleep(600)
+        encoded.append(len(piece[0]))
+        yield piece
+token_store.read_windows = slowly
 print("ready", flush=True)
 token_store.tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 64, cache_dir=cache, progress=False)
 print(sum(encoded), flush=True)
@@ -165,11 +172,12 @@ def wait_for_entry(cache, above=0, seconds=120):
 @pytest.fixture
 def encoded(monkeypatch):
     "How many characters this process encodes, piece by piece."
-    sizes, call = [], Encoder.__call__
-    def counting(self, segments):
-        sizes.append(sum(map(len, segments)))
-        return call(self, segments)
-    monkeypatch.setattr(Encoder, "__call__", counting)
+    sizes, read = [], token_store.read_windows
+    def counting(*given):
+        for piece in read(*given):
+            sizes.append(len(piece[0]))
+            yield piece
+    monkeypatch.setattr(token_store, "read_windows", counting)
     return sizes
 
 def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, job, encoded):
@@ -180,7 +188,7 @@ def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, job, encod
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         entry = wait_for_entry(cache)  # it may have made one more
-        assert entry["bytes"] > done and suffixes(cache) == [".journal", ".part"]
+        assert entry["bytes"] > done and suffixes(cache) == [".journal", ".lock", ".part"]
         done = entry["bytes"]
     with open(next((cache/"tokens").glob("*.part")), "ab") as part: part.write(b"torn")  # ids that came after the entry
     blocks = tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
@@ -192,13 +200,12 @@ def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, job, encod
 
 def interrupted(tiny, cache, long_text, monkeypatch, error, every=1):
     "Tokenise `long_text` until `error` comes with the fourth piece; -> the error that the caller sees."
-    calls, call = [], Encoder.__call__
-    def failing(self, segments):
-        calls.append(1)
-        if len(calls) == 4: raise error
-        return call(self, segments)
+    read = token_store.read_windows
+    def failing(*given):
+        yield from itertools.islice(read(*given), 3)
+        raise error
     with monkeypatch.context() as patch:
-        patch.setattr(Encoder, "__call__", failing)
+        patch.setattr(token_store, "read_windows", failing)
         patch.setattr(token_store, "EVERY", every)
         with pytest.raises(type(error)) as e: tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
     return e.value
@@ -265,20 +272,174 @@ for text in texts:
 """
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux's /proc knows a process's peak of memory")
-def test_memory_does_not_grow_with_the_text(tmp_path):
+@pytest.mark.parametrize("normalizer, few, many", [(None, 1, 20), ({"type": "NFC"}, 3, 12)])
+def test_memory_does_not_grow_with_the_text(tiny, tmp_path, normalizer, few, many):
     chance = random.Random(0)
     words = ["".join(chance.choices("abcdefghijklmnoprstu", k=chance.randint(2, 9))) for _ in range(20_000)]
     text = " ".join(chance.choices(words, k=100_000)) + "\n"  # 650 kB: more than is encoded at a time
-    paths = [tmp_path/f"{times}.txt" for times in (1, 20)]
-    for path, times in zip(paths, (1, 20)): path.write_text(text * times)
-    done = subprocess.run([sys.executable, "-c", PEAK, TINY, tmp_path, *paths], capture_output=True, text=True)
+    paths = [tmp_path/f"{n}.txt" for n in (few, many)]
+    for path, n in zip(paths, (few, many)): path.write_text(text * n)
+    tiny.save_pretrained(tmp_path/"tokenizer")
+    file = tmp_path/"tokenizer"/"tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
+    words = [sys.executable, "-c", PEAK, tmp_path/"tokenizer", tmp_path, *paths]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     small, large = map(int, done.stdout.split())
-    assert large < 1.1 * small, f"{small} MiB for 650 kB, {large} MiB for 13 MB"
+    assert large < 1.15 * small, f"{small} MiB for {few * 0.65} MB, {large} MiB for {many * 0.65} MB"
 
+def test_a_text_in_windows_has_the_ids_and_words_of_one_piece(tmp_path):
+    backend = json.loads((TINY/"tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    nfc = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)))
+    genome = "".join(random.Random(0).choices("ACGT", k=400_000))
+    text = "".join(f"{topics[name]}é\u0301 " for name in sorted(topics)) + genome
+    (tmp_path/"a.txt").write_text(text, encoding="utf-8")
+    blocks = tokenize_file(tmp_path/"a.txt", nfc, 64, cache_dir=tmp_path, progress=False)
+    assert blocks.stream.tolist() == nfc.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert (blocks.words, blocks.bytes) == (len(text.split()), len(text.encode()))
 
-def test_a_cache_that_is_a_file_is_one_line(tiny, tmp_path):
-    (tmp_path/"a.txt").write_text("It ebbs.")
-    with pytest.raises(OSError, match="could not be written to .*a.txt/tokens: Not a directory.*another cache_dir") as e:
-        tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path/"a.txt", progress=False)
-    assert fields_of(e.value) == ("cache_dir",)
+def closed():
+    "The embedded tokenizer with <s> and </s> around a text."
+    backend = Tokenizer.from_file(str(TINY/"tokenizer.json"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+def test_a_text_begins_as_its_tokenizer_begins_one_and_is_never_closed(tmp_path, monkeypatch):
+    tokenizer = closed()
+    (tmp_path/"a.txt").write_text("One.</s>Two.")
+    blocks = tokenize_file(tmp_path/"a.txt", tokenizer, 4, cache_dir=tmp_path, progress=False)
+    assert tokenizer.decode(blocks.stream) == "<s>One.</s><s>Two."
+    assert blocks.tokens == len(blocks.stream)
+
+def test_a_resumed_text_opens_its_documents(tmp_path, monkeypatch):
+    "Cuts are also between the end token and the next document."
+    tokenizer, text = closed(), "one two three</s>four five</s>six" * 30
+    (tmp_path/"a.txt").write_text(text)
+    read = functools.partial(token_store.read_windows, size=40, context=16)
+    monkeypatch.setattr(token_store, "EVERY", 1)
+    monkeypatch.setattr(token_store, "CONTEXT", 16)
+    monkeypatch.setattr(token_store, "read_windows", read)
+    options = dict(block_size=4, progress=False)
+    def ids(folder): return tokenize_file(tmp_path/"a.txt", tokenizer, cache_dir=tmp_path/folder, **options).stream
+    whole = ids("whole").tolist()
+    assert "</s><s>four" in tokenizer.decode(whole)
+    for last in range(1, 9):  # killed after each piece
+        def dying(*given):
+            yield from itertools.islice(read(*given), last)
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(token_store, "read_windows", dying)
+            ids(str(last))
+        assert ids(str(last)).tolist() == whole
+
+def test_a_run_with_windows_is_resumed(tmp_path, long_text, monkeypatch, encoded):
+    "A prefix space stands at the beginning of the text alone."
+    backend = Tokenizer.from_file(str(TINY/"tokenizer.json"))
+    backend.pre_tokenizer.add_prefix_space = True
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = long_text.read_bytes().decode("utf-8-sig")
+    interrupted(spaced, tmp_path, long_text, monkeypatch, KeyboardInterrupt())
+    encoded.clear()
+    blocks = tokenize_file(long_text, spaced, 64, cache_dir=tmp_path, progress=False)
+    expected = backend.encode(text, add_special_tokens=False).ids
+    assert blocks.stream.tolist() == expected and sum(encoded) < len(text) and blocks.words == len(text.split())
+
+def test_what_a_tokenizer_cannot_tell_is_said_once_for_all_splits(tiny, tmp_path):
+    (tmp_path/"a.txt").write_text("one two three</s>\n" * 50)
+    corpus = load_corpus(train_file=tmp_path/"a.txt", cache_dir=tmp_path)
+    with pytest.warns(UserWarning) as caught: tokenize_corpus(corpus, tiny, 8, cache_dir=tmp_path, progress=False)
+    assert [str(w.message)[:18] for w in caught] == ["train.txt has </s>"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path, progress=False, notes=False)
+
+# Folders that cannot be used
+
+def cache_error(tiny, tmp_path, **options):
+    (tmp_path/"a.txt").write_text("one two three\n" * 50)
+    with pytest.raises(OSError) as e: tokenize_file(tmp_path/"a.txt", tiny, 8, progress=False, **options)
+    assert fields_of(e.value) == ("cache_dir",) and "Errno" not in str(e.value) and "\n" not in str(e.value)
+    return str(e.value)
+
+@pytest.mark.parametrize("inside", ["", "folder"])
+def test_a_cache_that_is_a_file_is_named(tiny, tmp_path, inside):
+    (tmp_path/"cache").write_text("")
+    assert "Give another cache_dir." in cache_error(tiny, tmp_path, cache_dir=tmp_path/"cache"/inside)
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="in Linux's /proc nobody, not even root, can write")
+def test_a_home_that_cannot_be_written_to_asks_for_another_cache(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/none")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    said = cache_error(tiny, tmp_path)
+    assert "/proc/none/.cache" in said and "Give another cache_dir." in said and "Free some" not in said
+
+# Windows
+
+def without_posix(*folders):
+    "Import every module of the package, and tokenise, where Python has no module of POSIX."
+    for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"): sys.modules[name] = None
+    for name in colab_gpt2._HOME.values(): importlib.import_module(f"colab_gpt2.{name}")
+    from colab_gpt2.text.token_store import tokenize_file
+    tokenizer, text, cache = folders
+    return len(tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer), 8, cache_dir=cache, progress=False))
+
+def test_nothing_needs_a_module_that_windows_lacks(tmp_path):
+    (tmp_path/"a.txt").write_text("one two three\n" * 50)
+    ran = forked(without_posix, str(TINY), str(tmp_path/"a.txt"), str(tmp_path/"cache"))
+    assert ran.returncode == 0 and ran.result > 10, ran.stderr
+    assert suffixes(tmp_path/"cache") == [".ids", ".json"]
+
+def test_no_open_file_is_renamed_or_removed(tiny, tmp_path, monkeypatch):
+    "Windows refuses both."
+    def opened(path): return any(os.path.realpath(path) == f.path for f in psutil.Process().open_files())
+    def closed_only(name, call):
+        def checked(path, *rest, **options):
+            assert not opened(path), f"os.{name} of {path}, which is open"
+            return call(path, *rest, **options)
+        monkeypatch.setattr(os, name, checked)
+    (tmp_path/"a.txt").write_text("one two three\n" * 50)
+    for name in ("replace", "rename"): closed_only(name, getattr(os, name))
+    tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path/"cache", progress=False)
+
+# What a run begins with
+
+def run_of(tmp_path, text, **options):
+    (tmp_path/"train.txt").write_text(text)
+    (tmp_path/"eval.txt").write_text("The tide came in at noon.\n" * 400)
+    files = {f"{name}_file": str(tmp_path/f"{name}.txt") for name in ("train", "eval")}
+    folders = dict(cache_dir=str(tmp_path/"cache"), output_dir=str(tmp_path/"out"))
+    return FinetuneConfig(model="tiny", **folders, **files, **options)
+
+FIFTY = "".join(f"Verse {i} of the song about the tide and the moon, sung at night.\n" for i in range(50))
+
+@pytest.mark.parametrize("lines", [3, 10, 37, 50])
+def test_a_short_text_is_trained_on_to_its_end(tmp_path, lines):
+    config = run_of(tmp_path, "".join(FIFTY.splitlines(True)[:lines]))
+    with pytest.warns(UserWarning, match="steps in all; 100 or more"): train = prepare(config, held_out=False).train
+    assert len(train) * train.block_size > 0.95 * train.tokens and train.block_size <= 512
+
+def test_few_steps_are_noted_where_they_were_not_asked_for(tmp_path):
+    with pytest.warns(UserWarning) as caught: prepare(run_of(tmp_path, FIFTY), held_out=False)
+    [note] = [w.message for w in caught]
+    assert str(note).startswith("2 steps in all; 100 or more are needed to be noticed: set max_steps=100")
+    assert fields_of(note) == ("max_steps", "num_train_epochs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train = prepare(run_of(tmp_path, FIFTY, max_steps=2, block_size=64), held_out=False).train
+    assert train.block_size == 64  # what was asked for
+
+def test_a_text_with_a_token_that_the_model_lacks_is_refused_by_its_name(tmp_path, monkeypatch):
+    from colab_gpt2 import preparing
+    padded = AutoTokenizer.from_pretrained(TINY)
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    monkeypatch.setattr(preparing, "load_tokenizer", lambda *_, **__: padded)
+    monkeypatch.setattr(preparing, "check_match", lambda *_: None)
+    options = dict(max_steps=1, block_size=16)
+    assert prepare(run_of(tmp_path, FIFTY, **options)).train.vocabulary_size == len(padded)
+    with pytest.raises(ValueError, match=r"The train text has the token \[PAD\], for which the model has no embedding"):
+        prepare(run_of(tmp_path, FIFTY + "[PAD]", **options))
+    config = run_of(tmp_path, FIFTY, **options)
+    (tmp_path/"eval.txt").write_text(FIFTY * 4 + "[PAD]")
+    with pytest.raises(ValueError, match=r"The eval.txt text has the token \[PAD\]"): prepare(config, train=False)

@@ -23,7 +23,10 @@ def peak_rss() -> int:
     "The most bytes of RAM that this process has used; see proc(5)."
     try: lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        import resource
+        try: import resource
+        except ImportError:  # Windows
+            import psutil
+            return psutil.Process().memory_info().peak_wset
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

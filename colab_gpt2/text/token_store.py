@@ -6,18 +6,19 @@
 __all__ = ['Blocks', 'tokenize_file', 'tokenize_corpus']
 
 # %% ../../nbs/text/13_token_store.ipynb #ecb6a9b6
-import codecs, contextlib, fcntl, functools, io, json, os, shutil
+import codecs, contextlib, functools, io, json, mmap, os, shutil, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np, torch
+from filelock import FileLock
 
 from ..core import Record, atomic, human_bytes, leftovers, sha256_of
 from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
-from .corpus import check_text
-from .tokens import Encoder, read_segments
+from .reading import check_text
+from .tokens import CONTEXT, Encoder, notes_on, opened, read_windows
 
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
 @dataclass(frozen=True, eq=False)
@@ -94,51 +95,55 @@ class TokenFile:
 # %% ../../nbs/text/13_token_store.ipynb #2f4cf239
 @contextlib.contextmanager
 def sole_owner(path):
-    "The file at `path`, open to append. Another process or thread that asks for it waits."
-    while True:
-        with open(path, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try: ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except FileNotFoundError: ours = False
-            if ours: yield file; return
+    "Another process or thread that asks for the lock file `path` waits; it is gone afterwards."
+    with FileLock(path):
+        try: yield
+        finally:
+            with contextlib.suppress(OSError): os.unlink(path)  # Windows removes it itself
 
 # %% ../../nbs/text/13_token_store.ipynb #3d462e78
-def write_ids(pieces, encoder, out, counts):
-    "Append the ids of each of `pieces` (lists of segments) to the file `out`; yield the `counts` with them."
-    for segments in pieces:
-        text, ids = "".join(segments), encoder(segments)
-        out.write(ids)
-        added = dict(tokens=len(ids) // encoder.dtype.itemsize, words=len(text.split()), bytes=len(text.encode()))
+def write_ids(pieces, encoder, out, counts, last=" ", before=-1):
+    "Append the `pieces` of `read_windows` to the file `out`; yield the `counts`. `last`, `before`: what was there."
+    for text, ids in pieces:
+        ids = opened(np.asarray(ids, encoder.dtype), encoder.opening, encoder.ends, before)
+        out.write(ids.tobytes())
+        words = len(text.split()) - (not last.isspace() and not text[0].isspace())
+        added = dict(tokens=len(ids), words=words, bytes=len(text.encode()))
         counts = {name: counts[name] + n for name, n in added.items()}
+        before, last = ids[-1] if len(ids) else before, text[-1]
         yield counts
 
 # %% ../../nbs/text/13_token_store.ipynb #33fab38d
 def open_text(path, start):
-    "The text file `path`, open `start` bytes after its byte order mark, if there is one; line ends stay."
+    "The text file `path`, open `start` bytes after its byte order mark if it has one; and the CONTEXT before that."
     file = open(path, "rb")
-    file.seek(start + (3 if file.read(3) == codecs.BOM_UTF8 else 0))
-    return io.TextIOWrapper(file, encoding="utf-8", newline="")
+    mark = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+    file.seek(mark + max(0, start - 4 * CONTEXT))
+    before = file.read(min(start, 4 * CONTEXT)).decode(errors="ignore")[-CONTEXT:]  # it may begin inside a character
+    return io.TextIOWrapper(file, encoding="utf-8", newline=""), before
 
 # %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 EVERY = 1 << 26  # bytes of text between two entries in the journal: some seconds' work
 
-def write_part(path, file, out, encoder, report=silent):
-    "Tokenise `path` into `out`, the open part of `file`, from where the journal stopped; returns the counts."
+def write_part(path, file, encoder, report=silent):
+    "Tokenise `path` into the part of `file`, from where the journal stopped; returns the counts."
     counts = file.counts(complete=False) or dict(tokens=0, words=0, bytes=0)
-    out.truncate(counts["tokens"] * encoder.dtype.itemsize)
     what, size, due = f"Tokenising {path.name}", path.stat().st_size, counts["bytes"] + EVERY
+    text, before = open_text(path, counts["bytes"])
     try:
-        report(what, counts["bytes"], size)
-        with open_text(path, counts["bytes"]) as text:
-            for counts in write_ids(read_segments(text, encoder.cut), encoder, out, counts):
+        with text, open(file.part, "ab") as out:
+            out.truncate(counts["tokens"] * encoder.dtype.itemsize)
+            given = (before[-1], np.memmap(file.part, encoder.dtype, "r")[-1]) if before else ()
+            report(what, counts["bytes"], size)
+            for counts in write_ids(read_windows(text, encoder.encode, before), encoder, out, counts, *given):
                 if counts["bytes"] >= due:
                     file.note(file.journal, counts, out)
                     due = counts["bytes"] + EVERY
                 report(what, counts["bytes"], size)
-        file.note(file.record, counts, out)
-        os.replace(file.part, file.ids)
+            file.note(file.record, counts, out)
+        os.replace(file.part, file.ids)  # which is closed: Windows renames no open file
     except BaseException:
-        if not file.journal.exists(): file.part.unlink()
+        if not file.journal.exists(): file.part.unlink(missing_ok=True)
         raise
     file.journal.unlink(missing_ok=True)
     return counts
@@ -148,14 +153,12 @@ def write_tokens(path, file, encoder, report=silent):
     "The counts of `file`, tokenised from the text `path` by one process at a time."
     try:
         file.ids.parent.mkdir(parents=True, exist_ok=True)
-        with sole_owner(file.part) as out:
+        with sole_owner(file.ids.with_suffix(".lock")):
             for old in leftovers(file.ids.parent): shutil.rmtree(old, ignore_errors=True)
-            if not (counts := file.counts()): return write_part(path, file, out, encoder, report)
-            file.part.unlink()  # another process wrote the tokens while this one waited
-            return counts
+            return file.counts() or write_part(path, file, encoder, report)  # another process may have written them
     except OSError as e:
-        said = f"The tokens of {path} could not be written to {file.ids.parent}: {e.strerror}."
-        advice = "{said} Free some space or choose another {cache_dir}."
+        said = f"The tokens of {path} could not be written to {file.ids.parent}: {e.strerror or e}."
+        advice = "{said} Give another {cache_dir}."
         if file.journal.exists(): advice += " What is done stays, and the next run resumes from there."
         error = OSError(Sentence(advice, said=said))
         error.errno = e.errno
@@ -172,15 +175,19 @@ def tokenize_file(
     progress=True,  # a bar on stderr; False: nothing; or a function of (what, done, total)
     minimum_blocks=0,  # 1 for a text to train on: see `check_trainable`
     sha256=None,  # of the text, where it is known
+    notes=True,  # warnings of what the tokenizer cannot tell
 ) -> Blocks:
     """The complete text as one stream of tokens in a memory map, cut into blocks.
 
-    A tokenizer that splits text as GPT-2's does gets it in pieces, in memory that does not grow with the file, and a
-    run that was killed is resumed; any other gets it in one go. The ids are the same either way. No special tokens are
-    added; `<|endoftext|>` in the text is the token of that name. Errors: as `check_text`."""
+    It is read in pieces, in memory that does not grow with the file, and a run that was killed is resumed; the ids are
+    those of one piece. `<|endoftext|>` in the text is the token of that name. What the tokenizer puts before a text,
+    such as `<s>`, stands before each document; no end token is added. Errors: as `check_text`."""
     hint = "A causal model learns from each token to the next."
     check_number("block_size", block_size, minimum=2, integer=True, hint=hint)
     path, encoder = check_text(path), Encoder(tokenizer)
+    if notes:
+        with open(path, "rb") as text, mmap.mmap(text.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for note in notes_on(data, path.name, tokenizer): warnings.warn(note, stacklevel=2)
     sha256 = sha256 or sha256_of(path)
     key = dict(dtype=encoder.dtype.name, text_sha256=sha256, tokenizer_sha256=encoder.fingerprint)
     file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{encoder.fingerprint[:16]}.ids", **key)
@@ -201,5 +208,5 @@ def tokenize_corpus(
     "`tokenize_file` for each split that `corpus` has."
     with reporting(progress) as report:
         shared = dict(tokenizer=tokenizer, block_size=block_size, cache_dir=cache_dir, progress=report)
-        return {split: tokenize_file(corpus.path(split), split=split, sha256=sha256, **shared)
-                for split, sha256 in corpus.sha256.items()}
+        return {split: tokenize_file(corpus.path(split), split=split, sha256=sha256, notes=not n, **shared)
+                for n, (split, sha256) in enumerate(corpus.sha256.items())}

@@ -6,41 +6,78 @@
 __all__ = []
 
 # %% ../../nbs/text/12_tokens.ipynb #f3f1da51
-import copy, hashlib, json, re, warnings
+import copy, hashlib, itertools, json, re
 
 import numpy as np
 
-# %% ../../nbs/text/12_tokens.ipynb #f19b97a3
-def sure_cut(stops="") -> re.Pattern:
-    """The empty match at each place inside a text where GPT-2's pre-tokenizer surely splits: before the last character
-    of a run of white space, unless one of `stops`, which begin an added token, follows."""
-    return re.compile(rf"(?=[ \t\n\r\u3000][^\s{re.escape(stops)}])(?!\A)")
+from ..errors import Sentence
+from ..runtime import memory
 
-# %% ../../nbs/text/12_tokens.ipynb #a15fa11d
-def cut_pattern(backend) -> "re.Pattern | None":
-    "`sure_cut` for a `tokenizers.Tokenizer` that splits as GPT-2's does; None for any other."
-    state = json.loads(backend.to_str())
-    if state["normalizer"] or state["model"].get("dropout"): return None
-    split = state["pre_tokenizer"] or {}
-    if split.get("type") != "ByteLevel" or not split.get("use_regex", True) or split["add_prefix_space"]: return None
-    added = state["added_tokens"]
-    if any(t["lstrip"] or t["rstrip"] or t["single_word"] or re.search(r"\s", t["content"]) for t in added): return None
-    return sure_cut("".join(sorted({t["content"][0] for t in added})))
+# %% ../../nbs/text/12_tokens.ipynb #f19b97a3
+CONTEXT = 1 << 10  # characters before and after a cut that are looked at
+
+def find_cut(encode, text, context=CONTEXT):
+    """A place near the end of `text` where a token ends whatever follows, and the ids of the `context` characters
+    before it: after a line if it can be, else after any character; (None, None) where there is none."""
+    last = len(text) - context
+    for at in (text.rfind("\n", 2 * context, last) + 1, *range(last, last - 64, -1)):
+        if at < 2 * context or text[at:at + context // 2].isspace(): continue  # a token may take all space before it
+        before, both = encode([text[at - context:at], text[at - context:at + context]])
+        if before and both[:len(before)] == before: return at, before
+    return None, None
 
 # %% ../../nbs/text/12_tokens.ipynb #ce1864e5
-LONG = 1 << 24  # characters without a cut; tokenizers 0.23 took 100 to 120 bytes for each, with and without spaces
+TOO_LONG = "{tokenizer} finds no place to cut the text, and memory is too short for {n:,} characters in one piece."
+COST = 120  # bytes of memory for a character at most; tokenizers 0.23 took 100 to 120, with and without spaces
 
-def read_segments(file, cut, size=1 << 18):
-    "Yield lists of segments, which joined are the text: split at the pattern `cut`, all in one if that is None."
-    rest, warned = "", False
-    while more := file.read(max(size, len(rest))):
-        *segments, rest = cut.split(rest + more) if cut else [rest + more]
-        if segments: yield segments
-        if len(rest) > LONG and not warned:
-            warned = True
-            warnings.warn(f"The text has {len(rest):,} characters without a place to cut it for this tokenizer. "
-                          "They take about 100 bytes of memory each. Add line breaks, or use GPT-2's tokenizer.")
-    if rest: yield [rest]
+def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT):
+    """Yield (text, ids) piece by piece; the ids are those of one piece. `text`: the `context` characters before the
+    place where `file` stands."""
+    known, skip = len(text), len(encode([text])[0]) if text else 0  # of the text and its ids: what came before
+    while (more := file.read(max(size, len(text)))) or len(text) > known:
+        text += more
+        at, before = find_cut(encode, text, context) if more else (len(text), [])
+        if COST * len(text) > memory()[1]: raise MemoryError(Sentence(TOO_LONG, n=len(text)))
+        if at is None: continue
+        [ids], tail = encode([text[:at]]), before[len(before) // 2:]  # the first half may not know what stood before it
+        if ids[len(ids) - len(tail):] != tail: continue
+        yield text[known:at], ids[skip:]
+        if not more: return
+        text, known, skip = text[at - context:], context, len(before)
+
+# %% ../../nbs/text/12_tokens.ipynb #04a3cf22
+def opening_ids(tokenizer) -> list:
+    "The ids that `tokenizer` puts before a text, such as `<s>`; not what it puts after one."
+    both, own = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (True, False))
+    return both[:next((n for n in range(len(both)) if both[n:n + len(own)] == own), 0)]
+
+# %% ../../nbs/text/12_tokens.ipynb #0f1ed26f
+def opened(ids, opening, ends, before=-1):
+    "The array `ids` with `opening` before each document in it, that is after one of `ends`; `before`: the last id."
+    if not (opening and len(ids)): return ids
+    first = np.isin(np.append(before, ids[:-1]), ends) & (ids != opening[0])
+    return np.insert(ids, np.flatnonzero(first).repeat(len(opening)), opening * int(first.sum()))
+
+# %% ../../nbs/text/12_tokens.ipynb #332143f3
+MARKS = "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text somewhere
+
+def notes_on(data, name, tokenizer):
+    "Yield a text for what is lost of `data`, the bytes of the file `name`; it may be memory-mapped."
+    def ids(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    white = {"line ends": "\n", "repeated spaces": "  "}
+    lost = [what for what, w in white.items() if data.find(w.encode()) >= 0 and ids(f"a{w}a") == ids("a a")]
+    if lost: yield f"The tokenizer drops {' and '.join(lost)}: the model can neither learn nor write them."
+    for mark in MARKS:
+        if data.find(mark.encode()) < 0 or mark in tokenizer.get_vocab(): continue
+        end = tokenizer.eos_token or tokenizer.sep_token or "not set"
+        yield f"{name} has {mark}, which is plain characters to this tokenizer; its own end token is {end}."
+
+# %% ../../nbs/text/12_tokens.ipynb #ee511239
+def check_ids(ids, rows, tokenizer, said, **values):
+    "ValueError if one of `ids` is not among the `rows` of the embedding; `said` is the template of whose they are."
+    if not len(ids) or (largest := int(np.max(ids))) < rows: return
+    told = f"{said} has the token {{token}}, for which the model has no embedding. Remove it."
+    raise ValueError(Sentence(told, token=tokenizer.convert_ids_to_tokens(largest), **values))
 
 # %% ../../nbs/text/12_tokens.ipynb #c443ca46
 def private_copy(tokenizer):
@@ -51,19 +88,36 @@ def private_copy(tokenizer):
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
     return backend
 
+# %% ../../nbs/text/12_tokens.ipynb #47fef69b
+def cut_pattern(backend) -> "re.Pattern | None":
+    """The empty match at each place inside a text where a `tokenizers.Tokenizer` that splits as GPT-2's does surely
+    splits: before the last of a run of white space, unless an added token may follow. None for any other."""
+    state = json.loads(backend.to_str())
+    split, added = {"use_regex": True} | (state["pre_tokenizer"] or {}), state["added_tokens"]
+    form = [split.get(name) for name in ("type", "use_regex", "add_prefix_space")]
+    if form != ["ByteLevel", True, False]: return None
+    if state["normalizer"] or state["model"].get("dropout"): return None
+    if any(t["lstrip"] or t["rstrip"] or t["single_word"] or re.search(r"\s", t["content"]) for t in added): return None
+    stops = re.escape("".join(sorted({t["content"][0] for t in added})))
+    return re.compile(rf"(?=[ \t\n\r\u3000][^\s{stops}])(?!\A)")
+
 # %% ../../nbs/text/12_tokens.ipynb #7fcdcb1e
 class Encoder:
-    """Segments to ids, by a private copy of `tokenizer`: no padding, no truncation, no special tokens added.
+    """Texts to ids, by a private copy of `tokenizer`: no padding, no truncation; its `opening_ids` before a document.
 
-    `cut` is its `cut_pattern`, `vocabulary_size` its largest id + 1, `dtype` what holds an id, `fingerprint` the
-    SHA-256 of all that decides about ids."""
-    def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember, 17 bytes for each
+    `vocabulary_size` is its largest id + 1, `dtype` what holds an id, `fingerprint` the SHA-256 of all that decides
+    about ids."""
+    def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
+        self.opening = opening_ids(tokenizer)
+        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, *self.opening}
+        self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
         if getattr(tokenizer, "backend_tokenizer", None):
             self.backend = private_copy(tokenizer)
             self.cut = cut_pattern(self.backend)
             state = self.backend.to_str() + str(self.backend.encode_special_tokens)
         else: state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items())])
+        if self.opening: state += str([self.opening, self.ends])
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.dtype = np.dtype("uint16" if self.vocabulary_size <= 1 << 16 else "uint32")
@@ -71,14 +125,14 @@ class Encoder:
 
     def encode(self, texts):
         "A list of ids for each of `texts`."
-        if self.backend: return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        return [self.tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
-
-    def __call__(self, segments) -> bytes:
-        "The ids of all `segments`, as the bytes of one array."
-        new = list(set(segments).difference(self.known))
-        self.known.update((s, np.asarray(ids, self.dtype).tobytes()) for s, ids in zip(new, self.encode(new)))
-        found = b"".join(map(self.known.__getitem__, segments))
+        if not self.backend: return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if not self.cut: return self.encode_now(texts)
+        texts = [self.cut.split(t) for t in texts]
+        new = list(set().union(*texts).difference(self.known))
+        self.known.update(zip(new, self.encode_now(new)))
+        found = [list(itertools.chain.from_iterable(map(self.known.__getitem__, segments))) for segments in texts]
         self.size += sum(map(len, new))
         if self.size > self.memory: self.known, self.size = {}, 0
         return found
+
+    def encode_now(self, texts): return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
