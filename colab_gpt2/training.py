@@ -6,7 +6,7 @@
 __all__ = ['FinetuneResult', 'Interrupted', 'finetune']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
-import contextlib, errno, json, os, shutil, tempfile, time, warnings
+import contextlib, errno, json, math, os, shutil, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +14,13 @@ from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
 from .core import Record, atomic, check_space, discard, home, human_bytes, human_time, leftovers
+from .core import retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit, tell
 from .engine.checkpoints import find_checkpoints, newest_intact, read_manifest, remove_checkpoint, save_model
 from .engine.checkpoints import sort_checkpoints
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, identify, make_trainer, training_arguments
-from .errors import Sentence
+from .errors import Sentence, errno_of, explained, may_pass
 from .evaluation import Perplexity, perplexity
 from .generation import generate
 from .model.loading import MODELS, quiet
@@ -122,16 +123,18 @@ class Interrupted(KeyboardInterrupt):
 # %% ../nbs/63_training.ipynb #a02aa3a5
 @contextlib.contextmanager
 def in_one_line(output_dir):
-    "Turn a full disk and a lack of memory into a line that says what to do."
+    "Turn the errors of disks and Drives, and a lack of memory, into a line that says what to do."
     try: yield
     except Exception as e:
-        if getattr(e, "errno", None) == errno.ENOSPC:
+        if (number := errno_of(e)) == errno.ENOSPC:
             names = ", ".join(path.name for path in find_checkpoints(output_dir))
             kept = f"Kept: {names}" if names else "No checkpoint was complete yet"
             told = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then set {resume=True}."
             raise OSError(Sentence(told, path=output_dir, kept=kept,
                                    free=human_bytes(shutil.disk_usage(output_dir).free))) from e
-        if not out_of_memory(e): raise
+        if not out_of_memory(e):
+            if number == errno.ENOENT: raise  # its path says more
+            with explained(f"The run in {output_dir}"): raise
         told = ("Out of memory at a micro-batch of 1; set a smaller {block_size}, {gradient_checkpointing=True} or "
                 "{method=lora}, or choose a smaller {model}.")
         raise MemoryError(Sentence(told)) from e
@@ -166,12 +169,14 @@ def load_finished(trainer, checkpoint, steps) -> bool:
     return True
 
 # %% ../nbs/63_training.ipynb #c8c5462d
-def check_room(output_dir, plan, saves):
-    """OSError without room for the least that a run writes: the model, and a checkpoint, or two if it `saves` them and
-    there is none yet. A checkpoint has weights and AdamW's two moments, in fp32; one of adapters is small."""
-    checkpoints = 2 if saves and not find_checkpoints(output_dir) else 1
-    if plan.recipe.method == "lora": checkpoints = 0
-    check_space(output_dir, plan.parameters * (4 + 12 * checkpoints), "The run")
+def check_room(config, plan):
+    """OSError without room for what the run adds: the checkpoints that are kept, and one more before the oldest goes, or
+    the model. A checkpoint has weights and AdamW's two moments, in fp32; one of adapters is small."""
+    made = math.ceil(plan.steps / config.save_steps) if config.save_steps > 0 else 1
+    kept = min(made, config.save_total_limit or made)
+    added = 12 * (kept - len(find_checkpoints(config.output_dir))) + (12 if made > kept else 4)
+    if plan.recipe.method == "lora": added = 4
+    check_space(config.output_dir, plan.parameters * max(added, 4), "The run")
 
 # %% ../nbs/63_training.ipynb #21f15d23
 def within_time(trainer, plan) -> Plan:
@@ -245,6 +250,27 @@ def train_and_merge(config, prepared, plan, callbacks, shown, resumed_from) -> t
     facts = dict(steps=state.global_step, epochs=state.epoch or 0., tokens_per_second=speed, losses=losses)
     return model, plan, facts
 
+# %% ../nbs/63_training.ipynb #7d3cd2aa
+def finished_config(output_dir) -> FinetuneConfig | None:
+    "Of the run that was finished in `output_dir`; None without one, or if another has begun since."
+    folder = home(output_dir)
+    told = folder/"finetune.json"
+    if not told.is_file(): return
+    if any(path.stat().st_mtime > told.stat().st_mtime for path in find_checkpoints(folder)): return
+    try: return replace(FinetuneConfig(**json.loads(told.read_text())["config"]), output_dir=str(output_dir))
+    except (ValueError, TypeError, KeyError): return  # another version's, or another tool's file
+
+# %% ../nbs/63_training.ipynb #5b1a3410
+def write_result(result):
+    "Write `finetune.json`; one of the same run stays if no step was left, or its archive would have other bytes."
+    def same(config): return replace(config, resume=False, overwrite_output_dir=False)
+    folder = result.output_dir
+    known = finished_config(folder)
+    if known and result.tokens_per_second is None and same(known) == same(result.config): return
+    def write():
+        with atomic(f"{folder}/finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))
+    with in_one_line(folder): retried(write, may_pass)
+
 # %% ../nbs/63_training.ipynb #ffe78b2c
 def finetune(
     config: FinetuneConfig | None = None,  # None: the defaults
@@ -261,7 +287,7 @@ def finetune(
         tell(callbacks, "on_stage", LOADING)
         prepared = prepare(config, report)
         plan = plan_training(config, prepared.model, prepared.train, prepared.runtime)
-        check_room(config.output_dir, plan, saves=config.save_steps != -1)
+        check_room(config, plan)
         training_arguments(config, plan)  # what it refuses is said before anything slow
         identity, shape = identify(prepared.train, plan, config.seed), prepared.model.config
         resumed_from = checkpoint_to_resume(config.output_dir, shape, identity) if config.resume else None
@@ -270,7 +296,8 @@ def finetune(
         tell(callbacks, "on_measured", *before)
         model, plan, facts = train_and_merge(config, prepared, plan, callbacks, shown, resumed_from)
         tell(callbacks, "on_stage", SAVING)
-        with in_one_line(config.output_dir): save_model(model, prepared.tokenizer, config.output_dir)
+        def save(): save_model(model, prepared.tokenizer, config.output_dir)
+        with in_one_line(config.output_dir): retried(save, may_pass)
         tell(callbacks, "on_stage", AFTER)
         after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report)
         tell(callbacks, "on_measured", *after)
@@ -279,15 +306,5 @@ def finetune(
         train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0],
         samples=dict(before=before[1], after=after[1]), output_dir=config.output_dir, runtime=prepared.runtime,
         resumed_from=resumed_from and str(resumed_from), seconds=time.perf_counter() - started, **facts)
-    with atomic(f"{config.output_dir}/finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))
+    write_result(result)
     return result
-
-# %% ../nbs/63_training.ipynb #7d3cd2aa
-def finished_config(output_dir) -> FinetuneConfig | None:
-    "Of the run that was finished in `output_dir`; None without one, or if another has begun since."
-    folder = home(output_dir)
-    told = folder/"finetune.json"
-    if not told.is_file(): return
-    if any(path.stat().st_mtime > told.stat().st_mtime for path in find_checkpoints(folder)): return
-    try: return replace(FinetuneConfig(**json.loads(told.read_text())["config"]), output_dir=str(output_dir))
-    except (ValueError, TypeError, KeyError): return  # another version's, or another tool's file

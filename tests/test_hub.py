@@ -1,11 +1,13 @@
 "load_dataset and from_pretrained against a small Hub on 127.0.0.1: each case a process with an empty cache."
-import hashlib, io, json, os, subprocess, sys, zipfile
+import hashlib, io, json, os, subprocess, sys, warnings, zipfile
+from types import SimpleNamespace
 
-import pytest
+import huggingface_hub, pytest
 
-from colab_gpt2.text.corpus import WIKITEXT
+from colab_gpt2.text.corpus import WIKITEXT, hub_trouble
 from colab_gpt2.model.loading import TINY
 from helpers.colab_stub import colab, stub
+from helpers.colab_stub import stub
 from helpers.servers import Hub
 
 LINES = {
@@ -229,3 +231,22 @@ def test_colabs_secret_that_does_not_come_is_neither_a_failure_nor_a_wall_of_war
     colab.stub.secrets.update(secrets)
     with colab.faults(secret_timeout=timeout), loading("gpt2"): assert _auth._get_token_from_google_colab() is None
     assert ("GetSecret", {"key": "HF_TOKEN"}) in colab.stub.requests and not recwarn.list
+
+
+@pytest.mark.parametrize("secrets, timeout", [({}, False), ({"HF_TOKEN": None}, False), ({}, True)],
+                         ids=["none", "denied", "no answer"])
+def test_colabs_secret_is_asked_for_once_and_not_missed(stub, monkeypatch, secrets, timeout):
+    "What is public can be had without: nothing is said, whatever the front end answers."
+    auth = huggingface_hub.utils._auth
+    for name, value in (("is_google_colab", lambda: True), ("_IS_GOOGLE_COLAB_CHECKED", False),
+                        ("_get_token_from_file_refreshed", lambda: None)):
+        monkeypatch.setattr(auth, name, value, raising=name[0] == "_I")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("requests.head", lambda *args, **options: SimpleNamespace(status_code=200, reason="OK"))
+    with stub.pretend(), stub.faults(secret_timeout=timeout), monkeypatch.context() as patched:
+        patched.setattr(stub, "secrets", secrets)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert [hub_trouble(), hub_trouble(), huggingface_hub.get_token()] == ["", "", None]
+        assert [kind for kind, _ in stub.requests].count("GetSecret") == 1

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import atomic, sha256_of
-from ..errors import Sentence
+from ..core import atomic, discard, sha256_of
+from ..errors import Sentence, errno_of
 from ..model.loading import quiet, save_tokenizer
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
@@ -26,10 +26,11 @@ def check_finite(model):
 # %% ../../nbs/engine/41_checkpoints.ipynb #f1c42f04
 @contextlib.contextmanager
 def full_disk_told(folder, model):
-    "Turn an error while less than the size of `model` is free into the system's own, ENOSPC."
+    "Turn an error that says so, or one while less than the size of `model` is free, into the system's own, ENOSPC."
     try: yield
     except Exception as e:
-        if shutil.disk_usage(folder).free > sum(p.numel() * p.element_size() for p in model.parameters()): raise
+        number, size = errno_of(e), sum(p.numel() * p.element_size() for p in model.parameters())
+        if number != errno.ENOSPC and (number or shutil.disk_usage(folder).free > size): raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
@@ -94,7 +95,7 @@ def newest_intact(output_dir) -> Path | None:
 def remove_checkpoint(path):
     "Delete a checkpoint; of a link only the link: what it leads to may be needed elsewhere."
     if Path(path).is_symlink(): Path(path).unlink()
-    else: shutil.rmtree(path)
+    else: discard(path)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #afcf4980
 @contextlib.contextmanager

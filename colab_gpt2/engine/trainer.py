@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .callbacks import Bar, Meter, StopOnInterrupt, StopOnNaN
 from .checkpoints import find_checkpoints, full_disk_told, new_checkpoint, remove_checkpoint, write_manifest
-from ..errors import Sentence
+from ..core import retried
+from ..errors import Sentence, may_pass
 from ..model.loading import save_tokenizer
 from ..model.lora import add_adapters
 from ..model.tune import casting_once, tune_model, uncompiled
@@ -75,15 +76,18 @@ class BlockTrainer(MicroBatchTrainer):
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
+        retried(lambda: self.save_once(model, trial), may_pass)  # a Drive under load
+        if not self.checkpoints_to_keep: return
+        for path in find_checkpoints(self.args.output_dir)[:-self.checkpoints_to_keep]: remove_checkpoint(path)
+
+    def save_once(self, model, trial):
         with new_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}") as folder:
             self.aside = folder.parent  # there the stock Trainer writes its checkpoint-N: `folder`
             try:
                 with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
-                save_tokenizer(self.processing_class, folder)
+                if self.processing_class: save_tokenizer(self.processing_class, folder)
             finally: self.aside = None
             write_manifest(folder, self.identity)
-        if not self.checkpoints_to_keep: return
-        for path in find_checkpoints(self.args.output_dir)[:-self.checkpoints_to_keep]: remove_checkpoint(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         "Keep this run's learning rate and weight decay, not the checkpoint's."

@@ -111,8 +111,11 @@ def write_rows(rows, path):
 # %% ../../nbs/text/11_corpus.ipynb #2ad8d266
 def hub_trouble() -> str:
     "Why the Hub (or HF_ENDPOINT) cannot be used now; '' if it can."
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_token
     if constants.HF_HUB_OFFLINE: return "gave no answer"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_token()  # asks Colab for its secret, once: without it all that is public can be had, so no word of that
     try: answer = requests.head(constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
     except requests.RequestException: return "gave no answer"
     busy = answer.status_code == 429 or answer.status_code >= 500
