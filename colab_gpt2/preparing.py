@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import pick_block_size
 from .errors import Sentence
 from .model.loading import add_rows, check_match, load_config, load_model, load_tokenizer, model_context
-from .model.loading import set_ids
+from .model.loading import keep_rope, set_ids
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, effective_batch, pick_run_precision
 from .reporting import silent
@@ -95,11 +95,13 @@ def starting_model(config, tokenizer) -> PreTrainedModel:
     "On the CPU: published weights, with rows for the tokens that a chosen tokenizer adds, or new ones."
     if config.from_scratch:
         shape = fit_shape(load_config(config.model, config.cache_dir), config, tokenizer)
-        return load_model(config.model, from_scratch=True, config=shape, seed=config.seed)
-    model = load_model(config.model, cache_dir=config.cache_dir)
-    check_match(model, tokenizer)
-    if config.tokenizer: add_rows(model, max(tokenizer.get_vocab().values()) + 1)
-    set_ids(model, tokenizer)
+        model = load_model(config.model, from_scratch=True, config=shape, seed=config.seed)
+    else:
+        model = load_model(config.model, cache_dir=config.cache_dir)
+        check_match(model, tokenizer)
+        if config.tokenizer: add_rows(model, max(tokenizer.get_vocab().values()) + 1)
+        set_ids(model, tokenizer)
+    keep_rope(model.config)
     return model
 
 # %% ../nbs/62_preparing.ipynb #8d30ea46

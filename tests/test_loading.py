@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers import BertConfig, BloomConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, T5Config
+from transformers import BertConfig, BloomConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, PhiConfig
+from transformers import T5Config
 
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.errors import fields_of
@@ -12,7 +13,7 @@ from colab_gpt2.generation import generate
 from colab_gpt2.model.loading import MODELS, TINY, add_rows, check_match, end_ids, load_config, load_model
 from colab_gpt2.model.loading import load_tokenizer, model_context, new_model, save_tokenizer, set_ids
 from colab_gpt2.planning.plan import TextSize, plan_run
-from colab_gpt2.preparing import prepare
+from colab_gpt2.preparing import prepare, starting_model
 from colab_gpt2.runtime import check_runtime
 from colab_gpt2.storage.archives import check_model
 from colab_gpt2.tasks import plan
@@ -429,10 +430,20 @@ def test_the_packaged_tokenizer_is_one_that_transformers_4_knows():
     assert json.loads((TINY/"tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
 
 
-def test_a_tokenizer_with_an_extra_file_says_what_to_do(folder):
-    (folder/"spiece.model").write_text("x")
-    with pytest.raises(ValueError, match="spiece.model") as e: load_tokenizer(folder)
-    assert "sentencepiece" in str(e.value) and "\n" not in str(e.value)
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model"])
+def test_a_sentencepiece_tokenizer_says_what_it_needs(folder, name, monkeypatch):
+    monkeypatch.setattr("colab_gpt2.model.loading.is_sentencepiece_available", lambda: False)
+    (folder/name).write_text("x")
+    with pytest.raises(ValueError, match=f"its tokenizer as {name}; to read it, `pip install sentencepiece protobuf`"):
+        load_tokenizer(folder)
+    load_tokenizer("tiny").save_pretrained(folder)  # a tokenizer.json needs nothing
+    assert len(load_tokenizer(folder)) == 8192
+
+
+def test_a_vocabulary_that_its_class_cannot_read_is_no_empty_tokenizer(folder):
+    (folder/"vocab.txt").write_text("[PAD]\n[UNK]\na\n")  # BERT's, where nothing says so: read as a GPT-2's
+    with pytest.raises(ValueError, match="GPT2Tokenizer that is slow or empty; one with a tokenizer.json"):
+        load_tokenizer(folder)
 
 
 # ---- a run with a tokenizer of one's own
@@ -494,3 +505,29 @@ def test_an_output_folder_called_as_a_known_model_is_told(quick, tmp_path, monke
     for name in ("tiny", "./gpt2"):
         with pytest.warns(UserWarning, match="output_dir is also the name of a known model: here model="):
             check_run(replace(quick, output_dir=name))
+
+
+# ---- every kind of causal model
+
+ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_theta=5e5,
+            original_max_position_embeddings=64)
+TURNED = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8192)
+
+
+@pytest.mark.parametrize("config, older", [
+    (LlamaConfig(num_key_value_heads=1, rope_parameters=ROPE, **TURNED), dict(rope_theta=5e5, rope_scaling=ROPE)),
+    (GPTNeoXConfig(rope_parameters=dict(rope_type="default", rope_theta=77.0, partial_rotary_factor=0.5), **TURNED),
+     dict(rotary_emb_base=77.0, rotary_pct=0.5)),
+    (PhiConfig(rope_parameters=dict(rope_type="default", rope_theta=77.0, partial_rotary_factor=0.5), **TURNED),
+     dict(rope_theta=77.0, partial_rotary_factor=0.5))], ids=["llama", "neox", "phi"])
+def test_rotary_angles_are_saved_in_the_words_of_transformers_4_too(config, older, tmp_path):
+    model = new_model(config, seed=0)
+    model.save_pretrained(tmp_path/"start")
+    load_tokenizer("tiny").save_pretrained(tmp_path/"start")
+    kept = starting_model(FinetuneConfig(model=str(tmp_path/"start")), load_tokenizer("tiny"))
+    kept.save_pretrained(tmp_path/"saved")
+    assert older.items() <= json.loads((tmp_path/"saved"/"config.json").read_text()).items()
+    ids = torch.arange(30)[None]
+    again = load_model(tmp_path/"saved")
+    assert again.config.rope_parameters == config.rope_parameters
+    assert torch.equal(again(input_ids=ids).logits, load_model(tmp_path/"start")(input_ids=ids).logits)

@@ -367,6 +367,18 @@ def add_rows(model, entries):
         for weight in (layer.weight, getattr(layer, "bias", None)):
             if weight is not None: weight[rows:] = weight[:rows].mean(0)
 
+# %% ../../nbs/model/20_loading.ipynb #1bb039ae
+def keep_rope(config):
+    "Let `config` have its `rope_parameters` under the names of transformers 4 as well."
+    text = config.get_text_config()
+    rope, theta = getattr(text, "rope_parameters", None) or {}, "rope_theta"
+    if theta not in rope: return
+    older = {name: rope[name] for name in (theta, "partial_rotary_factor") if name in rope}
+    if text.model_type == "gpt_neox":
+        older |= dict(rotary_emb_base=rope[theta], rotary_pct=rope.get("partial_rotary_factor", 1.0))
+    if rope.get("rope_type", "default") != "default": older["rope_scaling"] = rope
+    vars(text).update(older)
+
 # %% ../../nbs/model/20_loading.ipynb #050b9f4c
 def save_tokenizer(tokenizer, folder):
     "As transformers from 4.57 loads it, and tools built on it."
