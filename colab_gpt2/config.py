@@ -28,7 +28,7 @@ class DataFields(Record):
         "wikitext-2-raw-v1", "a WikiText name, python-docs, a .txt file, or a folder or zip in WikiText's layout",
         label="Text", path=True)
     train_file: str | None = value(
-        None, "own text to train on, instead of {dataset} (UTF-8)", label="Own text", path=True)
+        None, "own text, folder or pattern to train on, instead of {dataset} (UTF-8)", label="Own text", path=True)
     eval_file: str | None = value(
         None, "own text to evaluate on (UTF-8); without it a part of {train_file} is held out",
         label="Own held-out text", path=True)

@@ -289,13 +289,13 @@ def test_line_ends_of_every_system_are_read_as_one(load, tmp_path, ends):
 
 @pytest.fixture
 def poems(tmp_path):
-    for name in ("10.txt", "2.txt", "1.txt", "more/11.md", ".draft.txt", ".git/12.txt", "13.txt"):
+    for name in ("10.TXT", "2.txt", "1.txt", "more/11.md", ".draft.txt", ".git/12.txt", "13.txt"):
         (tmp_path/"poems"/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/"poems"/name).write_bytes(f"Poem {name}\r\nof the tide\n".encode() if name != "13.txt" else b" \n")
     return tmp_path/"poems"
 
 
-POEMS = [f"Poem {name}\nof the tide\n" for name in ("1.txt", "2.txt", "10.txt", "more/11.md")]
+POEMS = [f"Poem {name}\nof the tide\n" for name in ("1.txt", "2.txt", "10.TXT", "more/11.md")]
 
 
 def test_a_folder_of_texts_is_read_in_order_as_documents(load, poems):
@@ -303,17 +303,19 @@ def test_a_folder_of_texts_is_read_in_order_as_documents(load, poems):
     for corpus in (load(poems), load(train_file=poems), load(str(poems))):
         assert "".join(corpus.path(s).read_text() for s in SPLITS) == "<|endoftext|>".join(POEMS)
         assert corpus.name == "poems" and corpus.source.startswith(f"4 files of {poems}, cut ")
-    both = load(train_file=poems, eval_file=poems/"1.txt")
-    assert both.train.read_text() == "<|endoftext|>".join(POEMS) and both.validation.read_text() == POEMS[0]
+    both = load(train_file=poems/"1.txt", eval_file=poems)
+    assert both.train.read_text() == POEMS[0] and both.validation.read_text() == "<|endoftext|>".join(POEMS)
     assert snapshot(poems) == before
 
 
 def test_a_pattern_stands_for_its_files(load, poems, monkeypatch):
     expected = "<|endoftext|>".join(POEMS[:3])
-    corpus = load(train_file=poems/"*.txt", hold_out=False)
+    corpus = load(train_file=poems/"*.[tT]*", hold_out=False)
     assert corpus.train.read_text() == expected and corpus.name == "texts"
     monkeypatch.chdir(poems)
-    for name in ("*.txt", "./*.txt"): assert load(name).source.startswith(f"3 files of {name.removeprefix('./')}, cut ")
+    (poems/"3.txt").write_text("Poem 3\n" * 9)
+    with pytest.raises(ValueError, match=r"2 files of \[12\].txt has 58 bytes, too few"): load("[12].txt")
+    for name in ("*.txt", "./*.txt"): assert load(name).source.startswith("3 files of *.txt, cut ")
     (poems/"a[1].txt").write_text("It ebbs. " * 20)  # a name, and not a pattern
     assert load(poems/"a[1].txt").name == "a[1]"
     with pytest.raises(FileNotFoundError, match=r"No text matches .*poems/\*\.doc\.") as e:
@@ -343,7 +345,7 @@ def test_of_a_folder_only_texts_are_read_and_a_bad_one_is_named(load, poems):
     assert load(poems).source.startswith("4 files of ")
     (poems/"3.txt").write_bytes("größe".encode("latin-1"))
     with pytest.raises(ValueError, match="3.txt is not UTF-8: byte 2"): load(poems)
-    for path in [*poems.rglob("*.*")]: path.suffix in (".txt", ".md") and path.unlink()
+    for path in [*poems.rglob("*.*")]: path.suffix in (".txt", ".TXT", ".md") and path.unlink()
     with pytest.raises(FileNotFoundError, match="poems holds no corpus"): load(poems)
 
 
@@ -382,7 +384,7 @@ def test_a_text_that_looks_like_json_or_html_is_noted(load, tmp_path, line):
 
 
 def test_braces_and_brackets_of_prose_are_not_noted(load, tmp_path, recwarn):
-    for i, line in enumerate(("{Enter a ghost}", "[1] It ebbs.", "1984", "<s>It ebbs.</s>")):
+    for i, line in enumerate(("{Enter a ghost}", "<!-- by me -->", "[1] It ebbs.", "1984", "<s>It ebbs.</s>")):
         (tmp_path/f"{i}.txt").write_text(f"{line}\n" * 3000)
         load(tmp_path/f"{i}.txt")
     assert not recwarn.list

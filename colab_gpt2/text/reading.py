@@ -68,7 +68,8 @@ def find_texts(path) -> list:
     "The texts, checked, of a folder (.txt, .md) or a pattern, without hidden and blank ones; [path] for a file."
     path = home(path)
     if folder := os.path.isdir(path):
-        found = [p for p in path.rglob("*") if p.suffix in (".txt", ".md") and "/." not in f"/{p.relative_to(path)}"]
+        found = [p for p in path.rglob("*")
+                 if p.suffix.lower() in (".txt", ".md") and "/." not in f"/{p.relative_to(path)}"]
     elif os.path.exists(path) or not glob.has_magic(str(path)): return [check_text(path)]
     else: found = map(Path, glob.glob(str(path), recursive=True))
     texts = [p for p in found if p.is_file() and (p.stat().st_size > 1 << 16 or p.read_bytes().strip())]
@@ -99,16 +100,16 @@ def cut_near(file, size, share, after=0):
 # %% ../../nbs/text/10_reading.ipynb #47cd697f
 SPLITS = ("train", "validation", "test")
 
-def cut_text(path, folder):
-    "Copy about 80, 10 and 10% of the text `path` into files in `folder`: split -> path."
+def cut_text(path, folder, named):
+    "Copy about 80, 10 and 10% of the text `path`, which errors call `named`, into files in `folder`: split -> path."
     total = size = path.stat().st_size
-    with about("cache_dir"): check_space(folder, size, f"Cutting {path} in three")
+    with about("cache_dir"): check_space(folder, size, f"Cutting {named} in three")
     files = {split: folder/f"{split}.txt" for split in SPLITS}
     with open(path, "rb") as source:
         while source.seek(size - 1) + 1 and source.read(1).isspace(): size -= 1
         if size < 64:
-            raise ValueError(Sentence("{path} has {size} bytes, too few to hold some out for evaluation. "
-                                      "Give {train_file} and {eval_file}.", path=path, size=size))
+            raise ValueError(Sentence("{named} has {size} bytes, too few to hold some out for evaluation. "
+                                      "Give {train_file} and {eval_file}.", named=named, size=size))
         first = cut_near(source, size, 0.8)
         ends = first, cut_near(source, size, 0.9, first), total
         source.seek(0)
