@@ -6,7 +6,7 @@
 __all__ = ['Sample', 'generate', 'stream']
 
 # %% ../nbs/61_generation.ipynb #5d788bb8
-import html, inspect, secrets, warnings
+import html, inspect, re, reprlib, secrets, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,34 +16,43 @@ from torch import nn
 from .core import Record
 from .errors import Sentence, about, check_number
 from .evaluation import evaluation_mode
-from .model.decoding import decode
-from .model.loading import check_match, load_model, load_tokenizer, model_context
+from .model.decoding import Noise, decode
+from .model.loading import check_match, end_ids, load_model, load_tokenizer, model_context
 from .model.sampling import Sampling
-from .reporting import counted, reporting
-from .runtime import find_device
+from .reporting import counter, reporting
+from .runtime import find_device, memory, out_of_memory
+from .text.tokens import check_ids, notes_on, opening_ids
 
 # %% ../nbs/61_generation.ipynb #7e6ba0d3
 def held_back(text, stops) -> int:
     "How many characters at the end of `text` may be the beginning of one of `stops`."
     return max((n for s in stops for n in range(len(s)) if text.endswith(s[:n])), default=0)
 
+# %% ../nbs/61_generation.ipynb #196af432
+CJK = "[—‘-”…\u2e80-\u30ff\u3400-\u9fff\uf900-\ufaff\ufe30-\uff9f\U00020000-\U0003ffff]"  # Korean has spaces
+
+def decode_text(tokenizer, ids) -> str:
+    "The text of `ids`, without special tokens."
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    return re.sub(f"(?<={CJK}) (?={CJK})", "", text) if type(decoder).__name__ == "WordPiece" else text
+
 # %% ../nbs/61_generation.ipynb #241535ac
 class TextPieces:
     "The text of one sample as pieces that are final; it ends at one of the strings `stops` or the ids `ends`."
     def __init__(self, tokenizer, prompt, stops=(), ends=()):
-        self.tokenizer, self.stops, self.ends = tokenizer, tuple(stops), set(ends)
+        self.tokenizer, self.stops, added = tokenizer, tuple(stops), tokenizer.get_added_vocab()
+        self.ends = dict.fromkeys(ends, "end") | {added[s]: "stop" for s in stops if s in added}
         self.window = list(prompt[-8:])  # some decoders look at the left neighbour
-        self.given = len(self.decoded())
-        self.held, self.tokens, self.stopped = "", 0, ""
+        self.given, self.held, self.tokens, self.stopped = len(self.decoded()), "", 0, ""
 
-    def decoded(self): return self.tokenizer.decode(self.window, clean_up_tokenization_spaces=False)
+    def decoded(self): return decode_text(self.tokenizer, self.window)
 
     def push(self, ids) -> str:
-        "The text that is final after `ids`, a list of new tokens; `''` once the text has ended."
-        if self.stops and len(ids) > 1: return "".join(self.push([i]) for i in ids)  # which token ends a stop string?
+        "The text that is final after `ids`, new tokens, one if there are stop strings; `''` once the text has ended."
         if self.stopped: return ""
         end = next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
-        if end < len(ids): self.stopped = "end"
+        if end < len(ids): self.stopped = self.ends[ids[end]]
         self.tokens += end
         self.held += self.new_text(ids[:end])
         stop = min((at for s in self.stops if (at := self.held.find(s)) >= 0), default=-1)
@@ -63,10 +72,10 @@ class TextPieces:
         return piece
 
     def finish(self) -> str:
-        "What was held back, when no token follows; an unfinished character is dropped."
+        "What was held back, when no token follows; U+FFFD for a character that is not complete."
+        rest = "" if self.stopped == "stop" else self.decoded()[self.given:]
         self.stopped = self.stopped or "length"
-        piece, self.held = self.held, ""
-        return piece
+        return self.held + rest
 
 # %% ../nbs/61_generation.ipynb #499ed2e0
 def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
@@ -84,17 +93,24 @@ def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
 
 # %% ../nbs/61_generation.ipynb #67980185
 def encode_prompt(prompt, tokenizer, context) -> list:
-    "The prompt's token ids, 1 to `context - 1`: cut from the left, with a warning, to leave room for a new one."
-    if not isinstance(prompt, str): raise ValueError(Sentence("{prompt} is {value!r}; it must be text.", value=prompt))
-    ids = tokenizer(prompt, verbose=False).input_ids
-    if not prompt:
-        ids = ids or [tokenizer.eos_token_id]
-        if ids == [None]: raise ValueError(Sentence("{prompt} is empty, and the tokenizer has no end-of-text token."))
-        warnings.warn(Sentence("{prompt} is empty: the text starts from the end-of-text token."), stacklevel=4)
-    if len(ids) < context: return ids
+    "1 to `context - 1` token ids: what begins a text, and the prompt, cut from the left with a warning."
+    try: data = prompt.encode()
+    except (AttributeError, UnicodeEncodeError):  # a shell's bytes that are not UTF-8 are lone surrogates here
+        given = reprlib.repr(prompt)
+        raise ValueError(Sentence("{prompt} is {given}; it must be text in UTF-8.", given=given)) from None
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    opening = opening_ids(tokenizer)[:context - 2]
+    if not ids:
+        begins = opening or [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
+        if not begins: raise ValueError(Sentence("{prompt} is empty, and the tokenizer has no token to begin with."))
+        token = tokenizer.convert_ids_to_tokens(begins)[-1]
+        warnings.warn(Sentence("{prompt} is empty: the text starts from {token}.", token=token), stacklevel=4)
+        return begins
+    for told in notes_on(data, "{prompt}", tokenizer): warnings.warn(Sentence(told), stacklevel=4)
+    room = context - 1 - len(opening)
     cut = "{prompt} has {n} tokens and the model's context is {context}: only its last {kept} are used."
-    warnings.warn(Sentence(cut, n=len(ids), context=context, kept=context - 1), stacklevel=4)
-    return ids[1 - context:]
+    if len(ids) > room: warnings.warn(Sentence(cut, n=len(ids), context=context, kept=room), stacklevel=4)
+    return opening + ids[-room:]
 
 # %% ../nbs/61_generation.ipynb #a493b238
 def stop_strings(stop) -> tuple:
@@ -107,9 +123,9 @@ def stop_strings(stop) -> tuple:
 
 # %% ../nbs/61_generation.ipynb #b5361c5c
 def check_request(max_new_tokens, seed=None, samples=1):
-    "ValueError for a number that no request can have."
-    check_number("max_new_tokens", max_new_tokens, minimum=1, integer=True)
-    check_number("samples", samples, minimum=1, integer=True)
+    "ValueError for a number that no request can have; a million texts take weeks."
+    check_number("max_new_tokens", max_new_tokens, minimum=1, maximum=10**7, integer=True)
+    check_number("samples", samples, minimum=1, maximum=10**6, integer=True)
     if seed is not None: check_number("seed", seed, minimum=0, maximum=2**64 - 1, integer=True)
 
 # %% ../nbs/61_generation.ipynb #6cb2e11f
@@ -119,29 +135,27 @@ class Request:
                  device=None, cache_dir=None, **sampling):  # all as in `generate`
         self.sampling, self.stops = Sampling(**sampling), stop_strings(stop)
         check_request(max_new_tokens, seed, samples)
-        self.max_new_tokens, self.samples = max_new_tokens, samples
+        self.prompt, self.max_new_tokens, self.samples = prompt, max_new_tokens, samples
         self.seed = secrets.randbelow(1 << 32) if seed is None else seed
         self.model, self.tokenizer = resolve(model, tokenizer, device, cache_dir)
         self.context = model_context(self.model)
-        self.ids = encode_prompt(prompt, self.tokenizer, self.context)
+        self.ids, self.ends = encode_prompt(prompt, self.tokenizer, self.context), end_ids(self.model, self.tokenizer)
+        check_ids(self.ids, len(self.model.get_input_embeddings().weight), self.tokenizer, "{prompt}")
 
-    def pieces(self):
-        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)  # one, several or None
-        ends = {*(ends if isinstance(ends, (list, tuple)) else [ends]), self.tokenizer.eos_token_id} - {None}
-        return TextPieces(self.tokenizer, self.ids, self.stops, ends)
+    def pieces(self): return TextPieces(self.tokenizer, self.ids, self.stops, self.ends)
 
-    def steps(self):
-        device = self.model.get_input_embeddings().weight.device
-        generator = torch.Generator(device).manual_seed(self.seed)  # not the global one: a training run must not change
-        ids = torch.tensor([self.ids], device=device)
-        return decode(self.model, ids, self.sampling, generator, self.max_new_tokens, self.samples, self.context)
+    def steps(self, rows=None):
+        "Those of the texts `rows`, a range; by default of all."
+        rows, device = rows or range(self.samples), self.model.get_input_embeddings().weight.device
+        noise, ids = Noise(self.seed, rows, device), torch.tensor([self.ids], device=device)
+        return decode(self.model, ids, self.sampling, noise, self.max_new_tokens, len(rows), self.context)
 
 # %% ../nbs/61_generation.ipynb #55a750d5
 @dataclass(frozen=True)
 class Sample(Record):
     "One generated text."
     prompt: str  # as it was given
-    text: str  # what was generated after it, without a stop string or the end-of-text token
+    text: str  # what was generated after it, without a stop string or special tokens
     tokens: int  # new tokens, without the end-of-text token
     seed: int  # gives the same text again on the same kind of device
     stopped: str  # "length", "stop" (a stop string) or "end" (the end-of-text token)
@@ -162,18 +176,45 @@ def takes_sampling(function):
     function.__signature__ = inspect.Signature([*own, *settings])
     return function
 
+# %% ../nbs/61_generation.ipynb #fcc708c7
+def most_at_once(request) -> int:
+    "How many texts fit into half of the memory that is free."
+    weight, length = request.model.get_input_embeddings().weight, len(request.ids) + request.max_new_tokens
+    layers = getattr(request.model.config.get_text_config(), "num_hidden_layers", 1)
+    cache = 2 * layers * weight.shape[1] * weight.element_size() * min(request.context, length)
+    free = torch.cuda.mem_get_info()[0] if weight.is_cuda else memory()[1]
+    return max(1, free // 2 // (cache + 16 * len(weight) + 8 * length))  # and some rows of logits, and the tokens
+
 # %% ../nbs/61_generation.ipynb #7c892fa9
-def collect(request, report) -> list:
-    "Run the request to its end: (text, TextPieces) of each sample."
-    rows, texts, pending = [request.pieces() for _ in range(request.samples)], [""] * request.samples, []
-    every = 1 if request.stops else 16
-    for n, step in enumerate(counted(request.steps(), report, "Generating", request.max_new_tokens), 1):
+def collect(request, rows, report) -> list[Sample]:
+    "Run the request to its end for the texts `rows`, a range."
+    made, texts, pending = [request.pieces() for _ in rows], [""] * len(rows), []
+    every, most = 1 if request.stops else 16, request.max_new_tokens
+    tell = counter(report, "Generating", request.samples * most, rows.start * most)
+    for n, step in enumerate(request.steps(rows), 1):
         pending.append(step)
-        if n % every and n < request.max_new_tokens: continue
-        texts = [text + row.push(ids) for text, row, ids in zip(texts, rows, torch.cat(pending, 1).tolist())]
+        tell(len(rows))
+        if n % every and n < most: continue
+        texts = [text + one.push(ids) for text, one, ids in zip(texts, made, torch.cat(pending, 1).tolist())]
         pending.clear()
-        if all(row.stopped for row in rows): break
-    return [(text + row.finish(), row) for text, row in zip(texts, rows)]
+        if all(one.stopped for one in made): break
+    return [Sample(request.prompt, text + one.finish(), one.tokens, request.seed, one.stopped)  # in this order
+            for text, one in zip(texts, made)]
+
+# %% ../nbs/61_generation.ipynb #724c7fa4
+SHORT = "Out of memory while a text was generated; set a smaller {max_new_tokens} or choose a smaller {model}."
+
+def collect_all(request, report) -> list[Sample]:
+    "`collect` for all texts; a group that memory does not hold is halved."
+    made, size = [], most_at_once(request)
+    while len(made) < request.samples:
+        rows = range(len(made), min(len(made) + size, request.samples))
+        try: made += collect(request, rows, report)
+        except Exception as e:
+            if not out_of_memory(e): raise
+            if not (size := len(rows) // 2): raise MemoryError(Sentence(SHORT)) from e
+        if size < len(rows): torch.cuda.empty_cache()  # not above, where the error keeps the memory
+    return made
 
 # %% ../nbs/61_generation.ipynb #c49f8276
 @takes_sampling
@@ -182,8 +223,8 @@ def generate(
     prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
     *,
     tokenizer=None,  # needed with a loaded model
-    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts, generated as one batch
-    seed=None,  # gives the same texts on the same device; None: a new one
+    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts, as many at a time as fit into memory
+    seed=None,  # gives the same texts on the same device, the first whatever `samples` is; None: a new one
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
     cache_dir=None,  # Hugging Face's cache, if not its usual place
@@ -194,8 +235,7 @@ def generate(
     request = Request(model, prompt, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
                       stop=stop, device=device, cache_dir=cache_dir, **sampling)
     with evaluation_mode(request.model), reporting(progress, delay=3, leave=False) as report:
-        return [Sample(prompt, text, pieces.tokens, request.seed, pieces.stopped)
-                for text, pieces in collect(request, report)]
+        return collect_all(request, report)
 
 # %% ../nbs/61_generation.ipynb #09c34692
 def stream_pieces(request):
@@ -211,5 +251,5 @@ def stream_pieces(request):
 def stream(
     model="gpt2", prompt=" = Toronto Raptors = \n", **options,  # all as in `generate`, without samples and progress
 ):
-    "The text of `generate` in pieces, each as soon as it is final: never half a character, or of a stop string."
+    "The text of `generate` in pieces, each as soon as it is final: no half characters but the last, no stop string."
     return stream_pieces(Request(model, prompt, samples=1, **options))

@@ -161,9 +161,41 @@ def test_a_dataset_that_is_not_known(cli):
     (("--temperature", "0"), 2, "--top-k 1"), (("--top-p", "0"), 2, "--top-p is 0"),
     (("--top-p", "2"), 2, "--top-p is 2"),
     (("--max-new-tokens", "0"), 2, "--max-new-tokens is 0"), (("--seed", "-1"), 2, "--seed"),
-    (("--samples", "0"), 2, "--samples"), (("--model", "out"), 1, "out")])
+    (("--samples", "0"), 2, "--samples"), (("--model", "out"), 1, "out"),
+    (("--samples", "1000000000"), 2, "--samples is 1000000000; it must be a whole number ≥ 1 and ≤ 1000000"),
+    (("--max-new-tokens", "1000000000000"), 2, "--max-new-tokens is 1000000000000"),
+    (("--stop", ""), 2, "--stop has ''"), (("--stop", "a", "--stop", ""), 2, "--stop has ''"),
+    (("--prompt", "a\udcffb"), 1, "--prompt is 'a\\udcffb'; it must be text in UTF-8."),
+    (("--model", "./a\x1b[2J"), 1, "./a\\u001b[2J")])
 def test_generate_refuses(cli, flags, code, said):
     refused(cli("generate", "--model", "tiny", *flags), code, said)
+
+
+def test_a_terminal_gets_no_control_characters(cli):
+    prompt = "a\x1b]0;b\x07\x9b2J\u202ec\r\td"
+    words = "generate", "--model", "tiny", "--seed", "1", "--max-new-tokens", "3", "--prompt", prompt
+    for more in ((), ("--samples", "2")):
+        out = cli(*words, *more).stdout
+        assert out.startswith("a\\u001b]0;b\\u0007\\u009b2J\\u202ec\\u000d\td")
+    out = cli(*words, "--json").stdout
+    assert json.loads(out)["samples"][0]["prompt"] == prompt and "\x9b" not in out
+
+
+def test_a_prompt_can_be_left_out_of_what_is_shown(cli):
+    words = "generate", "--model", "tiny", "--seed", "1", "--max-new-tokens", "5", "--prompt", "<|startoftext|>The tide"
+    full, text = (cli(*words, *more).stdout for more in ((), ("--no-include-prompt",)))
+    assert full == "<|startoftext|>The tide" + text and text.strip()
+    both = cli(*words, "--samples", "2", "--no-include-prompt").stdout
+    assert both.startswith(text.rstrip("\n")) and "startoftext" not in both
+
+
+def test_an_error_while_a_text_is_written_has_a_line_of_its_own(cli, monkeypatch):
+    def fails(request):
+        yield "one"
+        raise ValueError("no more")
+    monkeypatch.setattr("colab_gpt2.generation.stream_pieces", fails)
+    ran = cli("generate", "--model", "tiny", "--prompt", "The ", "--seed", "1")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "The one\n", "colab-gpt2: no more\n")
 
 
 def test_archive_and_save_refuse(cli, tmp_path):

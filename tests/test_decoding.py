@@ -1,14 +1,18 @@
 "Decoding against transformers' own: which models GPT2Reader reads, their numbers, and the distribution of a step."
-import copy
+import contextlib, copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from colab_gpt2.model.decoding import GPT2Reader, GraphReader, ModelReader, decode, is_stock_gpt2, open_reader
+from colab_gpt2.model.decoding import GPT2Reader, GraphReader, ModelReader, Noise, decode, is_stock_gpt2, open_reader
 from colab_gpt2.model.sampling import Sampling, candidates, penalise
 from colab_gpt2.model.loading import load_model, new_model
 from colab_gpt2.model.tune import tune_model
@@ -203,7 +207,7 @@ def test_the_cache_is_no_larger_than_needed(tiny, monkeypatch):
             made.append(self.cache.shape)
     monkeypatch.setattr("colab_gpt2.model.decoding.GPT2Reader", Noted)
     for context in (512, 12):
-        list(decode(tiny, prompt_for(tiny, 10), Sampling(), torch.Generator().manual_seed(0), 5, 2, context))
+        list(decode(tiny, prompt_for(tiny, 10), Sampling(), Noise(0, range(2), "cpu"), 5, 2, context))
     assert made == [(6, 2, 2, 4, 15, 64), (6, 2, 2, 4, 12, 64)]
 
 
@@ -213,6 +217,124 @@ def test_beyond_the_context_readers_agree():
     lean = greedy(model, prompt, 150, 2)
     model.transformer.h[1].register_forward_hook(lambda module, inputs, output: None)  # changes nothing, and is a hook
     assert not is_stock_gpt2(model) and greedy(model, prompt, 150, 2) == lean
+
+
+SIZES = dict(vocab_size=500, hidden_size=32, num_hidden_layers=2)
+HEADS = dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=48, head_dim=16)
+KINDS = {
+    "OpenAIGPT": dict(vocab_size=500, n_embd=32, n_layer=2, n_head=2, n_positions=64),  # no cache
+    "CTRL": dict(vocab_size=500, n_embd=32, n_layer=2, n_head=2, dff=48, n_positions=64),
+    "Mamba": dict(SIZES, state_size=4),
+    "Mamba2": dict(SIZES, state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8),
+    "FalconMamba": dict(SIZES, state_size=4),
+    "Rwkv": dict(SIZES, attention_hidden_size=32, intermediate_size=48, context_length=64),
+    "Lfm2": dict(SIZES, **HEADS, layer_types=["conv", "full_attention"]),
+    "RecurrentGemma": dict({**SIZES, "num_hidden_layers": 3}, **HEADS, lru_width=32, attention_window_size=8),
+    "Jamba": dict(SIZES, **HEADS, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=9, mamba_d_state=4,
+                  use_mamba_kernels=False),
+    "Qwen3Next": dict(SIZES, **HEADS, layer_types=["linear_attention", "full_attention"], num_experts=2,
+                      num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+                      linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
+    "xLSTM": dict(vocab_size=500, hidden_size=32, num_hidden_layers=2, num_blocks=2, num_heads=2),
+    "Gemma3Text": dict(SIZES, **HEADS, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "Mistral": dict(SIZES, **HEADS, sliding_window=8),
+    "Bloom": dict(vocab_size=500, hidden_size=32, n_layer=2, n_head=2)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_cache_is_read(kind):
+    "What is drawn for three texts, longer than a window, is most likely after the complete text, read from its start."
+    model = new_model(getattr(transformers, f"{kind}Config")(**KINDS[kind]), seed=0).eval()
+    prompt = prompt_for(model, 9)
+    for samples in (3, 1):
+        found = torch.cat([prompt.expand(samples, -1), torch.cat(list(
+            decode(model, prompt, Sampling(top_k=2), Noise(1, range(samples), "cpu"), 12, samples, 64)), 1)], 1)
+        with torch.no_grad(): logits = model(found, use_cache=False).logits[:, 8:-1].float()
+        drawn, second = logits.gather(2, found[:, 9:, None])[..., 0], logits.topk(2).values[..., 1]
+        assert (drawn >= second - 1e-4).all() and len(set(map(tuple, found.tolist()))) == samples
+    with torch.no_grad():
+        reader = ModelReader(model, 2)
+        for step, ids in enumerate(found.expand(2, -1).split(1, 1)[:12]):
+            logits, expected = reader.read(ids), model(found[:, :step + 1], use_cache=False).logits[:, -1]
+            assert reader.length == step + 1 and torch.allclose(logits, expected.float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_model_whose_cache_does_not_work_is_read_again(fails_at):
+    model, calls = small(), []
+    def forward(**options):
+        if options["use_cache"]: calls.append(options)
+        if options["use_cache"] and len(calls) >= fails_at: raise ValueError("only for attention layers")
+        return GPT2LMHeadModel.forward(model, **options)
+    model.forward, prompt = forward, prompt_for(model, 5)
+    model.transformer.h[1].register_forward_hook(lambda module, inputs, output: None)  # no GPT2Reader for a hook
+    assert not is_stock_gpt2(model) and greedy(model, prompt, 9, 2) == greedy(small(), prompt, 9, 2)
+    assert len(calls) == fails_at
+
+
+def test_the_texts_of_a_request_have_random_numbers_of_their_own():
+    scores = torch.zeros(4, 30)
+    four, two, next_seed = Noise(7, range(4), "cpu"), Noise(7, range(2, 4), "cpu"), Noise(8, range(4), "cpu")
+    steps = [four(scores) for _ in range(40)]
+    assert all(torch.equal(two(scores[2:]), step[2:]) for step in steps)
+    numbers = {x for noise in (steps[0], steps[1], next_seed(scores)) for x in noise.flatten().tolist()}
+    assert len(numbers) > 350  # of 360: no text repeats another's
+    one = torch.empty(1, 30).exponential_(generator=torch.Generator().manual_seed(7))
+    assert torch.equal(steps[0][:1], one)  # as before there were several generators
+    assert torch.stack(steps).mean().item() == pytest.approx(1, abs=0.1)
+
+
+class Watched(TorchDispatchMode):
+    "Fails where a GPU would have to be waited for, or where tensors of two devices meet."
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not {"_local_scalar_dense", "nonzero", "masked_select"} & {function.overloadpacket.__name__}, function
+        made = function(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, made)) if isinstance(t, torch.Tensor)}
+        assert devices <= {"meta"}, (function, devices)
+        return made
+
+
+def test_what_a_gpu_records_waits_for_nothing_and_is_one_graph():
+    model, ids, at = small(n_layer=1).to("meta"), torch.zeros(2, 1, dtype=torch.long), torch.tensor([5])
+    on_device = ids.to("meta"), at.to("meta")
+    with torch.no_grad(), Watched():
+        logits = GPT2Reader(model, 2, 20).step(*on_device)
+        with pytest.raises(AssertionError): torch.zeros(1)  # a tensor of another device is seen
+    reader = GPT2Reader(small(n_layer=1), 2, 20)
+    with torch.no_grad():
+        recorded = torch.compile(reader.step, fullgraph=True, backend="eager")(ids, at)
+        assert torch.equal(recorded, reader.step(ids, at)) and logits.shape == recorded.shape
+
+
+def cuda_that_fails(monkeypatch):
+    "What `GraphReader.record` asks of torch.cuda; the capture ends in an error. -> the streams that were left."
+    left = []
+    @contextlib.contextmanager
+    def stream(which):
+        yield
+        left.append(which)
+    @contextlib.contextmanager
+    def graph(which, capture_error_mode):
+        yield
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with …")
+    main = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in dict(current_stream=lambda: main, Stream=lambda: SimpleNamespace(wait_stream=lambda o: None),
+                               stream=stream, CUDAGraph=lambda: "graph", graph=graph).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return left
+
+
+@torch.no_grad()
+def test_where_no_graph_can_be_recorded_the_text_is_read_without(tiny, monkeypatch):
+    cuda_that_fails(monkeypatch)
+    prompt, more = prompt_for(tiny, 20), random_ids(0, 2, 6)
+    reader = GraphReader(tiny, 2, 40)
+    for text in range(2):
+        with contextlib.ExitStack() as around:
+            if not text: around.enter_context(pytest.warns(UserWarning, match="no CUDA graph .* is capturing$"))
+            got = all_logits(reader, prompt, more)
+        assert torch.equal(got, all_logits(GPT2Reader(tiny, 2, 40), prompt, more))
+        reader.forget()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; the step is tested above")

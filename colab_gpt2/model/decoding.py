@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/model/25_decoding.ipynb #8e88217e
+import inspect, warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,23 +20,34 @@ from .loading import keeps_logits
 from .sampling import draw, penalise
 
 # %% ../../nbs/model/25_decoding.ipynb #5f2dfb41
+CACHES = "past_key_values", "cache_params", "state"
+
 class ModelReader:
-    "Reads with the model's own forward and transformers' cache."
+    "Reads with the model's own forward and cache, or all again where it keeps none."
     def __init__(self, model, samples):
-        self.model, self.samples, self.cache = model, samples, None
+        self.model, self.samples = model, samples
         self.last = {"logits_to_keep": 1} if keeps_logits(model) else {}  # the others are never looked at
+        self.cached = samples == 1 or "state" not in inspect.signature(model.forward).parameters  # RWKV's mixes up rows
+        self.forget()
+
+    def forget(self): self.text, self.cache = None, {}
 
     @property
-    def length(self): return 0 if self.cache is None else self.cache.get_seq_length()
+    def length(self): return 0 if self.text is None else self.text.shape[1]
 
-    def forget(self): self.cache = None
+    def forward(self, ids): return self.model(input_ids=ids, use_cache=self.cached, **self.cache, **self.last)
 
     def read(self, ids):
         "fp32 logits (samples, vocabulary) after `ids`: a text's beginning (1 or samples, tokens), or (samples, 1)."
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **self.last)
-        self.cache = out.past_key_values
-        if len(ids) < self.samples: self.cache.batch_repeat_interleave(self.samples)
-        return out.logits[:, -1].float().expand(self.samples, -1)
+        ids = ids.expand(self.samples, -1)  # not every cache can be repeated
+        self.text = ids if self.text is None else torch.cat([self.text, ids], 1)
+        try: out = self.forward(ids if self.cache else self.text)
+        except Exception:  # a cache that is not for this, such as one without attention
+            if not self.cached: raise
+            self.cached, self.cache = False, {}
+            out = self.forward(self.text)
+        self.cache = {name: kept for name in CACHES if (kept := getattr(out, name, None)) is not None}
+        return out.logits[:, -1].float()
 
 # %% ../../nbs/model/25_decoding.ipynb #6189759d
 TANH_GELU = {NewGELUActivation, GELUTanh, nn.GELU}  # one function, to rounding
@@ -108,12 +121,17 @@ class GPT2Reader:
 
 # %% ../../nbs/model/25_decoding.ipynb #06c2bdd9
 class GraphReader(GPT2Reader):
-    "A GPT2Reader on the current GPU that records its step as a CUDA graph."
+    "A GPT2Reader on the current GPU that records its step as a CUDA graph, if that works."
     graph = None
 
     def read(self, ids):
         if not self.length: return super().read(ids)
-        if not self.graph: self.record(ids)
+        try:
+            if not self.graph: self.record(ids)
+        except RuntimeError as e:
+            why, self.read = str(e).partition("\n")[0], super().read  # from now on
+            warnings.warn(f"Generating is slower: no CUDA graph could be recorded. torch said: {why}")
+            return self.read(ids)
         self.ids.copy_(ids)
         self.at.fill_(self.length)
         self.graph.replay()
@@ -128,7 +146,7 @@ class GraphReader(GPT2Reader):
             for _ in range(3): self.step(self.ids, self.at)  # what it writes is written again
         main.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()  # https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.stream(main), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.recorded = self.step(self.ids, self.at)
 
 # %% ../../nbs/model/25_decoding.ipynb #c7bdda0d
@@ -141,11 +159,26 @@ def open_reader(model, samples, length, max_new_tokens):
     on_this_gpu = device.type == "cuda" and device.index == torch.cuda.current_device()
     return (GraphReader if on_this_gpu and max_new_tokens >= GRAPH_FROM else GPT2Reader)(model, samples, length)
 
+# %% ../../nbs/model/25_decoding.ipynb #53ba649d
+class Noise:
+    "Exponential variables for the texts `rows` of a request, as many as there are scores."
+    def __init__(self, seed, rows, device):
+        seeds = ((seed + 0x9E3779B97F4A7C15 * row) % 2**64 for row in rows)  # far from those of the next seed
+        self.generators, self.ready = [torch.Generator(device).manual_seed(s) for s in seeds], iter(())
+
+    def __call__(self, scores):
+        for ready in self.ready: return ready
+        steps = 1 if scores.device.type == "cpu" else 1 + 1000 // scores.shape[1]  # each call launches a kernel
+        numbers = scores.new_empty(len(scores), steps, scores.shape[1])
+        for row, generator in zip(numbers, self.generators): row.exponential_(generator=generator)
+        self.ready = iter(numbers.unbind(1))
+        return next(self.ready)
+
 # %% ../../nbs/model/25_decoding.ipynb #535146db
 @torch.no_grad()
-def decode(model, prompt, sampling, generator, max_new_tokens, samples, context):
+def decode(model, prompt, sampling, noise, max_new_tokens, samples, context):
     """Yield `max_new_tokens` times the next token of each sample, a LongTensor (samples, 1), all on the model's device.
-    `prompt` is (1, tokens), fewer than the `context` that the model sees at once."""
+    `prompt` is (1, tokens), fewer than the `context` that the model sees at once; `noise`: see `draw`."""
     start = prompt.shape[1]
     tokens = prompt.new_zeros(samples, start + max_new_tokens)
     tokens[:, :start] = prompt
@@ -155,7 +188,7 @@ def decode(model, prompt, sampling, generator, max_new_tokens, samples, context)
         if end == start and logits.isnan().any():
             raise ValueError("The model's logits are NaN: its weights are damaged, perhaps by a run that diverged.")
         if sampling.repetition_penalty != 1: logits = penalise(logits, tokens[:, :end], sampling.repetition_penalty)
-        feed = tokens[:, end:end + 1] = draw(logits, sampling, generator)
+        feed = tokens[:, end:end + 1] = draw(logits, sampling, noise)
         yield feed
         if reader.length >= context:
             feed = tokens[:, end + 1 - context//2:end + 1]

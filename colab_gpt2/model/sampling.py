@@ -55,10 +55,9 @@ def candidates(logits, sampling) -> tuple:
     return scores, tokens
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e14
-def draw(logits, sampling, generator):
-    "One token a row, (batch, 1), of `logits` (batch, vocabulary); `generator` is on their device."
+def draw(logits, sampling, noise):
+    "One token a row, (batch, 1), of `logits` (batch, vocabulary). `noise(scores)`: exponential variables, as many."
     scores, tokens = candidates(logits, sampling)
     if scores.shape[1] == 1: return scores.argmax(-1, keepdim=True) if tokens is None else tokens
-    noise = scores.new_empty(scores.shape).exponential_(generator=generator)
-    chosen = (scores.softmax(-1) / noise).argmax(-1, keepdim=True)
+    chosen = (scores.softmax(-1) / noise(scores)).argmax(-1, keepdim=True)
     return chosen if tokens is None else tokens.gather(1, chosen)

@@ -228,7 +228,7 @@ def made(name, files, source, root, make):
 # %% ../../nbs/text/11_corpus.ipynb #7031da04
 def own_corpus(files, path, source, root):
     "The Corpus of own texts (split -> paths): where they are, or if need be as copies that `join` makes."
-    name = Path(path).resolve().stem.strip("*?") or "texts"
+    name = home(path).resolve().stem if os.path.exists(home(path)) else "texts"
     if all(len(paths) == 1 and plain_ends(paths[0]) for paths in files.values()):
         return measure(name, {split: path for split, (path,) in files.items()}, source)
     def make(stage): return {split: join(paths, stage/f"{split}.txt") for split, paths in files.items()}
@@ -240,7 +240,7 @@ def load_text(path, root):
     paths = find_texts(path)
     source = f"{len(paths)} files of {path}" if paths[1:] else path
     one = own_corpus({"train": paths}, path, source, root)
-    corpus = made(one.name, {"": [one.train]}, source, root, lambda stage: cut_text(one.train, stage))
+    corpus = made(one.name, {"": [one.train]}, source, root, lambda stage: cut_text(one.train, stage, source))
     shares = (f"{100 * size / one.bytes['train']:.0f}" for size in corpus.bytes.values())
     return replace(corpus, source=f"{source}, cut {'/'.join(shares)}")
 
@@ -300,12 +300,12 @@ def load_files(train_file, eval_file, root, hold_out=True):
 # %% ../../nbs/text/11_corpus.ipynb #1dc2890f
 def noted(corpus):
     "`corpus`; a warning if little of it is held out, or if a syntax would be learned."
-    held = corpus.bytes.get("validation", corpus.bytes.get("test", 1000))
+    held = min((size for split, size in corpus.bytes.items() if split != "train"), default=1000)
     if held < 1000:  # some 250 tokens
         warnings.warn(Sentence("The held-out text of {name} has only {held} bytes: its perplexity says little. "
                                "Give a longer text or {eval_file}.", name=corpus.name, held=held))
-    with open(corpus.path(next(iter(corpus.bytes))), encoding="utf-8-sig") as f:
-        if re.match(r'\s*(\[?\s*\{\s*"|<(!|html|\?xml))', f.read(200)):
+    with open(corpus.path(next(iter(corpus.bytes))), "rb") as f:
+        if re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', f.read(99)):
             warnings.warn(f"{corpus.name} is JSON or HTML, whose syntax will be learned.")
     return corpus
 
