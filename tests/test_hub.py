@@ -6,7 +6,6 @@ import huggingface_hub, pytest
 
 from colab_gpt2.text.corpus import WIKITEXT, hub_trouble
 from colab_gpt2.model.loading import TINY
-from helpers.colab_stub import colab, stub
 from helpers.colab_stub import stub
 from helpers.servers import Hub
 
@@ -217,20 +216,6 @@ def test_a_token_that_has_expired_is_named(hub, ask):
     assert answer["said"] == [f"ConnectionError: The Hub {refused}. owner/name needs none if it is public."] * 2
     hub.refusals = {}
     assert ask(TOKEN_CODE)["said"] == ["no error"] * 2
-
-
-@pytest.mark.parametrize("secrets, timeout", [({}, False), ({"HF_TOKEN": None}, False), ({}, True)])
-def test_colabs_secret_that_does_not_come_is_neither_a_failure_nor_a_wall_of_warnings(
-        colab, monkeypatch, recwarn, secrets, timeout):
-    from huggingface_hub.utils import _auth
-    from colab_gpt2.model.loading import loading
-    before = dict(is_google_colab=lambda: True, _IS_GOOGLE_COLAB_CHECKED=False, _GOOGLE_COLAB_SECRET=None)
-    for name, value in before.items():
-        monkeypatch.setattr(_auth, name, value)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    colab.stub.secrets.update(secrets)
-    with colab.faults(secret_timeout=timeout), loading("gpt2"): assert _auth._get_token_from_google_colab() is None
-    assert ("GetSecret", {"key": "HF_TOKEN"}) in colab.stub.requests and not recwarn.list
 
 
 @pytest.mark.parametrize("secrets, timeout", [({}, False), ({"HF_TOKEN": None}, False), ({}, True)],
