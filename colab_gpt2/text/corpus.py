@@ -129,10 +129,7 @@ def from_hub(repository, name, folder, report=silent):
     noisy = not isinstance(report, Bars) and not datasets.are_progress_bars_disabled()
     if noisy: datasets.disable_progress_bars()  # its own
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # or five lines about Colab's secret HF_TOKEN, which need not be there
-            rows = datasets.load_dataset(repository, name)
-        suffix = "raw" if "-raw" in name else "tokens"
+        rows, suffix = datasets.load_dataset(repository, name), "raw" if "-raw" in name else "tokens"
         files = {s: folder/f"wiki.{part}.{suffix}" for s, part in zip(SPLITS, ("train", "valid", "test"))}
         return {split: write_rows(rows[split], path) for split, path in files.items()}
     except Exception as e:  # of any kind: datasets has many libraries under it
