@@ -224,7 +224,7 @@ def made(name, files, source, root, make):
 
 # %% ../../nbs/text/11_corpus.ipynb #7031da04
 def own_corpus(files, path, source, root):
-    "The Corpus of own texts (split -> paths): where they are, or if need be as copies that `join` makes."
+    "The Corpus of own texts (split -> paths): where they are, or copies by `join`."
     name = home(path).resolve().stem if os.path.exists(home(path)) else "texts"
     if all(len(paths) == 1 and plain_ends(paths[0]) for paths in files.values()):
         return measure(name, {split: path for split, (path,) in files.items()}, source)
