@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/65_cli.ipynb #27f64d5b
-import contextlib, inspect, itertools, json, random, sys, warnings
+import contextlib, inspect, itertools, json, random, re, sys, warnings
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from . import __version__, tasks
 from .config import FinetuneConfig
 from .core import Record, plain, printable
-from .errors import Sentence, worded
+from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
@@ -61,7 +61,8 @@ def errors_in_one_line(debug=False):
         stopped = isinstance(e, KeyboardInterrupt)
         if debug and not stopped or isinstance(e, (typer.Exit, typer.Abort, typer.BadParameter)): raise
         typer.echo(f"colab-gpt2: {one_line(e)}", err=True)
-        raise typer.Exit(130 if stopped else 1) from None
+        typed = "trainer_args" in fields_of(e)  # which only the libraries can check
+        raise typer.Exit(130 if stopped else 2 if typed else 1) from None
 
 # %% ../nbs/65_cli.ipynb #2be9c24d
 @contextlib.contextmanager
@@ -85,7 +86,7 @@ def readable(result) -> str:
     "A result for a person: the rows of its table."
     if isinstance(result, (list, tuple)): return "\n\n".join(map(readable, result))
     if not isinstance(result, Record) or type(result).__str__ is not object.__str__: return str(result)
-    rows = [(str(k), str(v).strip()) for k, v in result._rows() if v not in (None, "")]
+    rows = [(str(k), worded(v, name_of).strip()) for k, v in result._rows() if v not in (None, "")]
     width = max(len(k) for k, _ in rows)
     return "\n".join(f"{k:{width}}  " + v.replace("\n", "\n" + " " * (width + 2)) for k, v in rows)
 
@@ -146,7 +147,8 @@ def parse_pairs(pairs) -> dict:
     for pair in pairs:
         name, sign, text = pair.partition("=")
         if not (name and sign):
-            raise ValueError(Sentence("{trainer_args} is {pair!r}; write NAME=VALUE, as in seed=7.", pair=pair))
+            word = re.match(r"\w*", pair)[0]  # what follows may be a secret
+            raise ValueError(Sentence("{trainer_args} is {word!r}; write NAME=VALUE, as in tf32=true.", word=word))
         try: parsed[name] = json.loads(text)
         except ValueError: parsed[name] = text
     return parsed
@@ -171,7 +173,10 @@ class Command(TyperCommand):
             old = typed.removeprefix("--").removeprefix("no-")
             new = typed.replace(old, RENAMED.get(old, ""))
             if new in mine: raise typer.BadParameter(f"{typed} is now {new}.", ctx=ctx)
-        return super().parse_args(ctx, args)
+        try: return super().parse_args(ctx, args)
+        except Exception as e:
+            if hasattr(e, "message"): e.message = printable(shortened(e.message))
+            raise
 
 # %% ../nbs/65_cli.ipynb #f02bdded
 def command(example, *sources):
@@ -184,6 +189,8 @@ def command(example, *sources):
         offered = [*own, *(p for source in sources for p in config_options(*source)), *SHARED]
 
         def called(as_json, debug, **arguments):
+            for name in [name for name, given in arguments.items() if given == "" and name != "prompt"]:
+                raise typer.BadParameter(f"{name_of(name)} is empty; give a value.")
             records = [take_config(arguments, *source) for source in sources]
             if takes[-1].name == "as_json": arguments["as_json"] = as_json
             answer(partial(function, *records), arguments, as_json, debug)
@@ -243,7 +250,7 @@ def evaluate(config):
 def generate(
     config,
     sampling,
-    prompt: option(str, "the text to continue, taken as typed") = TUNED.prompt,
+    prompt: option(str | None, "the text to continue, as typed (default: that of the model's own run)") = None,
     seed: option(int | None, "the same seed gives the same text", min=0) = None,
     samples: option(int, "how many", min=1) = 1,
     stop: option(list[str] | None, "end before this text; may be repeated") = None,
@@ -253,6 +260,7 @@ def generate(
     "Generate text from a prompt."
     from colab_gpt2.generation import check_request, generate, stop_strings, stream
     options = {name: getattr(config, name) for name in ("max_new_tokens", "tokenizer", "cache_dir")}
+    if prompt is None: prompt = tasks.prompt_of(config.model)
     with bad_usage():
         check_request(config.max_new_tokens, seed, samples)
         options |= dict(prompt=prompt, stop=stop_strings(stop), **sampling.to_dict())

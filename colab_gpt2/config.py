@@ -9,7 +9,7 @@ __all__ = ['FinetuneConfig']
 import os
 from dataclasses import dataclass, field, fields, replace
 
-from .core import Record, home, nearest
+from .core import Record, existing, home, nearest
 from .errors import Sentence, check_choice, check_number
 
 # %% ../nbs/04_config.ipynb #1da4635b
@@ -19,13 +19,15 @@ def value(default, help, **options):
     return field(**make, metadata=dict(help=help, **options))
 
 # %% ../nbs/04_config.ipynb #3ddc969d
+PROMPT = " = Toronto Raptors = \n"  # begins an article of WikiText
+
 @dataclass(frozen=True)
 class DataFields(Record):
     "The model, the text and where they go."
     model: str = value(
         "gpt2", "tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a Hub id, or a folder", path=True)
     dataset: str = value(
-        "wikitext-2-raw-v1", "a WikiText name, python-docs, a .txt file, or a folder or zip in WikiText's layout",
+        "wikitext-2-raw-v1", "a WikiText name, python-docs, a .txt file, a folder, or a zip in WikiText's layout",
         label="Text", path=True)
     train_file: str | None = value(
         None, "own text, folder or pattern to train on, instead of {dataset} (UTF-8)", label="Own text", path=True)
@@ -94,7 +96,9 @@ class FinetuneConfig(MethodFields):
     eval_split: str = value("test", "split to evaluate on", choices=("test", "validation"), label="Evaluation split")
     eval_stride: int | None = value(
         None, "tokens that perplexity's window moves by (default: half of it)", label="Stride", minimum=1)
-    prompt: str = value(" = Toronto Raptors = \n", "the text that the samples before and after continue", lines=3)
+    prompt: str | None = value(
+        None, "the text that the samples before and after continue (default: the first line of the held-out text; "
+        "with WikiText, a title)", lines=3)
     max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1, maximum=10**7)
     from_scratch: bool = value(False, "start from random weights of the model's shape")
     tokenizer: str | None = value(None, "another tokenizer than the model's own: a name or a folder", path=True)
@@ -149,6 +153,8 @@ def check_config(config):
     if config.resume and config.overwrite_output_dir:
         raise ValueError(Sentence("{resume} and {overwrite_output_dir} exclude each other: choose one."))
     expand_paths(config)
+    if config.cache_dir and not (there := existing(config.cache_dir)).is_dir():
+        raise ValueError(Sentence("{cache_dir} is in {there}, which is a file; give a folder.", there=there))
     check_batch(config)
 
 # %% ../nbs/04_config.ipynb #bf542408

@@ -16,6 +16,11 @@ def in_python(name, *value) -> str:
     "A field in Python's words: its `name`, and the `value` to give it where there is one."
     return f"{name}={value[0]!r}" if value else name
 
+# %% ../nbs/01_errors.ipynb #fab43e10
+def shortened(text, most=1000) -> str:
+    "`text` without its middle, if it has more than `most` characters."
+    return text if len(text) <= most else f"{text[:most - most // 4]} … {text[-most // 4:]}"
+
 # %% ../nbs/01_errors.ipynb #c33851bd
 class _Words(dict):
     "For `str.format_map`: the values, in the same door's words; any other name is a field, as `name_of` has it."
@@ -26,6 +31,12 @@ class _Words(dict):
 
     def __missing__(self, name): return self.name_of(name)
 
+class _Quoting(string.Formatter):
+    "Shortens what stands in quotation marks."
+    def convert_field(self, value, conversion):
+        said = super().convert_field(value, conversion)
+        return shortened(said, 200) if conversion else said
+
 GIVEN = re.compile(r"\{(\w+)=([^{}]*)\}")  # a field with the value to give it
 
 def _fill(template, values, name_of):
@@ -33,7 +44,7 @@ def _fill(template, values, name_of):
         try: value = literal_eval(found[2])
         except (ValueError, SyntaxError): value = found[2]  # a word
         return name_of(found[1], value).replace("{", "{{").replace("}", "}}")
-    return GIVEN.sub(given, template).format_map(_Words(values, name_of))
+    return _Quoting().vformat(GIVEN.sub(given, template), (), _Words(values, name_of))
 
 # %% ../nbs/01_errors.ipynb #51ea8613
 class Sentence(str):
@@ -66,7 +77,8 @@ def fields_of(told) -> tuple:
 def worded(told, name_of=in_python) -> str:
     "The message of an exception or a warning, or a text, with its fields called by `name_of`."
     sentence = told.args[0] if isinstance(told, BaseException) and told.args else told
-    return sentence.render(name_of) if isinstance(sentence, Sentence) else str(told)
+    text = sentence.render(name_of) if isinstance(sentence, Sentence) else str(told)
+    return shortened(text) if isinstance(told, BaseException) else text
 
 # %% ../nbs/01_errors.ipynb #4e9b70bb
 @contextlib.contextmanager

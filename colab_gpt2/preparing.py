@@ -6,14 +6,14 @@
 __all__ = []
 
 # %% ../nbs/62_preparing.ipynb #0994f430
-import gc, math, warnings
+import gc, math, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import pick_block_size
+from .config import PROMPT, pick_block_size
 from .errors import Sentence
 from .model.loading import add_rows, check_match, load_config, load_model, load_tokenizer, model_context
 from .model.loading import keep_rope, set_ids
@@ -21,7 +21,7 @@ from .model.tune import return_freed_memory
 from .planning.plan import check_packages, effective_batch, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
-from .text.corpus import load_corpus
+from .text.corpus import WIKITEXT, load_corpus
 from .text.token_store import Blocks, check_trainable, tokenize_file
 from .text.tokens import check_ids
 
@@ -70,6 +70,15 @@ def held_out_blocks(config, corpus, tokenizer, context, report=silent, **options
     label = Path(config.eval_file).name if config.eval_file else split
     return blocks_of(config, corpus, split, tokenizer, context, report, split=label, **options)
 
+# %% ../nbs/62_preparing.ipynb #14c3ad4e
+def pick_prompt(config, corpus) -> str:
+    "`config`'s own, a title for WikiText, else the held-out text's first line, or words."
+    if config.prompt: return config.prompt
+    if config.dataset in WIKITEXT and not config.train_file: return PROMPT
+    with open(corpus.path(pick_split(corpus, config.eval_split)), encoding="utf-8-sig") as f: start = f.read(4000)
+    line = next(filter(str.strip, re.split(r"(?<=\n)|<\|endoftext\|>", start)), PROMPT)
+    return line if len(line) <= 100 else line[:60].rsplit(maxsplit=1)[0]
+
 # %% ../nbs/62_preparing.ipynb #529482e0
 def release_memory():
     "Give what nobody refers to back to the system and the GPU."
@@ -114,6 +123,7 @@ class Prepared:
     train: Blocks | None  # None if it was not asked for
     held_out: Blocks | None
     dataset: str  # the name of the text
+    prompt: str  # of the samples
 
 # %% ../nbs/62_preparing.ipynb #a81d563e
 def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -> Prepared:
@@ -136,4 +146,4 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     for blocks in (train, held_out):
         if blocks is not None: check_ids(blocks.stream, rows, tokenizer, "The {split} text", split=blocks.split)
     return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name, train=train,
-                    held_out=held_out)
+                    held_out=held_out, prompt=pick_prompt(config, corpus) if held_out else PROMPT)

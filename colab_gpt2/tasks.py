@@ -7,11 +7,11 @@ __all__ = ['check', 'save', 'fetch', 'plan', 'evaluate', 'archive', 'restore', '
            'bench']
 
 # %% ../nbs/64_tasks.ipynb #2c5823a9
-import tempfile, time, warnings
+import json, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import FinetuneConfig, changed, pick_block_size
+from .config import PROMPT, FinetuneConfig, changed, pick_block_size
 from .core import Record, home, human_bytes
 from .errors import Sentence, check_number
 from .reporting import reporting
@@ -104,6 +104,12 @@ def evaluate(
         longest, precision = ready.held_out.block_size, ready.runtime.precision.dtype
         if strides: check_number("eval_stride", config.eval_stride, maximum=longest)
         return report_card(ready.model, ready.held_out, strides=strides, precision=precision, progress=report)
+
+# %% ../nbs/64_tasks.ipynb #caad638b
+def prompt_of(model) -> str:
+    "The prompt of the run that made the folder `model`; WikiText's without one."
+    try: return json.loads(Path(model, "finetune.json").read_text(encoding="utf-8"))["config"]["prompt"] or PROMPT
+    except (OSError, ValueError, KeyError, TypeError): return PROMPT  # a published model, or another tool's file
 
 # %% ../nbs/64_tasks.ipynb #455558b2
 def archive_name(folder) -> str:
@@ -207,7 +213,8 @@ def run(
     if drive is not None or in_colab(): open_drive(drive)
     path = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
     if not again and (path.exists() or path.is_symlink()):
-        said = "{path} exists; set {archive_path} to another file, or {overwrite_output_dir=True} to overwrite it."
+        said = ("{path} exists; set {resume=True} to continue its run, {overwrite_output_dir=True} to overwrite it, or "
+                "{archive_path} to another file.")
         raise FileExistsError(Sentence(said, path=path))
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
     packed = archive(finetuned.output_dir, archive_path, overwrite=again, progress=progress)
@@ -217,7 +224,7 @@ def run(
 # %% ../nbs/64_tasks.ipynb #078e0c88
 DEMO = FinetuneConfig(
     model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=2, block_size=256,
-    learning_rate=5e-4, prompt=" = Strings = \n \n A string is", max_new_tokens=60)
+    learning_rate=5e-4, max_new_tokens=60)
 
 # %% ../nbs/64_tasks.ipynb #5953484d
 def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> RunResult:
@@ -229,9 +236,7 @@ def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> Ru
     return run(config, callbacks=[*callbacks, *limit], **options)
 
 # %% ../nbs/64_tasks.ipynb #fd0a4950
-GOES_WITH = dict(  # which of the demo's values are for its model, and which for its text
-    model=("block_size", "learning_rate", "logging_steps", "max_new_tokens"),
-    dataset=("prompt",), train_file=("prompt",))
+GOES_WITH = dict(model=("block_size", "learning_rate", "logging_steps", "max_new_tokens"))  # the demo's, for its model
 
 def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."
@@ -270,9 +275,10 @@ def bench(
 ) -> Bench:
     "Train for some steps and throw the result away: training tokens a second over the median step."
     from colab_gpt2.preparing import prepare
-    from colab_gpt2.training import Interrupted, make_trainer, plan_training, train_model
+    from colab_gpt2.training import Interrupted, check_trainer_args, make_trainer, plan_training, train_model
     check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
     config = changed(config or DEMO, **changes)
+    check_trainer_args(config.trainer_args)
     with tempfile.TemporaryDirectory() as scratch, reporting(progress) as report:
         short = replace(config, max_steps=steps, save_steps=-1, output_dir=scratch)
         ready = prepare(short, report, held_out=False)

@@ -6,21 +6,21 @@
 __all__ = ['FinetuneResult', 'Interrupted', 'finetune']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
-import contextlib, errno, json, math, os, shutil, tempfile, time, warnings
+import contextlib, errno, json, math, os, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
-from .core import Record, atomic, check_space, discard, home, human_bytes, human_time, leftovers
+from .core import Record, atomic, check_space, discard, existing, home, human_bytes, human_time, leftovers
 from .core import retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit, tell
 from .engine.checkpoints import find_checkpoints, newest_intact, read_manifest, remove_checkpoint, save_model
 from .engine.checkpoints import sort_checkpoints
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, identify, make_trainer, training_arguments
-from .errors import Sentence, errno_of, explained, may_pass
+from .errors import Sentence, about, errno_of, explained, may_pass
 from .evaluation import Perplexity, perplexity
 from .generation import generate
 from .model.loading import MODELS, quiet
@@ -29,23 +29,23 @@ from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
 from .preparing import prepare, release_memory, starting_model
 from .reporting import reporting, silent
-from .runtime import Runtime, check_mounted, out_of_memory
+from .runtime import Runtime, check_mounted, disk, out_of_memory
 
 # %% ../nbs/63_training.ipynb #85386443
 def check_output_dir(output_dir, resume=False, overwrite=False) -> Path:
-    """The folder, made if necessary. NotADirectoryError, or PermissionError if it cannot be written to; if it is not
-    empty, FileExistsError unless `resume` or `overwrite` is set, FileNotFoundError with nothing to resume."""
+    """The folder, there or not. NotADirectoryError, or PermissionError if it cannot be written to; if it is not empty,
+    FileExistsError unless `resume` or `overwrite` is set, FileNotFoundError with nothing to resume."""
     path = check_mounted(output_dir, "output_dir")
-    if path.is_file(): raise NotADirectoryError(Sentence("{output_dir} {path} is a file; give a folder.", path=path))
+    if os.path.lexists(path) and not path.is_dir():
+        raise NotADirectoryError(Sentence("{output_dir} {path} is a file; give a folder.", path=path))
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path): pass
+        with tempfile.TemporaryFile(dir=existing(path)): pass
     except OSError as e:
         told = "{output_dir} {path} cannot be written to ({why}); choose another folder."
         raise PermissionError(Sentence(told, path=path, why=e.strerror)) from e
     if resume or overwrite:
         for left in leftovers(path): discard(left)
-    if overwrite or not any(path.iterdir()): return path
+    if overwrite or not path.is_dir() or not any(path.iterdir()): return path
     if not resume: raise FileExistsError(Sentence(TAKEN, path=path))
     complete, incomplete = sort_checkpoints(path)
     for checkpoint in incomplete: warnings.warn(f"{checkpoint} is incomplete and is skipped.", stacklevel=4)
@@ -54,6 +54,8 @@ def check_output_dir(output_dir, resume=False, overwrite=False) -> Path:
 
 # %% ../nbs/63_training.ipynb #85386444
 _OTHERWISE = "{overwrite_output_dir=True} to overwrite it, or choose another folder."
+OTHER_TEXT = ("{path} belongs to a run on another text. To train its model on this one, set {model} to {place} and "
+              "{output_dir} to a new folder.")
 NOTHING_TO_RESUME = "{output_dir} {path} has no complete checkpoint to resume from; set " + _OTHERWISE
 TAKEN = "{output_dir} {path} is not empty; set {resume=True} to continue from its newest checkpoint, " + _OTHERWISE
 
@@ -68,7 +70,7 @@ def check_sources(config):
 
 # %% ../nbs/63_training.ipynb #ac11561b
 def check_run(config) -> FinetuneConfig:
-    "The config, with the path of the output folder, which is made. RuntimeError under torchrun."
+    "The config, with the path of the output folder. RuntimeError under torchrun."
     if (size := int(os.environ.get("WORLD_SIZE", 1))) != 1:
         raise RuntimeError(f"WORLD_SIZE is {size}, but a run uses one process. Start it without torchrun.")
     check_trainer_args(config.trainer_args)
@@ -81,6 +83,11 @@ def check_run(config) -> FinetuneConfig:
     return config
 
 # %% ../nbs/63_training.ipynb #abcd4ba2
+RISEN = ("The perplexity has risen from {before:.2f} to {after:.2f}: lower {learning_rate}, or train fewer "
+         "{num_train_epochs}.")
+NO_STEP = Sentence("no step was left: to train further, raise {num_train_epochs} or {max_steps}")
+
+# %% ../nbs/63_training.ipynb #4bab8d55
 @dataclass(frozen=True)
 class FinetuneResult(Record):
     "What a run was, measured and saved."
@@ -102,16 +109,22 @@ class FinetuneResult(Record):
     config: FinetuneConfig
     runtime: Runtime
 
+    @property
+    def risen(self) -> str:
+        "What to do about a perplexity that the run has raised, or ''."
+        before, after = self.perplexity_before.value, self.perplexity_after.value
+        return "" if after <= before else Sentence(RISEN, before=before, after=after)
+
     def _rows(self):
         after, speed = self.perplexity_after, self.tokens_per_second
         return [("model", f"{self.model}, {self.parameters:,} parameters"),
                 ("text", f"{self.dataset}, {self.train_tokens:,} tokens"),
-                (f"perplexity per {after.unit}, {after.split}, stride {after.stride}",
-                 f"{self.perplexity_before.value:.2f} → {after.value:.2f}"),
+                (f"perplexity per {after.unit}, {after.split}, stride {after.stride}, context {after.context}",
+                 self.risen or f"{self.perplexity_before.value:.2f} → {after.value:.2f}"),
                 ("steps", f"{self.steps} ({self.epochs:.2f} epochs)"),
-                ("speed", f"{speed:,.0f} tokens/s" if speed else "no step was needed"),
+                ("speed", f"{speed:,.0f} tokens/s" if speed else NO_STEP),
                 ("time", human_time(self.seconds)), ("saved in", self.output_dir),
-                *((f"sample {when}", sample.text) for when, sample in self.samples.items())]
+                *((f"sample {when}", sample) for when, sample in self.samples.items())]
 
 # %% ../nbs/63_training.ipynb #736c78f3
 class Interrupted(KeyboardInterrupt):
@@ -130,8 +143,7 @@ def in_one_line(output_dir):
             names = ", ".join(path.name for path in find_checkpoints(output_dir))
             kept = f"Kept: {names}" if names else "No checkpoint was complete yet"
             told = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then set {resume=True}."
-            raise OSError(Sentence(told, path=output_dir, kept=kept,
-                                   free=human_bytes(shutil.disk_usage(output_dir).free))) from e
+            raise OSError(Sentence(told, path=output_dir, kept=kept, free=human_bytes(disk(output_dir)[1]))) from e
         if not out_of_memory(e):
             if number == errno.ENOENT: raise  # its path says more
             with explained(f"The run in {output_dir}"): raise
@@ -153,6 +165,9 @@ def checkpoint_to_resume(output_dir, shape, identity) -> Path | None:
     pairs = [(name, saved[name], getattr(shape, name)) for name in SHAPE if name in saved]
     for name, then, now in pairs + [(name, was[name], now) for name, now in identity.items() if name in was]:
         if then == now: continue
+        if name == "text":
+            place = output_dir if Path(output_dir, "config.json").exists() else checkpoint  # finished, or not
+            raise ValueError(Sentence(OTHER_TEXT, path=checkpoint, place=place))
         field = f"{{{name}}}" if hasattr(FinetuneConfig, name) else name
         told = (f"{{path}} belongs to a different run: its {field} was {{then}}, now it is {{now}}. "
                 "Use its original values, or set {overwrite_output_dir=True} to overwrite it.")
@@ -228,17 +243,20 @@ def all_told(shown, callbacks):
     return report
 
 # %% ../nbs/63_training.ipynb #e9a40a53
-def evaluate_and_sample(config, prepared, model, precision, report) -> tuple:
+def evaluate_and_sample(config, prepared, model, precision, report, callbacks=()) -> tuple:
     "(Perplexity of the held-out text, a Sample)."
     with in_one_line(config.output_dir):
         found = perplexity(model, prepared.held_out, stride=config.eval_stride, precision=precision, progress=report)
-        return found, generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed,
-                               max_new_tokens=config.max_new_tokens, progress=report)[0]
+        [sample] = generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed,
+                            max_new_tokens=config.max_new_tokens, progress=report)
+    tell(callbacks, "on_measured", found, sample)
+    return found, sample
 
 # %% ../nbs/63_training.ipynb #e9a40a54
 def train_and_merge(config, prepared, plan, callbacks, shown, resumed_from) -> tuple:
     "(model, plan as carried out, facts for a FinetuneResult). The optimizer is gone: evaluation needs its memory."
-    trainer = make_trainer(config, prepared.model, prepared.tokenizer, prepared.train, plan, callbacks, shown)
+    with about("trainer_args") if config.trainer_args else contextlib.nullcontext():
+        trainer = make_trainer(config, prepared.model, prepared.tokenizer, prepared.train, plan, callbacks, shown)
     for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir else (): remove_checkpoint(path)
     plan = train_model(trainer, plan, resumed_from)
     model, state, speed = trainer.model, trainer.state, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step)
@@ -285,26 +303,25 @@ def finetune(
     with reporting(progress) as shown:
         report = all_told(shown, callbacks)
         tell(callbacks, "on_stage", LOADING)
-        prepared = prepare(config, report)
+        config = replace(config, prompt=(prepared := prepare(config, report)).prompt)
         plan = plan_training(config, prepared.model, prepared.train, prepared.runtime)
         check_room(config, plan)
         training_arguments(config, plan)  # what it refuses is said before anything slow
         identity, shape = identify(prepared.train, plan, config.seed), prepared.model.config
         resumed_from = checkpoint_to_resume(config.output_dir, shape, identity) if config.resume else None
         tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=resumed_from)
-        before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report)
-        tell(callbacks, "on_measured", *before)
+        before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
         model, plan, facts = train_and_merge(config, prepared, plan, callbacks, shown, resumed_from)
         tell(callbacks, "on_stage", SAVING)
         def save(): save_model(model, prepared.tokenizer, config.output_dir)
         with in_one_line(config.output_dir): retried(save, may_pass)
         tell(callbacks, "on_stage", AFTER)
-        after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report)
-        tell(callbacks, "on_measured", *after)
+        after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks)
     result = FinetuneResult(
         model=config.model, parameters=model.num_parameters(), dataset=prepared.dataset, plan=plan, config=config,
-        train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0],
+        train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0], **facts,
         samples=dict(before=before[1], after=after[1]), output_dir=config.output_dir, runtime=prepared.runtime,
-        resumed_from=resumed_from and str(resumed_from), seconds=time.perf_counter() - started, **facts)
+        resumed_from=resumed_from and str(resumed_from), seconds=time.perf_counter() - started)
     write_result(result)
+    if result.risen: warnings.warn(result.risen, stacklevel=2)
     return result

@@ -19,7 +19,7 @@ def cli(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     def call(*words):
         ran = CliRunner().invoke(app, [str(word) for word in words])
-        return SimpleNamespace(returncode=ran.exit_code, stdout=ran.stdout, stderr=ran.stderr)
+        return SimpleNamespace(returncode=ran.exit_code, stdout=ran.stdout, stderr=ran.stderr, exception=ran.exception)
     return call
 
 
@@ -129,7 +129,7 @@ def test_a_renamed_option_is_there_under_its_new_name():
 def test_text_that_cannot_be_used(cli, own, tmp_path, name, content, said):
     if content is not None: (tmp_path/name).write_bytes(content)
     refused(cli("finetune", *QUICK, *own, "--train-file", name), 1, said)
-    assert not any((tmp_path/"out").glob("*")) and (content is None or (tmp_path/name).read_bytes() == content)
+    assert not (tmp_path/"out").exists() and (content is None or (tmp_path/name).read_bytes() == content)
 
 
 @pytest.mark.parametrize("flags, code, said", [
@@ -143,14 +143,89 @@ def test_text_that_cannot_be_used(cli, own, tmp_path, name, content, said):
     (("--train-file", ""), 2, "train"), (("--precision", "fp16"), 1, "use --precision auto"),
     (("--eval-stride", "1000"), 1, "--eval-stride is 1000"),
     (("--trainer-arg", "foo"), 2, "--trainer-arg is 'foo'; write NAME=VALUE"),
-    (("--trainer-arg", "adam_bet2=1"), 1, "adam_beta2"),
-    (("--trainer-arg", "output_dir=x"), 1, "set --output-dir instead"),
-    (("--trainer-arg", "optim=addam"), 1, "optim"), (("--trainer-arg", "adam_beta2=NaN"), 1, "adam_beta2=nan"),
-    (("--trainer-arg", "adam_beta2=5"), 1, "{'adam_beta2': 5}"),
-    (("--trainer-arg", "eval_strategy=epoch"), 1, "eval_strategy")])
+    (("--trainer-arg", "adam_bet2=1"), 2, "adam_beta2"),
+    (("--trainer-arg", "output_dir=x"), 2, "set --output-dir instead"),
+    (("--trainer-arg", "optim=addam"), 2, "optim"), (("--trainer-arg", "adam_beta2=NaN"), 2, "adam_beta2=nan"),
+    (("--trainer-arg", "adam_beta2=5"), 2, "{'adam_beta2': 5}"),
+    (("--trainer-arg", "adam_beta2=hello"), 2, "--trainer-arg has adam_beta2='hello'; it must be a number."),
+    (("--trainer-arg", "adam_epsilon=true"), 2, "adam_epsilon=True; it must be a number."),
+    (("--trainer-arg", "dataloader_num_workers=1.5"), 2, "dataloader_num_workers=1.5; it must be a whole number."),
+    (("--trainer-arg", "dataloader_drop_last=yes"), 2, "dataloader_drop_last='yes'; it must be true or false."),
+    (("--trainer-arg", "report_to=nobody"), 2, "nobody"), (("--trainer-arg", "log_level=loud"), 2, "log_level"),
+    (("--trainer-arg", "eval_strategy=epoch"), 2, "eval_strategy"),
+    (("--cache-dir", "train.txt"), 2, "train.txt, which is a file; give a folder."),
+    (("--cache-dir", "train.txt/below"), 2, "train.txt, which is a file; give a folder."),
+    (("--trainer-arg", "dataloader_num_workers=-1"), 2, "dataloader_num_workers"),
+    (("--train-file", "nowhere/*.txt"), 1, "nowhere/*.txt"),
+    (("--output-dir", "train.txt/below"), 1, "train.txt/below")])
 def test_values_that_cannot_be_used(cli, own, tmp_path, flags, code, said):
     refused(cli("finetune", *QUICK, *own, *flags), code, said)
-    assert not any((tmp_path/"out").glob("*"))
+    assert {p.name for p in tmp_path.iterdir()} <= {"train.txt", "eval.txt", "cache"}
+
+
+@pytest.mark.parametrize("words", [
+    "archive --folder=", "archive --path=", "save --archive=", "save --folder=", "save --drive=", "restore --name=",
+    "restore --folder=", "restore --drive=", "run --archive-path=", "run --drive=", "demo --drive=", "plan --gpu=",
+    "check --path=", "finetune --prompt=", "fetch --train-file=", "generate --model=", "generate --tokenizer=",
+    "generate --stop=", "bench --cache-dir=", "evaluate --eval-split="])
+def test_an_option_without_its_value_is_refused(cli, tmp_path, words):
+    ran = cli(*words.split())
+    refused(ran, 2, words.split()[1].rstrip("="))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pair", [
+    "hub_token=hf_secret", "api_key=hf_secret", "hub_token: hf_secret", "hub_token hf_secret",
+    'accelerator_config={"hub_token": "hf_secret"}'])
+@pytest.mark.parametrize("command", ["finetune", "bench"])
+def test_a_secret_is_refused_and_not_repeated(cli, own, tmp_path, command, pair):
+    words = command, "--trainer-arg", pair, *own[:2], *own[4:]
+    refused(cli(*words), 2, "--trainer-arg")
+    debugged = cli(*words, "--debug")
+    assert "hf_secret" not in cli(*words).stderr + debugged.stderr + str(debugged.exception)
+    assert not (tmp_path/"gpt2-tuned").exists()
+
+
+@pytest.mark.parametrize("words", [
+    "--precision {}", "--seed {}", "--max-steps {}", "--trainer-arg {}", "--trainer-arg optim={}",
+    "--trainer-arg run_nam={}", "--trainer-arg log_level={}", "--train-file {}", "--model {}", "--tune{}"])
+def test_a_value_of_thousands_of_characters_is_shortened(cli, own, words):
+    ran = cli("finetune", *QUICK, *own, *words.format("x9" * 2500).split())
+    refused(ran, ran.returncode)
+    assert ran.returncode in (1, 2) and len(ran.stderr.strip().splitlines()[-1]) < 1300
+
+
+def test_no_control_character_reaches_the_terminal(cli):
+    orders = "\x1b[31m\x07\x9b2J\u202e"
+    words = "generate", "--model", "tiny", "--prompt", f"The{orders} city", "--seed", "1", "--max-new-tokens", "3"
+    told = cli(*words), cli(*words, "--json"), cli("archive", "--folder", f"no{orders}")
+    assert [ran.returncode for ran in told] == [0, 0, 1]
+    for ran in told:
+        said = ran.stdout + ran.stderr
+        assert not set(orders) & set(said) - set("[31m2J") and "\\u0007" in said
+    assert json.loads(told[1].stdout)["samples"][0]["prompt"] == f"The{orders} city"
+
+
+def test_an_error_in_the_middle_of_a_text_has_a_line_of_its_own(cli, monkeypatch):
+    def broken(*args, **options):
+        yield " tide"
+        raise RuntimeError("the model broke")
+    monkeypatch.setattr("colab_gpt2.generation.stream", broken)
+    ran = cli("generate", "--model", "tiny", "--prompt", "The", "--seed", "1")
+    assert (ran.stdout, ran.stderr, ran.returncode) == ("The tide\n", "colab-gpt2: the model broke\n", 1)
+
+
+def test_a_run_tells_of_a_risen_perplexity_and_begins_its_samples_with_the_text(cli, own):
+    ran = cli("finetune", *QUICK, *own, "--max-steps", "3", "--learning-rate", "0.3")
+    assert ran.returncode == 0, ran.stderr
+    risen = "lower --learning-rate, or train fewer --num-train-epochs."
+    assert [text.count(f": {risen}") for text in (ran.stdout, ran.stderr)] == [1, 1]
+    assert "perplexity per token, eval.txt, stride 32, context 64" in ran.stdout
+    title = " = Article 0 = "
+    assert json.loads(Path("out/finetune.json").read_text())["samples"]["after"]["prompt"] == f"{title}\n"
+    assert cli("generate", "--model", "out", "--max-new-tokens", "3").stdout.startswith(title)
+    resumed = cli("finetune", *QUICK, *own, "--max-steps", "3", "--resume")
+    assert "no step was left: to train further, raise --num-train-epochs or --max-steps" in resumed.stdout
 
 
 def test_a_dataset_that_is_not_known(cli):
@@ -211,7 +286,7 @@ def test_archive_and_save_refuse(cli, tmp_path):
 
 def test_run_looks_at_archive_and_drive_before_it_trains(cli, own, tmp_path):
     (tmp_path/"out.tar.gz").write_bytes(b"mine")
-    refused(cli("run", *QUICK, *own), 1, "out.tar.gz exists; set --archive-path", "--overwrite-output-dir")
+    refused(cli("run", *QUICK, *own), 1, "out.tar.gz exists; set --resume to continue its run", "--archive-path")
     assert (tmp_path/"out.tar.gz").read_bytes() == b"mine" and not (tmp_path/"out").exists()
     (tmp_path/"file").write_text("no folder")
     refused(cli("run", *QUICK, *own, "--archive-path", "new.tar.gz", "--drive", "file"), 1, "file is a file")
@@ -228,7 +303,4 @@ def test_output_folder_that_is_taken(cli, own, tmp_path):
 
 
 def test_debug_shows_the_error_itself(cli):
-    from typer.testing import CliRunner
-    from colab_gpt2.cli import app
-    ran = CliRunner().invoke(app, ["archive", "--folder", "nothing-here", "--debug"])
-    assert isinstance(ran.exception, FileNotFoundError)
+    assert isinstance(cli("archive", "--folder", "nothing-here", "--debug").exception, FileNotFoundError)

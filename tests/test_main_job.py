@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from colab_gpt2 import tasks, training
+from colab_gpt2 import FinetuneConfig, tasks, training
 
 QUICK = ("--model", "tiny", "--block-size", "64", "--max-new-tokens", "8", "--output-dir", "out")
 PROMISED = """runtime model parameters dataset train_tokens perplexity_before perplexity_after steps epochs
@@ -114,11 +114,33 @@ def test_nothing_is_deleted_that_was_not_written(shell, own, tmp_path):
 def test_resume_needs_the_same_run(shell, own, tmp_path):
     assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
     weights = (tmp_path/"out"/"model.safetensors").read_bytes()
-    ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume", "--block-size", "32")
-    refused(ran, 1, "belongs to a different run")
+    resume = "colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume"
+    refused(shell(*resume, "--block-size", "32"), 1, "belongs to a different run")
+    other = shell(*resume, "--train-file", "eval.txt")
+    refused(other, 1, "on another text", "set --model to out and --output-dir to a new folder")
     shutil.rmtree(tmp_path/"out"/"checkpoint-2")
-    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume"), 1, "no complete checkpoint")
+    refused(shell(*resume), 1, "no complete checkpoint")
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == weights
+    further = "--model", "out", "--train-file", "eval.txt", "--output-dir", "further"
+    assert shell("colab-gpt2", "finetune", *QUICK, *own, *further, "--max-steps", "1").returncode == 0
+
+
+@pytest.mark.parametrize("length", [dict(max_steps=8), dict(num_train_epochs=2.)])
+def test_a_longer_run_resumed_has_the_learning_rates_of_its_length(own, tmp_path, monkeypatch, length):
+    monkeypatch.chdir(tmp_path)
+    config = FinetuneConfig(model="tiny", train_file="train.txt", eval_file="eval.txt", block_size=64, logging_steps=1,
+                            effective_batch_size=10, max_new_tokens=1, warmup_steps=2, cache_dir="cache", tune=False)
+    def rates(result):
+        newest = training.find_checkpoints(result.output_dir)[-1]
+        log = json.loads((newest/"trainer_state.json").read_text())["log_history"]
+        return [entry["learning_rate"] for entry in log if "loss" in entry]
+    def run(folder, **options): return training.finetune(config, output_dir=folder, progress=False, **options)
+    complete = rates(run("one", **length))
+    run("two", **{name: value / 2 if name == "num_train_epochs" else 4 for name, value in length.items()})
+    resumed = run("two", resume=True, **length)
+    assert resumed.resumed_from and len(complete) == resumed.steps
+    before = int(resumed.resumed_from.split("-")[-1])
+    assert rates(resumed)[before:] == complete[before:] and complete[-1] < complete[before] < complete[2]
 
 
 def test_what_is_in_the_output_folder_stays(shell, own, tmp_path):

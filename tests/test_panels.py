@@ -1,5 +1,5 @@
 "The panels without a browser: they do what library and command line do, and a click works while a real run trains."
-import re, signal, subprocess, sys, types
+import random, re, signal, subprocess, sys, types
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 import colab_gpt2
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.errors import Sentence
-from colab_gpt2.panels.snippets import as_python, as_shell, differing
+from colab_gpt2.panels.snippets import as_python, as_shell, differing, quoted
 from helpers.colab_stub import colab, stub
 
 
@@ -74,6 +74,21 @@ def test_the_other_panels_name_flags_and_arguments_that_are_there(panel):
     code = re.sub(r"from colab_gpt2 import \w+", "", made.python())
     assert names
     exec(code, names)
+
+
+def test_a_cell_of_a_notebook_passes_on_the_text_as_it_is():
+    "IPython reads {…} and $… in a line of shell as Python, quotes or not, before bash does."
+    from IPython.core.interactiveshell import InteractiveShell
+    parts = ["{", "}", "$", "{1 + 1}", "$name", "${name}", "{name}", "'", '"', "\\", "\\x7b", "\n", "\t", " ",
+             "`id`", "!", "a", "7b", "é", "\u200b", "\x1b", "$(id)", "%", "?", "=", "#", "~", "\\frac{a}",
+             '{"a": 1}']
+    chance = random.Random(0)
+    texts = ["".join(chance.choices(parts, k=chance.randrange(1, 9))) for _ in range(400)]
+    lines = [f"printf '%s\\0' {quoted(text)}" for text in texts]
+    cell = types.SimpleNamespace(user_ns=dict(name="x"))
+    assert [InteractiveShell.var_expand(cell, line) for line in lines] == lines
+    said = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, check=True).stdout
+    assert said.decode().split("\0")[:-1] == texts
 
 
 # Without a GPU, without a network, with one panel after the other
@@ -287,7 +302,7 @@ def test_stop_works_before_the_training(quick, what):
     assert panel.start(callbacks=[Press()]) is None and panel.error is None
     assert panel.said == "Stopped before the training; nothing was trained."
     assert len(heard) == 1 and not panel.buttons["start"].disabled
-    assert not list(Path(quick.output_dir).iterdir()) and not list(Path(quick.cache_dir).glob("tokens/*.part"))
+    assert not Path(quick.output_dir).exists() and not list(Path(quick.cache_dir).glob("tokens/*.part"))
     assert panel.start().steps == 12
 
 
@@ -390,7 +405,20 @@ def test_a_bad_value_is_marked_where_it_was_typed(quick):
 
 def test_a_perplexity_that_rises_is_no_success(quick):
     panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.3, max_steps=4)
-    assert panel.start() and "Note: The perplexity has risen: lower “Learning rate”" in panel.status.value
+    assert panel.start() and "Note: The perplexity has risen from" in panel.status.value
+    assert "lower “Learning rate”, or train fewer “Epochs”" in panel.status.value
+
+
+def test_the_samples_begin_with_ones_own_text(quick):
+    "And so do the texts of the panel after it, and of a panel for that folder on another day."
+    panel = colab_gpt2.FinetunePanel(quick, max_steps=2, prompt=None)
+    assert panel.form.rows["prompt"].widget.placeholder == "automatic" and "prompt" not in panel.python()
+    writing = colab_gpt2.GeneratePanel(panel)
+    assert panel.start() and [prompt for _, prompt, _ in panel.live.samples] == [" = Article 0 = \n"] * 2
+    later = colab_gpt2.GeneratePanel(model=quick.output_dir)
+    assert writing.config.prompt == later.config.prompt == " = Article 0 = \n"
+    panel.values.set(prompt="The", overwrite_output_dir=True)
+    assert panel.start() and writing.config.prompt == "The"
 
 
 @pytest.mark.parametrize("name", ["save", "stop"])

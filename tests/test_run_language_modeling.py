@@ -3,6 +3,9 @@ import json, os, shlex, signal, subprocess, sys, time
 
 import pytest
 
+from colab_gpt2.legacy.flags import parse
+from colab_gpt2.legacy.run_language_modeling import translate
+
 COMMAND = ("--output_dir=output --model_type=gpt2 --model_name_or_path=tiny --do_train "
            "--train_data_file=wikitext-2-raw/wiki.train.raw --do_eval --eval_data_file=wikitext-2-raw/wiki.test.raw "
            "--per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2")
@@ -177,30 +180,57 @@ def test_bad_texts(command, tmp_path, name, content, words, which):
     if content is not None: (tmp_path/name).write_bytes(content)
     code, said = command(f"--output_dir={tmp_path/'a'} {TRAIN} {EVALUATE} --{which}_data_file={tmp_path/name}")
     assert code == 1 and words in said.splitlines()[-1] and name in said.splitlines()[-1]
-    assert not list((tmp_path/"a").iterdir())
+    assert not (tmp_path/"a").exists()
 
 
 @pytest.mark.parametrize("flags, code, words", [
     ("--block_size=513", 1, "context is 512"), ("--model_name_or_path=tinny", 1, "Did you mean 'tiny'?"),
     ("--model_name_or_path=output-2/", 1, "'output-2'"), ("--output_dir=wikitext-2-raw/wiki.test.raw", 1, "is a file"),
-    ("--mlm", 2, "--mlm: GPT-2 predicts the next token"), ("--model_type=bert", 2, "--model_type=bert: only causal"),
+    ("--mlm", 2, "--mlm: GPT-2 predicts the next token"), ("--cache_dir=", 2, "--cache_dir is empty; give a value."),
     ("--local_rank=0", 2, "torchrun"), ("--learning_rate=nan", 2, "--learning_rate is nan"),
-    ("--num_train_epochs=0", 2, "--num_train_epochs is 0"),
+    ("--num_train_epochs=0", 2, "--num_train_epochs is 0"), ("--output_dir=", 2, "--output_dir is empty"),
     ("--per_gpu_train_batch_size=0", 2, "--per_gpu_train_batch_size is 0")])
 def test_bad_flags(command, tmp_path, flags, code, words):
     said = command(f"--output_dir={tmp_path/'a'} {TRAIN} {flags}")
     assert said[0] == code and words in said[1].splitlines()[-1]
-    assert not (tmp_path/"a").exists() or not list((tmp_path/"a").iterdir())
+    assert not (tmp_path/"a").exists()
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--lerning_rate=1e-4", "Did you mean '--learning_rate'?"), ("--do_train", "--output_dir is missing"),
-    ("--output_dir=a --do_train", "--train_data_file is missing"), ("--seed=x", "invalid int value")])
-def test_bad_usage_is_one_line_and_nothing_is_loaded(tmp_path, flags, words):
-    result = run(tmp_path, flags)
-    assert result.returncode == 2 and result.stdout == ""
-    assert words in result.stderr and len(result.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+def test_bad_usage_of_a_process_of_its_own(tmp_path):
+    result = run(tmp_path, "--output_dir=a --do_train")
+    assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
+    assert "--train_data_file is missing" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--lerning_rate=1e-4", "Did you mean '--learning_rate'?"), ("--seed=x", "invalid int value"),
+    ("--hub_token=hf_secret", "there is no flag --hub_token."), ("--seed=" + "9x" * 2500, "invalid int value"),
+    ("--x\x1b[31m", "there is no flag --x\\u001b[31m.")])
+def test_a_flag_that_is_refused_is_a_short_line_without_its_secret(capsys, flag, words):
+    with pytest.raises(SystemExit) as ended: parse([flag])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and len(said.splitlines()) == 1
+    assert len(said) < 1200 and "hf_secret" not in said and "\x1b" not in said
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral", "bert"])
+@pytest.mark.parametrize("named", ["--model_name_or_path=tiny", "--config_name=mine --tokenizer_name=tiny"])
+def test_the_type_decides_nothing_where_weights_or_a_config_are_named(kind, named):
+    words = f"--output_dir=a --do_train --train_data_file=t.txt {named}"
+    assert translate(parse([*words.split(), f"--model_type={kind}"])).config == translate(parse(words.split())).config
+
+
+def test_a_type_alone_makes_a_gpt2():
+    words = "--output_dir=a --do_train --train_data_file=t.txt --tokenizer_name=tiny --model_type=".split()
+    assert translate(parse([*words[:-1], "--model_type=gpt2"])).config.from_scratch
+    with pytest.raises(ValueError, match="--model_type=mistral: a new model has the shape of gpt2; give --config_name"):
+        translate(parse([*words[:-1], "--model_type=mistral"]))
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = "--output_dir=~/out --do_train --train_data_file=t.txt --model_name_or_path=tiny"
+    assert translate(parse(words.split())).config.output_dir == str(tmp_path/"out")
 
 
 def test_help_is_quick_and_shows_every_flag(tmp_path):

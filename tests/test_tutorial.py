@@ -7,6 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 from colab_gpt2 import FinetuneConfig, plan
+from colab_gpt2.config import PROMPT
 from colab_gpt2.model.loading import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def folded(source):
 def test_the_folded_texts_are_those_of_the_panel(notebook):
     line = next(line for line in markdown(notebook).splitlines() if line.startswith("generate("))
     config = FinetuneConfig()
-    prompt, rest = json.dumps(config.prompt), f"max_new_tokens={config.max_new_tokens}, seed={config.seed}"
+    prompt, rest = json.dumps(PROMPT), f"max_new_tokens={config.max_new_tokens}, seed={config.seed}"
     assert line == f'generate("gpt2-tuned", {prompt}, {rest})[0]'
 
 

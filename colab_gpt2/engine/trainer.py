@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/engine/42_trainer.ipynb #0039147b
-import contextlib, difflib, gc, inspect, math, warnings
+import contextlib, difflib, gc, inspect, math, re, warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -113,28 +114,44 @@ REFUSED_ARGS = dict(
                     "the run sets it itself"),
     **{f.name: Sentence(f"set {{{f.name}}} instead") for f in fields(FinetuneConfig)})
 
+# %% ../../nbs/engine/42_trainer.ipynb #db1c4418
+RULES = {float: "a number", int: "a whole number", bool: "true or false", type(None): ""}
+
+def broken_rule(kind, value) -> str:
+    "What a `value` of this type, if it is one of RULES, must be; '' if it is."
+    if isinstance(value, float) and not math.isfinite(value): return "finite"
+    kinds = {*(get_args(kind) or [kind])}
+    if kinds - RULES.keys() or type(value) in kinds or float in kinds and type(value) is int: return ""
+    return next(rule for known, rule in RULES.items() if known in kinds)
+
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b6
 def check_trainer_args(trainer_args):
-    "TypeError for a name that TrainingArguments lacks; ValueError for one in REFUSED_ARGS, NaN and infinity."
+    "TypeError for a name that TrainingArguments lacks; ValueError for one in REFUSED_ARGS, a secret, a bad number."
     known = inspect.signature(TrainingArguments).parameters
     for name, value in trainer_args.items():
-        if why := REFUSED_ARGS.get(name):
+        inner = " ".join(map(str, value)) if isinstance(value, dict) else ""
+        secret = re.search("token|secret|password|key", inner) or re.search("(token|secret|password|key)$", name)
+        if why := "secrets would stand in finetune.json" if secret else REFUSED_ARGS.get(name):
             raise ValueError(Sentence("{trainer_args} has {name!r}: {why}.", name=name, why=why))
         if name not in known:
             near = "".join(f" Did you mean {n!r}?" for n in difflib.get_close_matches(name, known, n=1))
             told = "{trainer_args} has {name!r}, which TrainingArguments does not take.{near}"
             raise TypeError(Sentence(told, name=name, near=near))
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(Sentence("{trainer_args} has {name}={value}; it must be finite.", name=name, value=value))
+        if rule := broken_rule(known[name].annotation, value):
+            told = "{trainer_args} has {name}={value!r}; it must be {rule}."
+            raise ValueError(Sentence(told, name=name, value=value, rule=rule))
 
 # %% ../../nbs/engine/42_trainer.ipynb #57c1dca1
 def check_parts(arguments):
-    "Make the optimizer, schedule and trackers of TrainingArguments, to get their errors now."
+    "Make the optimizer, schedule, trackers and loader of TrainingArguments, to get their errors now."
     kind, options = torch.optim.AdamW, {}
     if arguments.optim == OPTIMIZERS[0]: kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer, special = kind([torch.nn.Parameter(torch.zeros(1))], **options), arguments.lr_scheduler_kwargs
     get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=special)
     for tracker in get_reporting_integration_callbacks(arguments.report_to): tracker()
+    arguments.get_process_log_level()
+    torch.utils.data.DataLoader([0], num_workers=arguments.dataloader_num_workers,
+                                prefetch_factor=arguments.dataloader_prefetch_factor)
 
 # %% ../../nbs/engine/42_trainer.ipynb #f5830440
 SAME = ("output_dir", "num_train_epochs", "max_steps", "weight_decay", "warmup_steps", "lr_scheduler_type",
@@ -155,8 +172,8 @@ def training_arguments(config, plan) -> TrainingArguments:
         arguments = TrainingArguments(**{**same, **decided, **config.trainer_args})
         check_parts(arguments)
         return arguments
-    except (TypeError, ValueError, RuntimeError, ImportError) as e:
-        told = "TrainingArguments refuses {trainer_args} {given}: {why}"
+    except Exception as e:  # of any library
+        told = "TrainingArguments refuses {trainer_args} {given!r}: {why}"
         raise ValueError(Sentence(told, given=config.trainer_args, why=str(e))) from e
 
 # %% ../../nbs/engine/42_trainer.ipynb #9b833c62

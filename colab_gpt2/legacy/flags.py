@@ -9,13 +9,12 @@ __all__ = []
 import argparse
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from glob import glob
 from pathlib import Path
 from typing import get_args
 
 from ..config import FinetuneConfig
-from ..core import nearest
-from ..errors import Sentence, check_choice, check_number, in_python
+from ..core import printable
+from ..errors import Sentence, check_choice, check_number, in_python, shortened
 
 # %% ../../nbs/legacy/90_flags.ipynb #7f5f4d99
 @dataclass(frozen=True)
@@ -74,12 +73,8 @@ def shape_of(value, given):
     raise ValueError("the weights of --model_name_or_path come with their own config; leave one of them out.")
 
 # %% ../../nbs/legacy/90_flags.ipynb #6c9b5a64
-CAUSAL = ("gpt2", "openai-gpt", "ctrl")
-
 def type_of(value, given):
     "`--model_type`: it decides only where neither weights nor a config are named."
-    if value not in CAUSAL:
-        raise ValueError(f"only causal (next-token) models are fine-tuned here.{nearest(value, CAUSAL)}")
     if {"model_name_or_path", "config_name", "should_continue"} & given.keys():
         return {}, "nothing: the model's own config says what it is"
     if value != "gpt2": raise ValueError("a new model has the shape of gpt2; give --config_name for another.")
@@ -127,19 +122,12 @@ MODEL = dict(
     should_continue=Flag(bool, continue_of, "resume from the newest checkpoint in the output folder"),
     overwrite_output_dir=replace(kept("overwrite_output_dir"), become=overwrite_of))
 
-# %% ../../nbs/legacy/90_flags.ipynb #5a8d7aa8
-def texts_of(value, given):
-    "`--train_data_files`: a pattern. Several files are read as one text."
-    files = sorted(glob(value))
-    if not files: raise ValueError("no file matches.")
-    return {"train_file": value}, f"{', '.join(files)}, read as one text"
-
 # %% ../../nbs/legacy/90_flags.ipynb #0e0987ec
 LINES = "GPT-2 has no padding token for lines of different lengths; leave it out, and they are read as one stream."
 MASKED = "GPT-2 predicts the next token and masks nothing; leave it out."
 DATA = dict(
     train_data_file=needs("do_train", kept("train_file")),
-    train_data_files=needs("do_train", Flag(str, texts_of, "texts to train on, as a pattern: 'texts/*.txt'")),
+    train_data_files=needs("do_train", replace(kept("train_file"), help="texts to train on: 'texts/*.txt'")),
     eval_data_file=kept("eval_file"),
     block_size=kept("block_size", None),
     overwrite_cache=ignored(bool, "tokens are stored by the content of the text"),
@@ -273,7 +261,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m colab_gpt2.run_language_modeling", usage="%(prog)s --output_dir=FOLDER [--FLAG[=VALUE] ...]",
         description="The command line of 2020, in today's terms.", epilog=f"Example:\n{EXAMPLE}", allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"run_language_modeling: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"run_language_modeling: {printable(shortened(message))}\n")
     for name, flag in FLAGS.items():
         taken = dict(type=flag.kind, metavar=flag.kind.__name__)
         if flag.kind is bool: taken = dict(type=truth, metavar="true|false", nargs="?", const=True)
@@ -287,6 +275,7 @@ def parse(words) -> dict:
     found, unknown = parser.parse_known_args(words)
     for word in unknown:
         if not word.startswith("--"): parser.error(f"{word!r} is not a flag; write --FLAG=VALUE.")
-        close = get_close_matches(word.partition("=")[0], [f"--{name}" for name in FLAGS], n=1, cutoff=0.5)
-        parser.error(f"there is no flag {word}. {f'Did you mean {close[0]!r}?' if close else '--help lists all.'}")
+        flag = word.partition("=")[0]  # its value may be a secret
+        close = get_close_matches(flag, [f"--{name}" for name in FLAGS], n=1, cutoff=0.5)
+        parser.error(f"there is no flag {flag}. {f'Did you mean {close[0]!r}?' if close else '--help lists all.'}")
     return {name: getattr(found, name) for name in FLAGS if getattr(found, name, False) is not False}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..cli import one_line, quiet_libraries
 from ..config import FinetuneConfig, pick_block_size
-from ..core import atomic, home
-from ..errors import fields_of
+from ..core import atomic, home, printable
+from ..errors import fields_of, shortened
 from .flags import FLAGS, name_of, parse
 from ..tasks import evaluate
 
@@ -34,6 +34,8 @@ def check_given(given):
     "ValueError for a flag that is missing among those `given`."
     def need(names, why):
         if not given.keys() & set(names.split()): raise ValueError(f"--{names.split()[0]} is missing: {why}.")
+    for name, value in given.items():
+        if value == "" and not name.startswith("server_"): raise ValueError(f"--{name} is empty; give a value.")
     need("output_dir", "say where the model goes")
     need("do_train do_eval", "without it or --do_eval there is nothing to do")
     if "do_train" in given: need("train_data_file train_data_files", "--do_train needs a text to train on")
@@ -56,7 +58,7 @@ def translate(given) -> Job:
     for name, value in given.items():
         typed = f"--{name}" if value is True else f"--{name}={value}"
         try: change, words = FLAGS[name].become(value, given)
-        except ValueError as e: raise e if fields_of(e) else ValueError(f"{typed}: {e}") from None
+        except ValueError as e: raise e if fields_of(e) else ValueError(f"{shortened(typed, 200)}: {e}") from None
         trainer_args |= change.pop("trainer_args", {})
         changes |= change
         said.append(f"{typed} → {words}")
@@ -153,7 +155,7 @@ def main(words=None) -> int:
     if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not loaded yet
     try: job = translate(given)
     except ValueError as e: return end(e, 2)
-    print(*job.said, sep="\n", file=sys.stderr)
+    print(*(printable(shortened(line)) for line in job.said), sep="\n", file=sys.stderr)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             quiet_libraries(name_of)

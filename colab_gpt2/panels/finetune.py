@@ -6,7 +6,7 @@
 __all__ = ['FinetunePanel']
 
 # %% ../../nbs/panels/78_finetune.ipynb #a07893a2
-import os
+import glob, itertools, os
 from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
@@ -81,11 +81,13 @@ class Forecaster:
         self.measured = self.key(config), plan
 
     def key(self, config):
-        return replace(config, resume=False, overwrite_output_dir=False), self.files(config)
+        return replace(config, resume=False, overwrite_output_dir=False, prompt=None), self.files(config)
 
     def files(self, config):
-        "Size and time of each file of the text: another may take its name."
-        paths = [Path(name) for name in (config.dataset, config.train_file, config.eval_file) if name]
+        "Size and time of each file of the text, maybe in folders or of a pattern: another may take its name."
+        named = [name for name in (config.dataset, config.train_file, config.eval_file) if name]
+        found = (glob.glob(pattern, recursive=True) for name in named for pattern in (name, f"{name}/**"))
+        paths = map(Path, itertools.chain(named, *found))
         return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
 
 # %% ../../nbs/panels/78_finetune.ipynb #5d37f1b8
@@ -307,8 +309,6 @@ class FinetunePanel(Trained):
         finally:
             self.running = False
             self.refresh()
-        if not result.perplexity_after.value <= result.perplexity_before.value:
-            self.note(Sentence("The perplexity has risen: lower {learning_rate}, or train fewer {num_train_epochs}."))
         self.keep(describe_result(result, self.live.samples), self.live.charts())
         return self.finish(result)
 

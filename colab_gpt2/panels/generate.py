@@ -12,7 +12,7 @@ from html import escape
 
 import ipywidgets as widgets
 
-from ..config import changed, expand_paths, value
+from ..config import PROMPT, changed, expand_paths, value
 from ..core import Record
 from ..errors import Sentence
 from ..generation import check_request, stream
@@ -23,6 +23,7 @@ from .live import describe_samples
 from .panel import EARLIER, UNFINISHED, Stoppable, asset, button, row, sentence
 from .pump import pump
 from ..runtime import find_device
+from ..tasks import prompt_of
 
 # %% ../../nbs/panels/79_generate.ipynb #8cfa6fdc
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GenerateConfig(Sampling):
     "What to generate from, and how."
     model: str = value("gpt2-tuned", "the fine-tuned model: a folder, a name or a Hub id", path=True)
     compare_with: str | None = value(None, "the model to compare with, such as the one that was fine-tuned", path=True)
-    prompt: str = value(" = Toronto Raptors = \n", "the text to continue, exactly as typed", lines=3)
+    prompt: str = value(PROMPT, "the text to continue, exactly as typed", lines=3)
     max_new_tokens: int = value(250, "length in tokens", label="New tokens", min=10, max=1000, step=10)
     seed: int | None = value(42, "the same seed gives the same text; empty for a new one each time")
 
@@ -94,6 +95,7 @@ def unknown_models(values, awaited=None) -> dict:
 class Sources(Stoppable):
     "Where texts come from: models and prompt, those of the FinetunePanel `before`."
     def __init__(self, before=None, **values):
+        if not before: values = {"prompt": prompt_of(values.get("model", GenerateConfig.model)), **values}
         super().__init__(Values(changed(GenerateConfig(), **values)))
         self.own, self.taken = set(values), {}  # fields that were set here; what came from the panel before
         self.before, self.loaded = before, {}
@@ -107,7 +109,7 @@ class Sources(Stoppable):
         "The models, and what was not typed here, from `panel`; a model not yet made is awaited."
         config, shared = panel.saved or panel.config, ("prompt", "max_new_tokens", "seed")
         made = dict(model=config.output_dir, compare_with=config.model)
-        made |= {name: getattr(config, name) for name in shared}
+        made |= {name: given for name in shared if (given := getattr(config, name)) is not None}
         self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
         self.loaded.clear()  # the folder has other weights now, and a training needs the memory
         for name in shared:

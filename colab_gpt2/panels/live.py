@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/panels/77_live.ipynb #b1b7fb2e
 import math, time, warnings
+from dataclasses import replace
 from html import escape
 
 from ..core import human_time
@@ -154,6 +155,7 @@ class Live(Steered, Listener):
 
     def on_measured(self, perplexity, sample):
         when = "Before" if self.stage == BEFORE else "After"
+        if self.config.prompt is None: self.config = replace(self.config, prompt=sample.prompt)  # what the run chose
         self.measured.append((self.step, perplexity.value))
         self.samples.append((f"{when} the training", sample.prompt, sample.text))
         self.breathe(now=True)

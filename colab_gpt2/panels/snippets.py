@@ -37,12 +37,13 @@ def as_python(function, values, result="result") -> str:
 
 # %% ../../nbs/panels/72_snippets.ipynb #95d73122
 def quoted(text) -> str:
-    "`text` for a shell, on one line; bash and zsh know invisible characters in $'…'."
-    if text.isprintable(): return shlex.quote(text)
+    "`text` for a shell, on one line, in $'…' what is invisible, and {, }, $: for Python in a cell, quotes or not."
+    if text.isprintable() and not set("{}$") & set(text): return shlex.quote(text)
     known = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t"}
     def escaped(c):
         if c in known: return known[c]
-        return c if c.isprintable() else "".join(f"\\x{byte:02x}" for byte in c.encode())
+        hidden = c in "{}$" or not c.isprintable()
+        return "".join(f"\\x{byte:02x}" for byte in c.encode(errors="surrogateescape")) if hidden else c
     return f"$'{''.join(map(escaped, text))}'"
 
 # %% ../../nbs/panels/72_snippets.ipynb #27c5fe27
