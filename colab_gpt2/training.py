@@ -62,7 +62,7 @@ TAKEN = "{output_dir} {path} is not empty; set {resume=True} to continue from it
 # %% ../nbs/63_training.ipynb #c92355ae
 def check_sources(config):
     "ValueError if the model or the tokenizer is a checkpoint that this run would delete."
-    doomed = [path.resolve() for path in find_checkpoints(config.output_dir)]
+    doomed = [path.resolve() for path in find_checkpoints(config.output_dir) if not config.resume]
     for name, given in dict(model=config.model, tokenizer=config.tokenizer).items():
         if not given or Path(given).resolve() not in doomed: continue
         told = f"{{{name}}} is {{given}}, a checkpoint that this run would delete; choose another {{output_dir}}."
