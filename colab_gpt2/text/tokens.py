@@ -34,15 +34,16 @@ def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT):
     """Yield (text, ids) piece by piece; the ids are those of one piece. `text`: the `context` characters before the
     place where `file` stands."""
     known, skip = len(text), len(encode([text])[0]) if text else 0  # of the text and its ids: what came before
-    while (more := file.read(max(size, len(text)))) or len(text) > known:
-        text += more
-        at, before = find_cut(encode, text, context) if more else (len(text), [])
+    ended = False
+    while not ended:
+        more = file.read(wanted := max(size, len(text)))
+        text, ended = text + more, len(more) < wanted
+        at, before = (len(text), []) if ended else find_cut(encode, text, context)
         if COST * len(text) > memory()[1]: raise MemoryError(Sentence(TOO_LONG, n=len(text)))
         if at is None: continue
         [ids], tail = encode([text[:at]]), before[len(before) // 2:]  # the first half may not know what stood before it
         if ids[len(ids) - len(tail):] != tail: continue
-        yield text[known:at], ids[skip:]
-        if not more: return
+        if at > known: yield text[known:at], ids[skip:]
         text, known, skip = text[at - context:], context, len(before)
 
 # %% ../../nbs/text/12_tokens.ipynb #04a3cf22
