@@ -249,6 +249,13 @@ def test_a_tokenizer_that_drops_line_ends_and_spaces_is_noted(tiny):
     assert "drops repeated spaces:" in notes("two  words", wrapped("T5"))[0]
     assert notes("two  words\n", tiny) == []
 
+def test_a_script_that_the_tokenizer_does_not_know_is_noted(tiny):
+    def wrapped(name): return PreTrainedTokenizerFast(tokenizer_object=DESIGNS[name](), unk_token="[UNK]")
+    assert notes("봄 잠 새벽 모르네 " * 9, wrapped("BERT"))[-1] == (
+        "100% of the tokens of t.txt are [UNK]: its characters are not known.")
+    assert notes(" ".join(prose()[:3000].split()), wrapped("BERT")) == []
+    assert notes("봄 잠 새벽 모르네 " * 9, tiny) == [] == notes("<|endoftext|>" * 9, tiny)
+
 def test_the_end_mark_of_another_tokenizer_is_noted(tiny):
     own = closed("<s> $A </s>", bos_token="<s>", eos_token="</s>")
     backend = json.loads(own.backend_tokenizer.to_str())

@@ -68,6 +68,9 @@ def notes_on(data, name, tokenizer):
     white = {"line ends": "\n", "repeated spaces": "  "}
     lost = [what for what, w in white.items() if data.find(w.encode()) >= 0 and ids(f"a{w}a") == ids("a a")]
     if lost: yield f"The tokenizer drops {' and '.join(lost)}: the model can neither learn nor write them."
+    unknown, found = tokenizer.unk_token_id, ids(data[:10_000].decode(errors="ignore"))
+    if unknown != tokenizer.eos_token_id and (share := found.count(unknown) / max(1, len(found))) > 0.1:
+        yield f"{share:.0%} of the tokens of {name} are {tokenizer.unk_token}: its characters are not known."
     for mark in MARKS:
         if data.find(mark.encode()) < 0 or mark in tokenizer.get_vocab(): continue
         end = tokenizer.eos_token or tokenizer.sep_token or "not set"
