@@ -107,6 +107,7 @@ def encode_prompt(prompt, tokenizer, context) -> list:
         warnings.warn(Sentence("{prompt} is empty: the text starts from {token}.", token=token), stacklevel=4)
         return begins
     for told in notes_on(data, "{prompt}", tokenizer): warnings.warn(Sentence(told), stacklevel=4)
+    if ids[:1] == opening[:1]: opening = []  # it was typed
     room = context - 1 - len(opening)
     cut = "{prompt} has {n} tokens and the model's context is {context}: only its last {kept} are used."
     if len(ids) > room: warnings.warn(Sentence(cut, n=len(ids), context=context, kept=room), stacklevel=4)

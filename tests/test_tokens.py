@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import colab_gpt2
 from colab_gpt2.errors import fields_of
+from colab_gpt2.generation import encode_prompt
 from colab_gpt2.text import tokens
 from colab_gpt2.text.tokens import Encoder, check_ids, cut_pattern, notes_on, opened, opening_ids, read_windows
 
@@ -231,6 +232,15 @@ def test_each_document_is_opened_once():
     assert text_of(tokenizer, "a</s>", "b") == "<s>a</s><s>b"  # the cut is between two documents
     assert text_of(tokenizer, "<s>a</s><s>b") == "<s>a</s><s>b"  # written in the text
     assert text_of(closed("</s> $A", bos_token="</s>", eos_token="</s>"), "a</s>b") == "</s>a</s>b"
+
+@pytest.mark.filterwarnings("ignore:prompt has")
+@pytest.mark.parametrize("text", ["Once", "<s>Once", "Once</s>", "Once</s>Twice", " "])
+def test_a_prompt_begins_as_a_text_does(tiny, text):
+    for tokenizer in (closed("<s> $A </s>", bos_token="<s>", eos_token="</s>"), tiny):
+        encoder = Encoder(tokenizer)
+        first = encoder.encode([text.partition("</s>")[0]])[0]
+        learned = opened(np.array(first), encoder.opening, encoder.ends).tolist()
+        assert encode_prompt(text, tokenizer, 64)[:len(learned)] == learned
 
 def test_a_text_is_tokenised_again_where_another_token_opens_it(tiny):
     plain, opening = closed("$A", bos_token="<s>"), closed("<s> $A", bos_token="<s>")

@@ -104,7 +104,7 @@ def watcher(job, config):
     class Watcher(TrainerCallback):
         def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
             self.blocks = tokenize_file(config.eval_file, processing_class, config.block_size,
-                                        cache_dir=config.cache_dir, progress=False)
+                                        cache_dir=config.cache_dir, progress=False, notes=False)
 
         def show(self, args, state, model):
             precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
