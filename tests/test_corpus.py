@@ -227,6 +227,9 @@ NEAR = {  # texts -> what begins the validation text
     "documents with a mark between them": ("<|endoftext|>".join(
         f"Story {i}: once there was a tide. It went out." for i in range(500)), r"Story \d+:"),
     "documents in tags": ("".join(f"<|startoftext|>joke {i}.\n\nHa.<|endoftext|>\n" for i in range(99)), r"<\|start"),
+    "poems with more blank lines between them than in them": ("".join(
+        f"Poem {i}\n\nof the\n\ntide\n\n\n" for i in range(99)), r"Poem \d+"),
+    "documents that end with <eos>": ("".join(f"joke {i}.\n\nHa.<eos>\n" for i in range(99)), "joke"),
     "documents of Llama": ("".join(f"<s>joke {i}.\n\nHa.</s>\n" for i in range(99)), "<s>joke"),
 }
 
@@ -346,7 +349,7 @@ def test_of_a_folder_only_texts_are_read_and_a_bad_one_is_named(load, poems):
     (poems/"3.txt").write_bytes("größe".encode("latin-1"))
     with pytest.raises(ValueError, match="3.txt is not UTF-8: byte 2"): load(poems)
     for path in [*poems.rglob("*.*")]: path.suffix in (".txt", ".TXT", ".md") and path.unlink()
-    with pytest.raises(FileNotFoundError, match="poems holds no corpus"): load(poems)
+    with pytest.raises(FileNotFoundError, match=r"poems holds no corpus.* by a pattern, as .*poems/\*.tex"): load(poems)
 
 
 def test_documents_stay_complete_in_a_folder_of_many(load, tmp_path):

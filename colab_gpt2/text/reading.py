@@ -74,14 +74,16 @@ def find_texts(path) -> list:
     else: found = map(Path, glob.glob(str(path), recursive=True))
     texts = [p for p in found if p.is_file() and (p.stat().st_size > 1 << 16 or p.read_bytes().strip())]
     if texts: return [check_text(p) for p in sorted(texts, key=in_order)]
-    raise FileNotFoundError(f"{path} holds no corpus: it needs .txt files, wiki.train.raw, wiki.valid.raw and "
-                            "wiki.test.raw, or train-*.parquet and the like." if folder else f"No text matches {path}.")
+    if not folder: raise FileNotFoundError(f"No text matches {path}.")
+    raise FileNotFoundError(f"{path} holds no corpus: it needs .txt or .md files, wiki.train.raw, wiki.valid.raw and "
+                            f"wiki.test.raw, or train-*.parquet. Other texts are read by a pattern, as {path}/*.tex.")
 
 # %% ../../nbs/text/10_reading.ipynb #5d1b20c5
 BLANK = r"(?<=\n)[^\S\n]*\n"  # a blank line
 UNITS = [re.compile(unit.encode()) for unit in (  # in UTF-8, since places are counted in bytes
-    r"(?:<\|end_?of_?\w+\|>|</s>)\s*|(?=<\|(?:start|begin)_?of_?\w+\|>|<s>)",
-    rf"{BLANK}(?= = [^=\n].* = ?\n|##? |(?i:chapter) )|(?:\n(?! *[=-])|(?<=\n)\n) *([*~_#=-])(?: *\1){{2,}} *\n|\n%\n",
+    r"(?:<\|end_?of_?\w+\|>|</s>|(?i:<eo[sdt]>))\s*|(?=<\|(?:start|begin)_?of_?\w+\|>|<s>)",
+    rf"{BLANK}(?= = [^=\n].* = ?\n|##? |(?i:chapter) )|(?:\n(?! *[=-])|(?<=\n)\n) *([*~_#=-])(?: *\1){{2,}} *\n|\n%\n"
+    rf"|(?:{BLANK}){{2,}}",
     rf"(?:{BLANK})+|\f", "\n|\u2028", r"""(?:[.!?]|…|؟|।)(?:["')]|”|’|»)*\s+|(?:。|！|？)(?:”|」|』)*""", r"\s+")]
 CHARACTER = re.compile(rb"[^\x80-\xbf]")
 
