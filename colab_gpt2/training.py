@@ -75,7 +75,7 @@ def check_run(config) -> FinetuneConfig:
         raise RuntimeError(f"WORLD_SIZE is {size}, but a run uses one process. Start it without torchrun.")
     check_trainer_args(config.trainer_args)
     if (name := str(Path(config.output_dir))) in MODELS:
-        told = f"{{output_dir}} is also the name of a known model: here {{model={name}}} will be the one in that folder."
+        told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
         warnings.warn(Sentence(told), stacklevel=3)
     path = check_output_dir(config.output_dir, config.resume, config.overwrite_output_dir)
     config = replace(config, output_dir=str(path))

@@ -135,7 +135,7 @@ for name in ("gpt2", "owner/name"):
     check_match(model, tokenizer)
     result[name] = [model.num_parameters(), str(model.dtype), len(tokenizer)]
 result["config"] = load_config("owner/name").n_positions
-for name in ("owner/nmae", "owner/pickle", "gpt2-medium"):
+for name in ("owner/nmae", "owner/pickle", "owner/index", "gpt2-medium"):
     result[name], result[name + " tokenizer"] = failing(load_model, name), failing(load_tokenizer, name)
 result["seconds"] = time.monotonic() - began
 """
@@ -146,6 +146,8 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
     pickled = {f: b for f, b in files.items() if f != "model.safetensors"} | {"pytorch_model.bin": b"cos\nsystem\n"}
     for name in ("openai-community/gpt2", "owner/name"): hub.add("models", name, files)
     hub.add("models", "owner/pickle", pickled)
+    index = dict(metadata={}, weight_map={"wte": "pytorch_model.bin"})
+    hub.add("models", "owner/index", pickled | {"model.safetensors.index.json": json.dumps(index).encode()})
     online = ask(MODEL_CODE)
     config = json.loads(files["config.json"])
     for name in ("gpt2", "owner/name"): assert online[name][1:] == ["torch.float32", config["vocab_size"]]
@@ -154,6 +156,7 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
     assert "There is no model" in online["owner/nmae tokenizer"]
     assert "There is no model 'openai-community/gpt2-medium'" in online["gpt2-medium"]
     assert online["owner/pickle"].startswith("ValueError: owner/pickle has its weights as pytorch_model.bin, a pickle")
+    assert "names 'pytorch_model.bin', but weights are safetensors files" in online["owner/index"]
     assert "pytorch_model.bin" not in " ".join(hub.paths("GET"))
     stderr = online.pop("stderr")
     assert not any("\n" in said for said in online.values() if isinstance(said, str))

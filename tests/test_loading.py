@@ -3,7 +3,7 @@ import json, math, shutil
 from dataclasses import replace
 
 import pytest, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers import BertConfig, BloomConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, PhiConfig
 from transformers import T5Config
 
@@ -371,14 +371,14 @@ def test_a_quantized_model_is_refused(folder):
 def test_a_config_of_absurd_size_is_one_line_at_once(folder, fields, from_scratch, monkeypatch):
     change_config(folder, **fields)
     monkeypatch.setattr(GPT2LMHeadModel, "__init__", lambda *_, **__: pytest.fail("a layer was made"))
-    with pytest.raises(ValueError, match="asks for about .* of weights .*. Choose a smaller one") as e:
+    with pytest.raises(ValueError, match="asks for .* of weights .*. Choose a smaller one") as e:
         load_model(folder, from_scratch=from_scratch)
     assert "\n" not in str(e.value)
 
 
 def test_new_weights_that_the_memory_does_not_hold_are_not_allocated(monkeypatch):
     monkeypatch.setattr("colab_gpt2.model.loading.memory", lambda: (10**6, 10**6))
-    with pytest.raises(ValueError, match="about .* of weights"): new_model(GPT2Config(n_layer=1, n_embd=64, n_head=1))
+    with pytest.raises(ValueError, match="asks for .* of weights"): small_model(60_000)
 
 
 # ---- names
@@ -503,7 +503,7 @@ def test_evaluation_adds_no_rows_that_nobody_trained(quick):
 def test_an_output_folder_called_as_a_known_model_is_told(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "./gpt2"):
-        with pytest.warns(UserWarning, match="output_dir is also the name of a known model: here model="):
+        with pytest.warns(UserWarning, match="output_dir has the name of a known model: here model="):
             check_run(replace(quick, output_dir=name))
 
 
@@ -531,3 +531,51 @@ def test_rotary_angles_are_saved_in_the_words_of_transformers_4_too(config, olde
     again = load_model(tmp_path/"saved")
     assert again.config.rope_parameters == config.rope_parameters
     assert torch.equal(again(input_ids=ids).logits, load_model(tmp_path/"start")(input_ids=ids).logits)
+
+
+def of_type(kind, **fields):
+    "A small model of a type, in training mode."
+    return new_model(AutoConfig.for_model(kind, vocab_size=99, **fields), seed=0)
+
+
+NARROW = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+DECODER = dict(d_model=8, decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=8)
+WHISPER = dict(pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0)
+
+
+@pytest.mark.parametrize("kind, fields, why", [
+    ("bert-generation", NARROW, "sees the tokens to come"),
+    ("cpmant", dict(hidden_size=32, num_attention_heads=2, dim_head=16, dim_ff=8, num_hidden_layers=2), "sees the"),
+    ("xlnet", dict(d_model=8, n_layer=1, n_head=1, d_inner=8), "it is of type xlnet"),
+    ("reformer", dict(is_decoder=True, hidden_size=8, axial_pos_embds=False, attn_layers=["local"]), "type reformer"),
+    ("trocr", DECODER, "another loss than that of the next token"),
+    ("whisper", dict(**DECODER, **WHISPER), "another loss than that of the next token")], ids=lambda x: str(x)[:15])
+def test_a_model_that_does_not_learn_the_next_token_is_refused_when_it_is_loaded(kind, fields, why, tmp_path):
+    of_type(kind, **fields).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"as a causal language model: .*{why}") as e: load_model(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind, fields", [
+    ("llama", dict(NARROW, num_key_value_heads=1)), ("openai-gpt", dict(n_embd=8, n_layer=1, n_head=1)),
+    ("gemma3_text", dict(NARROW, num_key_value_heads=1, head_dim=8)),
+    ("rwkv", dict(hidden_size=8, num_hidden_layers=2)),
+    ("mamba", dict(hidden_size=8, num_hidden_layers=1, state_size=4)), ("bert", dict(NARROW, is_decoder=True)),
+    ("mixtral", dict(NARROW, num_key_value_heads=1, num_local_experts=2, output_router_logits=True)),
+    ("bloom", dict(hidden_size=8, n_layer=1, n_head=1)), ("opt", dict(NARROW, ffn_dim=8, word_embed_proj_dim=8))],
+    ids=lambda x: x if isinstance(x, str) else "")
+def test_other_causal_models_are_loaded_and_learn_the_next_token(kind, fields, tmp_path):
+    of_type(kind, **fields).save_pretrained(tmp_path)
+    model, ids = load_model(tmp_path).train(), torch.arange(5, 37).repeat(2, 1)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(3):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[0]
+
+
+def test_the_first_positions_of_a_roberta_are_not_counted():
+    model = of_type("roberta", **NARROW, is_decoder=True, max_position_embeddings=34).eval()
+    assert model_context(model) == 32 and model(input_ids=torch.ones(1, 32, dtype=torch.long) * 5).logits.shape[1] == 32

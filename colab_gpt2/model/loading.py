@@ -224,7 +224,7 @@ def check_size(config, place, most=1 << 42):
     size = 4 * gpt2_parameters(*shape)
     if shape[0] <= 2000 and size <= most: return
     told = ", ".join(f"{name} {value:,}" for name, value in zip(names, shape) if value)
-    raise ValueError(f"The config of {place} asks for about {human_bytes(size)} of weights ({told}). Choose a smaller one.")
+    raise ValueError(f"The config of {place} asks for {human_bytes(size)} of weights ({told}). Choose a smaller one.")
 
 # %% ../../nbs/model/20_loading.ipynb #aaca9fdd
 OURS = dict(_attn_implementation=None, _experts_implementation=None,  # transformers chooses
