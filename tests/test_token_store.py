@@ -3,6 +3,7 @@ import errno, functools, hashlib, importlib, itertools, json, os, random, resour
 import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import numpy as np, psutil, pytest
 from helpers.forks import forked
@@ -104,7 +105,8 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # more than 1,000 bytes fail, as on a full disk
-        with pytest.raises(OSError, match="tokens of .*a.txt could not be written to .*tokens: .*another cache_dir"):
+        told = "^The tokens of .*a.txt could not be written to .*tokens: .*another cache_dir"
+        with pytest.raises(OSError, match=told):
             tokenize_file(path, tiny, 8, **options)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {f.name: f.read_bytes() for f in blocks.path.parent.iterdir()} == old
@@ -378,8 +380,10 @@ def test_a_home_that_cannot_be_written_to_asks_for_another_cache(tiny, tmp_path,
 # Windows
 
 def without_posix(*folders):
-    "Import every module of the package, and tokenise, where Python has no module of POSIX."
+    "Import every module of the package, and tokenise, where Python has no module and no call of POSIX."
     for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"): sys.modules[name] = None
+    for name in "fork sync statvfs mkfifo posix_fadvise sched_getaffinity killpg getpgid".split(): delattr(os, name)
+    for name in ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGALRM", "SIGTSTP", "alarm", "pause"): delattr(signal, name)
     for name in colab_gpt2._HOME.values(): importlib.import_module(f"colab_gpt2.{name}")
     from colab_gpt2.text.token_store import tokenize_file
     tokenizer, text, cache = folders
@@ -390,6 +394,15 @@ def test_nothing_needs_a_module_that_windows_lacks(tmp_path):
     ran = forked(without_posix, str(TINY), str(tmp_path/"a.txt"), str(tmp_path/"cache"))
     assert ran.returncode == 0 and ran.result > 10, ran.stderr
     assert suffixes(tmp_path/"cache") == [".ids", ".json"]
+
+def peak_on_windows():
+    from colab_gpt2.engine.probe import peak_rss
+    def missing(path, **options): raise FileNotFoundError(path)
+    Path.read_text, sys.modules["resource"] = missing, None
+    psutil.Process = lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=5, peak_wset=7))
+    return peak_rss()
+
+def test_the_peak_of_memory_is_known_on_windows_too(): assert forked(peak_on_windows).result == 7
 
 def test_no_open_file_is_renamed_or_removed(tiny, tmp_path, monkeypatch):
     "Windows refuses both."
