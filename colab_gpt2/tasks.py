@@ -175,7 +175,8 @@ def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     if drive is None and not in_colab():
         return dict(path=None, why="this is not Colab, and no folder was given in place of a Drive", failed=False)
     try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
-    except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=type(e) is not NotImplementedError)
+    except NotImplementedError as e: return dict(path=None, why=Sentence("{why}", why=e), failed=False)  # no Drive
+    except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=True)
 
 # %% ../nbs/64_tasks.ipynb #3f624cd5
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def load_finished(trainer, checkpoint, steps) -> bool:
 
 # %% ../nbs/63_training.ipynb #c8c5462d
 def check_room(config, plan):
-    """OSError without room for what the run adds: the checkpoints that are kept, and one more before the oldest goes, or
+    """OSError without room for what a run adds: the checkpoints that are kept and, before the oldest goes, another, or
     the model. A checkpoint has weights and AdamW's two moments, in fp32; one of adapters is small."""
     made = math.ceil(plan.steps / config.save_steps) if config.save_steps > 0 else 1
     kept = min(made, config.save_total_limit or made)

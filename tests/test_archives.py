@@ -239,7 +239,7 @@ def test_tokens_and_keys_do_not_travel_in_archives(model, archive, tmp_path):
              "kaggle.json": "{}", "client_secret_1.json": "{}", "a.pem": "x"}
     for name, text in texts.items(): (model/name).write_text(text)
     for checkpoints, warned in ((False, 2), (True, 3)):
-        with pytest.warns(UserWarning, match="holds an access token and is left out of the archive") as caught:
+        with pytest.warns(UserWarning, match="holds an access token and stays out of the archive") as caught:
             again = archive_model(model, tmp_path/"b.tar.gz", checkpoints=checkpoints, overwrite=True, progress=False)
         assert again.files == archive.files and len(caught) == warned
 

@@ -43,7 +43,7 @@ def without_tokens(folder, names) -> list:
     "`names` but for small files that hold an access token of the Hub; each is a warning."
     def holds(path): return path.stat().st_size < 1 << 20 and TOKEN.search(path.read_bytes())
     found = [name for name in names if holds(folder/name)]
-    for name in found: warnings.warn(f"{folder/name} holds an access token and is left out of the archive.", stacklevel=3)
+    for name in found: warnings.warn(f"{folder/name} holds an access token and stays out of the archive.", stacklevel=3)
     return [name for name in names if name not in found]
 
 # %% ../../nbs/storage/50_archives.ipynb #41f2eca0
