@@ -15,7 +15,8 @@ from transformers.trainer_callback import TrainerState
 from .config import FinetuneConfig, changed
 from .core import Record, atomic, check_space, discard, existing, home, human_bytes, human_time, leftovers
 from .core import retried
-from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit, tell
+from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit
+from .engine.callbacks import skipped_steps, tell
 from .engine.checkpoints import find_checkpoints, newest_intact, read_manifest, remove_checkpoint, save_model
 from .engine.checkpoints import sort_checkpoints
 from .engine.probe import settle, settle_compiled
@@ -73,6 +74,7 @@ def check_run(config) -> FinetuneConfig:
     "The config, with the path of the output folder. RuntimeError under torchrun."
     if (size := int(os.environ.get("WORLD_SIZE", 1))) != 1:
         raise RuntimeError(f"WORLD_SIZE is {size}, but a run uses one process. Start it without torchrun.")
+    os.environ.pop("LOCAL_RANK", None)
     check_trainer_args(config.trainer_args)
     if (name := str(Path(config.output_dir))) in MODELS:
         told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
@@ -220,6 +222,10 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
     planned, micro = plan.recipe.micro_batch, trainer.micro_batch
     told = f"Memory ran out with a micro-batch of {planned}, and the training ended with {micro}."
     if micro < planned: plan = plan.with_micro_batch(micro, told)
+    skipped = trainer.accelerator.scaler and skipped_steps(trainer.optimizer, trainer.state.global_step)
+    if skipped:
+        told = f"Steps skipped because a gradient was infinite in fp16: {skipped} of {trainer.state.global_step}."
+        plan = replace(plan, reasons=(*plan.reasons, told))
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the wrapper computes in half precision
     step, steps = trainer.state.global_step, trainer.state.max_steps
     saved = output_dir/f"checkpoint-{step}"

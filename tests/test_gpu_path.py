@@ -51,7 +51,7 @@ def trainer_of(blocks, folder, precision="fp32", callbacks=(), micro_batch=2, **
     model = new_model(GPT2Config(vocab_size=8192, **SHAPE), seed=0)
     plan = plan_run(model, blocks, check_runtime(), replace(config, precision="fp32"))
     plan = replace(plan, recipe=replace(plan.recipe, precision=precision))
-    return make_trainer(config, model, None, blocks, plan, callbacks), plan
+    return make_trainer(config, model, load_tokenizer("tiny"), blocks, plan, callbacks), plan
 
 
 class Waits(TorchDispatchMode):
@@ -143,6 +143,43 @@ def test_fp16_with_a_scaler_learns_what_fp32_learns(blocks, tmp_path, scaler_on_
     assert losses(half) == pytest.approx(losses(exact), rel=1e-4)
 
 
+@pytest.mark.parametrize("scale, all_of_them", [(2.**40, True), (2.**22, False)])
+def test_a_step_with_infinite_gradients_changes_nothing_and_is_told(
+        blocks, tmp_path, scaler_on_cpu, scale, all_of_them):
+    scaler_on_cpu.init_scale = scale
+    steps = Steps()
+    trainer, plan = trainer_of(blocks, tmp_path, "fp16", [steps], save_steps=-1)
+    after = train_model(trainer, plan)
+    skipped = steps.moved.count(False)
+    assert skipped and (skipped == 8) is all_of_them and trainer.accelerator.scaler.get_scale() == scale / 2**skipped
+    assert after.reasons[-1] == f"Steps skipped because a gradient was infinite in fp16: {skipped} of 8."
+
+
+def test_a_run_in_fp16_resumes_to_the_bit(blocks, tmp_path, scaler_on_cpu):
+    "With steps skipped before the checkpoint: the scale is in it, and the count of the steps that were taken."
+    scaler_on_cpu.init_scale = 2.**23
+    whole, plan = trainer_of(blocks, tmp_path, "fp16")
+    told = train_model(whole, plan).reasons[-1]
+    resumed, plan = trainer_of(blocks, tmp_path/"resumed", "fp16")
+    assert train_model(resumed, plan, tmp_path/"checkpoint-4").reasons[-1] == told and "skipped" in told
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()): assert torch.equal(a, b)
+
+
+class Infinite(TrainerCallback):
+    "Every step has an infinite gradient."
+    def on_substep_end(self, args, state, control, model, **kwargs):
+        gradient = next(model.parameters()).grad
+        if gradient is not None: gradient[0] = torch.inf
+
+
+def test_a_run_whose_scale_collapses_ends(blocks, tmp_path, scaler_on_cpu):
+    scaler_on_cpu.init_scale = 4.
+    trainer, plan = trainer_of(blocks, tmp_path, "fp16", [Infinite()])
+    told = "By step 3 all gradients are infinite in fp16; start again with precision='fp32'"
+    with pytest.raises(FloatingPointError, match=told): train_model(trainer, plan)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 # On a pretended GPU
 
 WAYS = [dict(kind="T4"), dict(kind="A100"),
@@ -206,6 +243,11 @@ def test_what_the_loss_moves_for_a_logit(traced):
     assert slices and sum(bytes_of) / slices == (12 if traced.half == "float16" else 20)
 
 
+def test_two_gpus_are_one_for_a_run_and_nothing_is_said(on_gpu):
+    run = on_gpu(train, WIDE, count=2, method="lora", max_steps=1, effective_batch_size=2)
+    assert run.said == []
+
+
 def test_memory_that_runs_out_on_a_gpu_lowers_the_micro_batch(on_gpu):
     "In the probe, and in the training; a step begins again, and the result says what was used."
     run = dict(effective_batch_size=8, method="lora")
@@ -218,3 +260,14 @@ def test_memory_that_runs_out_on_a_gpu_lowers_the_micro_batch(on_gpu):
     assert any("A probed step did not fit with a micro-batch of 8" in reason for reason in probed.after.reasons)
     assert any("Memory ran out with a micro-batch of 8" in reason for reason in trained.after.reasons)
     assert any("the step is repeated with 4" in said for said in trained.said)
+
+
+ADVICE = [(dict(method="full", gradient_checkpointing=True), ["method='lora'"], ["gradient_checkpointing"]),
+          (dict(method="full"), ["method='lora'", "gradient_checkpointing=True"], []),
+          (dict(method="lora", gradient_checkpointing=True), ["block_size"], ["lora", "gradient_checkpointing"])]
+
+@pytest.mark.parametrize("changes, offered, not_offered", ADVICE, ids=["checkpointed", "full", "lora"])
+def test_where_nothing_fits_only_what_is_not_on_is_advised(on_gpu, changes, offered, not_offered):
+    with pytest.raises(MemoryError) as told: on_gpu(train, DEEP, later=10_000_000, effective_batch_size=2, **changes)
+    said = str(told.value)
+    assert all(words in said for words in offered) and not any(words in said for words in not_offered)

@@ -93,15 +93,28 @@ class StopOnInterrupt(TrainerCallback):
 
 # %% ../../nbs/engine/40_callbacks.ipynb #c12692cf
 class StopOnNaN(TrainerCallback):
-    "Ends the run when a logged loss is NaN or infinite; looking at each step would wait for the device."
+    """Ends the run when a logged loss is NaN or infinite, or fp16's gradients are whatever the scale; looking at each
+    step would wait for the device. `usual`: a learning rate at which such models train."""
+    def __init__(self, usual): self.usual = usual
+
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save: control.should_log = True  # the Trainer logs first, and then saves
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss", 0)
-        if math.isfinite(loss): return
-        told = "The loss became {loss} by step {step}; start again with {learning_rate} below {now}."
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        loss, scaler = (logs or {}).get("loss", 0), getattr(optimizer, "scaler", None)
+        if not math.isfinite(loss): told = "The loss became {loss} by step {step}; start again with"
+        elif scaler and scaler.get_scale() < 1:
+            told = "By step {step} all gradients are infinite in fp16; start again with {precision=fp32}, or with"
+        else: return
+        rate = f"{min(self.usual, args.learning_rate / 10):.1g}"
+        told += f" {{learning_rate={rate}}}, not {{now}}, and {{overwrite_output_dir=True}}."
         raise FloatingPointError(Sentence(told, loss=loss, step=state.global_step, now=args.learning_rate))
+
+# %% ../../nbs/engine/40_callbacks.ipynb #9975bf1a
+def skipped_steps(optimizer, steps) -> int:
+    "How many of a run's `steps` the gradient scaler skipped: AdamW counts those that it took."
+    taken = next((state["step"] for state in optimizer.state.values() if "step" in state), steps)
+    return max(0, steps - int(taken))
 
 # %% ../../nbs/engine/40_callbacks.ipynb #5ac7b137
 class TimeLimit(TrainerCallback):

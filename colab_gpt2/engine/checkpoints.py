@@ -20,7 +20,7 @@ def check_finite(model):
     "FloatingPointError if a weight is NaN or infinite: such a model must not replace a good one."
     for name, weight in model.named_parameters():
         if torch.isfinite(weight).all(): continue
-        told = "The weights became NaN or infinite ({name}) and are not saved; begin with a lower {learning_rate}."
+        told = "Weights became NaN or infinite ({name}) and are not saved; start again with a lower {learning_rate}."
         raise FloatingPointError(Sentence(told, name=name))
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #f1c42f04

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from ..core import human_bytes
 from ..model.tune import casting_once, compiled, repeated_blocks
@@ -61,7 +60,7 @@ def probe(trainer, plan) -> Plan:
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(part)])
     batch, seconds = {name: value.to(device) for name, value in batch.items()}, []
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             for _ in range(3):
                 if part == blocks: model.zero_grad(set_to_none=True)  # as at the start of every step
@@ -103,7 +102,8 @@ def settle_compiled(trainer, plan, around) -> Plan:
             plan = settle(trainer, plan)
             around.push(tried.pop_all())
             return plan
-    except TorchDynamoException as e:
+    except Exception as e:
+        if out_of_memory(e): raise
         said = next(iter(str(e).splitlines()), type(e).__name__)
         warnings.warn(f"torch.compile failed ({said}), so the model is trained without it.", stacklevel=2)
         return settle(trainer, replace(plan, torch_compile=False))

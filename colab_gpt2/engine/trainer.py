@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/engine/42_trainer.ipynb #0039147b
 import contextlib, difflib, gc, inspect, math, re, warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -166,7 +166,8 @@ def training_arguments(config, plan) -> TrainingArguments:
         bf16=recipe.precision == "bf16", fp16=recipe.precision == "fp16", use_cpu=recipe.device == "cpu",
         save_strategy="no" if config.save_steps == -1 else "steps", save_steps=max(config.save_steps, 1),
         logging_first_step=True, logging_nan_inf_filter=False,  # it waits for the device; see StopOnNaN
-        dataloader_pin_memory=recipe.device == "cuda", disable_tqdm=True, report_to="none")
+        dataloader_pin_memory=recipe.device == "cuda", accelerator_config=dict(non_blocking=recipe.device == "cuda"),
+        disable_tqdm=True, report_to="none")
     try:
         same = {name: getattr(config, name) for name in SAME}
         arguments = TrainingArguments(**{**same, **decided, **config.trainer_args})
@@ -196,10 +197,11 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision, config.seed)
     meter, stop, arguments = Meter(recipe.device), StopOnInterrupt(), training_arguments(config, plan)
     bar = Bar(meter, min(plan.blocks_per_step, len(blocks)) * blocks.block_size, report)
+    guard = StopOnNaN(pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method))
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad
-                           callbacks=[meter, stop, StopOnNaN(), bar, *callbacks])
+                           callbacks=[meter, stop, guard, bar, *callbacks])
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
     trainer.micro_batch, trainer.checkpoints_to_keep = recipe.micro_batch, config.save_total_limit

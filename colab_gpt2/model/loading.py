@@ -278,7 +278,7 @@ def new_model(config, seed=None):
     "A model with random weights, in fp32; with a `seed` the same ones, and torch's own generator stays as it was."
     place = type(config).__name__
     check_size(config, place, memory()[0])
-    with loading(place), torch.random.fork_rng(enabled=seed is not None):
+    with loading(place), torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
