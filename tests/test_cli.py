@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from colab_gpt2.cli import name_of, one_line
+from colab_gpt2.cli import answer, name_of, one_line
 from colab_gpt2.errors import Sentence
+from colab_gpt2.reporting import reporting
 
 QUICK = ("--model", "tiny", "--block-size", "64", "--max-new-tokens", "8", "--output-dir", "out")
 
@@ -254,6 +255,16 @@ def test_a_terminal_gets_no_control_characters(cli):
         assert out.startswith("a\\u001b]0;b\\u0007\\u009b2J\\u202ec\\u000d\td")
     out = cli(*words, "--json").stdout
     assert json.loads(out)["samples"][0]["prompt"] == prompt and "\x9b" not in out
+
+
+def test_names_and_errors_steer_no_terminal_either(capsys):
+    assert one_line(OSError("no file a\x1b[2J\u202e\udcff")) == "no file a\\u001b[2J\\u202e\\udcff"
+    answer(lambda: ["red\x1b[31m.txt\x07", "new\nline"], {})
+    with reporting(True) as report:
+        for n in range(3): report("Checking a\x1b]0;b\x07", n, 2)
+    out, err = capsys.readouterr()
+    assert out == "red\\u001b[31m.txt\\u0007\n\nnew\nline\n"
+    assert "Checking a\\u001b]0;b\\u0007" in err and "\x07" not in err
 
 
 def test_a_prompt_can_be_left_out_of_what_is_shown(cli):

@@ -129,7 +129,7 @@ class GraphReader(GPT2Reader):
         try:
             if not self.graph: self.record(ids)
         except RuntimeError as e:
-            why, self.read = str(e).partition("\n")[0], super().read  # from now on
+            why, self.read = [*str(e).splitlines(), ""][0], super().read  # from now on
             warnings.warn(f"Generating is slower: no CUDA graph could be recorded. torch said: {why}")
             return self.read(ids)
         self.ids.copy_(ids)
