@@ -198,7 +198,7 @@ def test_read_back_comes_from_the_disk(archive, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def deleted(monkeypatch):
+def deleted(my_drive):
     "The sizes of the files when they are deleted, and of those that another takes the place of."
     sizes, unlink, replace = [], os.unlink, os.replace
     def unlinked(path, *, dir_fd=None):
@@ -207,9 +207,10 @@ def deleted(monkeypatch):
     def replaced(source, path):
         if os.path.isfile(path): sizes.append(os.stat(path).st_size)
         replace(source, path)
-    monkeypatch.setattr(os, "unlink", unlinked)
-    monkeypatch.setattr(os, "replace", replaced)
-    return sizes
+    with pytest.MonkeyPatch.context() as patched:  # undone before the Drive is unmounted, whose own hooks these cover
+        patched.setattr(os, "unlink", unlinked)
+        patched.setattr(os, "replace", replaced)
+        yield sizes
 
 
 def test_what_is_replaced_on_a_drive_reaches_the_trash_empty(colab, model, my_drive, archive, old, deleted):
