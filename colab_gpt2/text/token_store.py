@@ -187,7 +187,7 @@ def tokenize_file(
     path, encoder = check_text(path), Encoder(tokenizer)
     if notes:
         with open(path, "rb") as text, mmap.mmap(text.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for note in notes_on(data, path.name, tokenizer): warnings.warn(note, stacklevel=2)
+            for note in notes_on(data, path.name, tokenizer, lost=True): warnings.warn(note, stacklevel=2)
     sha256 = sha256 or sha256_of(path)
     key = dict(dtype=encoder.dtype.name, text_sha256=sha256, tokenizer_sha256=encoder.fingerprint)
     file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{encoder.fingerprint[:16]}.ids", **key)

@@ -62,12 +62,12 @@ def opened(ids, opening, ends, before=-1):
 # %% ../../nbs/text/12_tokens.ipynb #332143f3
 MARKS = "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text somewhere
 
-def notes_on(data, name, tokenizer):
-    "Yield a text for what is lost of `data`, the bytes of the file `name`; it may be memory-mapped."
+def notes_on(data, name, tokenizer, lost=False):
+    "Yield a text for what is unknown in `data`, the bytes of `name`, or `lost` from it; it may be memory-mapped."
     def ids(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    white = {"line ends": "\n", "repeated spaces": "  "}
-    lost = [what for what, w in white.items() if data.find(w.encode()) >= 0 and ids(f"a{w}a") == ids("a a")]
-    if lost: yield f"The tokenizer drops {' and '.join(lost)}: the model can neither learn nor write them."
+    white = {"line ends": "\n", "repeated spaces": "  "} if lost else {}
+    gone = [what for what, w in white.items() if data.find(w.encode()) >= 0 and ids(f"a{w}a") == ids("a a")]
+    if gone: yield f"The tokenizer drops {' and '.join(gone)}: the model can neither learn nor write them."
     unknown, found = tokenizer.unk_token_id, ids(data[:10_000].decode(errors="ignore"))
     if unknown != tokenizer.eos_token_id and (share := found.count(unknown) / max(1, len(found))) > 0.1:
         yield f"{share:.0%} of the tokens of {name} are {tokenizer.unk_token}: its characters are not known."
