@@ -42,8 +42,10 @@ SCHEDULES = "linear", "cosine", "constant", "constant_with_warmup"
 @dataclass(frozen=True)
 class StepFields(DataFields):
     "How many steps there are, of how many blocks, and how far they go."
-    num_train_epochs: float = value(2.0, "how many times to read the training text", label="Epochs", above=0)
-    max_steps: int = value(-1, "stop after so many steps, whatever {num_train_epochs} says (-1: no limit)", minimum=-1)
+    num_train_epochs: float = value(
+        2.0, "how many times to read the training text", label="Epochs", above=0, maximum=10**6)
+    max_steps: int = value(
+        -1, "stop after so many steps, whatever {num_train_epochs} says (-1: no limit)", minimum=-1, maximum=10**9)
     block_size: int | None = value(
         None, "tokens in a training example (default: the model's context, 1024 at most)", minimum=2)
     effective_batch_size: int = value(

@@ -6,7 +6,7 @@
 __all__ = ['in_colab', 'Precision', 'pick_precision', 'Runtime', 'check_runtime']
 
 # %% ../nbs/03_runtime.ipynb #23b576a0
-import contextlib, importlib.metadata, os, platform, re, shutil, stat, sys, warnings
+import contextlib, importlib.metadata, math, os, platform, re, shutil, stat, sys, warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +162,14 @@ def describe_device(device):
     if device == "mps": return f"Apple GPU ({platform.processor()})", torch.mps.recommended_max_memory(), None
     return cpu_name(), None, None
 
+# %% ../nbs/03_runtime.ipynb #544a6ad8
+def gpu_free():
+    "Bytes of the GPU that this process can get, or has and does not use; None if that cannot be asked."
+    import torch
+    try: free, _ = torch.cuda.mem_get_info()
+    except (RuntimeError, AssertionError, OSError): return None
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
 # %% ../nbs/03_runtime.ipynb #d92abcbf
 def cgroup_memory(root="/sys/fs/cgroup"):
     "`(limit, free)` bytes of this container's control group, or None where there is no limit."
@@ -183,9 +191,20 @@ def memory(root="/sys/fs/cgroup"):
     return min(machine.total, limit[0]), min(machine.available, limit[1])
 
 # %% ../nbs/03_runtime.ipynb #92f4ac2c
+def cgroup_cores(root="/sys/fs/cgroup"):
+    "How many cores this container's quota of time amounts to, at least 1; infinity without one."
+    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
+        try: quota, period = " ".join((Path(root)/name).read_text() for name in names).split()
+        except OSError: continue
+        if quota not in ("max", "-1"): return max(1, int(quota) // int(period))
+    return math.inf
+
+# %% ../nbs/03_runtime.ipynb #92f4ac2e
 def core_count() -> int:
-    "How many cores this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    "How many cores this process computes on: those it may use, or fewer by OMP_NUM_THREADS and a container's quota."
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else allowed
+    return min(allowed, threads, cgroup_cores())
 
 # %% ../nbs/03_runtime.ipynb #d7b64a6a
 def disk(path):
@@ -258,6 +277,7 @@ class Runtime(Record):
     disk_free: int
     versions: dict
     advice: str  # what to do where there is no GPU
+    device_free: int | None = None  # of the GPU's memory; None where it is not known
 
     def _rows(self): return runtime_rows(self)
 
@@ -272,4 +292,5 @@ def check_runtime(
     return Runtime(
         colab=colab, device=device, device_name=name, device_memory=gpu_memory, compute_capability=capability,
         precision=pick_precision(device, capability), cores=core_count(), ram=ram, ram_free=ram_free, disk=size,
-        disk_free=free, versions=versions(), advice=advise(colab, device, trouble))
+        disk_free=free, versions=versions(), advice=advise(colab, device, trouble),
+        device_free=gpu_free() if device == "cuda" else None)

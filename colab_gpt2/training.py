@@ -27,7 +27,7 @@ from .generation import generate
 from .model.loading import MODELS, quiet
 from .model.lora import merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
-from .planning.plan import Plan, plan_run
+from .planning.plan import Plan, out_of_memory_told, plan_run
 from .preparing import prepare, release_memory, starting_model
 from .reporting import reporting, silent
 from .runtime import Runtime, check_mounted, disk, out_of_memory
@@ -137,8 +137,8 @@ class Interrupted(KeyboardInterrupt):
 
 # %% ../nbs/63_training.ipynb #a02aa3a5
 @contextlib.contextmanager
-def in_one_line(output_dir):
-    "Turn the errors of disks and Drives, and a lack of memory, into a line that says what to do."
+def in_one_line(output_dir, recipe=None):
+    "Turn the errors of disks and Drives, and a lack of memory for `recipe`, into a line that says what to do."
     try: yield
     except Exception as e:
         if (number := errno_of(e)) == errno.ENOSPC:
@@ -149,9 +149,7 @@ def in_one_line(output_dir):
         if not out_of_memory(e):
             if number == errno.ENOENT: raise  # its path says more
             with explained(f"The run in {output_dir}"): raise
-        told = ("Out of memory at a micro-batch of 1; set a smaller {block_size}, {gradient_checkpointing=True} or "
-                "{method=lora}, or choose a smaller {model}.")
-        raise MemoryError(Sentence(told)) from e
+        raise MemoryError(out_of_memory_told(recipe)) from e
 
 # %% ../nbs/63_training.ipynb #16ddf5f2
 SHAPE = ("model_type", "vocab_size", "n_embd", "n_layer", "hidden_size", "num_hidden_layers")  # in a model's config
@@ -212,7 +210,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
     if resumed_from and load_finished(trainer, resumed_from, plan.steps): return plan
     if trainer.args.device.type == "cpu": keep_freed_memory()
     listeners, output_dir = trainer.callback_handler.callbacks, Path(trainer.args.output_dir)
-    with in_one_line(output_dir), trainer.stop.listening(), quiet(), contextlib.ExitStack() as around:
+    with in_one_line(output_dir, plan.recipe), trainer.stop.listening(), quiet(), contextlib.ExitStack() as around:
         if plan.recipe.gradient_checkpointing: around.enter_context(gradient_checkpointing(trainer.model))
         tell(listeners, "on_stage", PROBING, stop=trainer.stop)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)

@@ -14,7 +14,7 @@ import torch
 
 from ..core import human_bytes
 from ..model.tune import casting_once, compiled, repeated_blocks
-from ..planning.plan import Plan
+from ..planning.plan import Plan, smaller_micro_batch
 from ..runtime import out_of_memory
 
 # %% ../../nbs/engine/43_probe.ipynb #45bb93d9
@@ -77,19 +77,19 @@ def probe(trainer, plan) -> Plan:
 
 # %% ../../nbs/engine/43_probe.ipynb #27e03498
 def settle(trainer, plan) -> Plan:
-    "Probe smaller micro-batches until one fits, or is 1; `trainer.micro_batch` follows."
+    "Probe smaller micro-batches until one fits, or none would need less; `trainer.micro_batch` follows."
     while True:
         micro = trainer.micro_batch = plan.recipe.micro_batch
+        less = smaller_micro_batch(trainer.model, plan.recipe)
         try: probed = probe(trainer, plan)
         except Exception as e:
-            if micro == 1 or not out_of_memory(e): raise
+            if less is None or not out_of_memory(e): raise
             probed = replace(plan, fits=False)
         if probed.fits: return probed
-        if micro == 1:
+        if less is None:
             needed, free = human_bytes(probed.peak_bytes), human_bytes(plan.limit_bytes)
             warnings.warn(f"The probed step needed {needed}, and {free} may be used: memory may run out.", stacklevel=3)
             return probed
-        less = max(n for n in range(1, micro // 2 + 1) if plan.blocks_per_step % n == 0)
         plan = plan.with_micro_batch(less, f"A probed step did not fit with a micro-batch of {micro}: {less} instead.")
         trainer.lower_micro_batch(trainer.model, less)
 

@@ -31,13 +31,13 @@ class Shape(Record):
     "The numbers of a config that cost memory and time."
     layers: int
     width: int
-    heads: int
+    heads: int  # of attention; 0 where there is none, as in Mamba and RWKV
     vocabulary: int
     context: int
     parameters: int  # tied weights count once
     attention_dropout: float  # probabilities; 0 where the config has none
     residual_dropout: float  # the embeddings' is taken to be the same
-    inner: int  # width of the MLP: a GPT-2's own; of another model 4·C, which its constants stand for
+    inner: int  # width of the MLP: a GPT-2's own; of another 4·C, which its constants stand for, or Mamba's states
     model_type: str
 
     @property
@@ -50,15 +50,17 @@ def shape_of(model) -> Shape:
     config = getattr(model, "config", model)
     check_causal(config)
     text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")  # n_layer is mapped to these
+    needed = ("num_hidden_layers", "hidden_size", "vocab_size")  # n_layer is mapped to these
     if missing := [name for name in needed if not hasattr(text, name)]:
         kind, lacks = config.model_type, " and no ".join(missing)
         raise ValueError(f"The memory of a model of type {kind} is not known here: its config has no {lacks}.")
-    layers, width, heads, vocabulary = (getattr(text, name) for name in needed)
+    layers, width, vocabulary = (getattr(text, name) for name in needed)
+    inner = text.n_inner if config.model_type == "gpt2" else None
+    if state := getattr(text, "state_size", 0): inner = state * getattr(text, "intermediate_size", 2*width)
     return Shape(
-        layers=layers, width=width, heads=heads, vocabulary=vocabulary, context=model_context(text),
-        parameters=count_parameters(config), model_type=config.model_type,
-        inner=(text.n_inner if config.model_type == "gpt2" else None) or 4*width,
+        layers=layers, width=width, heads=getattr(text, "num_attention_heads", 0), vocabulary=vocabulary,
+        context=model_context(text), parameters=count_parameters(config), model_type=config.model_type,
+        inner=inner or 4*width,
         attention_dropout=getattr(text, "attn_pdrop", None) or getattr(text, "attention_dropout", None) or 0.0,
         residual_dropout=getattr(text, "resid_pdrop", None) or 0.0)
 
@@ -99,18 +101,19 @@ def trained_parameters(shape: Shape, recipe: Recipe) -> int:
 
 # %% ../../nbs/planning/30_memory.ipynb #7e022de8
 # bytes a token and channel, measured: of each layer, and once of the last norm
-LAYER = {"half": 36.1, "fp32": 64.1, "lora": 34, "stock half": 69, "stock fp32": 138}
-LAST = {"half": 10, "fp32": 12, "lora": 6}
+LAYER = {"half": 36.1, "fp32": 64.1, "lora": 32.1, "stock half": 69, "stock fp32": 138}
+LAST = {"half": 10, "fp32": 12, "lora": 1}
 
 class COSTS:
     "Bytes of the rest, each of what its comment says."
     inner = 2  # measured, numbers for each channel of the MLP over 4·C: GELU's input and output
     inner_stock = 5  # three more in the formula
-    norm_lora_cuda = 4  # derived, a token and channel: CUDA's autocast copies the inputs of LoRA's norms to fp32
+    norm_lora_cuda = 4  # traced, a token and channel: CUDA's autocast copies inputs of LoRA's norms to fp32
     mask_cuda = 1  # derived, a dropout: CUDA keeps booleans, a CPU numbers as wide as what it drops
     matrix = 12  # measured, an entry of a head's T×T matrix, which attention with dropout keeps on a CPU
-    loss_exact = 8  # counted, a logit that a CPU takes from half precision to fp32: a copy and its logarithm
-    loss_exact_here = 4  # the same where no copy is made, on a GPU and in fp32
+    loss_exact = 8  # counted, a logit that is taken from half precision to fp32: a copy and its logarithm
+    loss_exact_here = 4  # the same where no copy is made: of fp16 on a GPU, and in fp32
+    again = {"full": 17, "lora": 19}  # measured, a token and channel: what a layer that is computed again needs on the way
     loss_stock = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss
     moments_8bit = 2  # a parameter: AdamW's two moments by bitsandbytes
     heap_cpu = 0.15  # measured, a share of the tensors' bytes: what the C library keeps of freed memory
@@ -206,12 +209,17 @@ class CopiesMemory(LayerMemory):
 class ForwardMemory(CopiesMemory):
     "Bytes that the forward pass leaves."
     @cached_property
+    def inner_activations(self):
+        "Of all layers, or with gradient checkpointing their inputs alone."
+        recipe, layers = self.recipe, self.shape.layers
+        if not recipe.gradient_checkpointing: return layers*self.layer
+        return (2 if recipe.lora and recipe.half else 4)*recipe.tokens*self.shape.width*layers
+
+    @cached_property
     def activations(self):
-        "Of all layers, or their inputs alone, and of the last norm."
-        recipe, width, layers = self.recipe, self.shape.width, self.shape.layers
-        last = (LAST.get(self.column, 0) + self.norms_in_fp32)*recipe.tokens*width
-        if not recipe.gradient_checkpointing: return last + layers*self.layer
-        return (2 if recipe.lora and recipe.half else 4)*recipe.tokens*width*layers + last
+        "The last norm's too."
+        last = LAST.get(self.column, 0) + self.norms_in_fp32
+        return self.inner_activations + last*self.recipe.tokens*self.shape.width
 
     @cached_property
     def after_forward(self):
@@ -241,7 +249,8 @@ class LossMemory(ForwardMemory):
         if not self.tuned: return COSTS.loss_stock*recipe.tokens*V
         rows = min(recipe.tokens, CHUNK_SIZE)
         exact = min(rows, EXACT_ROWS)*V if recipe.on_cuda else min(rows*V, EXACT_LOGITS)
-        each = COSTS.loss_exact if recipe.half and not recipe.on_cuda else COSTS.loss_exact_here
+        direct = recipe.precision == "fp32" or recipe.on_cuda and recipe.precision == "fp16"
+        each = COSTS.loss_exact_here if direct else COSTS.loss_exact
         product = 0 if self.in_place or recipe.lora else recipe.number_bytes*V*self.shape.width
         return recipe.number_bytes*rows*V + max(each*exact, product)
 
@@ -250,18 +259,25 @@ class StepMemory(LossMemory):
     "Bytes of a training step, by what they are for."
     @cached_property
     def moments(self):
-        "At each of the three that can be the peak."
+        "At each of those that can be the peak."
         copies, head, gradient = self.half_precision_copies, self.head_copy, self.embedding_gradient
         again, summed = self.recipe.gradient_checkpointing, not (self.tuned and self.one_chunk)  # from several chunks
         more = 2 if self.recipe.gradient_accumulation_steps > 1 else 1  # the first micro-batch's is in the gradients
         loss = {"logits and their loss": self.logits, "embedding's gradient": gradient if summed else 0}
         begin = {"half-precision copies": copies - (0 if self.in_place else head),
-                 "layer computed again": self.layer if again else 0,
                  "embedding's gradient": gradient if self.in_place else 2*gradient}
         end = {"half-precision copies": 0 if again else copies - head, "gradients": 4*self.trained,
                "embedding's gradient": more*gradient}
-        return {"at the loss": {**self.after_forward, **loss}, "backward begins": {**self.after_forward, **begin},
-                "backward ends": {**self.resident, **end}}
+        found = {"at the loss": {**self.after_forward, **loss}, "backward begins": {**self.after_forward, **begin},
+                 "backward ends": {**self.resident, **end}}
+        if again:
+            on_the_way = COSTS.again[self.recipe.method]*self.recipe.tokens*self.shape.width
+            layer = {"half-precision copies": copies - head, "layer computed again": self.layer + on_the_way}
+            found["first layer again"] = {**self.after_forward, **layer, "activations": self.inner_activations,
+                                          "embedding's gradient": gradient}
+            found["last layer again"] = {**self.resident, **layer, "gradients": 4*self.trained,
+                                         "embedding's gradient": (more - 1)*gradient}
+        return found
 
     @cached_property
     def terms(self):

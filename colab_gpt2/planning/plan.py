@@ -13,8 +13,10 @@ from functools import cached_property
 from ..config import OPTIMIZERS, FinetuneConfig
 from ..core import Record, human_bytes, human_time
 from ..errors import Sentence, check_number
-from .memory import Recipe, Shape, StepMemory, shape_of
+from ..model.loading import load_config
+from .memory import COSTS, Recipe, Shape, StepMemory, shape_of
 from .speed import DEVICES, device_of, forecast_step, pick_compile
+from .speed import MOVED, update_seconds
 from ..runtime import Precision, Runtime, pick_precision
 
 # %% ../../nbs/planning/32_plan.ipynb #63bd8cc9
@@ -150,9 +152,14 @@ class Search(Record):
         return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free))
 
     @cached_property
+    def in_use(self):  # bytes of a GPU, such as those of a model that a notebook keeps; the probe counts them too
+        free = self.runtime.device_free
+        return 0 if free is None else max(0, self.runtime.device_memory - free - COSTS.context)
+
+    @cached_property
     def blocks(self): return min(effective_batch(self.config), self.text.blocks)  # in a step
 
-    def memory(self, recipe): return StepMemory(self.shape, recipe).total
+    def memory(self, recipe): return self.in_use + StepMemory(self.shape, recipe).total
 
     ways = cached_property(possible_ways)
 
@@ -179,12 +186,19 @@ def advise(search: Search) -> Sentence:
     search = replace(search, config=replace(config, **free))
     if search.best:
         return Sentence(f"Leave {' and '.join(fixed)} to the plan: {{way}} fits.", way=describe(search.best))
-    with_peft = replace(search.runtime, versions={**search.runtime.versions, "peft": ""})
-    if replace(search, runtime=with_peft).best: return Sentence("Install peft (pip install peft): LoRA fits.")
-    for n in (512, 256, 128, 64):
-        if n < text.block_size and replace(search, text=replace(text, block_size=n)).best:
-            return Sentence("Lower {block_size} to {n}.", n=n)
-    return Sentence("No smaller batch or block fits: choose a smaller {model} or a device with more memory.")
+    runtime = search.runtime
+    with_peft = replace(runtime, versions={**runtime.versions, "peft": ""})
+    others = [
+        (dict(runtime=replace(runtime, device_free=None)),
+         f"Free the GPU: {human_bytes(search.in_use)} of it is in use; restart the session."),
+        (dict(runtime=with_peft), "Install peft (pip install peft): LoRA fits."),
+        *((dict(text=replace(text, block_size=n)), "Lower {block_size} to %d." % n)
+          for n in (512, 256, 128, 64) if n < text.block_size),
+        *((dict(shape=shape_of(load_config(name))),
+           "No smaller batch or block fits: choose {model=%s} or a device with more memory." % name)
+          for name in ("gpt2-large", "gpt2-medium", "gpt2"))]
+    found = (told for changed, told in others if replace(search, **changed).best)
+    return Sentence(next(found, "No smaller batch or block fits: choose a smaller {model} or a device with more memory."))
 
 # %% ../../nbs/planning/32_plan.ipynb #ee0c97b8
 def step_time(seconds: float) -> str:
@@ -193,7 +207,8 @@ def step_time(seconds: float) -> str:
 
 # %% ../../nbs/planning/32_plan.ipynb #bcfb7f20
 def correct(plan, *, peak_bytes=None, step_seconds=None):
-    "`plan` with what a probed step needed and took, compiled. ValueError for nothing, or a number that cannot be."
+    """`plan` with what a probed step needed, and took without the update, compiled. ValueError for nothing, or a number
+    that cannot be."""
     if peak_bytes is None and step_seconds is None:
         raise ValueError("Give what the probe measured: peak_bytes, step_seconds or both.")
     peak, step, said = plan.peak_bytes, plan.step_seconds, []
@@ -201,7 +216,7 @@ def correct(plan, *, peak_bytes=None, step_seconds=None):
         peak = check_number("peak_bytes", peak_bytes, above=0)
         said.append(f"needed {human_bytes(peak)} (the forecast was {human_bytes(plan.peak_bytes)})")
     if step_seconds is not None:
-        step = check_number("step_seconds", step_seconds, above=0)
+        step = check_number("step_seconds", step_seconds, above=0) + plan.update_seconds
         forecast = f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""
         said.append(f"took {step_time(step)}{forecast}")
     return replace(plan, peak_bytes=int(peak), fits=peak <= plan.limit_bytes, step_seconds=step,
@@ -243,6 +258,7 @@ class Plan(Record):
     device: str
     reasons: tuple  # sentences; the first says whether it fits, and if not, what to change
     source: str = "forecast"  # or "probe"
+    update_seconds: float = 0.  # of a step, for clipping and AdamW: a forecast, which a probed step leaves out
 
     @property
     def blocks_per_step(self) -> int: return self.recipe.micro_batch * self.recipe.gradient_accumulation_steps
@@ -297,6 +313,7 @@ class Planner(Search):
             recipe=replace(self.chosen, micro_batch=micro, gradient_accumulation_steps=parts), step_seconds=step,
             steps=self.steps, torch_compile=compiled, tokens=self.text.tokens,
             parameters=self.shape.parameters, device=self.runtime.device_name,
+            update_seconds=update_seconds(self.shape, self.chosen, device_of(self.runtime)),
             reasons=(*memory_reasons(self), *other_reasons(self)))
 
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa4
@@ -306,6 +323,7 @@ def memory_reasons(planner: Planner):
     size = (f"{describe(recipe)} in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about "
             f"{human_bytes(planner.peak)}; the limit is {human_bytes(planner.limit)}, 90% of "
             f"{'the GPU' if runtime.device_memory else 'the free RAM'}.")
+    if planner.in_use: size += f" {human_bytes(planner.in_use)} of that is in use already."
     reasons, own = [f"It fits: {size}"], next(way for way in ways if recipe in way)
     if not planner.best:
         advice = advise(planner)
@@ -327,12 +345,12 @@ def other_reasons(planner: Planner):
     text, runtime = planner.text, planner.runtime
     reasons = missing_packages(planner.config, runtime)
     if not planner.shape.gpt2:
-        reasons.insert(0, "The memory is a rough estimate: its constants were measured on GPT-2, and this is a model "
-                          f"of type {planner.shape.model_type}.")
+        reasons.insert(0, "Memory and time are rough estimates: the constants were measured on GPT-2, and this is a "
+                          f"model of type {planner.shape.model_type}. Training begins with a measured step.")
     time = f"The time is not estimated: no speed of {runtime.device_name} is known here."
     if device := device_of(runtime):
-        time = (f"The time assumes {device.share:.0%} of the peak of {device.name}, and leaves out evaluation and "
-                "saving: a rough estimate until a step is measured.")
+        time = (f"The time assumes {device.share:.0%} of the peak of {device.name} in products and {MOVED.share:.0%} of "
+                "its bandwidth, and leaves out evaluation and saving: a rough estimate until a step is measured.")
     size = (f"{text.tokens:,} tokens ({text.source}) are {text.blocks:,} blocks; "
             f"that makes {planner.steps:,} steps of {planner.blocks:,}.")
     return [*reasons, f"Precision {runtime.precision}.", size, time, planner.time[-1]]
@@ -351,8 +369,28 @@ def plan_run(
     check_number("tokens", blocks.tokens, minimum=1, integer=True)
     context = f"The model's context is {shape.context} tokens."
     check_number("block_size", size, minimum=2, maximum=shape.context, integer=True, hint=context)
+    if config.method != "full":  # a rank above the width adds memory, and nothing that the width could not learn
+        check_number("lora_rank", config.lora_rank, maximum=max(shape.width, FinetuneConfig.lora_rank),
+                     hint="That is the model's width.")
     if config.eval_stride:
         hint = "It can be at most the block size, or tokens would be left out."
         check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True, hint=hint)
     text = TextSize(blocks.tokens, size, getattr(blocks, "source", TextSize.source))
     return Planner(shape, text, runtime, config).plan
+
+# %% ../../nbs/planning/32_plan.ipynb #8883d42c
+def smaller_micro_batch(model, recipe: Recipe) -> int | None:
+    "The largest that is at most half of the recipe's, divides its batch and needs less memory; None if there is none."
+    most, shape = recipe.micro_batch, shape_of(model)
+    batch = most * recipe.gradient_accumulation_steps
+    def need(n): return StepMemory(shape, replace(recipe, micro_batch=n, gradient_accumulation_steps=batch // n)).total
+    smaller = (n for n in range(most // 2, 0, -1) if batch % n == 0)
+    return next((n for n in smaller if not recipe.gradient_checkpointing or need(n) < need(most)), None)
+
+# %% ../../nbs/planning/32_plan.ipynb #8883d42f
+def out_of_memory_told(recipe: Recipe | None = None) -> Sentence:
+    "What could still be changed where a run by `recipe`, or without one an evaluation, needs too much."
+    ways, why = ["a smaller {block_size}"], ", and a smaller micro-batch would not help" if recipe else ""
+    if recipe and not recipe.gradient_checkpointing: ways.append("{gradient_checkpointing=True}")
+    if recipe and not recipe.lora: ways.append("{method=lora}")
+    return Sentence(f"Out of memory{why}; set {', '.join(ways)}, or choose a smaller {{model}}.")

@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass, replace
 
 from ..core import Record, human_time
-from .memory import Recipe, Shape, trained_parameters
+from ..model.loss import CHUNK_SIZE
+from .memory import Recipe, Shape, StepMemory
 
 # %% ../../nbs/planning/31_speed.ipynb #19a294ef
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Device(Record):
     peak_half: float
     peak_fp32: float
     bandwidth: float
-    share: float  # of the peak, that training reaches
+    share: float  # of the peak, that products reach
 
 # %% ../../nbs/planning/31_speed.ipynb #27ba0dad
 def _device(name, gib, *capability, half, fp32, bandwidth, share):
@@ -32,17 +33,17 @@ def _device(name, gib, *capability, half, fp32, bandwidth, share):
 
 # %% ../../nbs/planning/31_speed.ipynb #27ba0dae
 DEVICES = {
-    "T4": _device("T4", 14.74, 7, 5, half=65, fp32=8.1, bandwidth=320, share=0.25),
-    "L4": _device("L4", 22.15, 8, 9, half=121, fp32=30.3, bandwidth=300, share=0.35),
-    "A100-40": _device("A100", 39.56, 8, 0, half=312, fp32=19.5, bandwidth=1555, share=0.4),
-    "A100-80": _device("A100", 79.14, 8, 0, half=312, fp32=19.5, bandwidth=2039, share=0.4),
-    "G4": _device("RTX PRO 6000", 94.97, 12, 0, half=500, fp32=120, bandwidth=1597, share=0.35),
-    "H100": _device("H100", 79.11, 9, 0, half=989, fp32=67, bandwidth=3350, share=0.32),
+    "T4": _device("T4", 14.74, 7, 5, half=65, fp32=8.1, bandwidth=320, share=0.34),
+    "L4": _device("L4", 22.15, 8, 9, half=121, fp32=30.3, bandwidth=300, share=0.5),
+    "A100-40": _device("A100", 39.56, 8, 0, half=312, fp32=19.5, bandwidth=1555, share=0.65),
+    "A100-80": _device("A100", 79.14, 8, 0, half=312, fp32=19.5, bandwidth=2039, share=0.65),
+    "G4": _device("RTX PRO 6000", 94.97, 12, 0, half=500, fp32=120, bandwidth=1597, share=0.5),
+    "H100": _device("H100", 79.11, 9, 0, half=989, fp32=67, bandwidth=3350, share=0.5),
     "CPU": _device("Colab CPU", 12.7, half=0.07, fp32=0.07, bandwidth=20, share=0.4),
 }
 
 # %% ../../nbs/planning/31_speed.ipynb #aa3ab6ad
-CORE = _device("a CPU core", 0, half=0.39, fp32=0.075, bandwidth=10, share=0.68)
+CORE = _device("a CPU core", 0, half=0.39, fp32=0.075, bandwidth=10, share=0.8)
 
 # %% ../../nbs/planning/31_speed.ipynb #e39c8c92
 def device_of(runtime) -> Device | None:
@@ -59,12 +60,40 @@ def flops_per_token(shape: Shape, block_size: int) -> int:
     """Floating-point operations of one training token, forward and backward: 6·N + 12·L·C·T, N without the position
     embeddings (PaLM, arXiv 2204.02311, appendix B)."""
     positions = shape.context * shape.width if shape.gpt2 else 0
-    return 6*(shape.parameters - positions) + 12*shape.layers*shape.width*block_size
+    attention = 12*shape.layers*shape.width*block_size if shape.heads else 0
+    return 6*(shape.parameters - positions) + attention
 
 # %% ../../nbs/planning/31_speed.ipynb #0482e645
 def work(recipe: Recipe) -> float:
     "Operations of a step, in units of full training's."
     return (2/3 if recipe.lora else 1) + (1/3 if recipe.gradient_checkpointing else 0)
+
+# %% ../../nbs/planning/31_speed.ipynb #751fef07
+class MOVED:
+    "Bytes outside the products."
+    layer = 6.5  # counted, times what a layer keeps
+    lora = 1.5  # counted, times that: the adapters' inputs and outputs
+    logit = {"fp16": 12, "bf16": 20, "fp32": 20}  # counted: bf16 is copied to fp32 first
+    update = 40  # a trained parameter: AdamW reads four numbers and writes three, clipping reads two and writes one
+    unscale = 8  # more in fp16
+    share = 0.85  # of the bandwidth, that such operations reach
+
+# %% ../../nbs/planning/31_speed.ipynb #751fef09
+def update_seconds(shape: Shape, recipe: Recipe, device: Device | None) -> float:
+    "Seconds that a step takes after the backward pass, for clipping and AdamW; 0 for an unknown device."
+    if device is None: return 0.
+    each = MOVED.update + (MOVED.unscale if recipe.precision == "fp16" else 0)
+    return each * StepMemory(shape, recipe).trained / (MOVED.share * device.bandwidth)
+
+# %% ../../nbs/planning/31_speed.ipynb #751fef0a
+def token_bytes(shape: Shape, recipe: Recipe) -> float:
+    "What a token moves outside the products, forward and backward: through the layers and the loss."
+    memory, lora = StepMemory(shape, recipe), MOVED.lora if recipe.lora else 1
+    again = (1 + lora/3) if recipe.gradient_checkpointing else 1
+    layers = again * lora * MOVED.layer * shape.layers * memory.layer / recipe.tokens
+    if recipe.lora: return layers + MOVED.logit[recipe.precision] * shape.vocabulary
+    added = 0 if memory.one_chunk else 10 * shape.width / CHUNK_SIZE  # a chunk's product to the head's gradient
+    return layers + (MOVED.logit[recipe.precision] + added) * shape.vocabulary
 
 # %% ../../nbs/planning/31_speed.ipynb #751fef08
 def forecast_step(
@@ -75,16 +104,17 @@ def forecast_step(
     if device is None: return None
     tokens = tokens or recipe.tokens * recipe.gradient_accumulation_steps
     speed = device.share * (device.peak_half if recipe.half else device.peak_fp32)
-    products = work(recipe) * tokens * flops_per_token(shape, recipe.block_size) / speed
-    return products + 28*trained_parameters(shape, recipe) / device.bandwidth
+    products = work(recipe) * flops_per_token(shape, recipe.block_size) / speed
+    moved = token_bytes(shape, recipe) / (MOVED.share * device.bandwidth)
+    return tokens * (products + moved) + update_seconds(shape, recipe, device)
 
 # %% ../../nbs/planning/31_speed.ipynb #c0f03d47
-COMPILING = {"Ampere": (0.2, 40), "older": (0.15, 90), "cpu": (-0.03, 60)}  # gain of speed, and seconds
+COMPILING = {"cuda": (0.2, 40), "cpu": (-0.03, 60)}  # gain of speed, and seconds
 
 def pick_compile(asked: bool | None, runtime, seconds: float | None) -> tuple:
     "Whether to compile, what it gains of the speed, its seconds, and a reason; `seconds`: of all steps without it."
     kind = runtime.device
-    if kind == "cuda": kind = "Ampere" if runtime.compute_capability >= (8, 0) else "older"
+    if kind == "cuda" and runtime.compute_capability < (8, 0): kind = "an older GPU"
     gain, start = COMPILING.get(kind, (0, 60))
     if asked is not None: return asked, gain, start, f"torch.compile is {'on' if asked else 'off'}, as asked for."
     if not (seconds and gain): return False, gain, start, "torch.compile is off: what it would save here is not known."

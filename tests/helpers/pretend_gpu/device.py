@@ -229,10 +229,11 @@ def train(model, kind="T4", *, limit=None, later=None, traced=False, count=1, bl
                      trainer_args=dict(dataloader_pin_memory=False))
         config = FinetuneConfig(**{**fixed, **changes})
         with pretended(kind, limit, traced=traced, count=count) as gpu:
+            runtime = check_runtime()  # before the model takes memory
             shape = load_config(model) if isinstance(model, str) else model
             text = Text(blocks, config.block_size or min(shape.n_positions, 1024))
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to("cuda")
-            plan = plan_run(network, text, check_runtime(), config)
+            plan = plan_run(network, text, runtime, config)
             trainer = make_trainer(config, network, None, text, plan, [Watch(gpu, later)])
             trainer.get_train_dataloader = lambda: Loader(text, plan.blocks_per_step)
             after = train_model(trainer, plan)
