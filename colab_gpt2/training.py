@@ -236,6 +236,9 @@ def plan_training(config, model, blocks, runtime) -> Plan:
     "Of `model`, or its config. What `config` fixes is kept, with a warning if it does not fit."
     plan = plan_run(model, blocks, runtime, config)
     if not plan.fits: warnings.warn(plan.reasons[0], stacklevel=3)
+    if config.tokenizer and plan.recipe.method == "lora":
+        told = "{method=lora} trains no embeddings: tokens that {tokenizer} adds keep the mean; set {method=full}."
+        warnings.warn(Sentence(told), stacklevel=3)
     return plan
 
 # %% ../nbs/63_training.ipynb #e9a40a51

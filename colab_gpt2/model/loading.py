@@ -67,11 +67,7 @@ def locate(name):
     "The Path or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
     text = str(name)
     folder, known = home(text), text in MODELS and (MODELS[text].hub_id or TINY)
-    mine = (folder/"config.json").exists()
-    if known and folder.is_dir():
-        what = "the model in it is used" if mine else "it holds no model, and is not used"
-        warnings.warn(f"{text} is a known model and also a folder here: {what}.", stacklevel=2)
-    if known and not mine: return known
+    if known and not (folder/"config.json").exists(): return known
     if folder.is_dir(): return folder
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
@@ -171,7 +167,10 @@ def loading(place):
 # %% ../../nbs/model/20_loading.ipynb #74452046
 def ready(name, cache_dir, *needs):
     "Where to load `name` from: a folder, or a Hub id if the Hub answers. One of each of `needs` is there."
-    place = locate(name)
+    place, text = locate(name), str(name)
+    if text in MODELS and home(text).is_dir() and TOKENIZERS not in needs:  # told once, not for its tokenizer too
+        what = "the model in it is used" if place == home(text) else "it holds no model, and is not used"
+        warnings.warn(f"{text} is a known model and also a folder here: {what}.", stacklevel=3)
     if not isinstance(place, Path): check_mounted(cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "cache_dir")
     if isinstance(place, Path): pass
     elif trouble := hub_trouble(): place = from_cache(place, cache_dir, *needs, trouble=trouble)
