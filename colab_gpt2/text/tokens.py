@@ -107,10 +107,10 @@ def cut_pattern(backend) -> "re.Pattern | None":
 
 # %% ../../nbs/text/12_tokens.ipynb #7fcdcb1e
 class Encoder:
-    """Texts to ids, by a private copy of `tokenizer`: no padding, no truncation; its `opening_ids` before a document.
+    """Texts to ids, by a private copy of `tokenizer`: no padding, no truncation, no special tokens added.
 
-    `vocabulary_size` is its largest id + 1, `dtype` what holds an id, `fingerprint` the SHA-256 of all that decides
-    about ids."""
+    `opening` and `ends` are for `opened`, `vocabulary_size` is the largest id + 1, `dtype` what holds an id,
+    `fingerprint` the SHA-256 of all that decides about ids."""
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
         self.opening = opening_ids(tokenizer)
