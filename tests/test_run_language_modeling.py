@@ -187,7 +187,7 @@ def test_bad_texts(command, tmp_path, name, content, words, which):
 @pytest.mark.parametrize("flags, code, words", [
     ("--block_size=513", 1, "context is 512"), ("--model_name_or_path=tinny", 1, "Did you mean 'tiny'?"),
     ("--model_name_or_path=output-2/", 1, "'output-2'"), ("--output_dir=wikitext-2-raw/wiki.test.raw", 1, "is a file"),
-    ("--mlm", 2, "--mlm: GPT-2 predicts the next token"), ("--cache_dir=", 2, "--cache_dir is empty; give a value."),
+    ("--mlm", 2, "--mlm: GPT-2 predicts the next token"), ("--run_name=", 2, "--run_name is empty; give a value."),
     ("--local_rank=0", 2, "torchrun"), ("--learning_rate=nan", 2, "--learning_rate is nan"),
     ("--num_train_epochs=0", 2, "--num_train_epochs is 0"), ("--output_dir=", 2, "--output_dir is empty"),
     ("--per_gpu_train_batch_size=0", 2, "--per_gpu_train_batch_size is 0")])
