@@ -68,7 +68,7 @@ def test_the_cache_knows_text_and_tokenizer_and_mends_itself(tiny, tmp_path):
     assert tokenize_file(path, tiny, 8, **options).path != first.path
 
 def test_no_warning_and_no_word_on_stdout(tiny, tmp_path, capfd, recwarn):
-    (tmp_path/"a.txt").write_text("word " * 3000)  # several times the context
+    (tmp_path/"a.txt").write_text("word " * 60_000)  # many times the context, and more than a window
     tokenize_file(tmp_path/"a.txt", tiny, 8, cache_dir=tmp_path)
     out, err = capfd.readouterr()
     assert out == "" and "Tokenising a.txt" in err and "longer than" not in err and not list(recwarn)
