@@ -197,8 +197,8 @@ def advise(search: Search) -> Sentence:
         *((dict(shape=shape_of(load_config(name))),
            "No smaller batch or block fits: choose {model=%s} or a device with more memory." % name)
           for name in ("gpt2-large", "gpt2-medium", "gpt2"))]
-    found = (told for changed, told in others if replace(search, **changed).best)
-    return Sentence(next(found, "No smaller batch or block fits: choose a smaller {model} or a device with more memory."))
+    nothing = "No smaller batch or block fits: choose a smaller {model} or a device with more memory."
+    return Sentence(next((told for changed, told in others if replace(search, **changed).best), nothing))
 
 # %% ../../nbs/planning/32_plan.ipynb #ee0c97b8
 def step_time(seconds: float) -> str:
@@ -307,13 +307,13 @@ class Planner(Search):
     def plan(self):
         step, seconds, compiled, _ = self.time
         micro = max(self.chosen.micro_batch, micro_batches(self.config)[-1])  # the latter is what is asked for, or one
-        parts = effective_batch(self.config) // micro
         return Plan(
             fits=self.peak <= self.limit, peak_bytes=self.peak, limit_bytes=self.limit, seconds=seconds,
-            recipe=replace(self.chosen, micro_batch=micro, gradient_accumulation_steps=parts), step_seconds=step,
-            steps=self.steps, torch_compile=compiled, tokens=self.text.tokens,
+            recipe=replace(self.chosen, micro_batch=micro,
+                           gradient_accumulation_steps=effective_batch(self.config) // micro),
+            step_seconds=step, steps=self.steps, torch_compile=compiled, tokens=self.text.tokens,
             parameters=self.shape.parameters, device=self.runtime.device_name,
-            update_seconds=update_seconds(self.shape, self.chosen, device_of(self.runtime)),
+            update_seconds=update_seconds(StepMemory(self.shape, self.chosen), device_of(self.runtime)),
             reasons=(*memory_reasons(self), *other_reasons(self)))
 
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa4
@@ -349,7 +349,7 @@ def other_reasons(planner: Planner):
                           f"model of type {planner.shape.model_type}. Training begins with a measured step.")
     time = f"The time is not estimated: no speed of {runtime.device_name} is known here."
     if device := device_of(runtime):
-        time = (f"The time assumes {device.share:.0%} of the peak of {device.name} in products and {MOVED.share:.0%} of "
+        time = (f"The time assumes {device.share:.0%} of the peak of {device.name} in products, {MOVED.share:.0%} of "
                 "its bandwidth, and leaves out evaluation and saving: a rough estimate until a step is measured.")
     size = (f"{text.tokens:,} tokens ({text.source}) are {text.blocks:,} blocks; "
             f"that makes {planner.steps:,} steps of {planner.blocks:,}.")

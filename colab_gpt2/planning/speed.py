@@ -79,16 +79,17 @@ class MOVED:
     share = 0.85  # of the bandwidth, that such operations reach
 
 # %% ../../nbs/planning/31_speed.ipynb #751fef09
-def update_seconds(shape: Shape, recipe: Recipe, device: Device | None) -> float:
+def update_seconds(memory: StepMemory, device: Device | None) -> float:
     "Seconds that a step takes after the backward pass, for clipping and AdamW; 0 for an unknown device."
     if device is None: return 0.
-    each = MOVED.update + (MOVED.unscale if recipe.precision == "fp16" else 0)
-    return each * StepMemory(shape, recipe).trained / (MOVED.share * device.bandwidth)
+    each = MOVED.update + (MOVED.unscale if memory.recipe.precision == "fp16" else 0)
+    return each * memory.trained / (MOVED.share * device.bandwidth)
 
 # %% ../../nbs/planning/31_speed.ipynb #751fef0a
-def token_bytes(shape: Shape, recipe: Recipe) -> float:
+def token_bytes(memory: StepMemory) -> float:
     "What a token moves outside the products, forward and backward: through the layers and the loss."
-    memory, lora = StepMemory(shape, recipe), MOVED.lora if recipe.lora else 1
+    shape, recipe = memory.shape, memory.recipe
+    lora = MOVED.lora if recipe.lora else 1
     again = (1 + lora/3) if recipe.gradient_checkpointing else 1
     layers = again * lora * MOVED.layer * shape.layers * memory.layer / recipe.tokens
     if recipe.lora: return layers + MOVED.logit[recipe.precision] * shape.vocabulary
@@ -105,8 +106,9 @@ def forecast_step(
     tokens = tokens or recipe.tokens * recipe.gradient_accumulation_steps
     speed = device.share * (device.peak_half if recipe.half else device.peak_fp32)
     products = work(recipe) * flops_per_token(shape, recipe.block_size) / speed
-    moved = token_bytes(shape, recipe) / (MOVED.share * device.bandwidth)
-    return tokens * (products + moved) + update_seconds(shape, recipe, device)
+    memory = StepMemory(shape, recipe)
+    moved = token_bytes(memory) / (MOVED.share * device.bandwidth)
+    return tokens * (products + moved) + update_seconds(memory, device)
 
 # %% ../../nbs/planning/31_speed.ipynb #c0f03d47
 COMPILING = {"cuda": (0.2, 40), "cpu": (-0.03, 60)}  # gain of speed, and seconds
