@@ -138,8 +138,8 @@ class TextChoice(Stoppable):
         texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
         self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
         hint = widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; add larger files next to the notebook (in "
-                            "Colab's Files panel) and type the name below: of a file, a folder of text files, or a pattern "
-                            "such as poems/*.txt</span>")
+                            "Colab's Files panel) and type the name below: a file, a folder of text files, or a "
+                            "pattern such as poems/*.txt</span>")
         self.files = widgets.VBox([row(*self.uploads, hint), self.own.box])
 
     def chosen(self):
