@@ -275,8 +275,7 @@ class StepMemory(LossMemory):
             layer = {"half-precision copies": copies - head, "layer computed again": self.layer + on_the_way}
             found["first layer again"] = {**self.after_forward, **layer, "activations": self.inner_activations,
                                           "embedding's gradient": gradient}
-            found["last layer again"] = {**self.resident, **layer, "gradients": 4*self.trained,
-                                         "embedding's gradient": (more - 1)*gradient}
+            found["last layer again"] = {**self.resident, **end, **layer, "embedding's gradient": (more - 1)*gradient}
         return found
 
     @cached_property
