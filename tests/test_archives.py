@@ -244,6 +244,13 @@ def test_tokens_and_keys_do_not_travel_in_archives(model, archive, tmp_path):
         assert again.files == archive.files and len(caught) == warned
 
 
+def test_a_run_takes_no_token_that_its_files_would_hold():
+    from colab_gpt2.engine.trainer import check_trainer_args
+    with pytest.raises(ValueError, match="trainer_args has 'hub_token': .* its files would show the token") as e:
+        check_trainer_args(dict(hub_token="hf_secret"))
+    assert "hf_secret" not in str(e.value)
+
+
 def test_pythons_own_filter_is_asked_too(tmp_path, monkeypatch):
     if not hasattr(tarfile, "data_filter"): pytest.skip("this Python has no tarfile.data_filter")
     def refuse(member, folder): raise tarfile.SpecialFileError(member)
