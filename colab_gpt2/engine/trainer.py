@@ -106,7 +106,6 @@ class BlockTrainer(MicroBatchTrainer):
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b5
 REFUSED_ARGS = dict(
     auto_find_batch_size="it would change the batch of a step; the plan divides a step as memory allows",
-    hub_token="the run sends nothing to the Hub, and its files would show the token; log in with `hf auth login`",
     save_only_model="without the optimizer's state a run cannot be resumed; the finished model is saved without it",
     push_to_hub="checkpoints stay here; afterwards, AutoModelForCausalLM.from_pretrained(output_dir).push_to_hub(name)",
     **dict.fromkeys(["eval_strategy", "eval_on_start", "load_best_model_at_end"],
