@@ -147,7 +147,7 @@ def perplexity(
     check_choice("precision", precision, DTYPES)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     tokens, total = blocks.tokens - 1, sum(scored for *_, scored in windows(blocks.tokens, context, stride))
-    vocabulary, length, nats, done = model.get_input_embeddings().weight.shape[0], min(context, blocks.tokens), 0, 0
+    vocabulary, length, nats = model.get_input_embeddings().weight.shape[0], min(context, blocks.tokens), 0
     logits = stride if keeps_logits(model) else length  # the first window may score more: alone
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
@@ -156,10 +156,11 @@ def perplexity(
         for ids, scored in batches(blocks.stream, context, stride, size):
             nats += score(model, ids.to(device), scored)
             if not math.isfinite(nats):
-                cause = ", or its activations too large for fp16" if precision == "fp16" else ""
-                raise RuntimeError(f"The model's loss on the {blocks.split or 'unnamed'} text is {nats} after {done:,} "
-                                   f"tokens: its weights are damaged{cause}.")
-            done += len(ids) * scored
+                lost = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+                why = "a number is too large for {used}; set {precision=fp32}."
+                if lost: why = "its weights are damaged ({lost} is NaN or infinite); choose another {model}."
+                told = "The model's loss on the {text} text is {nats}: " + why
+                raise RuntimeError(Sentence(told, text=blocks.split or "unnamed", nats=nats, lost=lost, used=precision))
             add(len(ids) * scored)
     found = Perplexity(math.nan, "token", split=blocks.split, stride=stride, context=context, tokens=tokens,
                        words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)

@@ -125,8 +125,9 @@ def text(tmp_path_factory):
 
 def run(text, output_dir, **changes):
     files = {f"{name}_file": str(text/f"{name}.txt") for name in ("train", "eval")}
-    options = dict(model=str(text/"toy"), block_size=64, max_steps=8, learning_rate=5e-4, prompt="The", max_new_tokens=4,
-                   precision="fp32", cache_dir=str(text/"cache"), output_dir=str(output_dir), progress=False, **files)
+    options = dict(model=str(text/"toy"), block_size=64, max_steps=8, learning_rate=5e-4, prompt="The",
+                   max_new_tokens=4, precision="fp32", cache_dir=str(text/"cache"), output_dir=str(output_dir),
+                   progress=False, **files)
     return finetune(**{**options, **changes})
 
 

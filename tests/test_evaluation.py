@@ -161,7 +161,7 @@ def test_bad_texts(small, make_blocks):
 def test_a_damaged_model(small, make_blocks):
     broken = GPT2LMHeadModel(small.config)
     broken.transformer.ln_f.weight.data[3] = math.inf
-    with pytest.raises(RuntimeError, match="loss on the test text is nan after 0 tokens: its weights are damaged"):
+    with pytest.raises(RuntimeError, match="is nan: its weights are damaged .transformer.ln_f.weight is NaN or infinite"):
         perplexity(broken, make_blocks(np.zeros(40, int)), progress=False)
 
 def test_report_card(tiny, tiny_blocks):

@@ -23,7 +23,7 @@ from colab_gpt2.training import train_model
 
 SHAPE = dict(n_layer=2, n_embd=64, n_head=2, n_positions=64, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
 WIDE = GPT2Config(n_layer=2, n_embd=256, n_head=4, n_positions=256)  # with GPT-2's vocabulary and dropout
-DEEP = GPT2Config(n_layer=8, n_embd=256, n_head=4, n_positions=256, vocab_size=1000)  # activations outweigh the rest
+DEEP = GPT2Config(n_layer=4, n_embd=256, n_head=4, n_positions=256, vocab_size=1000)  # activations outweigh the rest
 
 
 def train(*args, **options):
