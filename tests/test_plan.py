@@ -610,7 +610,7 @@ KNOWN = ", ".join(DEVICES)
 
 
 @pytest.mark.parametrize("words, said", [
-    (("--gpu", "T5"), f"--gpu is 'T5'; known are {KNOWN}."), (("--gpu=",), f"--gpu is ''; known are {KNOWN}."),
+    (("--gpu", "T5"), f"--gpu is 'T5'; known are {KNOWN}."), (("--gpu=",), "--gpu is empty; give a value."),
     (("--method", "loraa"), "Did you mean 'lora'?"),
     (("--gpu", "CPU", "--precision", "fp16"),
      "--precision is 'fp16', which Colab CPU computes far slower than fp32; use --precision auto.")])
