@@ -17,7 +17,8 @@ from .core import Record
 from .errors import Sentence, about, check_number
 from .evaluation import evaluation_mode
 from .model.decoding import Noise, decode
-from .model.loading import check_match, end_ids, load_model, load_tokenizer, model_context
+from .model.fitting import check_match, end_ids
+from .model.loading import load_model, load_tokenizer, model_context
 from .model.sampling import Sampling
 from .reporting import counter, reporting
 from .runtime import find_device, memory, out_of_memory

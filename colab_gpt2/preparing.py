@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PROMPT, pick_block_size
 from .errors import Sentence
-from .model.loading import add_rows, check_match, load_config, load_model, load_tokenizer, model_context
-from .model.loading import keep_rope, set_ids
+from .model.fitting import add_rows, check_match, keep_rope, set_ids
+from .model.loading import load_config, load_model, load_tokenizer, model_context
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, effective_batch, pick_run_precision
 from .reporting import silent

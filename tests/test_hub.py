@@ -127,7 +127,8 @@ def test_the_real_splits_survive_the_way_through_the_hub(hub, ask, shared):
 
 
 MODEL_CODE = """
-from colab_gpt2.model.loading import check_match, load_config, load_model, load_tokenizer
+from colab_gpt2.model.fitting import check_match
+from colab_gpt2.model.loading import load_config, load_model, load_tokenizer
 import time
 began = time.monotonic()
 for name in ("gpt2", "owner/name"):

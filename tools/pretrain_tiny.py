@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from colab_gpt2.model.loading import save_tokenizer
+from colab_gpt2.model.fitting import save_tokenizer
 from colab_gpt2.runtime import pick_precision
 from colab_gpt2.model.tune import keep_freed_memory, tune_model
 

@@ -13,7 +13,8 @@ import torch
 
 from ..core import atomic, discard, sha256_of
 from ..errors import Sentence, errno_of
-from ..model.loading import quiet, save_tokenizer
+from ..model.fitting import save_tokenizer
+from ..model.loading import quiet
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
 def check_finite(model):

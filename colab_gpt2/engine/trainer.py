@@ -22,7 +22,7 @@ from .callbacks import Bar, Meter, StopOnInterrupt, StopOnNaN
 from .checkpoints import find_checkpoints, full_disk_told, new_checkpoint, remove_checkpoint, write_manifest
 from ..core import retried
 from ..errors import Sentence, may_pass
-from ..model.loading import save_tokenizer
+from ..model.fitting import save_tokenizer
 from ..model.lora import add_adapters
 from ..model.tune import casting_once, tune_model, uncompiled
 from ..reporting import silent

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'TINY', 'MODELS', 'ModelInfo', 'load_tokenizer', 'load_model', 'model_context']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
-import contextlib, inspect, json, warnings
+import contextlib, inspect, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,8 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 import colab_gpt2
 from ..core import Record, home, human_bytes, nearest, weight_files
-from ..errors import Sentence
 from ..runtime import cache_folder, check_mounted, memory, out_of_memory
 from ..text.corpus import hub_trouble
-from ..text.tokens import cut_pattern
 
 # %% ../../nbs/model/20_loading.ipynb #8c79dab5
 def gpt2_parameters(layers, width, context, vocabulary, inner=None, tied=True) -> int:
@@ -318,80 +316,3 @@ def model_context(model) -> int:
 def keeps_logits(model) -> bool:
     "Whether `model.forward` takes `logits_to_keep`, as GPT-2's does."
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-# %% ../../nbs/model/20_loading.ipynb #441a9f54
-def listed(model, name) -> list:
-    "The ids, one, several or none, that the generation config of `model`, or a config, has under `name`."
-    given = getattr(getattr(model, "generation_config", model), name, None)
-    return [i for i in (given if isinstance(given, (list, tuple)) else [given]) if i is not None]
-
-# %% ../../nbs/model/20_loading.ipynb #862e6fd9
-def special_ids(model, name, tokenizer) -> list:
-    "What `tokenizer` has under `name`, and those ids of `model` that are special to it: no ordinary tokens."
-    own, special = getattr(tokenizer, name), {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return [*dict.fromkeys(i for i in (own, *listed(model, name)) if i is not None and i in {own, *special})]
-
-# %% ../../nbs/model/20_loading.ipynb #df0ca32b
-def end_ids(model, tokenizer) -> set:
-    "The ids that end a text; [SEP] where nothing else does, as in BERT's tokenizer."
-    return set(special_ids(model, "eos_token_id", tokenizer) or [tokenizer.sep_token_id]) - {None}
-
-# %% ../../nbs/model/20_loading.ipynb #bee973d4
-def set_ids(model, tokenizer):
-    "Let the ids in the configs of `model`, or in a config, follow `tokenizer`; none is beyond the embedding."
-    config, rows = getattr(model, "config", model), rows_of(model)
-    for place in (config, config.get_text_config(), getattr(model, "generation_config", None)):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if not hasattr(place, name): continue
-            ids = [i for i in special_ids(place, name, tokenizer) if i < rows] or [None]
-            setattr(place, name, ids if name == "eos_token_id" and len(ids) > 1 else ids[0])
-
-# %% ../../nbs/model/20_loading.ipynb #483588c3
-def check_match(model, tokenizer):
-    """ValueError if `tokenizer` has more entries, without added tokens, than the embedding of `model` (or its config)
-    has rows, or under nine tenths in all. A warning for an end of text that is an ordinary token."""
-    rows, entries, ends = rows_of(model), len(tokenizer), end_ids(model, tokenizer)
-    if entries < 0.9 * rows or min(entries, tokenizer.vocab_size) > 1.01 * rows:
-        raise ValueError(Sentence(
-            "{tokenizer} has {entries} entries and {model} has {rows}: they do not belong together. "
-            "Load both by the same name, or train a new model with {from_scratch=True}.", entries=entries, rows=rows))
-    for token in (i for i in listed(model, "eos_token_id") if i < entries and i not in ends):
-        told = "{model} ends a text with token {token}, which is {text!r} in {tokenizer}; that is ignored."
-        warnings.warn(Sentence(told, token=token, text=tokenizer.decode([token])), stacklevel=3)
-
-# %% ../../nbs/model/20_loading.ipynb #f51e50d9
-@torch.no_grad()
-def add_rows(model, entries):
-    "Give the embedding of `model`, and an output layer of its own, `entries` rows if they have fewer."
-    if entries <= (rows := rows_of(model)): return
-    with loading(type(model).__name__): model.resize_token_embeddings(entries, mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for weight in (layer.weight, getattr(layer, "bias", None)):
-            if weight is not None: weight[rows:] = weight[:rows].mean(0)
-
-# %% ../../nbs/model/20_loading.ipynb #1bb039ae
-def keep_rope(config):
-    "Let `config` have its `rope_parameters` under the names of transformers 4 as well."
-    text = config.get_text_config()
-    rope, theta = getattr(text, "rope_parameters", None) or {}, "rope_theta"
-    if theta not in rope: return
-    older = {name: rope[name] for name in (theta, "partial_rotary_factor") if name in rope}
-    if text.model_type == "gpt_neox":
-        older |= dict(rotary_emb_base=rope[theta], rotary_pct=rope.get("partial_rotary_factor", 1.0))
-    if rope.get("rope_type", "default") != "default": older["rope_scaling"] = rope
-    vars(text).update(older)
-
-# %% ../../nbs/model/20_loading.ipynb #050b9f4c
-def save_tokenizer(tokenizer, folder):
-    "As transformers from 4.57 loads it, and tools built on it."
-    tokenizer.save_pretrained(folder)
-    file, end = Path(folder)/"tokenizer_config.json", "<|endoftext|>"
-    told = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only"): told.pop(name, None)
-    if extra := told.pop("extra_special_tokens", None): told["additional_special_tokens"] = extra
-    gpt2s = (cut_pattern(tokenizer.backend_tokenizer) and tokenizer.bos_token == tokenizer.eos_token == end
-             and tokenizer.unk_token in (None, end))
-    if gpt2s: tokenizer.backend_tokenizer.model.save(str(folder))
-    if told["tokenizer_class"].endswith("Backend"):
-        told["tokenizer_class"] = "GPT2Tokenizer" if gpt2s else "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(told, indent=2, ensure_ascii=False), encoding="utf-8")
