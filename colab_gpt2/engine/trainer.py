@@ -98,6 +98,7 @@ class BlockTrainer(MicroBatchTrainer):
         schedule.base_lrs = [rate] * len(decays)
         for group, decay, factor in zip(self.optimizer.param_groups, decays, schedule.lr_lambdas):
             group.update(weight_decay=decay, initial_lr=rate, lr=rate * factor(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the next step logs
 
     def _load_scaler(self, checkpoint):
         "A run that began in fp16 may resume in another precision: nothing to scale."
