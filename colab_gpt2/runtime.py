@@ -218,7 +218,8 @@ def out_of_memory(error: BaseException) -> bool:
     import torch
     known = (
         "DefaultCPUAllocator", "std::bad_alloc",  # torch's c10/core/impl/alloc_cpu.cpp, and C++'s own
-        "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # of CUDA's libraries
+        "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",  # of CUDA's libraries
+        "CUBLAS_STATUS_NOT_INITIALIZED")  # where a handle finds no room
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in known)
 

@@ -161,7 +161,8 @@ def test_bad_texts(small, make_blocks):
 def test_a_damaged_model(small, make_blocks):
     broken = GPT2LMHeadModel(small.config)
     broken.transformer.ln_f.weight.data[3] = math.inf
-    with pytest.raises(RuntimeError, match="is nan: its weights are damaged .transformer.ln_f.weight is NaN or infinite"):
+    damaged = "is nan: its weights are damaged .transformer.ln_f.weight is NaN or infinite"
+    with pytest.raises(RuntimeError, match=damaged):
         perplexity(broken, make_blocks(np.zeros(40, int)), progress=False)
 
 def test_report_card(tiny, tiny_blocks):

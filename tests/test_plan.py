@@ -272,8 +272,8 @@ def test_time_follows_the_work():
 
 # operations that move nothing outside products: these themselves, attention, views, and what touches one entry a row
 FREE = re.compile(r"^prim|(^|[.:_])(addmm|mm|bmm|\w*attention\w*|t|view|transpose|permute|expand|unsqueeze|squeeze|"
-                  r"slice|select|alias|detach|split\w*|unbind|as_strided|reshape_alias|empty\w*|new_empty\w*|unsafe_view|"
-                  r"gather|scatter\w*|index\w*)[.]")
+                  r"slice|select|alias|detach|split\w*|unbind|as_strided|reshape_alias|empty\w*|new_empty\w*|"
+                  r"unsafe_view|gather|scatter\w*|index\w*)[.]")
 FILLS = re.compile(r"aten[.](zero|fill|new_zeros|ones|full|embedding[.])")  # what is given is not read
 IN_PLACE = {"aten._fused_adamw_.default": 28/16,  # of the numbers given it writes three of four
             "aten._amp_foreach_non_finite_check_and_unscale_.default": 2}
