@@ -24,8 +24,8 @@ def quick(tmp_path):
     (tmp_path/"eval.txt").write_text(page(30, "moon"))
     places = dict(train_file="train.txt", eval_file="eval.txt", output_dir="out", cache_dir="cache")
     paths = {name: str(tmp_path/place) for name, place in places.items()}
-    return FinetuneConfig(model="tiny", block_size=64, max_steps=12, max_new_tokens=6, prompt="The tide",
-                          logging_steps=1, **paths)
+    return FinetuneConfig(model="tiny", block_size=64, effective_batch_size=2, max_steps=12, max_new_tokens=6,
+                          prompt="The tide", logging_steps=1, **paths)
 
 
 # The lines of Python and of shell that a panel shows make the very config that it holds.
