@@ -482,4 +482,4 @@ def test_what_a_report_raises_ends_the_run(text, tmp_path, what):
         if now.startswith(what) and (done or total == 1): raise KeyboardInterrupt("enough")
     with pytest.raises(KeyboardInterrupt, match="enough"):
         run(text, tmp_path/"out", progress=report, cache_dir=str(tmp_path/"cache"))
-    assert not list((tmp_path/"out").iterdir()) and not list(tmp_path.glob("cache/**/*.part"))
+    assert not list((tmp_path/"out").glob("*")) and not list(tmp_path.glob("cache/**/*.part"))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from colab_gpt2 import FinetuneConfig, tasks, training
 
@@ -104,7 +105,7 @@ def test_nothing_is_deleted_that_was_not_written(shell, own, tmp_path):
     assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
     (tmp_path/"out"/"checkpoint-3").mkdir()
     (tmp_path/"out"/"checkpoint-3"/"notes.txt").write_text("mine")
-    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--overwrite-output-dir", "--trainer-arg", "foo=1"), 1, "foo")
+    refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--overwrite-output-dir", "--trainer-arg", "foo=1"), 2, "foo")
     assert (tmp_path/"out"/"checkpoint-2"/"model.safetensors").exists()
     assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "3", "--overwrite-output-dir").returncode == 0
     assert (tmp_path/"out"/"checkpoint-3.before"/"notes.txt").read_text() == "mine"
@@ -185,20 +186,25 @@ def test_ctrl_c_saves_and_resume_goes_on(shell, own, tmp_path):
     assert f"checkpoint-{step + 5} is incomplete" in ran.stderr and half.exists()
 
 
-def test_full_disk_leaves_the_last_checkpoint(shell, own, tmp_path):
-    "A real file system of 200 MB on which two checkpoints of tiny fit and the third does not."
+def test_full_disk_leaves_the_last_checkpoints(own, tmp_path, monkeypatch):
+    "A real file system that has room for the run, until something else takes it: two checkpoints fit, the third not."
+    monkeypatch.chdir(tmp_path)
     small = tmp_path/"small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", small], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "tmpfs", small], capture_output=True)
     if mounted.returncode: pytest.skip("this user may not mount a small file system")
-    words = "colab-gpt2", "finetune", *QUICK, *own, "--output-dir", "small/out"
+    class Other(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2: (small/"other").write_bytes(bytes(shutil.disk_usage(small).free - 40_000_000))
+    options = dict(model="tiny", block_size=64, max_new_tokens=8, train_file="train.txt", eval_file="eval.txt",
+                   cache_dir="cache", output_dir="small/out", progress=False)
     try:
-        ran = shell(*words, "--max-steps", "6", "--save-steps", "1", "--save-total-limit", "9")
-        refused(ran, 1, "is full", "Kept: checkpoint-1")
+        with pytest.raises(OSError, match="is full.*Kept: checkpoint-1, checkpoint-2"):
+            training.finetune(**options, max_steps=6, save_steps=1, save_total_limit=9, callbacks=[Other()])
         assert {p.name for p in (small/"out").iterdir()} == {"checkpoint-1", "checkpoint-2"}
-        shutil.rmtree(small/"out"/"checkpoint-1")
-        ran = shell(*words, "--max-steps", "3", "--save-steps", "9", "--resume", "--json")
-        assert ran.returncode == 0 and json.loads(ran.stdout)["resumed_from"] == "small/out/checkpoint-2", ran.stderr
+        (small/"other").unlink()
+        resumed = training.finetune(**options, max_steps=3, save_steps=9, resume=True)
+        assert resumed.resumed_from == "small/out/checkpoint-2" and resumed.steps == 3
     finally: subprocess.run(["umount", small], check=True)
 
 
