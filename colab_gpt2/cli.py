@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/65_cli.ipynb #27f64d5b
-import contextlib, inspect, itertools, json, random, re, sys, warnings
+import contextlib, inspect, itertools, json, os, random, re, sys, warnings
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -57,6 +57,8 @@ def one_line(error, name_of=name_of) -> str:
 def errors_in_one_line(debug=False):
     "Exit with the right code and one line on stderr; `debug` shows the traceback."
     try: yield
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as e:
         stopped = isinstance(e, KeyboardInterrupt)
         if debug and not stopped or isinstance(e, (typer.Exit, typer.Abort, typer.BadParameter)): raise
@@ -222,7 +224,9 @@ def fetch(config):
 WORK = """block_size effective_batch_size per_device_train_batch_size gradient_accumulation_steps precision method
 lora_rank optim gradient_checkpointing torch_compile tune keep_attention_dropout tokenizer"""  # for memory and speed
 
-@command("--model gpt2-xl --gpu T4", (FinetuneConfig(), f"model {TEXT} num_train_epochs max_steps eval_stride {WORK}"))
+PLANNED = f"model from_scratch {TEXT} num_train_epochs max_steps eval_stride {WORK}"
+
+@command("--model gpt2-xl --gpu T4", (FinetuneConfig(), PLANNED))
 def plan(
     config,
     gpu: option(str | None, "for Colab's T4, L4, A100-40, A100-80, G4, H100 or CPU (default: this machine)") = None,

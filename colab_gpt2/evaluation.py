@@ -128,6 +128,14 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
                          "Tokenise it with the model's own tokenizer.")
     return stride, context
 
+# %% ../nbs/60_evaluation.ipynb #9e374818
+def why_lost(model, precision) -> Sentence:
+    "Why the loss of `model` is NaN or infinite, and what to do."
+    lost = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+    if lost: return Sentence("its weights are damaged ({lost} is NaN or infinite); choose another {model}.", lost=lost)
+    if precision == "fp16": return Sentence("a number is too large for fp16; set {precision=fp32}.")
+    return Sentence("its weights are ruined, as by too high a {learning_rate}; choose another {model}.")
+
 # %% ../nbs/60_evaluation.ipynb #f3f7ced4
 def perplexity(
     model,  # a causal language model of transformers
@@ -156,11 +164,9 @@ def perplexity(
         for ids, scored in batches(blocks.stream, context, stride, size):
             nats += score(model, ids.to(device), scored)
             if not math.isfinite(nats):
-                lost = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-                why = "a number is too large for {used}; set {precision=fp32}."
-                if lost: why = "its weights are damaged ({lost} is NaN or infinite); choose another {model}."
-                told = "The model's loss on the {text} text is {nats}: " + why
-                raise RuntimeError(Sentence(told, text=blocks.split or "unnamed", nats=nats, lost=lost, used=precision))
+                why, named = why_lost(model, precision), blocks.split or "unnamed"
+                told = "The model's loss on the {text} text is {nats}: " + why.template
+                raise RuntimeError(Sentence(told, text=named, nats=nats, **why.values))
             add(len(ids) * scored)
     found = Perplexity(math.nan, "token", split=blocks.split, stride=stride, context=context, tokens=tokens,
                        words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)

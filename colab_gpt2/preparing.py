@@ -141,9 +141,10 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     report("Reading the text", 0, 1)
     given = config, corpus, tokenizer, model_context(model), report
     train = training_blocks(*given) if train else None
+    prompt = pick_prompt(config, corpus) if held_out else PROMPT
     held_out = held_out_blocks(*given, notes=train is None) if held_out else None
     rows = model.get_input_embeddings().num_embeddings
     for blocks in (train, held_out):
         if blocks is not None: check_ids(blocks.stream, rows, tokenizer, "The {split} text", split=blocks.split)
     return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name, train=train,
-                    held_out=held_out, prompt=pick_prompt(config, corpus) if held_out else PROMPT)
+                    held_out=held_out, prompt=prompt)

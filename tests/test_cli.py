@@ -4,6 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.forks import forked
+from transformers import PreTrainedTokenizerFast
 
 from colab_gpt2.cli import answer, name_of, one_line
 from colab_gpt2.errors import Sentence
@@ -315,3 +317,29 @@ def test_output_folder_that_is_taken(cli, own, tmp_path):
 
 def test_debug_shows_the_error_itself(cli):
     assert isinstance(cli("archive", "--folder", "nothing-here", "--debug").exception, FileNotFoundError)
+
+
+def of_a_reader_that_has_gone():
+    from colab_gpt2.cli import errors_in_one_line
+    with errors_in_one_line(): raise BrokenPipeError(32, "Broken pipe")
+    print("more")
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    "As `colab-gpt2 plan | head -1` is."
+    ran = forked(of_a_reader_that_has_gone)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_a_plan_of_new_weights_follows_the_tokenizer(shell, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {"<|endoftext|>": 0, "tide": 1, "moon": 2}
+    own = Tokenizer(models.WordLevel(words, "<|endoftext|>"))
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    PreTrainedTokenizerFast(tokenizer_object=own, **special).save_pretrained(tmp_path/"own")
+    (tmp_path/"text.txt").write_text("The tide came in.\n" * 200)
+    words = "--model", "tiny", "--tokenizer", "own", "--train-file", "text.txt", "--cache-dir", "cache"
+    assert "--from-scratch" in shell("colab-gpt2", "plan", *words).stderr
+    ran = shell("colab-gpt2", "plan", *words, "--from-scratch")
+    assert ran.returncode == 0 and "The new model has 3 embeddings" in ran.stderr, ran.stderr

@@ -9,7 +9,7 @@ from helpers.forks import forked
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, GPT2LMHeadModel, TrainerCallback
 
 from colab_gpt2.engine.callbacks import Meter
 from colab_gpt2.training import finetune
@@ -322,6 +322,30 @@ def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path, p
     result = run(text, tmp_path/"out", save_steps=3, resume=True)
     assert result.resumed_from.endswith("checkpoint-3")
     assert result.perplexity_after.value == plain.perplexity_after.value
+
+
+def test_a_resumed_run_saves_and_logs_at_the_steps_that_are_set_now(text, tmp_path):
+    run(text, tmp_path/"out", max_steps=2, save_steps=10)
+    result = run(text, tmp_path/"out", max_steps=7, resume=True, save_steps=3, save_total_limit=9, logging_steps=2)
+    assert {p.name for p in (tmp_path/"out").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (2, 3, 6, 7)}
+    assert [entry["step"] for entry in result.losses] == [1, 2, 3, 4, 6, 7]  # the first of each run too
+
+
+def test_a_held_out_text_shorter_than_a_block_begins_the_samples_too(text, tmp_path):
+    (tmp_path/"short.txt").write_text("The moon rose.\nThe tide came in.\n")
+    result = run(text, tmp_path/"out", max_steps=1, prompt=None, eval_file=str(tmp_path/"short.txt"))
+    assert result.samples["before"].prompt == result.samples["after"].prompt == "The moon rose.\n"
+
+
+def test_a_pad_token_without_a_row_is_not_saved(text, tmp_path):
+    "The Trainer gives the model the tokenizer's ids; a Llama with padding beyond its embedding could not be loaded."
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8192)
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    new_model(LlamaConfig(**small, max_position_embeddings=128), seed=0).save_pretrained(tmp_path/"llama")
+    tokenizer.save_pretrained(tmp_path/"llama")
+    run(text, tmp_path/"out", model=str(tmp_path/"llama"), max_steps=1)
+    for folder in ("out", "out/checkpoint-1"): assert load_model(str(tmp_path/folder)).config.pad_token_id is None
 
 
 def compile_with(monkeypatch, backend, **options):

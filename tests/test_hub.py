@@ -217,7 +217,7 @@ def test_a_token_that_has_expired_is_named(hub, ask):
     hub.refusals = {"/api": 401}
     answer = ask(TOKEN_CODE)
     refused = "refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it"
-    assert answer["said"] == [f"ConnectionError: The Hub {refused}. owner/name needs none if it is public."] * 2
+    assert answer["said"] == [f"ConnectionError: The Hub {refused}. A public model needs none."] * 2
     hub.refusals = {}
     assert ask(TOKEN_CODE)["said"] == ["no error"] * 2
 

@@ -238,7 +238,7 @@ def test_an_id_beyond_the_embedding_is_not_saved():
 def test_an_end_that_is_an_ordinary_token_is_named_when_a_model_is_read(tmp_path):
     small_model(eos_token_id=8191).save_pretrained(tmp_path)
     load_tokenizer("tiny").save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="model ends a text with token 8191, which is 'lie' in tokenizer") as told:
+    with pytest.warns(UserWarning, match="model ends a text with token 8191, which is 'lie' to its tokenizer") as told:
         generate(str(tmp_path), "a", max_new_tokens=1, seed=0, device="cpu")
     assert len(told) == 1
 

@@ -13,7 +13,7 @@ import torch
 
 from ..core import atomic, discard, sha256_of
 from ..errors import Sentence, errno_of
-from ..model.fitting import save_tokenizer
+from ..model.fitting import save_tokenizer, set_ids
 from ..model.loading import quiet
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
@@ -38,6 +38,7 @@ def full_disk_told(folder, model):
 def save_model(model, tokenizer, output_dir) -> Path:
     "Write weights, config and tokenizer; on an error the files in `output_dir` stay as they were."
     check_finite(model)
+    set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
     with atomic(output_dir, folder=True) as folder:
         with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)

@@ -13,7 +13,7 @@ from typing import get_args
 
 import torch
 from accelerate.utils import AutocastKwargs
-from transformers import Trainer, TrainingArguments, default_data_collator, get_scheduler
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
@@ -22,7 +22,7 @@ from .callbacks import Bar, Meter, StopOnInterrupt, StopOnNaN
 from .checkpoints import find_checkpoints, full_disk_told, new_checkpoint, remove_checkpoint, write_manifest
 from ..core import retried
 from ..errors import Sentence, may_pass
-from ..model.fitting import save_tokenizer
+from ..model.fitting import save_tokenizer, set_ids
 from ..model.lora import add_adapters
 from ..model.tune import casting_once, tune_model, uncompiled
 from ..reporting import silent
@@ -83,6 +83,7 @@ class BlockTrainer(MicroBatchTrainer):
 
     def save_once(self, model, trial):
         with new_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}") as folder:
+            if self.processing_class: set_ids(model, self.processing_class)
             self.aside = folder.parent  # there the stock Trainer writes its checkpoint-N: `folder`
             try:
                 with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
@@ -178,6 +179,11 @@ def training_arguments(config, plan) -> TrainingArguments:
         told = "TrainingArguments refuses {trainer_args} {given!r}: {why}"
         raise ValueError(Sentence(told, given=config.trainer_args, why=str(e))) from e
 
+# %% ../../nbs/engine/42_trainer.ipynb #84343245
+class StepsOfNow(TrainerCallback):
+    "A resumed run logs and saves at the steps that are set now."
+    def on_train_begin(self, args, state, control, **kwargs): state.compute_steps(args, state.max_steps)
+
 # %% ../../nbs/engine/42_trainer.ipynb #9b833c62
 def identify_settings(plan, seed) -> dict:
     "The settings that tell one run from another."
@@ -202,7 +208,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad
-                           callbacks=[meter, stop, guard, bar, *callbacks])
+                           callbacks=[StepsOfNow(), meter, stop, guard, bar, *callbacks])
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
     trainer.micro_batch, trainer.checkpoints_to_keep = recipe.micro_batch, config.save_total_limit

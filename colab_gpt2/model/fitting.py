@@ -52,7 +52,7 @@ def check_match(model, tokenizer):
             "{tokenizer} has {entries} entries and {model} has {rows}: they do not belong together. "
             "Load both by the same name, or train a new model with {from_scratch=True}.", entries=entries, rows=rows))
     for token in (i for i in listed(model, "eos_token_id") if i < entries and i not in ends):
-        told = "{model} ends a text with token {token}, which is {text!r} in {tokenizer}; that is ignored."
+        told = "{model} ends a text with token {token}, which is {text!r} to its tokenizer; that is ignored."
         warnings.warn(Sentence(told, token=token, text=tokenizer.decode([token])), stacklevel=3)
 
 # %% ../../nbs/model/26_fitting.ipynb #f51e50d9

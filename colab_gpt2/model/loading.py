@@ -136,9 +136,10 @@ def explain(error, place) -> Exception:
     responses = [getattr(e, "response", None) for e in errors]
     answer = next((r for r in responses if getattr(r, "status_code", 404) != 404), None)  # a 404 is about a file
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if answer is not None and answer.status_code == 401 and huggingface_hub.get_token():
-        return ConnectionError("The Hub refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it. "
-                               f"{place} needs none if it is public.")
+    if answer is not None and answer.status_code == 401:
+        told = "The Hub refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it."
+        if not huggingface_hub.get_token(): told = f"The Hub asks for a token for {place}: log in with `hf auth login`."
+        return ConnectionError(f"{told} A public model needs none.")
     if "GatedRepoError" in kinds:
         return PermissionError(f"{place} is gated: accept its terms on the Hub and log in with `hf auth login`.")
     if "RepositoryNotFoundError" in kinds:
