@@ -173,12 +173,13 @@ def compare(
 # What is shown and kept
 
 def typed(command) -> str:
-    "A command as a person would type it in the root of the checkout."
-    short = {sys.executable: "python", f"{ROOT}/": "", f"{ROOT.parent}/": "../"}
+    "A command as a person would type it in the root of the checkout; of files elsewhere only the names."
+    shared = ROOT.parent/"shared"  # perhaps a link
+    short = {sys.executable: "python", f"{ROOT}/": "", f"{shared.resolve()}/": "../shared/", f"{ROOT.parent}/": "../"}
     words = []
     for word in map(str, command):
         for long, replacement in short.items(): word = word.replace(long, replacement)
-        words.append(word)
+        words.append(Path(word).name if os.path.isabs(word) else word)
     return shlex.join(words)
 
 

@@ -1,5 +1,5 @@
 "The programs of benchmarks/: their arithmetic on made-up sides, and each of them once, on a model that takes seconds."
-import json, sys, time
+import json, os, shlex, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1]/"benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 from harness import alternate, compare, report, run_side, summary
-import forecast, gpu, table, task, training
+import forecast, gpu, harness, table, task, training
 
 TOY = ("--size", "toy", "--block-size", "32", "--batch", "2", "--text", "python-docs", "--tokenizer", "tiny",
        "--device", "cpu")
@@ -80,6 +80,20 @@ child = subprocess.Popen([sys.executable, '-c', 'import time; {hold}'])
 child.wait()
 emit()"""), tree=True)
     assert 60e6 < run["peak_bytes"] < 115e6 < run["tree_peak_bytes"] < 230e6
+
+
+def test_no_result_names_a_folder_of_the_machine(tmp_path, monkeypatch):
+    "A folder of another place is left out; ../shared may be a link to one."
+    (tmp_path/"elsewhere").mkdir()
+    (tmp_path/"shared").symlink_to(tmp_path/"elsewhere")
+    monkeypatch.setattr(harness, "ROOT", tmp_path/"checkout")
+    program, text = tmp_path/"checkout"/"benchmarks"/"x.py", tmp_path/"elsewhere"/"a.txt"
+    said = harness.typed([sys.executable, program, "--text", text, "/b/c.txt"])
+    assert said == "python benchmarks/x.py --text ../shared/a.txt c.txt"
+    for path in (BENCHMARKS/"results").glob("*.json"):
+        kept = json.loads(path.read_text())
+        for command in (kept["command"], *kept["commands"].values()):
+            assert not any(os.path.isabs(word) for word in shlex.split(command)), path
 
 
 def test_a_report_can_be_read_back(tmp_path, capsys):
