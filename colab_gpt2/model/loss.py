@@ -53,9 +53,10 @@ def scaled(gradient, scale):
     "`gradient` times the scalar `scale`, in the precision of `scale`: a new tensor, and no second one on the way."
     return gradient * scale if gradient.dtype == scale.dtype else gradient.to(scale.dtype).mul_(scale)
 
-# %% ../../nbs/model/21_loss.ipynb #f2d2e668
+# %% ../../nbs/model/21_loss.ipynb #da0b4972
 FP16_SUM = 64  # of the weights of a chunk's rows, at most
 
+# %% ../../nbs/model/21_loss.ipynb #f2d2e668
 class LinearCrossEntropy(torch.autograd.Function):
     "The summed cross-entropy of `hidden @ weight.T`; see `linear_cross_entropy`."
     @staticmethod
