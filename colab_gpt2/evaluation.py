@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .core import Record
 from .errors import Sentence, check_choice, check_number
-from .model.loading import DTYPES, keeps_logits, model_context
+from .model.loading import DTYPES, keeps_logits, lost_weight, model_context
 from .reporting import counter, reporting
 from .text.token_store import Blocks
 
@@ -131,8 +131,8 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
 # %% ../nbs/60_evaluation.ipynb #9e374818
 def why_lost(model, precision) -> Sentence:
     "Why the loss of `model` is NaN or infinite, and what to do."
-    lost = next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
-    if lost: return Sentence("its weights are damaged ({lost} is NaN or infinite); choose another {model}.", lost=lost)
+    if lost := lost_weight(model):
+        return Sentence("its weights are damaged ({lost} is NaN or infinite); choose another {model}.", lost=lost)
     if precision == "fp16": return Sentence("a number is too large for fp16; set {precision=fp32}.")
     return Sentence("its weights are ruined, as by too high a {learning_rate}; choose another {model}.")
 

@@ -272,6 +272,18 @@ def test_a_model_whose_cache_does_not_work_is_read_again(fails_at):
     assert len(calls) == fails_at
 
 
+def test_a_lack_of_memory_is_no_fault_of_the_cache():
+    "Who asked for fewer texts at a time is told; to read all again would take even more."
+    model, calls = small(), []
+    def forward(**options):
+        calls.append(options)
+        raise torch.OutOfMemoryError("pretended")
+    model.forward, prompt = forward, prompt_for(model, 5)
+    model.transformer.h[1].register_forward_hook(lambda module, inputs, output: None)  # no GPT2Reader for a hook
+    with pytest.raises(torch.OutOfMemoryError): greedy(model, prompt, 9, 2)
+    assert len(calls) == 1
+
+
 def test_the_texts_of_a_request_have_random_numbers_of_their_own():
     scores = torch.zeros(4, 30)
     four, two, next_seed = Noise(7, range(4), "cpu"), Noise(7, range(2, 4), "cpu"), Noise(8, range(4), "cpu")

@@ -14,15 +14,14 @@ import torch
 from ..core import atomic, discard, sha256_of
 from ..errors import Sentence, errno_of
 from ..model.fitting import save_tokenizer, set_ids
-from ..model.loading import quiet
+from ..model.loading import lost_weight, quiet
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
 def check_finite(model):
     "FloatingPointError if a weight is NaN or infinite: such a model must not replace a good one."
-    for name, weight in model.named_parameters():
-        if torch.isfinite(weight).all(): continue
-        told = "Weights became NaN or infinite ({name}) and are not saved; start again with a lower {learning_rate}."
-        raise FloatingPointError(Sentence(told, name=name))
+    if not (name := lost_weight(model)): return
+    told = "Weights became NaN or infinite ({name}) and are not saved; start again with a lower {learning_rate}."
+    raise FloatingPointError(Sentence(told, name=name))
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #f1c42f04
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .loading import keeps_logits
 from .sampling import draw, penalise
+from ..runtime import out_of_memory
 
 # %% ../../nbs/model/25_decoding.ipynb #5f2dfb41
 CACHES = "past_key_values", "cache_params", "state"
@@ -42,8 +43,8 @@ class ModelReader:
         ids = ids.expand(self.samples, -1)  # not every cache can be repeated
         self.text = ids if self.text is None else torch.cat([self.text, ids], 1)
         try: out = self.forward(ids if self.cache else self.text)
-        except Exception:  # a cache that is not for this, such as one without attention
-            if not self.cached: raise
+        except Exception as e:  # a cache that is not for this, such as one without attention
+            if out_of_memory(e) or not self.cached: raise
             self.cached, self.cache = False, {}
             out = self.forward(self.text)
         self.cache = {name: kept for name in CACHES if (kept := getattr(out, name, None)) is not None}

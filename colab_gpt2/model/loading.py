@@ -317,3 +317,8 @@ def model_context(model) -> int:
 def keeps_logits(model) -> bool:
     "Whether `model.forward` takes `logits_to_keep`, as GPT-2's does."
     return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+# %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
+def lost_weight(model) -> str:
+    "The name of the first weight of `model` that is NaN or infinite, or ''."
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), "")
