@@ -93,7 +93,11 @@ class FinetuneConfig(MethodFields):
     "Everything that a fine-tuning run depends on. ValueError for a bad value names field, value and rule."
     seed: int = value(42, "the same seed gives the same weights on the same machine", minimum=0, maximum=2**32 - 1)
     logging_steps: int = value(10, "steps between two entries of the loss", label="Log every", minimum=1)
-    save_steps: int = value(500, "steps between two checkpoints (-1: none on the way)", label="Save every", minimum=-1)
+    save_steps: int | None = value(
+        None, "steps between two checkpoints (default: by time, see {save_minutes}; -1: none on the way)",
+        label="Save every", minimum=-1)
+    save_minutes: float = value(
+        5.0, "minutes between two checkpoints, unless {save_steps} is set; there are at least three in a run", above=0)
     save_total_limit: int | None = value(2, "how many checkpoints to keep", label="Checkpoints kept", minimum=1)
     eval_split: str = value("test", "split to evaluate on", choices=("test", "validation"), label="Evaluation split")
     eval_stride: int | None = value(
@@ -104,8 +108,19 @@ class FinetuneConfig(MethodFields):
     max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1, maximum=10**7)
     from_scratch: bool = value(False, "start from random weights of the model's shape")
     tokenizer: str | None = value(None, "another tokenizer than the model's own: a name or a folder", path=True)
-    resume: bool = value(False, "resume from the newest complete checkpoint in {output_dir}")
-    overwrite_output_dir: bool = value(False, "overwrite what is in {output_dir}", label="Overwrite")
+    resume: str = value(
+        "auto", "auto: the same run again resumes where it left off; never: only an empty {output_dir} will do; or a "
+        "checkpoint, or a folder with some, to continue from with other settings", path=True)
+    overwrite_output_dir: bool = value(
+        False, "begin from the beginning and overwrite what is in {output_dir}", label="Overwrite")
+    mirror: str = value(
+        "auto", "where checkpoints are copied to while the training goes on; auto: the mounted Drive on Colab; off; a "
+        "folder; or hub:USER/NAME, a private repository", path=True)
+    max_minutes: float | None = value(
+        None, "save and stop in good order before so many minutes are over (default: no limit)", above=0)
+    on_divergence: str = value(
+        "halve", "if the loss diverges; halve: go back to the last good checkpoint and halve the learning rate, once; "
+        "stop: end with an error", choices=("halve", "stop"), label="On divergence")
     cache_dir: str | None = value(None, "where downloads and token files are kept", path=True)
     trainer_args: dict = value({}, "anything else that transformers.TrainingArguments takes")
 
@@ -121,6 +136,9 @@ def check_value(f, given):
     if "choices" in f.metadata: check_choice(f.name, given, f.metadata["choices"])
     if f.type in (bool, bool | None) and not isinstance(given, bool):
         raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be True or False.", value=given))
+    if f.name in ("resume", "mirror") and not isinstance(given, (str, os.PathLike)):
+        known = "'auto', 'never' or a folder" if f.name == "resume" else "'auto', 'off', a folder or 'hub:USER/NAME'"
+        raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be {known}.", value=given))
 
 # %% ../nbs/04_config.ipynb #555209f8
 def expand_paths(config):
@@ -152,8 +170,9 @@ def check_config(config):
     for name in ("max_steps", "save_steps"):
         if getattr(config, name) == 0:
             raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1."))
-    if config.resume and config.overwrite_output_dir:
-        raise ValueError(Sentence("{resume} and {overwrite_output_dir} exclude each other: choose one."))
+    if config.resume not in ("auto", "never") and config.overwrite_output_dir:
+        told = "{resume} {path} and {overwrite_output_dir} exclude each other: choose one."
+        raise ValueError(Sentence(told, path=config.resume))
     expand_paths(config)
     if config.cache_dir and not (there := existing(config.cache_dir)).is_dir():
         raise ValueError(Sentence("{cache_dir} is in {there}, which is a file; give a folder.", there=there))

@@ -210,11 +210,11 @@ def run(
     "Check, fetch, fine-tune, generate, archive and save: the complete tutorial in one call."
     from colab_gpt2.training import finetune
     started, config = time.perf_counter(), changed(config, **changes)
-    again = config.overwrite_output_dir or config.resume
+    again = config.overwrite_output_dir or config.resume != "never"
     if drive is not None or in_colab(): open_drive(drive)
     path = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
     if not again and (path.exists() or path.is_symlink()):
-        said = ("{path} exists; set {resume=True} to continue its run, {overwrite_output_dir=True} to overwrite it, or "
+        said = ("{path} exists; set {resume=auto} to continue its run, {overwrite_output_dir=True} to overwrite it, or "
                 "{archive_path} to another file.")
         raise FileExistsError(Sentence(said, path=path))
     finetuned = finetune(config, callbacks=callbacks, progress=progress)

@@ -33,9 +33,9 @@ from .reporting import reporting, silent
 from .runtime import Runtime, check_mounted, disk, out_of_memory
 
 # %% ../nbs/63_training.ipynb #85386443
-def check_output_dir(output_dir, resume=False, overwrite=False) -> Path:
-    """The folder, there or not. NotADirectoryError, or PermissionError if it cannot be written to; if it is not empty,
-    FileExistsError unless `resume` or `overwrite` is set, FileNotFoundError with nothing to resume."""
+def check_output_dir(output_dir, resume="auto", overwrite=False) -> Path:
+    """The folder, there or not. NotADirectoryError, or PermissionError if it cannot be written to; FileExistsError if it
+    is not empty, unless `overwrite` is set, or a checkpoint is there, or nothing but what a killed run leaves."""
     path = check_mounted(output_dir, "output_dir")
     if os.path.lexists(path) and not path.is_dir():
         raise NotADirectoryError(Sentence("{output_dir} {path} is a file; give a folder.", path=path))
@@ -44,13 +44,12 @@ def check_output_dir(output_dir, resume=False, overwrite=False) -> Path:
     except OSError as e:
         told = "{output_dir} {path} cannot be written to ({why}); choose another folder."
         raise PermissionError(Sentence(told, path=path, why=e.strerror)) from e
-    if resume or overwrite:
-        for left in leftovers(path): discard(left)
+    for left in leftovers(path): discard(left)
     if overwrite or not path.is_dir() or not any(path.iterdir()): return path
-    if not resume: raise FileExistsError(Sentence(TAKEN, path=path))
+    if resume == "never": raise FileExistsError(Sentence(TAKEN, path=path))
     complete, incomplete = sort_checkpoints(path)
     for checkpoint in incomplete: warnings.warn(f"{checkpoint} is incomplete and is skipped.", stacklevel=4)
-    if not complete: raise FileNotFoundError(Sentence(NOTHING_TO_RESUME, path=path))
+    if not complete and {*path.iterdir()} - {*incomplete}: raise FileExistsError(Sentence(TAKEN, path=path))
     return path
 
 # %% ../nbs/63_training.ipynb #85386444
@@ -58,12 +57,12 @@ _OTHERWISE = "{overwrite_output_dir=True} to overwrite it, or choose another fol
 OTHER_TEXT = ("{path} belongs to a run on another text. To train its model on this one, set {model} to {place} and "
               "{output_dir} to a new folder.")
 NOTHING_TO_RESUME = "{output_dir} {path} has no complete checkpoint to resume from; set " + _OTHERWISE
-TAKEN = "{output_dir} {path} is not empty; set {resume=True} to continue from its newest checkpoint, " + _OTHERWISE
+TAKEN = "{output_dir} {path} is not empty, and holds no run that could resume; set " + _OTHERWISE
 
 # %% ../nbs/63_training.ipynb #c92355ae
 def check_sources(config):
     "ValueError if the model or the tokenizer is a checkpoint that this run would delete."
-    doomed = [path.resolve() for path in find_checkpoints(config.output_dir) if not config.resume]
+    doomed = [path.resolve() for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir]
     for name, given in dict(model=config.model, tokenizer=config.tokenizer).items():
         if not given or Path(given).resolve() not in doomed: continue
         told = f"{{{name}}} is {{given}}, a checkpoint that this run would delete; choose another {{output_dir}}."
@@ -132,7 +131,7 @@ class FinetuneResult(Record):
 class Interrupted(KeyboardInterrupt):
     "The user stopped the run. `saved` says where it was saved, the message also how to continue."
     def __init__(self, saved):
-        super().__init__(Sentence("{saved} Run again with {resume=True} to continue.", saved=saved))
+        super().__init__(Sentence("{saved} Run the same again to continue.", saved=saved))
         self.saved = saved
 
 # %% ../nbs/63_training.ipynb #a02aa3a5
@@ -144,7 +143,7 @@ def in_one_line(output_dir, recipe=None):
         if (number := errno_of(e)) == errno.ENOSPC:
             names = ", ".join(path.name for path in find_checkpoints(output_dir))
             kept = f"Kept: {names}" if names else "No checkpoint was complete yet"
-            told = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then set {resume=True}."
+            told = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then run the same again."
             raise OSError(Sentence(told, path=output_dir, kept=kept, free=human_bytes(disk(output_dir)[1]))) from e
         if not out_of_memory(e):
             if number == errno.ENOENT: raise  # its path says more
@@ -187,7 +186,8 @@ def load_finished(trainer, checkpoint, steps) -> bool:
 def check_room(config, plan):
     """OSError without room for what a run adds: the checkpoints that are kept and, before the oldest goes, another, or
     the model. A checkpoint has weights and AdamW's two moments, in fp32; one of adapters is small."""
-    made = math.ceil(plan.steps / config.save_steps) if config.save_steps > 0 else 1
+    every = config.save_steps or math.ceil(plan.steps / 3)
+    made = math.ceil(plan.steps / every) if every > 0 else 1
     kept = min(made, config.save_total_limit or made)
     added = 12 * (kept - len(find_checkpoints(config.output_dir))) + (12 if made > kept else 4)
     if plan.recipe.method == "lora": added = 4
@@ -288,7 +288,7 @@ def finished_config(output_dir) -> FinetuneConfig | None:
 # %% ../nbs/63_training.ipynb #5b1a3410
 def write_result(result):
     "Write `finetune.json`; one of the same run stays if no step was left, or its archive would have other bytes."
-    def same(config): return replace(config, resume=False, overwrite_output_dir=False)
+    def same(config): return replace(config, resume="auto", overwrite_output_dir=False)
     folder = result.output_dir
     known = finished_config(folder)
     if known and result.tokens_per_second is None and same(known) == same(result.config): return
@@ -315,7 +315,7 @@ def finetune(
         check_room(config, plan)
         training_arguments(config, plan)  # what it refuses is said before anything slow
         identity, shape = identify(prepared.train, plan, config.seed), prepared.model.config
-        resumed_from = checkpoint_to_resume(config.output_dir, shape, identity) if config.resume else None
+        resumed_from = None if config.overwrite_output_dir else checkpoint_to_resume(config.output_dir, shape, identity)
         tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=resumed_from)
         before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
         model, plan, facts = train_and_merge(config, prepared, plan, callbacks, shown, resumed_from)

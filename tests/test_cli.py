@@ -90,8 +90,8 @@ def test_a_file_that_is_called_like_a_field_keeps_its_name(cli, own):
 
 
 def test_a_sentence_gets_the_options_names():
-    said = Sentence("{output_dir} {path} is full; set {method=lora}, {resume=True}, {tune=False}.", path="resume.txt")
-    assert one_line(OSError(said)) == "--output-dir resume.txt is full; set --method lora, --resume, --no-tune."
+    said = Sentence("{output_dir} {path} is full; set {method=lora}, {from_scratch=True}, {tune=False}.", path="resume.txt")
+    assert one_line(OSError(said)) == "--output-dir resume.txt is full; set --method lora, --from-scratch, --no-tune."
 
 
 # Only the options that a command reads
@@ -227,7 +227,7 @@ def test_a_run_tells_of_a_risen_perplexity_and_begins_its_samples_with_the_text(
     title = " = Article 0 = "
     assert json.loads(Path("out/finetune.json").read_text())["samples"]["after"]["prompt"] == f"{title}\n"
     assert cli("generate", "--model", "out", "--max-new-tokens", "3").stdout.startswith(title)
-    resumed = cli("finetune", *QUICK, *own, "--max-steps", "3", "--resume")
+    resumed = cli("finetune", *QUICK, *own, "--max-steps", "3")
     assert "no step was left: to train further, raise --num-train-epochs or --max-steps" in resumed.stdout
 
 
@@ -299,7 +299,7 @@ def test_archive_and_save_refuse(cli, tmp_path):
 
 def test_run_looks_at_archive_and_drive_before_it_trains(cli, own, tmp_path):
     (tmp_path/"out.tar.gz").write_bytes(b"mine")
-    refused(cli("run", *QUICK, *own), 1, "out.tar.gz exists; set --resume to continue its run", "--archive-path")
+    refused(cli("run", *QUICK, *own, "--resume", "never"), 1, "out.tar.gz exists; set --resume auto to continue its run", "--archive-path")
     assert (tmp_path/"out.tar.gz").read_bytes() == b"mine" and not (tmp_path/"out").exists()
     (tmp_path/"file").write_text("no folder")
     refused(cli("run", *QUICK, *own, "--archive-path", "new.tar.gz", "--drive", "file"), 1, "file is a file")
@@ -309,7 +309,7 @@ def test_run_looks_at_archive_and_drive_before_it_trains(cli, own, tmp_path):
 def test_output_folder_that_is_taken(cli, own, tmp_path):
     (tmp_path/"out").mkdir()
     (tmp_path/"out"/"thesis.txt").write_text("mine")
-    refused(cli("finetune", *QUICK, *own), 1, "--output-dir out is not empty", "--resume", "--overwrite")
+    refused(cli("finetune", *QUICK, *own), 1, "--output-dir out is not empty", "--overwrite")
     (tmp_path/"file").write_text("mine")
     refused(cli("finetune", *QUICK, *own, "--output-dir", "file"), 1, "is a file")
     refused(cli("finetune", *QUICK, *own, "--output-dir", "file/below"), 1, "cannot be written to")

@@ -180,14 +180,14 @@ def test_lora_leaves_a_whole_stock_model_and_goes_on_from_adapters(text, tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, callbacks=[Stop(4)])
-    resumed = run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3, resume=True)
+    resumed = run(text, tmp_path/"broken", method="lora", learning_rate=5e-3, save_steps=3)
     assert resumed.resumed_from.endswith("checkpoint-3") and resumed.steps == 8
     models = [load_model(str(tmp_path/name)) for name in ("whole", "broken")]
     for a, b in zip(*(model.parameters() for model in models)): assert torch.equal(a, b)
     with pytest.raises(ValueError, match="its method was lora, now it is full"):
-        run(text, tmp_path/"broken", learning_rate=5e-3, resume=True)
+        run(text, tmp_path/"broken", learning_rate=5e-3)
     with pytest.raises(ValueError, match="its lora_rank was 16, now it is 4"):
-        run(text, tmp_path/"broken", method="lora", lora_rank=4, learning_rate=5e-3, resume=True)
+        run(text, tmp_path/"broken", method="lora", lora_rank=4, learning_rate=5e-3)
 
 
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
@@ -309,7 +309,7 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_set_now(text, tmp_path):
     class Look(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer, **kwargs):
             used.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
-    run(text, tmp_path/"out", save_steps=3, warmup_steps=0, resume=True, learning_rate=8e-6, weight_decay=0.3,
+    run(text, tmp_path/"out", save_steps=3, warmup_steps=0, learning_rate=8e-6, weight_decay=0.3,
         callbacks=[Look()])
     assert [first for first, _ in used] == [(pytest.approx(1e-6 * left), 0.3) for left in (5, 4, 3, 2, 1)]
     assert {second[1] for _, second in used} == {0.}
@@ -319,14 +319,14 @@ def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path, p
     "Its checkpoints have the scaler's state, of which nothing else has a use."
     with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=3, callbacks=[Stop(4)])
     torch.save(torch.amp.GradScaler("cpu", init_scale=65536.).state_dict(), tmp_path/"out"/"checkpoint-3"/"scaler.pt")
-    result = run(text, tmp_path/"out", save_steps=3, resume=True)
+    result = run(text, tmp_path/"out", save_steps=3)
     assert result.resumed_from.endswith("checkpoint-3")
     assert result.perplexity_after.value == plain.perplexity_after.value
 
 
 def test_a_resumed_run_saves_and_logs_at_the_steps_that_are_set_now(text, tmp_path):
     run(text, tmp_path/"out", max_steps=2, save_steps=10)
-    result = run(text, tmp_path/"out", max_steps=7, resume=True, save_steps=3, save_total_limit=9, logging_steps=2)
+    result = run(text, tmp_path/"out", max_steps=7, save_steps=3, save_total_limit=9, logging_steps=2)
     assert {p.name for p in (tmp_path/"out").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (2, 3, 6, 7)}
     assert [entry["step"] for entry in result.losses] == [1, 2, 3, 4, 6, 7]  # the first of each run too
 
@@ -434,7 +434,7 @@ def test_a_full_disk_that_only_safetensors_has_noticed_is_told(text, tmp_path, m
         if list((tmp_path/"out").glob("checkpoint-4")): return full(save)(model, *args, **options)
         return save(model, *args, **options)
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", second)
-    with pytest.raises(OSError, match="is full: .* free. Kept: checkpoint-4. Free space, then set resume=True"):
+    with pytest.raises(OSError, match="is full: .* free. Kept: checkpoint-4. Free space, then run the same again"):
         run(text, tmp_path/"out", save_steps=4)
 
 
@@ -491,7 +491,7 @@ def test_a_corrupted_checkpoint_is_skipped(text, tmp_path):
     changed[-1] ^= 1
     weights.write_bytes(changed)
     with pytest.warns(UserWarning, match="checkpoint-4 is corrupted"):
-        result = run(text, tmp_path/"out", save_steps=2, resume=True)
+        result = run(text, tmp_path/"out", save_steps=2)
     assert result.resumed_from.endswith("checkpoint-2")
     assert result.perplexity_after.value == plain.perplexity_after.value
     assert not list((tmp_path/"out").glob("*.before"))  # it was replaced

@@ -115,7 +115,7 @@ def test_nothing_is_deleted_that_was_not_written(shell, own, tmp_path):
 def test_resume_needs_the_same_run(shell, own, tmp_path):
     assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
     weights = (tmp_path/"out"/"model.safetensors").read_bytes()
-    resume = "colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4", "--resume"
+    resume = "colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4"
     refused(shell(*resume, "--block-size", "32"), 1, "belongs to a different run")
     other = shell(*resume, "--train-file", "eval.txt")
     refused(other, 1, "on another text", "set --model to out and --output-dir to a new folder")
@@ -138,7 +138,7 @@ def test_a_longer_run_resumed_has_the_learning_rates_of_its_length(own, tmp_path
     def run(folder, **options): return training.finetune(config, output_dir=folder, progress=False, **options)
     complete = rates(run("one", **length))
     run("two", **{name: value / 2 if name == "num_train_epochs" else 4 for name, value in length.items()})
-    resumed = run("two", resume=True, **length)
+    resumed = run("two", **length)
     assert resumed.resumed_from and len(complete) == resumed.steps
     before = int(resumed.resumed_from.split("-")[-1])
     assert rates(resumed)[before:] == complete[before:] and complete[-1] < complete[before] < complete[2]
@@ -174,12 +174,12 @@ def test_ctrl_c_saves_and_resume_goes_on(shell, own, tmp_path):
     said = (tmp_path/"stderr").read_text()
     assert process.returncode == 130 and out == "" and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
-    assert "saved in out/checkpoint-" in last and "--resume" in last
+    assert "saved in out/checkpoint-" in last and "Run the same again" in last
     step = int(next((tmp_path/"out").glob("checkpoint-*")).name.split("-")[1])
     half = tmp_path/"out"/f"checkpoint-{step + 5}"  # a copy that was cut short
     shutil.copytree(tmp_path/"out"/f"checkpoint-{step}", half)
     os.truncate(half/"model.safetensors", 1000)
-    ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", str(step + 3), "--resume", "--json")
+    ran = shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", str(step + 3), "--json")
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout)
     assert (result["resumed_from"], result["steps"]) == (f"out/checkpoint-{step}", step + 3)
@@ -203,7 +203,7 @@ def test_full_disk_leaves_the_last_checkpoints(own, tmp_path, monkeypatch):
             training.finetune(**options, max_steps=6, save_steps=1, save_total_limit=9, callbacks=[Other()])
         assert {p.name for p in (small/"out").iterdir()} == {"checkpoint-1", "checkpoint-2"}
         (small/"other").unlink()
-        resumed = training.finetune(**options, max_steps=3, save_steps=9, resume=True)
+        resumed = training.finetune(**options, max_steps=3, save_steps=9)
         assert resumed.resumed_from == "small/out/checkpoint-2" and resumed.steps == 3
     finally: subprocess.run(["umount", small], check=True)
 

@@ -33,7 +33,7 @@ def quick(tmp_path):
 CONFIGS = [FinetuneConfig(),
            FinetuneConfig(model="tiny", dataset="python-docs", num_train_epochs=3, learning_rate=5e-4, seed=7,
                           prompt=' = "Strings" = \n \n It\'s'),
-           FinetuneConfig(train_file="my text.txt", resume=True, tune=False, torch_compile=False,
+           FinetuneConfig(train_file="my text.txt", resume="never", tune=False, torch_compile=False,
                           gradient_checkpointing=True, optim="adamw_bnb_8bit", trainer_args={
                               "adam_beta2": 0.95, "lr_scheduler_kwargs": {"num_cycles": 0.3}, "run_name": "a b"})]
 
@@ -224,7 +224,6 @@ def test_another_output_folder_in_mid_run_is_not_gone_on_in(quick):
     def leave(): panel.form.rows["output_dir"].widget.value = "elsewhere"; panel.live.stop()
     assert panel.start(callbacks=[At(2, leave)]) is None and "Stopped at step" in panel.said
     assert f"set “Output folder” to {quick.output_dir} again" in panel.said
-    assert not panel.config.resume
 
 
 @pytest.mark.parametrize("value", [{"text.txt": dict(metadata={}, content=b"Read this .")},
@@ -334,14 +333,11 @@ def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     def fail(): raise MemoryError(Sentence("Out of memory at a micro-batch of 1; set a smaller {block_size}."))
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
     assert panel.start(callbacks=[At(4, fail)]) is None and "“Block size”" in panel.said
-    assert "turn off “Resume”" in panel.status.value
+    assert "turn on “Overwrite”" in panel.status.value
     rows = panel.form.rows
     rows["block_size"].widget.value = "32"
     assert "of a run with “Block size” 64" in panel.plan.value
     rows["overwrite_output_dir"].widget.value = True
-    assert panel.buttons["start"].disabled
-    assert all("exclude each other" in rows[name].hint.value for name in ("resume", "overwrite_output_dir"))
-    rows["resume"].widget.value = False
     assert not panel.buttons["start"].disabled and "overwrites it" in panel.plan.value
     assert panel.start().plan.recipe.block_size == 32
 
@@ -362,7 +358,7 @@ def test_an_error_before_the_first_checkpoint_starts_from_the_beginning(quick):
     "What lies in the folder is another run's: the panel does not resume it by itself."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick)
-    assert panel.start() is None and "set “Resume” or “Overwrite”" in panel.said and not panel.config.resume
+    assert panel.start().steps == 12
 
 
 def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch, tmp_path):
@@ -429,7 +425,6 @@ def test_a_click_saves_no_weights_that_are_lost(quick, name):
     assert panel.start(callbacks=[click]) is None and isinstance(panel.error, FloatingPointError)
     assert "“Learning rate”" in panel.said
     assert [path.name for path in Path(quick.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
-    assert not panel.config.resume
 
 
 def test_a_run_outlives_its_pump_and_its_picture(quick, recwarn):

@@ -166,7 +166,8 @@ def training_arguments(config, plan) -> TrainingArguments:
         learning_rate=pick_learning_rate(config, plan.parameters, recipe.method), optim=recipe.optimizer,
         per_device_train_batch_size=plan.blocks_per_step,  # MicroBatchTrainer divides it
         bf16=recipe.precision == "bf16", fp16=recipe.precision == "fp16", use_cpu=recipe.device == "cpu",
-        save_strategy="no" if config.save_steps == -1 else "steps", save_steps=max(config.save_steps, 1),
+        save_strategy="no" if config.save_steps == -1 else "steps",
+        save_steps=max(config.save_steps or math.ceil(plan.steps / 3), 1),
         logging_first_step=True, logging_nan_inf_filter=False,  # it waits for the device; see StopOnNaN
         dataloader_pin_memory=recipe.device == "cuda", accelerator_config=dict(non_blocking=recipe.device == "cuda"),
         disable_tqdm=True, report_to="none")

@@ -97,14 +97,14 @@ def start_of(value, given):
     newest = newest_checkpoint(given["output_dir"])
     if path.resolve() != newest.resolve():
         raise ValueError(f"the newest complete checkpoint there is {newest}; name that, or another --output_dir.")
-    return {"model": value, "resume": True}, f"model={value}, resume=True: training continues from that checkpoint"
+    return {"model": value, "resume": "auto"}, f"model={value}, resume=auto: training continues from that checkpoint"
 
 # %% ../../nbs/legacy/90_flags.ipynb #e10cbee8
 def continue_of(value, given):
     "`--should_continue`: from the newest checkpoint in the output folder."
     newest = newest_checkpoint(given["output_dir"])
     named = {"model_name_or_path", "config_name"} & given.keys()
-    return {"resume": True, **({} if named else {"model": str(newest)})}, f"resume=True, from {newest}"
+    return {"resume": "auto", **({} if named else {"model": str(newest)})}, f"resume=auto, from {newest}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #c34f7c86
 def overwrite_of(value, given):

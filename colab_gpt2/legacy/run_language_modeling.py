@@ -125,7 +125,7 @@ def work(job) -> dict:
     from colab_gpt2.engine.checkpoints import find_checkpoints
     from colab_gpt2.model.loading import load_config, model_context
     from colab_gpt2.training import check_output_dir, finetune
-    resume, overwrite = job.train and job.config.resume, job.config.overwrite_output_dir or not job.train
+    resume, overwrite = job.config.resume if job.train else "never", job.config.overwrite_output_dir or not job.train
     check_output_dir(job.config.output_dir, resume, overwrite)
     with tempfile.TemporaryDirectory() as folder:
         config = with_texts(job, folder)

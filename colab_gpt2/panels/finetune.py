@@ -81,7 +81,7 @@ class Forecaster:
         self.measured = self.key(config), plan
 
     def key(self, config):
-        return replace(config, resume=False, overwrite_output_dir=False, prompt=None), self.files(config)
+        return replace(config, resume="auto", overwrite_output_dir=False, prompt=None), self.files(config)
 
     def files(self, config):
         "Size and time of each file of the text, maybe in folders or of a pattern: another may take its name."
@@ -112,7 +112,7 @@ def describe_resume(there, newest, config, plan) -> tuple:
     if not plan: return f"{there}: this run resumes from it.", False
     if former := former_settings(read_manifest(newest)["run"], identify_settings(plan, config.seed)):
         return Sentence(f"{{there}}, of a run with {former}. To resume, restore that; to train with the current "
-                        "settings, turn off {resume} and turn on {overwrite_output_dir}.", there=there), True
+                        "settings, turn on {overwrite_output_dir}.", there=there), True
     if int(newest.name.split("-")[1]) < plan.steps: return f"{there}: this run resumes from it.", False
     return Sentence("{there}, the last step of this run: no training is left, and Start would only evaluate and save "
                     "the model again. To train further, raise {num_train_epochs}.", there=there), False
@@ -126,8 +126,8 @@ def describe_folder(config, plan=None) -> tuple:
     newest = next(reversed(find_checkpoints(folder)), None)
     there = f"{config.output_dir} holds {newest.name}" if newest else f"{config.output_dir} is not empty"
     if config.overwrite_output_dir: return f"{there}: this run starts from the beginning and overwrites it.", False
-    if config.resume: return describe_resume(there, newest, config, plan)
-    ways = "{resume=True} or {overwrite_output_dir=True}" if newest else "{overwrite_output_dir=True}"
+    if newest and config.resume != "never": return describe_resume(there, newest, config, plan)
+    ways = "{resume=auto} or {overwrite_output_dir=True}" if newest else "{overwrite_output_dir=True}"
     return Sentence(f"{{there}}: set {ways}, or choose another {{output_dir}}.", there=there), True
 
 # %% ../../nbs/panels/78_finetune.ipynb #4620edac
@@ -274,10 +274,10 @@ class Trained(Steering):
 
     def resume_next(self, error):
         "The next start resumes the run; settings that need less memory take another run."
-        self.values.set(resume=True, overwrite_output_dir=False)
+        self.values.set(resume="auto", overwrite_output_dir=False)
         if isinstance(error, MemoryError):
             self.note(Sentence("Start resumes from the checkpoint, with the settings as they were. To train from the "
-                               "beginning with others, turn off {resume} and turn on {overwrite_output_dir}."))
+                               "beginning with others, turn on {overwrite_output_dir}."))
 
 # %% ../../nbs/panels/78_finetune.ipynb #3f6ec547
 class FinetunePanel(Trained):
@@ -319,7 +319,7 @@ class FinetunePanel(Trained):
 
     def interrupted(self, error):
         if isinstance(error, Interrupted):
-            again = Sentence("To resume from there, set {output_dir} to {folder} again, and turn on {resume}.",
+            again = Sentence("To resume from there, set {output_dir} to {folder} again.",
                              folder=self.live.config.output_dir)
             onward = "Start resumes from there." if self.can_resume(error) else worded(again, self.name_of)
             error = f"{error.saved} {onward}"
