@@ -504,7 +504,7 @@ def test_time_is_not_made_up_and_follows_the_precision():
 
 def test_a_probed_step_is_planned_with_the_update_that_it_leaves_out():
     plan = plan_of("gpt2", H100)
-    probed = plan.corrected(step_seconds=0.025)
+    probed = plan.corrected(peak_bytes=1, step_seconds=0.025)
     assert 0.001 < plan.update_seconds == probed.step_seconds - 0.025 < 0.003  # 40 bytes a parameter
     assert probed.seconds == plan.steps * probed.step_seconds
     assert plan_of("gpt2", replace(T4, device_name="GeForce 9")).update_seconds == 0

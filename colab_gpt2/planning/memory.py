@@ -50,19 +50,18 @@ def shape_of(model) -> Shape:
     config = getattr(model, "config", model)
     check_causal(config)
     text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
+    def number(*names, default=0): return next((n for name in names if (n := getattr(text, name, None))), default)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")  # n_layer is mapped to these
     if missing := [name for name in needed if not hasattr(text, name)]:
-        kind, lacks = config.model_type, " and no ".join(missing)
-        raise ValueError(f"The memory of a model of type {kind} is not known here: its config has no {lacks}.")
-    layers, width, vocabulary = (getattr(text, name) for name in needed)
-    inner = text.n_inner if config.model_type == "gpt2" else None
-    if state := getattr(text, "state_size", 0): inner = state * getattr(text, "intermediate_size", 2*width)
+        raise ValueError(f"The memory of a {config.model_type} is not known here: its config has no {missing[0]}.")
+    layers, width, vocabulary = map(number, needed)
+    inner = text.n_inner if config.model_type == "gpt2" else number("state_size") * number(
+        "intermediate_size", default=2*width)
     return Shape(
-        layers=layers, width=width, heads=getattr(text, "num_attention_heads", 0), vocabulary=vocabulary,
-        context=model_context(text), parameters=count_parameters(config), model_type=config.model_type,
-        inner=inner or 4*width,
-        attention_dropout=getattr(text, "attn_pdrop", None) or getattr(text, "attention_dropout", None) or 0.0,
-        residual_dropout=getattr(text, "resid_pdrop", None) or 0.0)
+        layers=layers, width=width, heads=number("num_attention_heads"), vocabulary=vocabulary,
+        context=model_context(text), parameters=count_parameters(config), inner=inner or 4*width,
+        attention_dropout=number("attn_pdrop", "attention_dropout", default=0.0),
+        residual_dropout=number("resid_pdrop", default=0.0), model_type=config.model_type)
 
 # %% ../../nbs/planning/30_memory.ipynb #bdbea5fd
 @dataclass(frozen=True)
@@ -92,13 +91,6 @@ class Recipe(Record):
         for name, known in dict(precision=PRECISIONS[1:], method=METHODS[1:], optimizer=OPTIMIZERS).items():
             check_choice(name, getattr(self, name), known)
 
-# %% ../../nbs/planning/30_memory.ipynb #3e582f67
-def trained_parameters(shape: Shape, recipe: Recipe) -> int:
-    """Parameters that get gradients: all, or those of LoRA's adapters, rank·(inputs + outputs) for c_attn (C→3C), both
-    c_proj (C→C, inner→C) and c_fc (C→inner). A model that is not a GPT-2 is taken to have as many."""
-    if not recipe.lora: return shape.parameters
-    return (8*shape.width + 2*shape.inner) * recipe.lora_rank * shape.layers
-
 # %% ../../nbs/planning/30_memory.ipynb #7e022de8
 # bytes a token and channel, measured: of each layer, and once of the last norm
 LAYER = {"half": 36.1, "fp32": 64.1, "lora": 32.1, "stock half": 69, "stock fp32": 138}
@@ -123,32 +115,10 @@ class COSTS:
 # %% ../../nbs/planning/30_memory.ipynb #914cfa0e
 @dataclass(frozen=True)
 class ResidentMemory(Record):
-    "Bytes of what stays from step to step."
+    "Which constants count, and bytes of what stays from step to step."
     shape: Shape
     recipe: Recipe
 
-    @cached_property
-    def trained(self): return trained_parameters(self.shape, self.recipe)
-
-    @cached_property
-    def weights(self):
-        if not self.recipe.lora: return 4*self.shape.parameters
-        return self.recipe.number_bytes*self.shape.parameters + 4*self.trained
-
-    @cached_property
-    def optimizer_moments(self):
-        "AdamW's two, in fp32 or in 8 bits, of which the Trainer leaves the embeddings' in fp32."
-        if self.recipe.optimizer == OPTIMIZERS[0]: return 8*self.trained
-        exact = 0 if self.recipe.lora else (self.shape.vocabulary + self.shape.context)*self.shape.width
-        return COSTS.moments_8bit*(self.trained - exact) + 8*exact
-
-    @cached_property
-    def resident(self):
-        return {"weights": self.weights, "optimizer moments": self.optimizer_moments, "torch itself": COSTS.context}
-
-# %% ../../nbs/planning/30_memory.ipynb #ed76bbdc
-class EngineMemory(ResidentMemory):
-    "Which constants count, and bytes of what depends on the engine and the device."
     @cached_property
     def tuned(self): return self.shape.gpt2 and self.recipe.tune
 
@@ -160,6 +130,25 @@ class EngineMemory(ResidentMemory):
         return "lora" if self.recipe.lora and self.recipe.half else kind
 
     @cached_property
+    def trained(self) -> int:
+        "Parameters that get gradients: all, or rank·(inputs + outputs) of LoRA, as if every model were a GPT-2."
+        if not self.recipe.lora: return self.shape.parameters
+        return (8*self.shape.width + 2*self.shape.inner) * self.recipe.lora_rank * self.shape.layers
+
+    @cached_property
+    def resident(self):
+        "AdamW's moments are in fp32 or in 8 bits, of which the Trainer leaves the embeddings' in fp32."
+        shape, trained = self.shape, self.trained
+        weights = self.recipe.number_bytes*shape.parameters + 4*trained if self.recipe.lora else 4*shape.parameters
+        exact = 0 if self.recipe.lora else (shape.vocabulary + shape.context)*shape.width
+        if self.recipe.optimizer == OPTIMIZERS[0]: exact = trained
+        moments = COSTS.moments_8bit*(trained - exact) + 8*exact
+        return {"weights": weights, "optimizer moments": moments, "torch itself": COSTS.context}
+
+# %% ../../nbs/planning/30_memory.ipynb #ed76bbde
+class LayerMemory(ResidentMemory):
+    "Bytes that one layer keeps for the backward pass."
+    @cached_property
     def norms_in_fp32(self):  # bytes a token and channel
         return COSTS.norm_lora_cuda if self.column == "lora" and self.recipe.on_cuda else 0
 
@@ -167,9 +156,6 @@ class EngineMemory(ResidentMemory):
         if not (self.tuned and self.shape.residual_dropout): return 0
         return (COSTS.mask_cuda if self.recipe.on_cuda else number_bytes) * self.recipe.tokens*self.shape.width
 
-# %% ../../nbs/planning/30_memory.ipynb #ed76bbde
-class LayerMemory(EngineMemory):
-    "Bytes that one layer keeps for the backward pass."
     @cached_property
     def attention_matrices(self):
         "T×T for each head: of attention with dropout, anywhere but on CUDA."
@@ -187,9 +173,9 @@ class LayerMemory(EngineMemory):
         usual = (LAYER[self.column] + self.norms_in_fp32)*tokens*shape.width
         return usual + wider + adapters + 2*self.dropout_mask(each) + self.attention_matrices
 
-# %% ../../nbs/planning/30_memory.ipynb #408e788a
-class CopiesMemory(LayerMemory):
-    "Bytes of weights in half precision."
+# %% ../../nbs/planning/30_memory.ipynb #408e788b
+class ForwardMemory(LayerMemory):
+    "Bytes that the forward pass leaves."
     @cached_property
     def head_copy(self):
         "The output layer in half precision: LoRA has one only on CUDA, where it is padded."
@@ -205,9 +191,6 @@ class CopiesMemory(LayerMemory):
         if not recipe.gradient_checkpointing: return 2*shape.parameters
         return self.head_copy + 2*(4*shape.width**2 + 2*shape.width*shape.inner)
 
-# %% ../../nbs/planning/30_memory.ipynb #408e788b
-class ForwardMemory(CopiesMemory):
-    "Bytes that the forward pass leaves."
     @cached_property
     def inner_activations(self):
         "Of all layers, or with gradient checkpointing their inputs alone."
@@ -216,17 +199,13 @@ class ForwardMemory(CopiesMemory):
         return (2 if recipe.lora and recipe.half else 4)*recipe.tokens*self.shape.width*layers
 
     @cached_property
-    def activations(self):
-        "The last norm's too."
-        last = LAST.get(self.column, 0) + self.norms_in_fp32
-        return self.inner_activations + last*self.recipe.tokens*self.shape.width
-
-    @cached_property
     def after_forward(self):
-        "With gradients of an earlier micro-batch; the stock model's always, as its constants were measured so."
+        "The last norm's activations too; gradients of an earlier micro-batch, of the stock model always, as measured."
+        last = (LAST.get(self.column, 0) + self.norms_in_fp32)*self.recipe.tokens*self.shape.width
         earlier = self.recipe.gradient_accumulation_steps > 1 or not self.tuned
-        return {**self.resident, "activations": self.activations, "dropout of the embeddings": self.dropout_mask(4),
-                "half-precision copies": self.half_precision_copies, "gradients": 4*self.trained if earlier else 0}
+        return {**self.resident, "activations": self.inner_activations + last,
+                "dropout of the embeddings": self.dropout_mask(4), "half-precision copies": self.half_precision_copies,
+                "gradients": 4*self.trained if earlier else 0}
 
 # %% ../../nbs/planning/30_memory.ipynb #43a7219c
 class LossMemory(ForwardMemory):

@@ -15,12 +15,8 @@ from ..core import Record, human_bytes, human_time
 from ..errors import Sentence, check_number
 from ..model.loading import load_config
 from .memory import COSTS, Recipe, Shape, StepMemory, shape_of
-from .speed import DEVICES, device_of, forecast_step, pick_compile
-from .speed import MOVED, update_seconds
+from .speed import DEVICES, MOVED, device_of, forecast_step, pick_compile, update_seconds
 from ..runtime import Precision, Runtime, pick_precision
-
-# %% ../../nbs/planning/32_plan.ipynb #63bd8cc9
-COLAB_PACKAGES = {"peft": "0.20.0"}  # of those that a plan asks for, in Colab's image of August 2026
 
 # %% ../../nbs/planning/32_plan.ipynb #725d4608
 def named_runtime(
@@ -36,7 +32,7 @@ def named_runtime(
         colab="kernel", device=kind, device_name=device.name, device_memory=memory,
         compute_capability=device.compute_capability, precision=pick_precision(kind, device.compute_capability, ()),
         cores=2, ram=ram, ram_free=ram - 1_400_000_000,  # a fresh machine has 1 to 1.4 GB of its RAM in use
-        disk=0, disk_free=0, versions=COLAB_PACKAGES, advice="")
+        disk=0, disk_free=0, versions={"peft": "0.20.0"}, advice="")  # in Colab's image of August 2026
 
 # %% ../../nbs/planning/32_plan.ipynb #ca213319
 def pick_run_precision(config: FinetuneConfig, runtime: Runtime) -> Runtime:
@@ -77,11 +73,10 @@ def estimate_text(config: FinetuneConfig, block_size: int, size: int | None = No
     "The training text of `config`, of `size` bytes or as published, in tokens of tiny's tokenizer or of GPT-2's."
     tokenizer = "tiny" if (config.tokenizer or config.model) == "tiny" else "gpt2"
     if size is None and tokenizer == "gpt2" and config.dataset in KNOWN_TOKENS:
-        known = "the known count of GPT-2's tokenizer; nothing was downloaded"
-        return TextSize(KNOWN_TOKENS[config.dataset], block_size, known)
+        return TextSize(KNOWN_TOKENS[config.dataset], block_size,
+                        "the known count of GPT-2's tokenizer; nothing was downloaded")
     size, each = size or TRAIN_BYTES[config.dataset], BYTES_A_TOKEN[tokenizer]
-    source = f"an estimate from {human_bytes(size)} of text at {each} bytes a token"
-    return TextSize(int(size / each), block_size, source)
+    return TextSize(int(size / each), block_size, f"an estimate from {human_bytes(size)} at {each} bytes a token")
 
 # %% ../../nbs/planning/32_plan.ipynb #6bae4103
 def effective_batch(config: FinetuneConfig) -> int:
@@ -97,6 +92,12 @@ def micro_batches(config: FinetuneConfig):
     # each divisor up to the root has its partner above it, so that a batch of a billion takes no time
     small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]
     return sorted({*small, *(batch // n for n in small)}, reverse=True)
+
+# %% ../../nbs/planning/32_plan.ipynb #0899c11e
+def count_steps(config: FinetuneConfig, blocks: int) -> int:
+    "As the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
+    if config.max_steps > 0: return config.max_steps
+    return math.ceil(config.num_train_epochs * math.ceil(blocks / effective_batch(config)))
 
 # %% ../../nbs/planning/32_plan.ipynb #3b826ced
 def methods(config: FinetuneConfig, runtime: Runtime):
@@ -124,47 +125,53 @@ def check_packages(config: FinetuneConfig, runtime: Runtime):
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed5
 PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
 
-def possible_ways(search):
+def possible_ways(planner):
     "The best first; each is a list of Recipes, the largest micro-batch first."
-    config, runtime, blocks = search.config, search.runtime, search.blocks
+    config, runtime, blocks = planner.config, planner.runtime, planner.blocks
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
-    base = Recipe(1, search.text.block_size, precision=runtime.precision.dtype, device=runtime.device, tune=config.tune,
-                  lora_rank=config.lora_rank, keep_attention_dropout=config.keep_attention_dropout)
+    base = Recipe(1, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
+                  tune=config.tune, lora_rank=config.lora_rank, keep_attention_dropout=config.keep_attention_dropout)
     sizes = [n for n in micro_batches(config) if n <= blocks] or [blocks]  # more may be asked for
     ways = [[replace(base, micro_batch=n, gradient_accumulation_steps=math.ceil(blocks / n), method=method,
                      optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
             for method, optimizer in methods(config, runtime) for on in checkpointing]
     if runtime.device != "cpu": return ways
-    def quick(recipe): return forecast_step(search.shape, recipe, device_of(runtime), recipe.tokens) <= PATIENCE
+    def quick(recipe): return forecast_step(planner.shape, recipe, device_of(runtime), recipe.tokens) <= PATIENCE
     return [[r for r in way if quick(r)] or way[-1:] for way in ways]
 
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed6
 @dataclass(frozen=True)
-class Search(Record):
+class Planner(Record):
     "The ways to train a model on a text and a machine, and the first of them that fits."
     shape: Shape
     text: TextSize
     runtime: Runtime
     config: FinetuneConfig
 
-    @cached_property
+    ways = cached_property(possible_ways)
+
+    @property
     def limit(self):  # bytes; the rest is for fragmentation and others
         return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free))
 
-    @cached_property
+    @property
     def in_use(self):  # bytes of a GPU, such as those of a model that a notebook keeps; the probe counts them too
         free = self.runtime.device_free
         return 0 if free is None else max(0, self.runtime.device_memory - free - COSTS.context)
 
-    @cached_property
+    @property
     def blocks(self): return min(effective_batch(self.config), self.text.blocks)  # in a step
+
+    @property
+    def steps(self): return count_steps(self.config, self.text.blocks)
 
     def memory(self, recipe): return self.in_use + StepMemory(self.shape, recipe).total
 
-    ways = cached_property(possible_ways)
-
     @cached_property
     def best(self) -> Recipe | None: return next((r for r in sum(self.ways, []) if self.memory(r) <= self.limit), None)
+
+    @cached_property
+    def chosen(self): return self.best or min(sum(self.ways, []), key=self.memory)  # what needs least
 
 # %% ../../nbs/planning/32_plan.ipynb #267b658c
 def describe(recipe: Recipe) -> str:
@@ -175,30 +182,31 @@ def describe(recipe: Recipe) -> str:
     return f"{method} with {' and '.join(extras)}" if extras else method
 
 # %% ../../nbs/planning/32_plan.ipynb #6484d6ec
-def advise(search: Search) -> Sentence:
+SMALLER = "No smaller batch or block fits: choose %s or a device with more memory."
+
+def advise(planner: Planner) -> Sentence:
     "The least change that makes it fit, where nothing does."
-    text, config = search.text, replace(search.config, effective_batch_size=effective_batch(search.config),
-                                        per_device_train_batch_size=None, gradient_accumulation_steps=None)
-    if less := replace(search, config=config).best:
+    text, runtime = planner.text, planner.runtime
+    config = replace(planner.config, effective_batch_size=effective_batch(planner.config),
+                     per_device_train_batch_size=None, gradient_accumulation_steps=None)
+    if less := replace(planner, config=config).best:
         return Sentence("Lower {per_device_train_batch_size} to {n}.", n=less.micro_batch)
     free = dict(method="auto", optim=None, gradient_checkpointing=None)
     fixed = [f"{{{name}}}" for name, auto in free.items() if getattr(config, name) != auto]
-    search = replace(search, config=replace(config, **free))
-    if search.best:
-        return Sentence(f"Leave {' and '.join(fixed)} to the plan: {{way}} fits.", way=describe(search.best))
-    runtime = search.runtime
-    with_peft = replace(runtime, versions={**runtime.versions, "peft": ""})
-    others = [
+    planner = replace(planner, config=replace(config, **free))
+    if planner.best:
+        return Sentence(f"Leave {' and '.join(fixed)} to the plan: {{way}} fits.", way=describe(planner.best))
+    changes = [
         (dict(runtime=replace(runtime, device_free=None)),
-         f"Free the GPU: {human_bytes(search.in_use)} of it is in use; restart the session."),
-        (dict(runtime=with_peft), "Install peft (pip install peft): LoRA fits."),
+         f"Free the GPU: {human_bytes(planner.in_use)} of it is in use; restart the session."),
+        (dict(runtime=replace(runtime, versions={**runtime.versions, "peft": ""})),
+         "Install peft (pip install peft): LoRA fits."),
         *((dict(text=replace(text, block_size=n)), "Lower {block_size} to %d." % n)
           for n in (512, 256, 128, 64) if n < text.block_size),
-        *((dict(shape=shape_of(load_config(name))),
-           "No smaller batch or block fits: choose {model=%s} or a device with more memory." % name)
+        *((dict(shape=shape_of(load_config(name))), SMALLER % f"{{model={name}}}")
           for name in ("gpt2-large", "gpt2-medium", "gpt2"))]
-    nothing = "No smaller batch or block fits: choose a smaller {model} or a device with more memory."
-    return Sentence(next((told for changed, told in others if replace(search, **changed).best), nothing))
+    found = (told for change, told in changes if replace(planner, **change).best)
+    return Sentence(next(found, SMALLER % "a smaller {model}"))
 
 # %% ../../nbs/planning/32_plan.ipynb #ee0c97b8
 def step_time(seconds: float) -> str:
@@ -206,22 +214,15 @@ def step_time(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds < 99.5 else human_time(seconds)
 
 # %% ../../nbs/planning/32_plan.ipynb #bcfb7f20
-def correct(plan, *, peak_bytes=None, step_seconds=None):
-    """`plan` with what a probed step needed, and took without the update, compiled. ValueError for nothing, or a number
-    that cannot be."""
-    if peak_bytes is None and step_seconds is None:
-        raise ValueError("Give what the probe measured: peak_bytes, step_seconds or both.")
-    peak, step, said = plan.peak_bytes, plan.step_seconds, []
-    if peak_bytes is not None:
-        peak = check_number("peak_bytes", peak_bytes, above=0)
-        said.append(f"needed {human_bytes(peak)} (the forecast was {human_bytes(plan.peak_bytes)})")
-    if step_seconds is not None:
-        step = check_number("step_seconds", step_seconds, above=0) + plan.update_seconds
-        forecast = f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""
-        said.append(f"took {step_time(step)}{forecast}")
+def correct(plan, peak_bytes, step_seconds):
+    "`plan` with what a probed step needed, and took without the update, compiled. ValueError for what cannot be."
+    peak = check_number("peak_bytes", peak_bytes, above=0)
+    step = check_number("step_seconds", step_seconds, above=0) + plan.update_seconds
+    forecast = f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""
+    told = (f"A probed step needed {human_bytes(peak)} (the forecast was {human_bytes(plan.peak_bytes)}) "
+            f"and took {step_time(step)}{forecast}.")
     return replace(plan, peak_bytes=int(peak), fits=peak <= plan.limit_bytes, step_seconds=step,
-                   seconds=step and plan.steps * step, source="probe",
-                   reasons=(*plan.reasons, f"A probed step {' and '.join(said)}."))
+                   seconds=plan.steps * step, source="probe", reasons=(*plan.reasons, told))
 
 # %% ../../nbs/planning/32_plan.ipynb #20fa0611
 def plan_rows(plan):
@@ -231,9 +232,7 @@ def plan_rows(plan):
     batch = (f"{recipe.micro_batch} × {recipe.gradient_accumulation_steps} = {plan.blocks_per_step} blocks "
              f"of {recipe.block_size} tokens a step")
     if blocks < plan.blocks_per_step: batch += f", but the text has {blocks}"
-    how = f"{'LoRA' if recipe.lora else 'full training'}, {recipe.precision}, {recipe.optimizer}"
-    if recipe.gradient_checkpointing: how += ", gradient checkpointing"
-    if plan.torch_compile: how += ", torch.compile"
+    how = f"{describe(recipe)}, {recipe.precision}{', torch.compile' if plan.torch_compile else ''}"
     time = "unknown"
     if plan.seconds is not None:
         time = f"{human_time(plan.seconds)} for {plan.steps:,} steps of {step_time(plan.step_seconds)}"
@@ -265,10 +264,8 @@ class Plan(Record):
 
     def to_dict(self) -> dict:
         "Flat, with those fields of the recipe that a plan decides; `device` is the device's name."
-        own = super().to_dict()
-        recipe = own.pop("recipe")
-        for fixed in ("lora_rank", "tune", "keep_attention_dropout"): del recipe[fixed]
-        return {"fits": self.fits, **recipe, **own}
+        own, fixed = super().to_dict(), ("lora_rank", "tune", "keep_attention_dropout")
+        return {"fits": own.pop("fits"), **{k: v for k, v in own.pop("recipe").items() if k not in fixed}, **own}
 
     def with_micro_batch(self, micro_batch, reason):
         "The same with a smaller micro-batch and more accumulation steps, and the `reason` for it."
@@ -279,49 +276,23 @@ class Plan(Record):
     corrected, _rows = correct, plan_rows
 
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa5
-class Planner(Search):
-    "What a search has found, how long it takes, and why."
-    @cached_property
-    def chosen(self): return self.best or min(sum(self.ways, []), key=self.memory)  # what needs least
-
-    @cached_property
-    def peak(self): return self.memory(self.chosen)
-
-    @cached_property
-    def steps(self):
-        "As the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
-        if self.config.max_steps > 0: return self.config.max_steps
-        return math.ceil(self.config.num_train_epochs * math.ceil(self.text.blocks / effective_batch(self.config)))
-
-    @cached_property
-    def time(self):
-        "Seconds of a step and of all, None where they are unknown; whether to compile, and a reason."
-        step = forecast_step(self.shape, self.chosen, device_of(self.runtime), self.blocks * self.text.block_size)
-        seconds = None if step is None else self.steps * step
-        compiled, gain, start, reason = pick_compile(self.config.torch_compile, self.runtime, seconds)
-        if not (compiled and seconds): return step, seconds, compiled, reason
+def time_of(planner) -> tuple:
+    "Seconds of a step and of all, None where they are unknown; whether to compile, and a reason."
+    size = planner.blocks * planner.text.block_size
+    step = forecast_step(planner.shape, planner.chosen, device_of(planner.runtime), size)
+    seconds = step and planner.steps * step
+    compiled, gain, start, reason = pick_compile(planner.config.torch_compile, planner.runtime, seconds)
+    if compiled and seconds:
         step /= 1 + gain
-        return step, self.steps * step + start, compiled, reason
-
-    @cached_property
-    def plan(self):
-        step, seconds, compiled, _ = self.time
-        micro = max(self.chosen.micro_batch, micro_batches(self.config)[-1])  # the latter is what is asked for, or one
-        return Plan(
-            fits=self.peak <= self.limit, peak_bytes=self.peak, limit_bytes=self.limit, seconds=seconds,
-            recipe=replace(self.chosen, micro_batch=micro,
-                           gradient_accumulation_steps=effective_batch(self.config) // micro),
-            step_seconds=step, steps=self.steps, torch_compile=compiled, tokens=self.text.tokens,
-            parameters=self.shape.parameters, device=self.runtime.device_name,
-            update_seconds=update_seconds(StepMemory(self.shape, self.chosen), device_of(self.runtime)),
-            reasons=(*memory_reasons(self), *other_reasons(self)))
+        seconds = planner.steps * step + start
+    return step, seconds, compiled, reason
 
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa4
 def memory_reasons(planner: Planner):
     "The verdict, and a sentence for each way that was passed over."
     recipe, runtime, config, ways = planner.chosen, planner.runtime, planner.config, planner.ways
     size = (f"{describe(recipe)} in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about "
-            f"{human_bytes(planner.peak)}; the limit is {human_bytes(planner.limit)}, 90% of "
+            f"{human_bytes(planner.memory(recipe))}; the limit is {human_bytes(planner.limit)}, 90% of "
             f"{'the GPU' if runtime.device_memory else 'the free RAM'}.")
     if planner.in_use: size += f" {human_bytes(planner.in_use)} of that is in use already."
     reasons, own = [f"It fits: {size}"], next(way for way in ways if recipe in way)
@@ -353,7 +324,21 @@ def other_reasons(planner: Planner):
                 "its bandwidth, and leaves out evaluation and saving: a rough estimate until a step is measured.")
     size = (f"{text.tokens:,} tokens ({text.source}) are {text.blocks:,} blocks; "
             f"that makes {planner.steps:,} steps of {planner.blocks:,}.")
-    return [*reasons, f"Precision {runtime.precision}.", size, time, planner.time[-1]]
+    return [*reasons, f"Precision {runtime.precision}.", size, time]
+
+# %% ../../nbs/planning/32_plan.ipynb #10c26b04
+def make_plan(planner: Planner) -> Plan:
+    "What was chosen, how long it takes, and why."
+    config, device, recipe = planner.config, device_of(planner.runtime), planner.chosen
+    (step, seconds, compiled, why), peak = time_of(planner), planner.memory(recipe)
+    micro = max(recipe.micro_batch, micro_batches(config)[-1])  # the latter is what is asked for, or one
+    return Plan(
+        fits=peak <= planner.limit, peak_bytes=peak, limit_bytes=planner.limit, seconds=seconds, step_seconds=step,
+        recipe=replace(recipe, micro_batch=micro, gradient_accumulation_steps=effective_batch(config) // micro),
+        steps=planner.steps, torch_compile=compiled, tokens=planner.text.tokens,
+        parameters=planner.shape.parameters, device=planner.runtime.device_name,
+        update_seconds=update_seconds(StepMemory(planner.shape, recipe), device),
+        reasons=(*memory_reasons(planner), *other_reasons(planner), why))
 
 # %% ../../nbs/planning/32_plan.ipynb #21f8608f
 def plan_run(
@@ -367,16 +352,16 @@ def plan_run(
     config, shape, size = config or FinetuneConfig(), shape_of(model), blocks.block_size
     runtime = pick_run_precision(config, runtime)
     check_number("tokens", blocks.tokens, minimum=1, integer=True)
-    context = f"The model's context is {shape.context} tokens."
-    check_number("block_size", size, minimum=2, maximum=shape.context, integer=True, hint=context)
+    check_number("block_size", size, minimum=2, maximum=shape.context, integer=True,
+                 hint=f"The model's context is {shape.context} tokens.")
     if config.method != "full":  # a rank above the width adds memory, and nothing that the width could not learn
         check_number("lora_rank", config.lora_rank, maximum=max(shape.width, FinetuneConfig.lora_rank),
                      hint="That is the model's width.")
     if config.eval_stride:
-        hint = "It can be at most the block size, or tokens would be left out."
-        check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True, hint=hint)
+        check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True,
+                     hint="It can be at most the block size, or tokens would be left out.")
     text = TextSize(blocks.tokens, size, getattr(blocks, "source", TextSize.source))
-    return Planner(shape, text, runtime, config).plan
+    return make_plan(Planner(shape, text, runtime, config))
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42c
 def smaller_micro_batch(model, recipe: Recipe) -> int | None:
