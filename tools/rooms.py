@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT/"CONTRIBUTING.md"
 WINGS = dict(text="where words come from and become tokens", model="GPT-2, faster and smaller", planning="what a run takes, before it runs",
-             engine="the training itself", storage="one file, on the Drive", panels="the notebook's widgets", legacy="the command line of 2020")
+             engine="the training itself", storage="what outlives the machine", panels="the notebook's widgets", legacy="the command line of 2020")
 
 
 def rooms():

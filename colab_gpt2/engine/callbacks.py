@@ -49,7 +49,9 @@ class Meter(TrainerCallback):
 
 # %% ../../nbs/engine/40_callbacks.ipynb #4f113ad1
 class Bar(TrainerCallback):
-    "Reports every step; a bar on the screen also shows the loss and the tokens a second."
+    "Reports every step; a bar on the screen also shows the loss, the tokens a second, and the `status` of a mirror."
+    status = str  # of a mirror: by default ""
+
     def __init__(self, meter, tokens_per_step, report):
         self.meter, self.tokens_per_step, self.report = meter, tokens_per_step, report
 
@@ -64,7 +66,7 @@ class Bar(TrainerCallback):
         shown = [f"loss {entry['loss']:.3f}" for entry in log_history if "loss" in entry][-1:]
         speed = self.meter.tokens_per_second(self.tokens_per_step, newest=20)
         if speed: shown.append(f"{speed:,.0f} tokens/s")
-        return ", ".join(shown)
+        return ", ".join(filter(None, [*shown, self.status()]))
 
 # %% ../../nbs/engine/40_callbacks.ipynb #9753baeb
 class StopOnInterrupt(TrainerCallback):

@@ -72,14 +72,15 @@ class MicroBatchTrainer(Trainer):
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf34
 class BlockTrainer(MicroBatchTrainer):
     "Atomic checkpoints too, from which a run may resume with other settings."
-    aside, identity, checkpoints_to_keep = None, {}, None
+    aside, identity, checkpoints_to_keep, in_use = None, {}, None, set  # in_use(): checkpoints that a mirror copies now
 
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
         retried(lambda: self.save_once(model, trial), may_pass)  # a Drive under load
         if not self.checkpoints_to_keep: return
-        for path in find_checkpoints(self.args.output_dir)[:-self.checkpoints_to_keep]: remove_checkpoint(path)
+        for path in find_checkpoints(self.args.output_dir)[:-self.checkpoints_to_keep]:
+            if path not in self.in_use(): remove_checkpoint(path)
 
     def save_once(self, model, trial):
         with new_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}") as folder:
@@ -212,6 +213,8 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
                            callbacks=[StepsOfNow(), meter, stop, guard, bar, *callbacks])
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
+    for mirror in callbacks:
+        if hasattr(mirror, "in_use"): trainer.in_use, bar.status = mirror.in_use, mirror.status
     trainer.micro_batch, trainer.checkpoints_to_keep = recipe.micro_batch, config.save_total_limit
     if recipe.gradient_checkpointing:  # keep half-precision copies of the current layer only
         trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
