@@ -7,7 +7,10 @@ __all__ = []
 
 # %% ../nbs/00_core.ipynb #0b0b9bfa
 import contextlib, dataclasses, difflib, errno, hashlib, html, json, logging, math, os, re, shutil, stat, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
+from types import NoneType
+from typing import get_args, get_origin, get_type_hints
 
 # %% ../nbs/00_core.ipynb #f9a2c4bf
 def plain(value):
@@ -19,12 +22,33 @@ def plain(value):
     if value is None or isinstance(value, (str, bool, int, float)): return value
     return str(value)
 
+# %% ../nbs/00_core.ipynb #58fd4e2f
+def typed(hint, value):
+    "The opposite of `plain`: a `value` that JSON gave, as the type `hint` has it."
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    if NoneType in get_args(hint): return value if value is None or len(kinds) > 1 else typed(kinds[0], value)
+    if value is None: return math.nan if hint is float else None
+    if isinstance(hint, type) and issubclass(hint, Record): return hint.from_dict(value)
+    kind = get_origin(hint) or hint
+    if kind is dict: return {k: typed(kinds[1] if kinds else None, v) for k, v in value.items()}
+    if kind in (list, tuple): return kind(typed(kinds[0] if kinds else None, v) for v in value)
+    return kind(value) if kind in (Path, float) else value
+
 # %% ../nbs/00_core.ipynb #a2a6cc6d
 class Record:
     "Mixin for frozen dataclasses: a dict for programs, a table for people."
     def to_dict(self) -> dict:
         "The public fields, nested records included, ready for `json.dumps`."
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+
+    @classmethod
+    def from_dict(cls, facts):
+        "The record whose `to_dict` is `facts`, by the type hints of its fields; ValueError for anything else."
+        hints = get_type_hints(cls)
+        try:
+            if unknown := facts.keys() - hints: raise ValueError(f"there is no {min(unknown)!r}")
+            return cls(**{name: typed(hints[name], value) for name, value in facts.items()})
+        except (TypeError, AttributeError, ValueError) as e: raise ValueError(f"No {cls.__name__}: {e}.") from e
 
     def _rows(self):
         "The (label, text) pairs of the HTML table; a subclass overrides it to show less, or in better words."
@@ -72,6 +96,23 @@ def home(path) -> Path:
     user = Path(text).parts[0][1:]
     why = f"there is no user {user!r} here" if user else "no home folder is known here"
     raise ValueError(f"{text!r}: {why}; give a path without ~.")
+
+# %% ../nbs/00_core.ipynb #56e22cc0
+def existing(path) -> Path:
+    "`path`, or the nearest folder above it that exists."
+    path = home(path).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+# %% ../nbs/00_core.ipynb #56e22ccc
+def check_space(path, needed, what):
+    "Raise OSError if the disk that holds `path` has fewer than `needed` bytes free for `what`."
+    folder = existing(path)
+    free = shutil.disk_usage(folder).free
+    if free >= needed: return
+    error = OSError(f"{what} needs {human_bytes(needed)} and {folder} has {human_bytes(free)} free. "
+                    "Free some space or choose another folder.")
+    error.errno = errno.ENOSPC
+    raise error
 
 # %% ../nbs/00_core.ipynb #7fcea497
 DRIVES = "MyDrive", "My Drive", "Shareddrives", "Shared drives"
@@ -126,6 +167,13 @@ def _sync(path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../nbs/00_core.ipynb #9256aece
+def make_folder(path):
+    "Make the folder `path` and those above it; each new one is synced in the one that it is in."
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new: _sync(folder.parent)
+
 # %% ../nbs/00_core.ipynb #5af3bc20
 def _settle(folder):
     "Sync all that is in `folder`, with the permissions that `open` and `mkdir` give: temporary files are private."
@@ -135,31 +183,6 @@ def _settle(folder):
             _sync(path)
         for name in folders: Path(root, name).chmod(0o777 & ~current_umask())
         _sync(root)
-
-# %% ../nbs/00_core.ipynb #a393b176
-@contextlib.contextmanager
-def atomic(path, folder=False):
-    """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; an error leaves `path` as
-    it was. Into a folder that is there already the new files move one by one, the largest last; its others stay."""
-    path = Path(path)
-    inside = folder and path.is_dir()  # it may be a mount, out of which nothing can be renamed
-    place, prefix = path if inside else path.parent, f".{path.name}.{os.getpid()}."
-    top = drive_top(place, anywhere=False)
-    if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))  # not mounted
-    place.mkdir(parents=True, exist_ok=True)
-    options = dict(suffix=".part", ignore_cleanup_errors=True)  # the error that led there says more
-    with tempfile.TemporaryDirectory(dir=place, prefix=prefix, **options) as temporary:
-        target = Path(temporary, path.name)
-        if folder: target.mkdir()
-        try: yield target
-        except BaseException:
-            with contextlib.suppress(OSError): discard(target)  # a Drive under load may refuse to list `temporary`
-            raise
-        _settle(temporary)
-        if not (folder and path.is_dir()): replace(target, path)  # another process may have made it meanwhile
-        else:
-            for child in sorted(target.iterdir(), key=lambda p: p.stat().st_size): replace(child, path/child.name)
-        _sync(place)
 
 # %% ../nbs/00_core.ipynb #4da8cefb
 def leftovers(folder) -> list[Path]:
@@ -171,6 +194,17 @@ def leftovers(folder) -> list[Path]:
     dead = (path for path, found in named if found and not alive(int(found[1]), path))
     return [path for path in dead if path.is_dir() and not path.is_symlink()]
 
+# %% ../nbs/00_core.ipynb #57e51458
+@contextlib.contextmanager
+def _scratch(folder, name):
+    "A temporary folder in `folder` (None: the system's place for them), for what will be called `name`."
+    for old in leftovers(tempfile.gettempdir()) if folder is None else (): shutil.rmtree(old, ignore_errors=True)
+    options = dict(prefix=f".{name}.{os.getpid()}.", suffix=".part", ignore_cleanup_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, **options) as temporary:  # an error that led here says more
+        try: yield Path(temporary)
+        finally:
+            with contextlib.suppress(OSError): discard(Path(temporary, name))  # a Drive under load may refuse to list
+
 # %% ../nbs/00_core.ipynb #ee4f0b91
 def sha256_of(path, report=None, chunk=1 << 20):
     "Hex SHA-256 of a file, read in pieces of `chunk` bytes."
@@ -181,6 +215,65 @@ def sha256_of(path, report=None, chunk=1 << 20):
             if report: report(f"Checking {path.name}", f.tell(), path.stat().st_size)
     return digest.hexdigest()
 
+# %% ../nbs/00_core.ipynb #db4431d1
+def checksums(folder, names) -> dict:
+    "Name to SHA-256 of the files `names` in `folder`; several are read at once, since hashing is what takes the time."
+    with ThreadPoolExecutor() as pool: return dict(zip(names, pool.map(lambda n: sha256_of(Path(folder, n)), names)))
+
+# %% ../nbs/00_core.ipynb #87818c54
+def copy_synced(source, target, report=None, place=None) -> str:
+    """Copy a file, have the system write it to the disk and forget it, read it back and compare; -> the SHA-256.
+    OSError if something else arrived in `place` (the folder of `target`). `report` hears of both."""
+    source, target, digest = Path(source), Path(target), hashlib.sha256()
+    def reading_back(_, done, total): report(f"Reading {source.name} back", done, total)
+    with open(source, "rb") as s, open(target, "wb") as t:
+        size = os.fstat(s.fileno()).st_size
+        while piece := s.read(1 << 20):
+            digest.update(piece)
+            t.write(piece)
+            if report: report(f"Copying {source.name}", s.tell(), size)
+        t.flush()
+        os.fsync(t.fileno())
+        if hasattr(os, "posix_fadvise"): os.posix_fadvise(t.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # macOS has none
+    arrived, sha256, damage = target.stat().st_size, digest.hexdigest(), ""
+    if arrived < size: damage = f"truncated in transit: {human_bytes(arrived)} of {human_bytes(size)} arrived"
+    elif sha256_of(target, report and reading_back) != sha256: damage = "corrupted in transit: its SHA-256 differs"
+    if not damage: return sha256
+    raise OSError(f"{source.name} was {damage} in {place or target.parent}. Nothing was replaced. "
+                  "Try again; on Drive, check the quota first.")
+
+# %% ../nbs/00_core.ipynb #b681c612
+def _carry(stage, temporary, place):
+    "Copy all that is in the folder `stage` to `temporary`, in `place` on a Drive."
+    check_space(place, sum(path.stat().st_size for path in stage.rglob("*")), f"Writing to {place}")
+    for root, _, files in os.walk(stage):
+        to = temporary/Path(root).relative_to(stage)
+        to.mkdir(exist_ok=True)
+        for name in files: copy_synced(Path(root, name), to/name, place=place)
+
+# %% ../nbs/00_core.ipynb #a393b176
+@contextlib.contextmanager
+def atomic(path, folder=False):
+    """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; an error leaves `path` as
+    it was. Into a folder that is there already the new files move one by one, the largest last; its others stay."""
+    path = Path(path)
+    inside = folder and path.is_dir()  # it may be a mount, out of which nothing can be renamed
+    place = path if inside else path.parent
+    top = drive_top(place, anywhere=False)
+    if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))  # not mounted
+    make_folder(place)
+    with contextlib.ExitStack() as scratch:  # on a Drive: written to this machine's disk, then copied
+        stage = temporary = scratch.enter_context(_scratch(None if drive_top(place) else place, path.name))
+        if folder: (stage/path.name).mkdir()
+        yield stage/path.name
+        if drive_top(place): _carry(stage, temporary := scratch.enter_context(_scratch(place, path.name)), place)
+        _settle(temporary)
+        target = temporary/path.name
+        if not (folder and path.is_dir()): replace(target, path)  # another process may have made it meanwhile
+        else:
+            for child in sorted(target.iterdir(), key=lambda p: p.stat().st_size): replace(child, path/child.name)
+        _sync(place)
+
 # %% ../nbs/00_core.ipynb #19f5b3bd
 def weight_files(index) -> set:
     "The names in an index of weights; ValueError unless they are of safetensors files in its own folder."
@@ -190,21 +283,6 @@ def weight_files(index) -> set:
         if name.endswith(".safetensors") and PureWindowsPath(name).name == name: continue
         raise ValueError(f"{index} names {name!r}, but weights are safetensors files in its own folder.")
     return names
-
-# %% ../nbs/00_core.ipynb #56e22cc0
-def existing(path) -> Path:
-    "`path`, or the nearest folder above it that exists."
-    path = home(path).absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
-
-# %% ../nbs/00_core.ipynb #56e22ccc
-def check_space(path, needed, what):
-    "Raise OSError if the disk that holds `path` has fewer than `needed` bytes free for `what`."
-    folder = existing(path)
-    free = shutil.disk_usage(folder).free
-    if free >= needed: return
-    raise OSError(f"{what} needs {human_bytes(needed)} and {folder} has {human_bytes(free)} free. "
-                  "Free some space or choose another folder.")
 
 # %% ../nbs/00_core.ipynb #4a9058d6
 def retried(action, passing, attempts=3, wait=1.0):

@@ -9,7 +9,7 @@ from colab_gpt2.errors import GONE, REMOUNT, fields_of
 from colab_gpt2.storage.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
 from colab_gpt2.tasks import save_or_say_why
 from helpers.archives import archive, model, tree
-from helpers.colab_stub import colab, environment, stub
+from helpers.colab_stub import colab, environment, stub, watch_deletions
 
 
 @pytest.fixture
@@ -199,16 +199,13 @@ def test_read_back_comes_from_the_disk(archive, tmp_path, monkeypatch):
 
 @pytest.fixture
 def deleted(my_drive):
-    "The sizes of the files when they are deleted, and of those that another takes the place of."
-    sizes, unlink, replace = [], os.unlink, os.replace
-    def unlinked(path, *, dir_fd=None):
-        sizes.append(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_size)
-        unlink(path, dir_fd=dir_fd)
+    "The sizes of a Drive's files when they are deleted, and of those that another takes the place of."
+    replace = os.replace
     def replaced(source, path):
         if os.path.isfile(path): sizes.append(os.stat(path).st_size)
         replace(source, path)
     with pytest.MonkeyPatch.context() as patched:  # undone before the Drive is unmounted, whose own hooks these cover
-        patched.setattr(os, "unlink", unlinked)
+        sizes = watch_deletions(patched)
         patched.setattr(os, "replace", replaced)
         yield sizes
 
@@ -227,10 +224,9 @@ def test_what_is_replaced_on_a_drive_reaches_the_trash_empty(colab, model, my_dr
 
 def test_what_an_error_leaves_half_written_on_a_drive_is_emptied(colab, my_drive, deleted):
     for folder in (False, True):
-        with pytest.raises(KeyboardInterrupt):
+        with colab.faults(corrupted=True), pytest.raises(OSError, match="corrupted in transit"):
             with atomic(my_drive/"a", folder=folder) as target:
                 (target/"weights" if folder else target).write_text("half of the weights")
-                raise KeyboardInterrupt
     assert deleted == [0, 0] and os.listdir(my_drive) == []
 
 
@@ -280,8 +276,9 @@ def test_killed_in_the_middle(archive, tmp_path):
     (tmp_path/"drive/gpt2-tuned.tar.gz").write_text("old")
     code = f"""
 import time
+from colab_gpt2 import core
 from colab_gpt2.storage import drive
-drive.sha256_of = lambda *args, **kwargs: (print("written", flush=True), time.sleep(60))
+core.sha256_of = lambda *args, **kwargs: (print("written", flush=True), time.sleep(60))
 drive.copy_verified({str(archive.path)!r}, {str(tmp_path/'drive')!r}, progress=False)"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "written\n"
@@ -296,7 +293,7 @@ drive.copy_verified({str(archive.path)!r}, {str(tmp_path/'drive')!r}, progress=F
 
 def test_interrupted_in_the_middle(archive, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr("colab_gpt2.storage.drive.sha256_of", interrupt)
+    monkeypatch.setattr("colab_gpt2.core.sha256_of", interrupt)
     (tmp_path/"drive").mkdir()
     with pytest.raises(KeyboardInterrupt): copy_verified(archive.path, tmp_path/"drive", progress=False)
     assert os.listdir(tmp_path/"drive") == []

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.colab_stub import watch_deletions
 from helpers.forks import forked
 from safetensors import SafetensorError
 from torch import nn
@@ -451,15 +452,9 @@ def test_a_run_that_its_disk_cannot_hold_to_the_end_is_refused(text, tmp_path, m
 
 def test_what_goes_to_a_drives_trash_is_empty(text, tmp_path, monkeypatch):
     "Replaced checkpoints, and the weights of a former run."
-    sizes, unlink = [], os.unlink
-    def seen(path, *, dir_fd=None):
-        sizes.append(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_size)
-        unlink(path, dir_fd=dir_fd)
-    folder = tmp_path/"MyDrive"/"run"
-    for _ in range(2):
-        monkeypatch.setattr(os, "unlink", seen)
-        run(text, folder, max_steps=3, save_steps=1, save_total_limit=1, overwrite_output_dir=True)
-        monkeypatch.undo()
+    sizes, folder = watch_deletions(monkeypatch), tmp_path/"MyDrive"/"run"
+    for _ in range(2): run(text, folder, max_steps=3, save_steps=1, save_total_limit=1, overwrite_output_dir=True)
+    monkeypatch.undo()
     assert len(sizes) > 20 and max(sizes) == 0
 
 
@@ -490,7 +485,7 @@ def test_a_corrupted_checkpoint_is_skipped(text, tmp_path):
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    with pytest.warns(UserWarning, match="checkpoint-4 is corrupted"):
+    with pytest.warns(UserWarning, match="checkpoint-4 is skipped: model.safetensors: corrupted"):
         result = run(text, tmp_path/"out", save_steps=2)
     assert result.resumed_from.endswith("checkpoint-2")
     assert result.perplexity_after.value == plain.perplexity_after.value

@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #ccc53ae6
-import contextlib, errno, json, os, shutil, warnings
+import contextlib, errno, hashlib, json, os, shutil, time, warnings
 from pathlib import Path
 
 import torch
 
-from ..core import atomic, discard, sha256_of
-from ..errors import Sentence, errno_of
+from ..core import atomic, checksums, discard, retried
+from ..errors import Sentence, errno_of, explained, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.loading import lost_weight, quiet
 
@@ -50,26 +50,47 @@ def list_files(folder) -> dict:
     "Name to bytes of the files in `folder`, without the manifest."
     return {f.name: f.stat().st_size for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != MANIFEST}
 
+# %% ../../nbs/engine/41_checkpoints.ipynb #cde56d37
+def _checksum(facts): return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
-def write_manifest(folder, identity):
-    "List the files of a complete checkpoint, with the `identity` (names to plain values) of its run."
-    folder, files = Path(folder), list_files(folder)
-    sums = {name: sha256_of(folder/name) for name in files}
-    (folder/MANIFEST).write_text(json.dumps(dict(files=files, sha256=sums, run=identity)))
+def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0):
+    """List the files of a complete checkpoint, with the fingerprint of its `run` (names to plain values), its `step` of
+    how many `steps`, and by what the run's learning rate is multiplied since it diverged."""
+    files, now = list_files(folder), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    facts = dict(files=files, sha256=checksums(folder, files), run=run, step=step, steps=steps, saved=now,
+                 rate_factor=rate_factor)
+    Path(folder, MANIFEST).write_text(json.dumps(facts | dict(checksum=_checksum(facts))))
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a80
-def read_manifest(folder) -> dict | None:
-    "The manifest of a checkpoint that has all its files in full size; else None."
+def check_complete(folder) -> dict:
+    "The manifest of a checkpoint that has all its files in full size; else ValueError: what is wrong."
+    path = Path(folder, MANIFEST)
     try:
-        manifest = json.loads((Path(folder)/MANIFEST).read_text())
-        return manifest if manifest["files"].items() <= list_files(folder).items() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return None  # missing, truncated, another tool's
+        with explained(f"Reading {path}"): text = retried(lambda: path.read_text(encoding="utf-8"), may_pass)
+        manifest = json.loads(text)
+        if manifest.pop("checksum") != _checksum(manifest): raise ValueError
+    except (FileNotFoundError, NotADirectoryError): raise ValueError(f"it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{MANIFEST} is corrupted") from None
+    there = list_files(folder)
+    for name, size in manifest["files"].items():
+        if name not in there: raise ValueError(f"{name} is missing")
+        if there[name] != size: raise ValueError(f"{name} has {there[name]:,} of {size:,} bytes")
+    return manifest
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a81
-def damaged_files(folder) -> list[str]:
-    "Files of a complete checkpoint that differ from its manifest's SHA-256."
-    sums = read_manifest(folder).get("sha256", {})
-    return [name for name, digest in sums.items() if sha256_of(Path(folder)/name) != digest]
+def check_intact(folder) -> dict:
+    "The manifest of a complete checkpoint with the right checksums; else ValueError: what is wrong."
+    manifest = check_complete(folder)
+    with explained(f"Reading {folder}"): now = retried(lambda: checksums(folder, manifest["sha256"]), may_pass)
+    damaged = [name for name, digest in now.items() if digest != manifest["sha256"][name]]
+    if damaged: raise ValueError(f"{', '.join(damaged)}: corrupted, the SHA-256 differs")
+    return manifest
+
+# %% ../../nbs/engine/41_checkpoints.ipynb #4ba9232d
+def read_manifest(folder) -> dict | None:
+    "The manifest of a complete checkpoint, or None."
+    with contextlib.suppress(ValueError): return check_complete(folder)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #b4bab866
 def sort_checkpoints(output_dir) -> tuple:
@@ -89,8 +110,8 @@ def find_checkpoints(output_dir) -> list[Path]:
 def newest_intact(output_dir) -> Path | None:
     "The newest complete checkpoint with the right checksums; a warning for each newer one."
     for path in reversed(find_checkpoints(output_dir)):
-        if not (damaged := damaged_files(path)): return path
-        warnings.warn(f"{path} is corrupted ({', '.join(damaged)}) and is skipped.", stacklevel=3)
+        try: return check_intact(path) and path
+        except ValueError as e: warnings.warn(f"{path} is skipped: {e}.", stacklevel=3)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
 def remove_checkpoint(path):

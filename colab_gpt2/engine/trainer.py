@@ -90,7 +90,7 @@ class BlockTrainer(MicroBatchTrainer):
                 with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
             finally: self.aside = None
-            write_manifest(folder, self.identity)
+            write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         "Keep this run's learning rate and weight decay, not the checkpoint's."

@@ -6,14 +6,14 @@
 __all__ = ['Copy', 'copy_verified', 'mount_drive', 'save_to_drive', 'restore_from_drive']
 
 # %% ../../nbs/storage/51_drive.ipynb #04d5bba8
-import contextlib, dataclasses, glob, hashlib, itertools, os, re, socket, sys, tempfile, threading, time
+import contextlib, dataclasses, glob, itertools, os, re, socket, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import Record, check_space, discard, home, human_bytes, human_time, nearest, replace, retried
-from ..core import sha256_of
+from ..core import Record, check_space, copy_synced, discard, home, human_bytes, human_time, nearest, replace
+from ..core import retried, sha256_of
 from ..errors import GONE, REMOUNT, Sentence, check_number, explained, may_pass, same_kind
-from ..reporting import counter, reporting
+from ..reporting import reporting
 from ..runtime import SPELLINGS, check_mounted, drive_path, in_colab, is_folder, my_drive
 from .archives import Archive, empty_folder, leads_out, unpack
 
@@ -39,34 +39,12 @@ def discard_leftovers(destination):
         for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part"):
             if time.time() - path.stat().st_mtime > day: discard(path)
 
-# %% ../../nbs/storage/51_drive.ipynb #1503e39e
-def write_synced(source, target, add) -> str:
-    "Copy to the disk, and have the system forget it, so that reading back asks the disk; returns the SHA-256."
-    digest = hashlib.sha256()
-    with open(source, "rb") as s, open(target, "wb") as t:
-        while piece := s.read(1 << 20):
-            digest.update(piece)
-            t.write(piece)
-            add(len(piece))
-        t.flush()
-        os.fsync(t.fileno())
-        if hasattr(os, "posix_fadvise"): os.posix_fadvise(t.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # macOS has none
-    return digest.hexdigest()
-
 # %% ../../nbs/storage/51_drive.ipynb #f6783d41
 def copy_once(source, destination, report) -> str:
     "Copy to a temporary name, read back, rename; returns the SHA-256."
-    name, size, damage = source.name, source.stat().st_size, ""
     temporary = destination.with_name(f".{destination.name}.{socket.gethostname()}-{os.getpid()}.part")
-    def reading_back(_, done, total): report(f"Reading {name} back", done, total)
     try:
-        sha256 = write_synced(source, temporary, counter(report, f"Copying {name}", size))
-        arrived = os.stat(temporary).st_size
-        if arrived != size: damage = f"truncated in transit: {human_bytes(arrived)} of {human_bytes(size)} arrived"
-        elif sha256_of(temporary, reading_back) != sha256: damage = "corrupted in transit: its SHA-256 differs"
-        if damage:
-            raise OSError(f"{name} was {damage} in {destination.parent}. Nothing was replaced. "
-                          "Try again; on Drive, check the quota first.")
+        sha256 = copy_synced(source, temporary, report)
         replace(temporary, destination)
     except BaseException:
         with contextlib.suppress(OSError): discard(temporary)  # a mount that has gone cannot delete either

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from colab_gpt2.core import drive_top
+
 STUB = Path(__file__).parents[1]/"google_colab_stub"
 SOURCE = STUB/"src"
 
@@ -13,6 +15,18 @@ def environment(**variables):
     "The variables for a subprocess that is to find the stub."
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, **variables}
+
+
+def watch_deletions(monkeypatch):
+    "The list to which the size of each file of a Drive is added when it is deleted."
+    sizes, unlink = [], os.unlink
+    def unlinked(path, *, dir_fd=None):
+        folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+        size = os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_size
+        if drive_top(os.path.join(folder, path)): sizes.append(size)
+        unlink(path, dir_fd=dir_fd)
+    monkeypatch.setattr(os, "unlink", unlinked)
+    return sizes
 
 
 @pytest.fixture
