@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-no-bf16 test-colab test-browser bench show sync clean
+.PHONY: demo test test-no-bf16 test-colab test-browser torture bench show sync clean
 
 .venv/ready: $(SOURCES) constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -50,6 +50,10 @@ test-colab: .venv-colab/ready
 # The tutorial and its panels in three front ends, as a reader clicks through them; one after the other, since the times of clicks are measured.
 test-browser: .venv/browser .venv-colab/browser | /usr/bin/chromium
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/browser
+
+# A hundred toy runs that are killed and started again, and a dozen of each peer: within ten minutes of two cores.
+torture: .venv/ready
+	.venv/bin/python benchmarks/torture.py
 
 # Every benchmark of a CPU, one after the other, on a machine that does nothing else; then the table of all results.
 bench: .venv/ready

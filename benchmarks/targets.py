@@ -22,6 +22,8 @@ TARGETS = {  # (figure, peer, device) -> (rule, value)
 
     ("peak memory", "measured", "any"): ("within", 0.05),  # a forecast, before the run or after the probe
     ("seconds a step", "measured", "any"): ("within", 0.10),  # a forecast after the probe
+    ("equal after kill -9", "trials", "any"): ("at least", 1.0),  # all of them
+    ("work lost at a kill", "save interval", "any"): ("at most", 1.0),
     ("memory on a T4", "14.7 GB", "cuda"): ("at most", 1.0),
 }
 

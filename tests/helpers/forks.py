@@ -2,7 +2,7 @@
 
 What depends on the start of a process (what a command loads, the environment at import, signals): see `shell`.
 """
-import gc, multiprocessing, os, pickle, subprocess, sys, tempfile
+import contextlib, gc, multiprocessing, os, pickle, subprocess, sys, tempfile
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -11,24 +11,38 @@ FORKS.set_forkserver_preload(["torch", "transformers.trainer", "transformers.mod
                               "IPython.core.interactiveshell", "nbdev.test", "typer", "rich.console"])
 
 
-def forked(function, *args, cwd=None, env=None, timeout=300):
-    "Call `function(*args)` in a forked process; -> CompletedProcess with text, and what it gave as its `result`."
+@contextlib.contextmanager
+def launched(function, *args, cwd=None, env=None):
+    """A forked process that calls `function(*args)`, for a caller who waits for it or ends it. Afterwards it is dead,
+    and has a CompletedProcess as its `done`: text, and as `result` what the function gave."""
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         place, env = str(cwd or os.getcwd()), {**os.environ, **(env or {})}
         process = FORKS.Process(target=_child, args=(folder, function, args, place, env))
         process.start()
-        process.join(timeout)
-        out, err = (read(Path(folder)/name) for name in ("stdout", "stderr"))
-        if process.is_alive():
-            process.kill()
+        try: yield process
+        finally:
+            if process.is_alive(): process.kill()
             process.join()
-            raise subprocess.TimeoutExpired([function.__name__, *args], timeout, out, err)
-        done = subprocess.CompletedProcess(args, process.exitcode, out, err)
-        done.result = pickle.loads((Path(folder)/"result").read_bytes()) if (Path(folder)/"result").exists() else None
+            out, err = (read(Path(folder)/name) for name in ("stdout", "stderr"))
+            process.done = subprocess.CompletedProcess(args, process.exitcode, out, err)
+            result = Path(folder)/"result"
+            process.done.result = None if process.exitcode else read_result(result)
+
+
+def forked(function, *args, cwd=None, env=None, timeout=300):
+    "Call `function(*args)` in a forked process; -> CompletedProcess with text, and what it gave as its `result`."
+    with launched(function, *args, cwd=cwd, env=env) as process:
+        process.join(timeout)
+        late = process.is_alive()
+    done = process.done
+    if late: raise subprocess.TimeoutExpired([function.__name__, *args], timeout, done.stdout, done.stderr)
     return done
 
 
-def read(path): return path.read_text(encoding="utf-8") if path.exists() else ""
+def read_result(path): return pickle.loads(path.read_bytes()) if path.exists() else None
+
+
+def read(path): return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _child(folder, function, args, cwd, env):
