@@ -48,26 +48,6 @@ JSON = st.recursive(st.one_of(st.none(), st.booleans(), SMALL, TEXTS),
 VALUES = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, JSON, st.binary(max_size=4), st.just(Path("a")))
 
 
-# The config
-
-def check_config(given):
-    "A config of these values, or a ValueError that says of a given field, in one line, what is wrong."
-    try: FinetuneConfig(**given)
-    except ValueError as e:
-        assert set(fields_of(e)) & set(given), (given, e)
-        assert isinstance(e.args[0], Sentence) and is_plain(printable(worded(e)).replace("\n", " ")), e
-
-
-@examples(400)
-@given(st.sampled_from(sorted(FIELDS)), VALUES)
-def test_a_field_takes_a_value_or_says_why_not(name, value): check_config({name: value})
-
-
-@examples(300)
-@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, min_size=2, max_size=2))
-def test_two_fields_take_their_values_or_say_why_not(given): check_config(given)
-
-
 # The command line and the flags of 2020
 
 @pytest.fixture(scope="module")
@@ -127,47 +107,11 @@ def test_the_flags_of_2020_are_translated_or_refused_in_a_line(capsys, flags, co
 
 # What is read back from a disk
 
-MANIFESTS = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()),
-                      st.dictionaries(st.sampled_from("files sha256 run step steps saved rate_factor".split()), JSON,
-                                      max_size=7).map(lambda value: json.dumps(value).encode()))
-
 def look(tmp_path_factory, name):
     "A folder that all examples of a test share."
     folder = Path(tmp_path_factory.getbasetemp())/name
     folder.mkdir(exist_ok=True)
     return folder
-
-
-@examples(200)
-@given(MANIFESTS)
-def test_any_manifest_is_that_of_a_complete_checkpoint_or_of_none(tmp_path_factory, content):
-    output = look(tmp_path_factory, "manifests")
-    folder = output/"checkpoint-1"
-    folder.mkdir(exist_ok=True)
-    (folder/"config.json").write_text("{}")
-    (folder/"whole.json").write_bytes(content)
-    found = read_manifest(folder)
-    assert found is None or isinstance(found, dict)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        newest_intact(output)
-    assert all(is_plain(cli.one_line(w.message)) for w in said)
-
-
-@examples(150)
-@given(st.sampled_from(["files", "sha256", "run", "step", "steps", "saved", "rate_factor"]), JSON)
-def test_a_complete_manifest_with_another_value_raises_nothing(tmp_path_factory, key, value):
-    output = look(tmp_path_factory, "changed")
-    folder = output/"checkpoint-1"
-    folder.mkdir(exist_ok=True)
-    (folder/"config.json").write_text("{}")
-    write_manifest(folder, dict(seed=1))
-    manifest = json.loads((folder/"whole.json").read_text())
-    (folder/"whole.json").write_text(json.dumps({**manifest, key: value}))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        newest_intact(output)
-    assert all(is_plain(cli.one_line(w.message)) for w in said)
 
 
 RESULTS = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()),
