@@ -12,6 +12,7 @@ def links(user, repo, branch):
     name = r"[\w.-]+"
     return ((rf"https://colab\.research\.google\.com/github/{name}/{name}/blob/[^\s\"]+?/nbs/", f"https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/"),
             (rf"git\+https://github\.com/{name}/{name}", f"git+https://github.com/{user}/{repo}"),
+            (rf"https://github\.com/{name}/{name}/blob/[^\s\"]+?/nbs/", f"https://github.com/{user}/{repo}/blob/{branch}/nbs/"),
             (rf"https://github\.com/{name}/{name}#readme", f"https://github.com/{user}/{repo}#readme"))
 
 

@@ -6,7 +6,7 @@
 __all__ = ['DrivePanel']
 
 # %% ../../nbs/panels/80_drive.ipynb #495166c6
-import functools
+import contextlib, functools, json
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..errors import GONE, Sentence, explained
 from .fields import Form, Values
 from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row, wide
 from ..runtime import disk, in_colab
-from ..storage.archives import Archive, archive_model
+from ..storage.archives import Archive, archive_model, reading_archive
 from ..storage.drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
 from ..tasks import archive_name
 
@@ -155,10 +155,15 @@ class DriveView(DriveSource):
         self.kept_there.value = self.kept_there.options[0][1]
 
 # %% ../../nbs/panels/80_drive.ipynb #6d91b7c3
-def is_own(path, packed) -> bool:
-    "Whether the file `path` is as it was `packed` here (path -> SHA-256)."
+def is_own(path, model, packed) -> bool:
+    "Whether the archive `path` is as it was `packed` here (path -> SHA-256), or holds a run in the folder `model`."
     path = Path(path)
-    return path in packed and path.is_file() and sha256_of(path) == packed[path]
+    if path.is_file() and sha256_of(path) == packed.get(path): return True
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), reading_archive(path, path) as tar:
+        for member in tar:
+            if member.name != "finetune.json": continue
+            return Path(json.load(tar.extractfile(member))["config"]["output_dir"]) == Path(model)
+    return False
 
 # %% ../../nbs/panels/80_drive.ipynb #bc64d123
 class DrivePanel(DriveView):
@@ -195,7 +200,7 @@ class DrivePanel(DriveView):
         self.view.value, config, report = "", self.config, self.report
         if config.model == self.earlier: self.note(EARLIER)
         drive, over = self.look(), config.overwrite
-        own = is_own(config.archive_path, self.packed)
+        own = is_own(config.archive_path, config.model, self.packed)
         packed = archive_model(config.model, config.archive_path, overwrite=over or own, progress=report)
         self.packed[packed.path] = packed.sha256  # if the copying fails, the next attempt replaces it
         saved = Saved(packed, save_to_drive(packed, config.folder, drive=drive, overwrite=over, progress=report))
