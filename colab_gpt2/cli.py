@@ -105,14 +105,15 @@ def quiet_libraries(name_of=name_of):
 def answer(function, arguments, as_json=False, debug=False):
     "Call a command and print what it returns: a table, JSON, or text as it comes. Libraries print on stderr."
     with errors_in_one_line(debug):
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-            quiet_libraries()
-            pieces = result = as_typed(function(**arguments))
+        with warnings.catch_warnings():
+            with contextlib.redirect_stdout(sys.stderr):
+                quiet_libraries()
+                pieces = result = as_typed(function(**arguments))
             if not isinstance(result, Iterator):
                 pieces = [json.dumps(plain(result), ensure_ascii=False) if as_json else readable(result)]
-        try:
-            for piece in pieces: typer.echo(printable(piece), nl=False)
-        finally: typer.echo()  # an error has a line of its own
+            try:
+                for piece in pieces: typer.echo(printable(piece), nl=False)
+            finally: typer.echo()  # an error has a line of its own
         if isinstance(result, tasks.RunResult) and result.drive["failed"]:
             raise OSError(f"The model is trained and archived, but not on the Drive: {result.drive['why']}")
 
@@ -266,7 +267,7 @@ def generate(
     options = {name: getattr(config, name) for name in ("max_new_tokens", "tokenizer", "cache_dir")}
     if prompt is None: prompt = tasks.prompt_of(config.model)
     with bad_usage():
-        check_request(config.max_new_tokens, seed, samples)
+        check_request(prompt, config.max_new_tokens, seed, samples)
         options |= dict(prompt=prompt, stop=stop_strings(stop), **sampling.to_dict())
     if as_json or samples != 1:
         made = generate(config.model, samples=samples, seed=seed, **options)

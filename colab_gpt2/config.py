@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field, fields, replace
 
 from .core import Record, existing, home, nearest
-from .errors import Sentence, check_choice, check_number
+from .errors import Sentence, check_choice, check_number, check_text
 
 # %% ../nbs/04_config.ipynb #1da4635b
 def value(default, help, **options):
@@ -73,7 +73,7 @@ class MethodFields(StepFields):
     precision: str = value(
         "auto", "number format of the computation; auto: the fastest that the device supports well", choices=PRECISIONS)
     method: str = value("auto", "train all weights, or LoRA's adapters only; auto: all where they fit", choices=METHODS)
-    lora_rank: int = value(16, "rank of LoRA's adapters", label="LoRA rank", minimum=1)
+    lora_rank: int = value(16, "rank of LoRA's adapters", label="LoRA rank", minimum=1, maximum=10**5)
     optim: str | None = value(
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",
         choices=OPTIMIZERS, label="Optimizer")
@@ -133,6 +133,7 @@ def check_value(f, given):
     if limits and given is not None: check_number(f.name, given, integer=f.type in (int, int | None), **limits)
     if given == "": raise ValueError(Sentence(f"{{{f.name}}} is empty; give a value."))
     if given is f.default: return
+    if isinstance(given, str) and not f.metadata.get("path"): check_text(f.name, given)
     if "choices" in f.metadata: check_choice(f.name, given, f.metadata["choices"])
     if f.type in (bool, bool | None) and not isinstance(given, bool):
         raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be True or False.", value=given))
@@ -149,9 +150,6 @@ def expand_paths(config):
         try: path = home(given)
         except ValueError as e: raise ValueError(Sentence("{%s} is {why}" % f.name, why=e)) from None
         if str(given)[:1] == "~": object.__setattr__(config, f.name, type(given)(path))
-        if len(os.fsencode(path)) > 4095 or max(map(len, map(os.fsencode, path.parts)), default=0) > 255:
-            message = "{%s} is {size:,} characters long, too long for a path." % f.name
-            raise ValueError(Sentence(message, size=len(str(given))))
 
 # %% ../nbs/04_config.ipynb #f8a5b6be
 def check_batch(config):

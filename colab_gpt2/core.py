@@ -90,8 +90,10 @@ def human_time(seconds):
 
 # %% ../nbs/00_core.ipynb #c024d5c9
 def home(path) -> Path:
-    "`path`, with a home folder for `~` or `~user` at its beginning; ValueError where there is none."
+    "`path`, with a home folder for `~` or `~user` at its beginning; ValueError if no path can be that."
     text = os.path.expanduser(path)
+    if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(name)) > 255 for name in Path(text).parts):
+        raise ValueError(f"'{text[:40]}…': {len(text):,} characters long, too long for a path.")
     if text[:1] != "~" or os.path.lexists(text): return Path(text)  # a file of one's own may begin with ~
     user = Path(text).parts[0][1:]
     why = f"there is no user {user!r} here" if user else "no home folder is known here"

@@ -108,6 +108,14 @@ def check_choice(name, value, known):
     near = nearest(value, [str(k) for k in known])
     raise ValueError(Sentence(f"{{{name}}} is {{value!r}}.{{near}}", value=value, near=near))
 
+# %% ../nbs/01_errors.ipynb #57b209e3
+def check_text(name, text):
+    "`text`, if UTF-8 has all of it (a shell hands on other bytes as lone surrogates); else a ValueError."
+    with contextlib.suppress(AttributeError, UnicodeEncodeError):
+        text.encode()
+        return text
+    raise ValueError(Sentence(f"{{{name}}} is {{text!r}}; it must be text in UTF-8.", text=text))
+
 # %% ../nbs/01_errors.ipynb #e7b72cdb
 FULL = "the disk, or Drive's quota, is full. Free some space (on Drive, empty the trash too)."
 DENIED = "you have no permission there. Choose another folder."

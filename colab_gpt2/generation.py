@@ -6,7 +6,7 @@
 __all__ = ['Sample', 'generate', 'stream']
 
 # %% ../nbs/61_generation.ipynb #5d788bb8
-import html, inspect, re, reprlib, secrets, warnings
+import html, inspect, re, secrets, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .core import Record
-from .errors import Sentence, about, check_number
+from .errors import Sentence, about, check_number, check_text
 from .evaluation import evaluation_mode
 from .model.decoding import Noise, decode
 from .model.fitting import check_match, end_ids
@@ -95,10 +95,6 @@ def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
 # %% ../nbs/61_generation.ipynb #67980185
 def encode_prompt(prompt, tokenizer, context) -> list:
     "1 to `context - 1` token ids: what begins a text, and the prompt, cut from the left with a warning."
-    try: data = prompt.encode()
-    except (AttributeError, UnicodeEncodeError):  # a shell's bytes that are not UTF-8 are lone surrogates here
-        given = reprlib.repr(prompt)
-        raise ValueError(Sentence("{prompt} is {given}; it must be text in UTF-8.", given=given)) from None
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     opening = opening_ids(tokenizer)[:context - 2]
     if not ids:
@@ -107,7 +103,7 @@ def encode_prompt(prompt, tokenizer, context) -> list:
         token = tokenizer.convert_ids_to_tokens(begins)[-1]
         warnings.warn(Sentence("{prompt} is empty: the text starts from {token}.", token=token), stacklevel=4)
         return begins
-    for told in notes_on(data, "{prompt}", tokenizer): warnings.warn(Sentence(told), stacklevel=4)
+    for told in notes_on(prompt.encode(), "{prompt}", tokenizer): warnings.warn(Sentence(told), stacklevel=4)
     if ids[:1] == opening[:1]: opening = []  # it was typed
     room = context - 1 - len(opening)
     cut = "{prompt} has {n} tokens and the model's context is {context}: only its last {kept} are used."
@@ -119,13 +115,14 @@ def stop_strings(stop) -> tuple:
     "`stop`, one string, several or None, as a tuple."
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for s in stops:
-        if not isinstance(s, str) or not s:
-            raise ValueError(Sentence("{stop} has {value!r}; a stop string has one character or more.", value=s))
+        if s == "": raise ValueError(Sentence("{stop} has ''; a stop string has one character or more."))
+        check_text("stop", s)
     return stops
 
 # %% ../nbs/61_generation.ipynb #b5361c5c
-def check_request(max_new_tokens, seed=None, samples=1):
-    "ValueError for a number that no request can have; a million texts take weeks."
+def check_request(prompt, max_new_tokens, seed=None, samples=1):
+    "ValueError for a prompt or a number that no request can have; a million texts take weeks."
+    check_text("prompt", prompt)
     check_number("max_new_tokens", max_new_tokens, minimum=1, maximum=10**7, integer=True)
     check_number("samples", samples, minimum=1, maximum=10**6, integer=True)
     if seed is not None: check_number("seed", seed, minimum=0, maximum=2**64 - 1, integer=True)
@@ -136,7 +133,7 @@ class Request:
     def __init__(self, model, prompt, *, tokenizer=None, max_new_tokens=250, seed=None, samples=1, stop=(),
                  device=None, cache_dir=None, **sampling):  # all as in `generate`
         self.sampling, self.stops = Sampling(**sampling), stop_strings(stop)
-        check_request(max_new_tokens, seed, samples)
+        check_request(prompt, max_new_tokens, seed, samples)
         self.prompt, self.max_new_tokens, self.samples = prompt, max_new_tokens, samples
         self.seed = secrets.randbelow(1 << 32) if seed is None else seed
         self.model, self.tokenizer = resolve(model, tokenizer, device, cache_dir)
@@ -203,6 +200,13 @@ def collect(request, rows, report) -> list[Sample]:
     return [Sample(request.prompt, text + one.finish(), one.tokens, request.seed, one.stopped)  # in this order
             for text, one in zip(texts, made)]
 
+# %% ../nbs/61_generation.ipynb #98e4e932
+def note_empty(stopped):
+    "A warning that a text is empty; `stopped`: why the empty ones ended."
+    if {"end", "stop"} & set(stopped):
+        why = "the model ended it" if "end" in stopped else "a {stop} string came"
+        warnings.warn(Sentence(f"A text is empty: {why} at once. Set another {{seed}} or {{prompt}}."), stacklevel=3)
+
 # %% ../nbs/61_generation.ipynb #724c7fa4
 SHORT = "Out of memory while a text was generated; set a smaller {max_new_tokens} or choose a smaller {model}."
 
@@ -216,6 +220,7 @@ def collect_all(request, report) -> list[Sample]:
             if not out_of_memory(e): raise
             if not (size := len(rows) // 2): raise MemoryError(Sentence(SHORT)) from e
         if size < len(rows): torch.cuda.empty_cache()  # not above, where the error keeps the memory
+    note_empty([sample.stopped for sample in made if not sample.text])
     return made
 
 # %% ../nbs/61_generation.ipynb #c49f8276
@@ -242,12 +247,13 @@ def generate(
 # %% ../nbs/61_generation.ipynb #09c34692
 def stream_pieces(request):
     "Yield the pieces that are not empty, one token at a time."
-    pieces = request.pieces()
+    pieces, written = request.pieces(), False
     with evaluation_mode(request.model):
         for step in request.steps():
-            if piece := pieces.push(step[0].tolist()): yield piece
+            if piece := pieces.push(step[0].tolist()): written = True; yield piece
             if pieces.stopped: break
         if piece := pieces.finish(): yield piece
+    if not (written or piece): note_empty([pieces.stopped])
 
 # %% ../nbs/61_generation.ipynb #7369b620
 def stream(

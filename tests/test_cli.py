@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.forks import forked
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from colab_gpt2.cli import answer, name_of, one_line
 from colab_gpt2.errors import Sentence
+from colab_gpt2.model.loading import load_tokenizer
 from colab_gpt2.reporting import reporting
 
 QUICK = ("--model", "tiny", "--block-size", "64", "--max-new-tokens", "8", "--output-dir", "out")
@@ -160,6 +161,9 @@ def test_text_that_cannot_be_used(cli, own, tmp_path, name, content, said):
     (("--cache-dir", "train.txt/below"), 2, "train.txt, which is a file; give a folder."),
     (("--trainer-arg", "dataloader_num_workers=-1"), 2, "dataloader_num_workers"),
     (("--train-file", "nowhere/*.txt"), 1, "nowhere/*.txt"),
+    (("--prompt", "a\udcffb"), 2, "--prompt is 'a\\udcffb'; it must be text in UTF-8."),
+    (("--method", "lora", "--lora-rank", "1000000"), 2, "--lora-rank is 1000000; it must be"),
+    (("--model", "nowhere/checkpoint-3"), 1, "There is no folder nowhere/checkpoint-3."),
     (("--output-dir", "train.txt/below"), 1, "train.txt/below")])
 def test_values_that_cannot_be_used(cli, own, tmp_path, flags, code, said):
     refused(cli("finetune", *QUICK, *own, *flags), code, said)
@@ -243,7 +247,8 @@ def test_a_dataset_that_is_not_known(cli):
     (("--samples", "1000000000"), 2, "--samples is 1000000000; it must be a whole number ≥ 1 and ≤ 1000000"),
     (("--max-new-tokens", "1000000000000"), 2, "--max-new-tokens is 1000000000000"),
     (("--stop", ""), 2, "--stop has ''"), (("--stop", "a", "--stop", ""), 2, "--stop has ''"),
-    (("--prompt", "a\udcffb"), 1, "--prompt is 'a\\udcffb'; it must be text in UTF-8."),
+    (("--prompt", "a\udcffb"), 2, "--prompt is 'a\\udcffb'; it must be text in UTF-8."),
+    (("--stop", "a\udcffb"), 2, "--stop is 'a\\udcffb'; it must be text in UTF-8."),
     (("--model", "./a\x1b[2J"), 1, "./a\\u001b[2J")])
 def test_generate_refuses(cli, flags, code, said):
     refused(cli("generate", "--model", "tiny", *flags), code, said)
@@ -284,6 +289,36 @@ def test_an_error_while_a_text_is_written_has_a_line_of_its_own(cli, monkeypatch
     monkeypatch.setattr("colab_gpt2.generation.stream_pieces", fails)
     ran = cli("generate", "--model", "tiny", "--prompt", "The ", "--seed", "1")
     assert (ran.returncode, ran.stdout, ran.stderr) == (1, "The one\n", "colab-gpt2: no more\n")
+
+
+@pytest.mark.parametrize("missing", ["mine/checkpoint-3", "mine/checkpoint-3/", "mine/final", "./mine/final"])
+def test_a_missing_checkpoint_is_no_model_of_the_hub(cli, monkeypatch, missing):
+    "What is there is told instead."
+    monkeypatch.setattr("colab_gpt2.model.loading.hub_trouble", lambda: pytest.fail("the Hub is asked"))
+    for name in ("mine", "mine/checkpoint-2", "mine/checkpoint-10"):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text("{}")
+    said = f"There is no folder {missing}. mine has checkpoint-2, checkpoint-10."
+    refused(cli("generate", "--model", missing), 1, said)
+    refused(cli("evaluate", "--model", missing, "--dataset", "python-docs"), 1, said)
+
+
+def test_a_prompt_beyond_the_context_of_an_own_model_is_cut_with_a_note(cli):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=16, vocab_size=8192)).save_pretrained("mine")
+    load_tokenizer("tiny").save_pretrained("mine")
+    for more in ((), ("--samples", "2")):
+        ran = cli("generate", "--model", "mine", "--prompt", "The tide " * 9, "--max-new-tokens", "3", *more)
+        assert ran.returncode == 0 and "the model's context is 16: only its last 15 are used." in ran.stderr
+
+
+@pytest.mark.parametrize("more", [(), ("--samples", "2"), ("--json",)])
+def test_a_text_that_ends_at_once_is_noted(cli, monkeypatch, more):
+    words = "generate", "--model", "tiny", "--prompt", "The", "--max-new-tokens", "3", "--seed", "1", *more
+    assert not cli(*words).stderr
+    monkeypatch.setattr("colab_gpt2.generation.end_ids", lambda model, tokenizer: range(8192))
+    ran = cli(*words)
+    note = "note: A text is empty: the model ended it at once. Set another --seed or --prompt.\n"
+    assert (ran.returncode, ran.stderr) == (0, note)
 
 
 def test_archive_and_save_refuse(cli, tmp_path):

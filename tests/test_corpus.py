@@ -386,6 +386,32 @@ def test_a_text_that_looks_like_json_or_html_is_noted(load, tmp_path, line):
         load(tmp_path/"a.txt")
 
 
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_table_called_txt_is_noted(load, tmp_path, sign):
+    rows = [["id", "text"], *([f"{n}", f'"It ebbs{sign} and{sign}\nit ""flows""."'] for n in range(200))]
+    (tmp_path/"a.txt").write_text("\n".join(map(sign.join, rows)))
+    with pytest.warns(UserWarning, match="a is a table .CSV., whose syntax will be learned"): load(tmp_path/"a.txt")
+
+
+@pytest.mark.parametrize("lines", [
+    "The tide came in, and went out.\n" * 90, "It ebbs,\n" * 200, "\tindented\n" * 200, "It ebbs.\n\n" * 200,
+    "“No,” she said,\n" * 90, "11,000 men; 12,000 women\nand so on\n" * 90])
+def test_verse_and_prose_are_no_table(load, tmp_path, recwarn, lines):
+    (tmp_path/"a.txt").write_text(lines)
+    load(tmp_path/"a.txt")
+    assert not [w for w in recwarn if "syntax" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "deep/page.html", "LICENSE"])
+def test_what_is_passed_over_in_a_folder_is_noted(load, tmp_path, name):
+    (tmp_path/"set"/"deep").mkdir(parents=True)
+    for file, text in (("a.txt", "It ebbs.\n" * 500), (".hidden.csv", "a,b\n"), (name, "a,b\n")):
+        (tmp_path/"set"/file).write_text(text)
+    kind = name[name.find("."):] if "." in name else name
+    with pytest.warns(UserWarning, match=f"1 of 2 files are passed over .{kind}.; .txt and .md are read"):
+        load(tmp_path/"set")
+
+
 def test_braces_and_brackets_of_prose_are_not_noted(load, tmp_path, recwarn):
     for i, line in enumerate(("{Enter a ghost}", "<!-- by me -->", "[1] It ebbs.", "1984", "<s>It ebbs.</s>")):
         (tmp_path/f"{i}.txt").write_text(f"{line}\n" * 3000)

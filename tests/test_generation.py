@@ -172,7 +172,7 @@ def test_the_prompt_is_taken_as_typed(tokenizer):
     ("samples", 0, "samples is 0"), ("samples", 10**9, "samples is 1000000000; it must be .* ≤ 1000000"),
     ("max_new_tokens", 0, "max_new_tokens is 0"), ("max_new_tokens", 10**12, "max_new_tokens is 1000000000000"),
     ("max_new_tokens", -5, "max_new_tokens is -5"), ("seed", -1, "seed is -1"), ("seed", "x", "seed is 'x'"),
-    ("stop", "", "stop has ''"), ("stop", ["a", ""], "stop has ''"), ("stop", [3], "stop has 3"),
+    ("stop", "", "stop has ''"), ("stop", ["a", ""], "stop has ''"), ("stop", [3], "stop is 3"),
     ("prompt", 7, "prompt is 7; it must be text"), ("prompt", b"a", "prompt is b'a'"),
     ("prompt", "a\udcff", "prompt is 'a.udcff'; it must be text in UTF-8"), ("prompt", "\ud83e\udd96" * 999, "ud83e"),
     ("tokenizer", None, "needs a loaded tokenizer")])

@@ -119,6 +119,18 @@ def unmounted(request, tmp_path, monkeypatch):
     assert os.listdir(tmp_path/"content") == []
 
 
+def load_published(monkeypatch, **variables):
+    "In an environment with these variables, a Hub that answers, and a text or a model that is not in a cache."
+    import datasets
+    for name, path in variables.items():
+        place = datasets.config if name == "HF_DATASETS_CACHE" else huggingface_hub.constants
+        with monkeypatch.context() as around:
+            for at in ("text.corpus", "model.loading"): around.setattr(f"colab_gpt2.{at}.hub_trouble", lambda: "")
+            around.setattr(place, name, str(path))
+            if name == "HF_HOME": around.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "hub")
+            load_corpus(cache_dir="cache") if place is datasets.config else load_config("owner/model")
+
+
 def test_no_door_makes_the_folder_of_a_drive_that_is_not_mounted(unmounted, tmp_path, tiny, monkeypatch):
     files = dict(train_file="t.txt", eval_file="t.txt")
     old = OLD | dict(output_dir=unmounted, train_data_file="t.txt")
@@ -130,6 +142,8 @@ def test_no_door_makes_the_folder_of_a_drive_that_is_not_mounted(unmounted, tmp_
         tokens=lambda path: tokenize_file("t.txt", tiny, 8, cache_dir=path),
         hub=lambda path: load_tokenizer("gpt2", cache_dir=path),
         hub_of_the_environment=lambda path: load_config("owner/model"),
+        datasets=lambda path: load_published(monkeypatch, HF_DATASETS_CACHE=path),
+        home_of_the_hub=lambda path: load_published(monkeypatch, HF_HOME=path),
         archive=lambda path: archive_model("m", f"{path}.tar.gz"),
         archive_path=lambda path: run(output_dir="o", archive_path=f"{path}.tar.gz"),
         unpack=lambda path: extract_archive("a.tar.gz", path),
@@ -140,7 +154,7 @@ def test_no_door_makes_the_folder_of_a_drive_that_is_not_mounted(unmounted, tmp_
             line = "Drive is not mounted: there is no folder .*. Run mount_drive.. in a cell first"
             with pytest.raises(FileNotFoundError, match=line) as e: door(path)
             field = dict(output_dir="output_dir", old_output="output_dir", cache_dir="cache_dir", tokens="cache_dir",
-                         hub="cache_dir", hub_of_the_environment="cache_dir").get(name)
+                         hub="cache_dir", hub_of_the_environment="cache_dir", datasets="dataset").get(name)
             assert fields_of(e.value) == ((field,) if field else ()), name
     assert not (tmp_path/"o").exists()
 
@@ -189,3 +203,19 @@ def test_outside_colab_a_stand_in_may_have_any_name(tmp_path, monkeypatch, name)
     assert restore_from_drive("a.tar.gz", "back", drive=name, progress=False) == tmp_path/"back"
     assert mount_drive(name) == Path(name)
     if "drive" not in name: assert check_output_dir(f"{name}/run") == Path(name, "run")
+
+
+# ---- a text where a path belongs
+
+def test_no_door_repeats_thousands_of_characters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(tmp_path/"m")
+    for long in ("x9" * 2500, "a/" * 3000, "/" + "x9" * 2500, f"{'x9' * 2500}.txt", f"m/{'x9' * 2500}"):
+        doors = (lambda: load_corpus(long), lambda: load_corpus(train_file=long), lambda: load_tokenizer(long),
+                 lambda: archive_model(long), lambda: archive_model("m", f"{long}.tar.gz"),
+                 lambda: extract_archive(long, "b"), lambda: save_to_drive(long), lambda: mount_drive(long),
+                 lambda: restore_from_drive(long, "b"), lambda: copy_verified(long, "a"),
+                 lambda: FinetuneConfig(output_dir=long), lambda: archive_name(long))
+        for door in doors:
+            with pytest.raises(ValueError, match="characters long, too long for a path") as e: door()
+            assert len(str(e.value)) < 200

@@ -71,8 +71,8 @@ def translate(given) -> Job:
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #8a8d6455
 def opening(path, folder, size=1 << 16) -> Path:
-    "The first `size` bytes of a text, in complete characters, as a file in `folder`."
-    with open(path, "rb") as file: start = file.read(size)
+    "The first `size` bytes of a text, nine tenths at most, in complete characters, as a file in `folder`."
+    with open(path, "rb") as file: start = file.read(min(size, os.path.getsize(path) * 9 // 10))
     cut = Path(folder)/f"start of {Path(path).name} (trained on)"
     cut.write_text(start.decode("utf-8", errors="ignore"), encoding="utf-8")
     return cut
@@ -84,7 +84,10 @@ def with_texts(job, folder) -> FinetuneConfig:
     config = job.config
     if not job.train or config.eval_file: return config
     print("no --eval_data_file: perplexity of the training text's start says nothing about new text", file=sys.stderr)
-    return replace(config, eval_file=str(opening(find_texts(config.train_file)[0], folder)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is noted about the texts is noted when they are read
+        first, *_ = find_texts(config.train_file)
+    return replace(config, eval_file=str(opening(first, folder)))
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ffe941d4
 def write_results(output_dir, results):

@@ -69,9 +69,12 @@ def locate(name):
     if folder.is_dir(): return folder
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
-    if isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1:
-        known = ", ".join(MODELS)
-        raise FileNotFoundError(f"There is no folder {text}. Give a folder, a Hub id 'owner/name', or one of {known}.")
+    of_a_run = folder.name.startswith("checkpoint-") or "/" in text and (folder.parent/"config.json").exists()
+    if of_a_run or isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1:
+        there = sorted((p.parent.name for p in folder.parent.glob("*/config.json")), key=lambda name: (len(name), name))
+        has, known = f" {folder.parent} has {', '.join(there[-9:])}." if there else "", ", ".join(MODELS)
+        raise FileNotFoundError(
+            f"There is no folder {text}.{has} Give a folder, a Hub id 'owner/name', or one of {known}.")
     if "/" in text: return text
     raise ValueError(f"Unknown model {text!r}.{nearest(text, MODELS)} A folder or a Hub id 'owner/name' works too.")
 
@@ -174,6 +177,7 @@ def ready(name, cache_dir, *needs):
     if isinstance(place, Path): pass
     elif trouble := hub_trouble(): place = from_cache(place, cache_dir, *needs, trouble=trouble)
     else:
+        check_mounted(huggingface_hub.constants.HF_HOME)  # whatever is downloaded leaves something there
         try:
             with loading(place): info = huggingface_hub.model_info(place)  # list_repo_files retries for half a minute
             files = [f.rfilename for f in info.siblings]

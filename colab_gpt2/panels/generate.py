@@ -38,7 +38,7 @@ class GenerateConfig(Sampling):
     def __post_init__(self):
         for name in ("model", "prompt"):
             if not getattr(self, name): raise ValueError(Sentence(f"{{{name}}} is empty; give a value."))
-        check_request(self.max_new_tokens, self.seed)
+        check_request(self.prompt, self.max_new_tokens, self.seed)
         expand_paths(self)
         super().__post_init__()
 

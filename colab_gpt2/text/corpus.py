@@ -15,7 +15,7 @@ import requests
 from ..core import Record, atomic, home, human_bytes, nearest, sha256_of
 from ..errors import Sentence, about
 from ..reporting import Bars, reporting, silent
-from ..runtime import cache_folder
+from ..runtime import cache_folder, check_mounted
 from .downloads import USER_AGENT, download, split_of, unzip
 from .reading import SPLITS, check_text, cut_text, find_texts, join, plain_ends
 
@@ -126,6 +126,7 @@ def from_hub(repository, name, folder, report=silent):
     "The splits of a dataset on the Hub as files in `folder`: split -> path; ConnectionError if that fails."
     if trouble := hub_trouble(): raise ConnectionError(trouble)
     import datasets
+    check_mounted(datasets.config.HF_DATASETS_CACHE)
     noisy = not isinstance(report, Bars) and not datasets.are_progress_bars_disabled()
     if noisy: datasets.disable_progress_bars()  # its own
     try:
@@ -244,7 +245,8 @@ def load_text(path, root):
 # %% ../../nbs/text/11_corpus.ipynb #93663525
 def from_parquet(files, folder):
     "Write the `text` of parquet `files` (split -> paths) to files in `folder`: split -> path."
-    from datasets import load_dataset
+    from datasets import config, load_dataset
+    check_mounted(config.HF_DATASETS_CACHE)  # where it makes a lock
     paths = {split: list(map(str, paths)) for split, paths in files.items()}
     rows = load_dataset("parquet", data_files=paths, streaming=True)
     for split in files:
@@ -294,6 +296,14 @@ def load_files(train_file, eval_file, root, hold_out=True):
         warnings.warn(Sentence(said, path=train_file), stacklevel=3)
     return corpus
 
+# %% ../../nbs/text/11_corpus.ipynb #9a633b5b
+def is_table(start) -> bool:
+    "Whether each of the first lines of a text has the same number of commas, semicolons or tabs before a word."
+    lines = re.sub(rb'"[^"]*("|$)', b"_", start[:4000]).splitlines()[:20]  # what stands in quotes may have any
+    marks = (re.compile(rb"(?<=\S)%b(?=[\w.-])" % mark) for mark in (b",", b";", b"\t"))
+    counts = ({len(mark.findall(line)) for line in lines[:-1]} for mark in marks)
+    return len(lines) > 3 and any(len(found) == 1 and min(found) for found in counts)
+
 # %% ../../nbs/text/11_corpus.ipynb #1dc2890f
 def noted(corpus):
     "`corpus`; a warning if little of it is held out, or if a syntax would be learned."
@@ -301,9 +311,10 @@ def noted(corpus):
     if held < 1000:  # some 250 tokens
         warnings.warn(Sentence("The held-out text of {name} has only {held} bytes: its perplexity says little. "
                                "Give a longer text or {eval_file}.", name=corpus.name, held=held))
-    with open(corpus.path(next(iter(corpus.bytes))), "rb") as f:
-        if re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', f.read(99)):
-            warnings.warn(f"{corpus.name} is JSON or HTML, whose syntax will be learned.")
+    with open(corpus.path(next(iter(corpus.bytes))), "rb") as f: start = f.read(1 << 16)
+    marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', start) and "JSON or HTML"
+    if kind := marked or is_table(start) and "a table (CSV)":
+        warnings.warn(f"{corpus.name} is {kind}, whose syntax will be learned.")
     return corpus
 
 # %% ../../nbs/text/11_corpus.ipynb #db92a963

@@ -6,7 +6,7 @@
 __all__ = ['check_text']
 
 # %% ../../nbs/text/10_reading.ipynb #5c3e8f70
-import codecs, glob, os, re
+import codecs, glob, os, re, warnings
 from pathlib import Path
 
 from ..core import check_space, home
@@ -68,8 +68,13 @@ def find_texts(path) -> list:
     "The texts, checked, of a folder (.txt, .md) or a pattern, without hidden and blank ones; [path] for a file."
     path = home(path)
     if folder := os.path.isdir(path):
-        found = [p for p in path.rglob("*")
-                 if p.suffix.lower() in (".txt", ".md") and "/." not in f"/{p.relative_to(path)}"]
+        seen = [p for p in path.rglob("*") if "/." not in f"/{p.relative_to(path)}" and p.is_file()]
+        found = [p for p in seen if p.suffix.lower() in (".txt", ".md")]
+        other = sorted({p.suffix or p.name for p in seen} - {p.suffix for p in found})
+        if found and other:
+            passed = f"{len(seen) - len(found)} of {len(seen)} files are passed over ({', '.join(other[:9])})"
+            told = f"{path}: {passed}; .txt and .md are read. Other texts are read by a pattern, as {path}/*.tex."
+            warnings.warn(told, stacklevel=3)
     elif os.path.exists(path) or not glob.has_magic(str(path)): return [check_text(path)]
     else: found = map(Path, glob.glob(str(path), recursive=True))
     texts = [p for p in found if p.is_file() and (p.stat().st_size > 1 << 16 or p.read_bytes().strip())]
