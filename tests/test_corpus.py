@@ -5,7 +5,7 @@ import pytest
 
 from colab_gpt2.core import sha256_of
 from colab_gpt2.errors import fields_of
-from colab_gpt2.text.corpus import WIKITEXT, cached, load_corpus, recall, titles
+from colab_gpt2.text.corpus import WIKITEXT, Corpus, cached, load_corpus, recall
 from colab_gpt2.text.reading import SPLITS, check_text, cut_near
 
 ARTICLES = "".join(f" \n = Number {n} = \n \n It is {n} , and {'very ' * n}large . \n" for n in range(30))
@@ -161,7 +161,7 @@ def test_python_docs_need_no_network_and_no_heavy_import(tmp_path):
     command = [sys.executable, "-c", OFFLINE, tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | nowhere)
     corpus, heavy = json.loads(run.stdout)
-    assert heavy == [] and sum(corpus["bytes"].values()) > 300_000 and len(list(titles(corpus["test"]))) >= 5
+    assert heavy == [] and sum(corpus["bytes"].values()) > 300_000 and len(list(Corpus(**corpus).articles("test"))) >= 5
 
 
 def number(n): return f" \n = Number {n} = \n \n {'word ' * 1000}\n"
