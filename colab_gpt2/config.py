@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field, fields, replace
 
 from .core import Record, existing, home, nearest
-from .errors import Sentence, check_choice, check_number, check_text
+from .errors import Sentence, check_choice, check_number, check_utf8
 
 # %% ../nbs/04_config.ipynb #1da4635b
 def value(default, help, **options):
@@ -133,7 +133,7 @@ def check_value(f, given):
     if limits and given is not None: check_number(f.name, given, integer=f.type in (int, int | None), **limits)
     if given == "": raise ValueError(Sentence(f"{{{f.name}}} is empty; give a value."))
     if given is f.default: return
-    if isinstance(given, str) and not f.metadata.get("path"): check_text(f.name, given)
+    if isinstance(given, str) and not f.metadata.get("path"): check_utf8(f.name, given)
     if "choices" in f.metadata: check_choice(f.name, given, f.metadata["choices"])
     if f.type in (bool, bool | None) and not isinstance(given, bool):
         raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be True or False.", value=given))

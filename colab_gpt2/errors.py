@@ -109,7 +109,7 @@ def check_choice(name, value, known):
     raise ValueError(Sentence(f"{{{name}}} is {{value!r}}.{{near}}", value=value, near=near))
 
 # %% ../nbs/01_errors.ipynb #57b209e3
-def check_text(name, text):
+def check_utf8(name, text):
     "`text`, if UTF-8 has all of it (a shell hands on other bytes as lone surrogates); else a ValueError."
     with contextlib.suppress(AttributeError, UnicodeEncodeError):
         text.encode()

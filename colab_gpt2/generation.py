@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .core import Record
-from .errors import Sentence, about, check_number, check_text
+from .errors import Sentence, about, check_number, check_utf8
 from .evaluation import evaluation_mode
 from .model.decoding import Noise, decode
 from .model.fitting import check_match, end_ids
@@ -116,13 +116,13 @@ def stop_strings(stop) -> tuple:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for s in stops:
         if s == "": raise ValueError(Sentence("{stop} has ''; a stop string has one character or more."))
-        check_text("stop", s)
+        check_utf8("stop", s)
     return stops
 
 # %% ../nbs/61_generation.ipynb #b5361c5c
 def check_request(prompt, max_new_tokens, seed=None, samples=1):
     "ValueError for a prompt or a number that no request can have; a million texts take weeks."
-    check_text("prompt", prompt)
+    check_utf8("prompt", prompt)
     check_number("max_new_tokens", max_new_tokens, minimum=1, maximum=10**7, integer=True)
     check_number("samples", samples, minimum=1, maximum=10**6, integer=True)
     if seed is not None: check_number("seed", seed, minimum=0, maximum=2**64 - 1, integer=True)
