@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/53_mirror.ipynb #10392adb
+# %% ../../nbs/storage/53_mirror.ipynb #28ca2447
 import contextlib, errno, hashlib, json, math, os, platform, re, sys, threading, time, warnings
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from colab_gpt2.core import atomic, check_space, home, human_bytes, plain, retri
 from colab_gpt2.engine.checkpoints import MANIFEST, new_checkpoint, read_manifest
 from colab_gpt2.errors import ADVICE, Sentence, about, errno_of, explained, may_pass
 from colab_gpt2.reporting import silent
-from colab_gpt2.runtime import is_folder, my_drive
+from colab_gpt2.runtime import drive_path, my_drive
 from colab_gpt2.storage.targets import FINISHED, NAMES, Entry, FolderTarget, read_entry
 
 # %% ../../nbs/storage/53_mirror.ipynb #2f9face2
@@ -310,7 +310,7 @@ class Mirror(Copying, TrainerCallback):
         gap = self.lost["time"] - datetime.fromisoformat(saved).timestamp()
         return f"Your last session saved this {spoken(max(0, gap))} before it ended."
 
-# %% ../../nbs/storage/53_mirror.ipynb #8edab112
+# %% ../../nbs/storage/53_mirror.ipynb #8f5f7e24
 MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
                "copied, run mount_drive() in a cell first.")
@@ -322,7 +322,8 @@ def mirror_folder(config, colab) -> tuple:
         folder = Path(os.path.realpath(home(config.mirror)))
         if folder == output_dir or output_dir in folder.parents:
             raise ValueError(Sentence("{mirror} is in {output_dir} {folder}; give another folder.", folder=output_dir))
-        return home(config.mirror), ""
+        with contextlib.suppress(OSError): return drive_path(config.mirror), ""
+        return home(config.mirror), ""  # a mount that has gone may come back
     if config.mirror == "off" or not colab: return None, ""
     try: drive = my_drive(MOUNT)
     except OSError: drive = MOUNT/"MyDrive"  # its mount has gone, and may come back
@@ -336,11 +337,13 @@ def run_name(output_dir, fingerprint) -> str:
     digest = hashlib.sha256(json.dumps(plain(fingerprint), sort_keys=True).encode()).hexdigest()
     return f"{Path(output_dir).absolute().name}-{digest[:8]}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #33d9dc8e
+# %% ../../nbs/storage/53_mirror.ipynb #357d6238
 def last_heartbeat(target):
     "Of a session that trained this run and did not end it; None without one."
-    try: return {**heartbeat(0), **json.loads(target.read(HEARTBEAT))}
-    except (OSError, ValueError, TypeError): return None
+    try:
+        own, found = heartbeat(0), json.loads(target.read(HEARTBEAT))
+        return {name: type(value)(found.get(name, value)) for name, value in own.items()}
+    except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
 
 # %% ../../nbs/storage/53_mirror.ipynb #d598146c
 def open_mirror(config, fingerprint, plan, runtime) -> Mirror:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/52_targets.ipynb #fd44844a
+# %% ../../nbs/storage/52_targets.ipynb #68fd1842
 import contextlib, errno, json, math, os, re, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from colab_gpt2.core import DRIVES, Record, check_space, discard, existing, retried
 from colab_gpt2.engine.checkpoints import MANIFEST
 from colab_gpt2.errors import may_pass
-from colab_gpt2.runtime import drive_path, is_folder
+from colab_gpt2.runtime import is_folder
 from colab_gpt2.storage.drive import copy_once
 
 # %% ../../nbs/storage/52_targets.ipynb #1ba41620
@@ -41,13 +41,13 @@ def read_entry(name, text) -> Entry:
         return Entry(name, manifest)
     raise ValueError(f"{MANIFEST} of {name} is damaged")
 
-# %% ../../nbs/storage/52_targets.ipynb #0c2db29a
+# %% ../../nbs/storage/52_targets.ipynb #a4551bec
 class FolderTarget:
     "The folder `run` in `top`. OSError where the disk or the Drive fails."
     beats = 30  # seconds between two signs of life
 
     def __init__(self, top, run):
-        top = drive_path(top).absolute()
+        top = Path(top).absolute()
         drive = next((folder for folder in (*reversed(top.parents), top) if folder.name in DRIVES), None)
         self.root, self.folder = drive or top, top/run
         self.called, self.label = ("the Drive", "Drive") if drive else (str(top), "mirror")

@@ -1,0 +1,385 @@
+"The mirror: what a Drive does to it, what a lost session leaves, and what a new machine finds."
+import errno, functools, json, os, shutil, threading, time, warnings
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from colab_gpt2 import FinetuneConfig, mount_drive
+from colab_gpt2.core import sha256_of
+from colab_gpt2.engine.checkpoints import damaged_files, find_checkpoints, read_manifest, write_manifest
+from colab_gpt2.planning.memory import Recipe
+from colab_gpt2.storage import mirror as room
+from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, Mirror, heartbeat, open_mirror
+from colab_gpt2.storage.targets import FolderTarget
+from helpers.archives import tree
+from helpers.colab_stub import colab, stub
+
+HERE, COLAB = SimpleNamespace(colab=""), SimpleNamespace(colab="kernel")
+SMALL = SimpleNamespace(parameters=1000, recipe=Recipe(1, 64))  # a checkpoint of about 12 kB
+
+
+@pytest.fixture(autouse=True)
+def nobody_waits(monkeypatch):
+    "Passing errors are retried without a pause."
+    for module in ("colab_gpt2.storage.targets", "colab_gpt2.storage.mirror"):
+        monkeypatch.setattr(f"{module}.retried", functools.partial(room.retried, wait=0))
+
+
+@pytest.fixture
+def output(tmp_path): return tmp_path/"gpt2-tuned"
+
+
+@pytest.fixture
+def checkpoint(output):
+    "Makes a checkpoint of a step; its weights are 3,000 bytes."
+    def make(step):
+        folder = output/f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder/"model.safetensors").write_bytes(f"{step:3d}".encode() * 1000)
+        (folder/"optimizer.pt").write_bytes(b"moments")
+        (folder/"trainer_state.json").write_text("{}")
+        write_manifest(folder, {})
+        return folder
+    return make
+
+
+@pytest.fixture
+def my_drive(colab, monkeypatch):
+    monkeypatch.setattr(room, "MOUNT", colab.mountpoint)
+    return mount_drive(colab.mountpoint)
+
+
+def opened(output, *, runtime=COLAB, **changes):
+    "With room for one complete checkpoint and one that arrives."
+    config = FinetuneConfig(output_dir=str(output), **changes)
+    mirror = open_mirror(config, dict(seed=config.seed), SMALL, runtime)
+    mirror.kept = 1
+    return mirror
+
+
+def copy(mirror, path):
+    "Offer `path`, and wait until the thread has dealt with it."
+    mirror.offer(path)
+    while mirror.in_use(): time.sleep(0.002)
+
+
+def held(folder): return sorted(path.parent.name for path in Path(folder).rglob("whole.json"))
+
+
+def told(action):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(w.message) for w in caught]
+
+
+# ---- faults of a Drive
+
+FAULTS = [(dict(truncated=1000), "truncated in transit"), (dict(corrupted=True), "corrupted in transit"),
+          (dict(full=1500), "No space left"), (dict(quota=100), "needs 3.0 kB"), (dict(read_only=True), "Read-only"),
+          (dict(io_error=True), "Input/output error"), (dict(io_error=5), "Input/output error"),
+          (dict(disconnected=True), "not mounted")]
+
+
+@pytest.mark.parametrize("fault, status", FAULTS)
+def test_a_fault_of_the_drive_is_told_and_the_next_checkpoint_tries_again(colab, my_drive, output, checkpoint, fault,
+                                                                         status):
+    "What is there stays, nothing incomplete counts, and the local checkpoint is untouched."
+    mirror = opened(output)
+    copy(mirror, checkpoint(100))
+    assert mirror.status() == "Drive: checkpoint-100, 0 seconds ago"
+    with colab.faults(**fault):
+        copy(mirror, path := checkpoint(200))
+        assert mirror.status().startswith("Drive: checkpoint-200 failed (") and status in mirror.status()
+    assert held(colab.backing) == ["checkpoint-100"] and damaged_files(path) == []
+    if fault.get("disconnected"): mount_drive(colab.mountpoint, force_remount=True)
+    copy(mirror, checkpoint(300))
+    assert mirror.status() == "Drive: checkpoint-300, 0 seconds ago" and told(mirror.close) == []
+    assert held(colab.backing) == ["checkpoint-300"]
+    assert not list(colab.backing.rglob("*.part")) and not list(colab.backing.rglob(HEARTBEAT))
+
+
+@pytest.mark.parametrize("fault", ["io_error", "disconnected"])
+def test_an_error_that_passes_is_retried(colab, my_drive, output, checkpoint, fault):
+    mirror = opened(output)
+    with colab.faults(**{fault: 1}): copy(mirror, checkpoint(100))
+    assert mirror.error is None and held(colab.backing) == ["checkpoint-100"]
+    mirror.close()
+
+
+def test_a_drive_that_is_unmounted_and_mounted_again(colab, my_drive, output, checkpoint):
+    "Nothing is made in its place, which would be on this machine's disk."
+    from google.colab import drive
+    mirror = opened(output)
+    drive._unmount()
+    copy(mirror, checkpoint(100))
+    assert mirror.status() == "Drive: checkpoint-100 failed (not mounted)" and os.listdir(colab.mountpoint) == []
+    mount_drive(colab.mountpoint)
+    copy(mirror, checkpoint(200))
+    assert held(colab.backing) == ["checkpoint-200"]
+    mirror.close()
+
+
+def test_a_drive_that_was_never_mounted_is_said_before_the_run(colab, output, checkpoint, monkeypatch):
+    monkeypatch.setattr(room, "MOUNT", colab.mountpoint)
+    with pytest.warns(UserWarning, match="No Drive is mounted, so checkpoints are on this machine only"):
+        mirror = opened(output)
+    copy(mirror, checkpoint(100))
+    assert (mirror.status(), mirror.newest()) == ("", None) and told(mirror.close) == []
+
+
+@pytest.mark.parametrize("fault", [dict(io_error=True), dict(disconnected=True)])
+def test_a_drive_that_fails_at_the_start_is_used_when_it_works(colab, my_drive, output, checkpoint, fault):
+    "And what is on it already, which could not be read, stays until something newer is complete."
+    first = opened(output)
+    copy(first, checkpoint(300))
+    first.close()
+    with colab.faults(**fault):
+        with pytest.warns(UserWarning, match="the Drive cannot be used now"): mirror = opened(output)
+        with pytest.warns(UserWarning, match="the Drive cannot be read"): assert mirror.newest() is None
+    copy(mirror, checkpoint(200))
+    assert held(colab.backing) == ["checkpoint-200", "checkpoint-300"]
+    copy(mirror, checkpoint(400))
+    assert held(colab.backing) == ["checkpoint-400"]
+    mirror.close()
+
+
+def test_the_end_of_a_run_tries_once_more_and_says_what_is_missing(colab, my_drive, output, checkpoint):
+    mirror = opened(output)
+    copy(mirror, checkpoint(100))
+    with colab.faults(full=10):
+        copy(mirror, path := checkpoint(200))
+        [said] = told(mirror.close)
+    assert said.startswith(f"the Drive does not have checkpoint-200 ({path} on this machine): the disk, or Drive's quota")
+    assert said.endswith("The newest there is checkpoint-100.") and "\n" not in said
+    late = opened(output)
+    with colab.faults(full=10): copy(late, path)
+    assert told(late.close) == [] and held(colab.backing) == ["checkpoint-200"]
+
+
+def hanging(mirror, monkeypatch):
+    "The target's next `put` waits for the Event that this returns."
+    go_on, put = threading.Event(), mirror.target.put
+    monkeypatch.setattr(mirror.target, "put", lambda *args: (go_on.wait(), put(*args)))
+    return go_on
+
+
+def test_a_write_that_hangs_holds_up_neither_the_training_nor_for_ever_its_end(colab, my_drive, output, checkpoint,
+                                                                              monkeypatch):
+    mirror, paths = opened(output), [checkpoint(step) for step in (100, 200, 300)]
+    go_on, start = hanging(mirror, monkeypatch), time.monotonic()
+    for path in paths: mirror.offer(path)
+    assert mirror.in_use() <= {*paths} and paths[2] in mirror.in_use() and time.monotonic() - start < 1
+    [said] = told(lambda: mirror.close(seconds=60, still=0.2))
+    assert "does not have checkpoint-300" in said and time.monotonic() - start < 30
+    go_on.set()  # nobody waits any more: the thread gives up
+    mirror.queue.thread.join(20)
+    assert held(colab.backing) == [] and not mirror.queue.thread.is_alive()
+
+
+def test_the_waiting_at_the_end_is_told_and_can_be_interrupted(colab, my_drive, output, checkpoint, monkeypatch):
+    mirror, heard = opened(output), []
+    go_on = hanging(mirror, monkeypatch)
+    mirror.offer(checkpoint(100))
+    def report(*told):
+        heard.append(told)
+        raise KeyboardInterrupt
+    with pytest.warns(UserWarning, match="does not have checkpoint-100"), pytest.raises(KeyboardInterrupt):
+        mirror.close(report)
+    assert heard == [("Copying to the Drive", 0, 100)]
+    go_on.set()
+    mirror.queue.thread.join(20)
+
+
+def test_a_slow_drive_gets_the_newest_only(colab, my_drive, output, checkpoint):
+    mirror, paths = opened(output), [checkpoint(step) for step in (100, 200, 300)]
+    with colab.faults(slow=0.01):
+        for path in paths:
+            mirror.offer(path)
+            while not mirror.queue.current: time.sleep(0.001)
+        assert "copying checkpoint-100" in mirror.status() and mirror.in_use() == {paths[0], paths[2]}
+        assert told(mirror.close) == []
+    assert held(colab.backing) == ["checkpoint-300"]
+
+
+# ---- what is removed
+
+def test_only_what_a_newer_one_replaces_is_removed_and_empty(colab, my_drive, output, checkpoint, monkeypatch):
+    "Another run's stays; so does the older one until the newer is complete; the Drive's trash gets empty files."
+    other = opened(output, seed=7)
+    copy(other, checkpoint(50))
+    mirror, sizes, unlink = opened(output), [], os.unlink
+    copy(mirror, checkpoint(100))
+    def unlinked(path, *, dir_fd=None):
+        if "checkpoint-200" in held(colab.backing):
+            sizes.append(os.stat(path, dir_fd=dir_fd, follow_symlinks=False).st_size)
+        unlink(path, dir_fd=dir_fd)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlinked)
+        copy(mirror, checkpoint(200))
+    assert held(colab.backing) == ["checkpoint-200", "checkpoint-50"] and mirror.error is None
+    assert sizes[-4:] == [0] * 4
+    for each in (other, mirror): each.close()
+
+
+def test_what_a_lost_session_left_incomplete_is_not_resumed_and_is_removed(my_drive, colab, output, checkpoint):
+    first = opened(output)
+    copy(first, checkpoint(100))
+    first.close()
+    [folder] = (my_drive/"colab-gpt2"/"runs").iterdir()
+    (folder/"checkpoint-200").mkdir()
+    (folder/"checkpoint-200"/".model.safetensors.vm-1.part").write_text("half")
+    mirror = opened(output)
+    with pytest.warns(UserWarning, match="checkpoint-200 in the Drive is skipped: it is incomplete"):
+        assert mirror.newest().name == "checkpoint-100"
+    copy(mirror, checkpoint(300))
+    assert sorted(p.name for p in folder.glob("c*")) == ["checkpoint-300"]
+    mirror.close()
+
+
+# ---- room
+
+@pytest.mark.parametrize("quota, kind, line", [
+    (100_000, FULL, "Each new checkpoint, about 12.0 kB, is copied to the Drive"),
+    (20_000, WEIGHTS, "only their weights are copied. From them a lost session can be continued as from a model"),
+    (2_000, OFF, "nothing is copied, and a lost session is lost")])
+def test_room_is_told_before_the_run(colab, my_drive, output, checkpoint, quota, kind, line):
+    with colab.faults(quota=quota), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mirror = opened(output)
+    assert line in mirror.told and [str(w.message) for w in caught] == ([mirror.told] if kind != FULL else [])
+    copy(mirror, checkpoint(100))
+    names = {FULL: ["checkpoint-100"], WEIGHTS: ["weights-100"], OFF: []}[kind]
+    assert held(colab.backing) == names
+    if kind == WEIGHTS: assert mirror.newest() is None and not list(colab.backing.rglob("optimizer.pt"))
+    mirror.close()
+
+
+def test_an_output_folder_on_the_drive_needs_no_mirror(my_drive):
+    assert opened(my_drive/"gpt2-tuned").target is None
+
+
+def test_a_folder_that_cannot_be_a_mirror_is_refused(tmp_path, output):
+    (tmp_path/"file").touch()
+    for mirror, line in ((tmp_path/"file", "a file stands where a folder is needed"), (output/"copies", "is in output_dir")):
+        with pytest.raises((OSError, ValueError), match=line): opened(output, runtime=HERE, mirror=str(mirror))
+
+
+# ---- a new machine
+
+def another(**changes): return {**heartbeat(120), "machine": "vm-1", "boot": "", **changes}
+
+
+def test_two_machines_do_not_train_one_run(tmp_path, output, checkpoint):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.target.write(HEARTBEAT, json.dumps(another(process=4711)))
+    with pytest.raises(RuntimeError, match=r"by process 4711 on vm-1: at step 120 \d s ago.*mirror='off'"):
+        opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    opened(output, runtime=HERE, mirror=str(tmp_path/"disk"), seed=7)  # another run
+
+
+def test_the_last_sign_of_a_lost_machine_is_told(tmp_path, output):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    assert mirror.before_end("2026-11-28T20:00:00+00:00") == ""
+    ended = datetime(2026, 11, 28, 20, 2, 30, tzinfo=timezone.utc).timestamp()
+    mirror.target.write(HEARTBEAT, json.dumps(another(time=ended)))
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    said = mirror.before_end("2026-11-28T20:00:00+00:00")
+    assert said == "Your last session saved this 2 minutes before it ended."
+
+
+@pytest.mark.parametrize("text", ["", "[]", "nonsense", '{"time": null}', '{"time": "yesterday", "machine": 3}'])
+def test_a_damaged_heartbeat_is_none(tmp_path, output, text):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.target.write(HEARTBEAT, text)
+    assert opened(output, runtime=HERE, mirror=str(tmp_path/"disk")).lost is None
+
+
+def test_heartbeats_are_written_while_a_copy_is_on_its_way(tmp_path, output, checkpoint, monkeypatch):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    seen, write = [], mirror.target.write
+    monkeypatch.setattr(mirror.target, "write", lambda name, text: (seen.append(json.loads(text)["step"]), write(name, text)))
+    mirror.target.beats, mirror.step = 0, 7
+    mirror.offer(checkpoint(100))
+    mirror.close()
+    assert len(seen) > 4 and set(seen) == {7}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, output, checkpoint, name, damage):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.kept = 2
+    for step in (100, 200): copy(mirror, checkpoint(step))
+    mirror.close()
+    file = mirror.target.path("checkpoint-200", name)
+    content = file.read_bytes()
+    if damage == "delete": file.unlink()
+    else: file.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    new = opened(tmp_path/"new machine"/"gpt2-tuned", runtime=HERE, mirror=str(tmp_path/"disk"))
+    with pytest.warns(UserWarning, match="checkpoint-200 in .* is skipped") as caught:
+        restored = new.restore(new.newest(), tmp_path/"new machine"/"gpt2-tuned")
+    assert restored.name == "checkpoint-100" and damaged_files(restored) == [] and len(caught) == 1
+    assert read_manifest(restored) == read_manifest(output/"checkpoint-100")
+    if name != "whole.json": assert name in str(caught[0].message)
+
+
+def test_where_nothing_is_intact_the_run_begins_again(tmp_path, output, checkpoint):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    copy(mirror, checkpoint(100))
+    mirror.close()
+    (mirror.target.folder/"checkpoint-100"/"optimizer.pt").write_bytes(b"Moments")
+    new = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    with pytest.warns(UserWarning, match="optimizer.pt is missing or corrupted"):
+        assert new.restore(new.newest(), tmp_path/"new") is None
+    assert find_checkpoints(tmp_path/"new") == [] and new.newest() is None
+
+
+def test_names_that_lead_out_of_the_folder_are_not_followed(tmp_path, output, checkpoint):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    copy(mirror, path := checkpoint(100))
+    mirror.close()
+    manifest = read_manifest(path)
+    for field in ("files", "sha256"): manifest[field]["../../secret"] = manifest[field]["optimizer.pt"]
+    (mirror.target.folder/"checkpoint-100"/"whole.json").write_text(json.dumps(manifest))
+    (tmp_path/"disk"/"secret").write_bytes(b"moments")
+    new = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    with pytest.warns(UserWarning, match="checkpoint-100 in .* is skipped"): assert new.newest() is None
+
+
+def finish(output):
+    "The output folder of a finished run."
+    (output/"model.safetensors").write_bytes(b"the model")
+    (output/"config.json").write_text("{}")
+    files = {name: sha256_of(output/name) for name in ("model.safetensors", "config.json")}
+    (output/"finetune.json").write_text(json.dumps(dict(files=files, fingerprint={}, steps=300)))
+    return {**{name: (output/name).read_bytes() for name in files}, "finetune.json": (output/"finetune.json").read_bytes()}
+
+
+def test_a_finished_model_takes_the_place_of_the_checkpoints(tmp_path, output, checkpoint):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    copy(mirror, checkpoint(300))
+    files = finish(output)
+    (output/"notes.txt").write_text("of the user")
+    copy(mirror, output)
+    assert mirror.target.names() == [FINISHED, HEARTBEAT] and told(mirror.close) == []
+    new = opened(tmp_path/"new"/"gpt2-tuned", runtime=HERE, mirror=str(tmp_path/"disk"))
+    assert new.restore(new.newest(), tmp_path/"new"/"gpt2-tuned") == tmp_path/"new"/"gpt2-tuned"
+    assert tree(tmp_path/"new"/"gpt2-tuned") == files
+
+
+def test_beginning_again_replaces_what_is_there_once_something_new_is_complete(tmp_path, output, checkpoint):
+    options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror = opened(output, **options)
+    copy(mirror, checkpoint(300))
+    finish(output)
+    copy(mirror, output)
+    mirror.close()
+    again = opened(output, overwrite_output_dir=True, **options)
+    (output/"finetune.json").unlink()
+    assert again.newest() is None and again.target.names() == [FINISHED]
+    copy(again, checkpoint(100))
+    assert held(tmp_path/"disk") == ["checkpoint-100"]
+    again.close()
