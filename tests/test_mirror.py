@@ -8,7 +8,8 @@ import pytest
 
 from colab_gpt2 import FinetuneConfig, mount_drive
 from colab_gpt2.core import sha256_of
-from colab_gpt2.engine.checkpoints import damaged_files, find_checkpoints, read_manifest, write_manifest
+from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest, sealed
+from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
 from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, Mirror, heartbeat, open_mirror
@@ -78,7 +79,7 @@ def told(action):
 # ---- faults of a Drive
 
 FAULTS = [(dict(truncated=1000), "truncated in transit"), (dict(corrupted=True), "corrupted in transit"),
-          (dict(full=1500), "No space left"), (dict(quota=100), "needs 3.0 kB"), (dict(read_only=True), "Read-only"),
+          (dict(full=1500), "No space left"), (dict(quota=100), "No space left"), (dict(read_only=True), "Read-only"),
           (dict(io_error=True), "Input/output error"), (dict(io_error=5), "Input/output error"),
           (dict(disconnected=True), "not mounted")]
 
@@ -93,7 +94,7 @@ def test_a_fault_of_the_drive_is_told_and_the_next_checkpoint_tries_again(colab,
     with colab.faults(**fault):
         copy(mirror, path := checkpoint(200))
         assert mirror.status().startswith("Drive: checkpoint-200 failed (") and status in mirror.status()
-    assert held(colab.backing) == ["checkpoint-100"] and damaged_files(path) == []
+    assert held(colab.backing) == ["checkpoint-100"] and check_intact(path)
     if fault.get("disconnected"): mount_drive(colab.mountpoint, force_remount=True)
     copy(mirror, checkpoint(300))
     assert mirror.status() == "Drive: checkpoint-300, 0 seconds ago" and told(mirror.close) == []
@@ -282,11 +283,11 @@ def test_two_machines_do_not_train_one_run(tmp_path, output, checkpoint):
 
 def test_the_last_sign_of_a_lost_machine_is_told(tmp_path, output):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
-    assert mirror.before_end("2026-11-28T20:00:00+00:00") == ""
+    assert mirror.before_end("2026-11-28T20:00:00Z") == ""
     ended = datetime(2026, 11, 28, 20, 2, 30, tzinfo=timezone.utc).timestamp()
     mirror.target.write(HEARTBEAT, json.dumps(another(time=ended)))
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
-    said = mirror.before_end("2026-11-28T20:00:00+00:00")
+    said = mirror.before_end("2026-11-28T20:00:00Z")
     assert said == "Your last session saved this 2 minutes before it ended."
 
 
@@ -321,7 +322,7 @@ def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, output,
     new = opened(tmp_path/"new machine"/"gpt2-tuned", runtime=HERE, mirror=str(tmp_path/"disk"))
     with pytest.warns(UserWarning, match="checkpoint-200 in .* is skipped") as caught:
         restored = new.restore(new.newest(), tmp_path/"new machine"/"gpt2-tuned")
-    assert restored.name == "checkpoint-100" and damaged_files(restored) == [] and len(caught) == 1
+    assert restored.name == "checkpoint-100" and check_intact(restored) and len(caught) == 1
     assert read_manifest(restored) == read_manifest(output/"checkpoint-100")
     if name != "whole.json": assert name in str(caught[0].message)
 
@@ -343,7 +344,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(tmp_path, output, ch
     mirror.close()
     manifest = read_manifest(path)
     for field in ("files", "sha256"): manifest[field]["../../secret"] = manifest[field]["optimizer.pt"]
-    (mirror.target.folder/"checkpoint-100"/"whole.json").write_text(json.dumps(manifest))
+    (mirror.target.folder/"checkpoint-100"/"whole.json").write_text(sealed(manifest))
     (tmp_path/"disk"/"secret").write_bytes(b"moments")
     new = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     with pytest.warns(UserWarning, match="checkpoint-100 in .* is skipped"): assert new.newest() is None

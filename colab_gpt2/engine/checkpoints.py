@@ -53,6 +53,16 @@ def list_files(folder) -> dict:
 # %% ../../nbs/engine/41_checkpoints.ipynb #cde56d37
 def _checksum(facts): return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+def sealed(facts) -> str:
+    "The text of a manifest: `facts` with a checksum of their own."
+    return json.dumps(facts | dict(checksum=_checksum(facts)))
+
+def unsealed(text) -> dict:
+    "The facts in the text of a manifest; ValueError if it is corrupted."
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        if (facts := json.loads(text)).pop("checksum") == _checksum(facts): return facts
+    raise ValueError(f"{MANIFEST} is corrupted")
+
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
 def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0):
     """List the files of a complete checkpoint, with the fingerprint of its `run` (names to plain values), its `step` of
@@ -60,7 +70,7 @@ def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0):
     files, now = list_files(folder), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = dict(files=files, sha256=checksums(folder, files), run=run, step=step, steps=steps, saved=now,
                  rate_factor=rate_factor)
-    Path(folder, MANIFEST).write_text(json.dumps(facts | dict(checksum=_checksum(facts))))
+    Path(folder, MANIFEST).write_text(sealed(facts))
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a80
 def check_complete(folder) -> dict:
@@ -68,11 +78,9 @@ def check_complete(folder) -> dict:
     path = Path(folder, MANIFEST)
     try:
         with explained(f"Reading {path}"): text = retried(lambda: path.read_text(encoding="utf-8"), may_pass)
-        manifest = json.loads(text)
-        if manifest.pop("checksum") != _checksum(manifest): raise ValueError
     except (FileNotFoundError, NotADirectoryError): raise ValueError(f"it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{MANIFEST} is corrupted") from None
-    there = list_files(folder)
+    except UnicodeDecodeError: text = ""
+    manifest, there = unsealed(text), list_files(folder)
     for name, size in manifest["files"].items():
         if name not in there: raise ValueError(f"{name} is missing")
         if there[name] != size: raise ValueError(f"{name} has {there[name]:,} of {size:,} bytes")

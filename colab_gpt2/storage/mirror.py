@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/53_mirror.ipynb #28ca2447
-import contextlib, errno, hashlib, json, math, os, platform, re, sys, threading, time, warnings
-from datetime import datetime
+# %% ../../nbs/storage/53_mirror.ipynb #f9364413
+import calendar, contextlib, errno, hashlib, json, math, os, platform, re, sys, threading, time, warnings
 from pathlib import Path
 
 import psutil
 from transformers import TrainerCallback
 
 from colab_gpt2.core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
-from colab_gpt2.engine.checkpoints import MANIFEST, new_checkpoint, read_manifest
+from colab_gpt2.engine.checkpoints import MANIFEST, new_checkpoint, read_manifest, sealed
 from colab_gpt2.errors import ADVICE, Sentence, about, errno_of, explained, may_pass
 from colab_gpt2.reporting import silent
 from colab_gpt2.runtime import drive_path, my_drive
@@ -103,7 +102,7 @@ def short(error) -> str:
 
 class Damaged(Exception): "Files of an entry are missing or have changed."
 
-# %% ../../nbs/storage/53_mirror.ipynb #6e799dec
+# %% ../../nbs/storage/53_mirror.ipynb #3bdbb3a7
 class Stored:
     "What a `target` holds of one run. `afresh`: what earlier sessions left is not resumed, but replaced."
     def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
@@ -137,7 +136,7 @@ class Stored:
         place = output_dir if entry.name == FINISHED else output_dir/entry.name
         with atomic(place, folder=True) if entry.name == FINISHED else new_checkpoint(place) as folder:
             if damaged := self.target.fetch(entry, folder, report): raise Damaged(", ".join(damaged))
-            if entry.name != FINISHED: (folder/MANIFEST).write_text(json.dumps(entry.manifest), encoding="utf-8")
+            if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
 
 # %% ../../nbs/storage/53_mirror.ipynb #de53d7b5
@@ -266,7 +265,7 @@ def missing_told(mirror) -> str:
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
     return f"{mirror.target.called} does not have {name} ({path} on this machine): {why.rstrip('.')}. {held}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #e1648c22
+# %% ../../nbs/storage/53_mirror.ipynb #e4feaa3f
 class Mirror(Copying, TrainerCallback):
     "Copies each new checkpoint to the `target`; without one it does nothing. `told` says what is copied where."
     told, lost = "", None  # the last heartbeat of a session that was lost
@@ -305,9 +304,9 @@ class Mirror(Copying, TrainerCallback):
         if self.queue.thread and not self.stopped: wait_for(self, report, seconds, still)
 
     def before_end(self, saved) -> str:
-        "How long before its end the last session saved what has this time (ISO) in its manifest; '' where unknown."
+        "How long before its end the last session saved what has this time in its manifest; '' where unknown."
         if not self.lost: return ""
-        gap = self.lost["time"] - datetime.fromisoformat(saved).timestamp()
+        gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
         return f"Your last session saved this {spoken(max(0, gap))} before it ended."
 
 # %% ../../nbs/storage/53_mirror.ipynb #8f5f7e24

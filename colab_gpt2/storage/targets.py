@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/52_targets.ipynb #68fd1842
-import contextlib, errno, json, math, os, re, shutil, tempfile
+# %% ../../nbs/storage/52_targets.ipynb #fff24e10
+import contextlib, errno, math, os, re, shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
-from colab_gpt2.core import DRIVES, Record, check_space, discard, existing, retried
-from colab_gpt2.engine.checkpoints import MANIFEST
+from colab_gpt2.core import DRIVES, Record, atomic, check_space, discard, existing, retried
+from colab_gpt2.engine.checkpoints import MANIFEST, sealed, unsealed
 from colab_gpt2.errors import may_pass
 from colab_gpt2.runtime import is_folder
 from colab_gpt2.storage.drive import copy_once
@@ -31,15 +31,12 @@ class Entry(Record):
     @property
     def bytes(self): return sum(self.manifest["files"].values())
 
-# %% ../../nbs/storage/52_targets.ipynb #372acc60
+# %% ../../nbs/storage/52_targets.ipynb #0c7f3b7b
 def read_entry(name, text) -> Entry:
-    "The entry `name` with the manifest `text`; ValueError if that is damaged."
-    try: sizes, sums = (manifest := json.loads(text))["files"], manifest["sha256"]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{MANIFEST} of {name} is damaged") from e
-    plain = all(re.fullmatch(r"[^/\\]+", file) and file not in (".", "..") for file in sums)
-    if plain and sizes.keys() == sums.keys() and all(type(size) is int for size in sizes.values()):
-        return Entry(name, manifest)
-    raise ValueError(f"{MANIFEST} of {name} is damaged")
+    "The entry `name` with the manifest `text`; ValueError if that is corrupted."
+    manifest = unsealed(text)
+    if all(PureWindowsPath(file).name == file for file in manifest["sha256"]): return Entry(name, manifest)
+    raise ValueError(f"{MANIFEST} names files outside its folder")
 
 # %% ../../nbs/storage/52_targets.ipynb #a4551bec
 class FolderTarget:
@@ -88,7 +85,7 @@ class FolderTarget:
         "Copy the entry's files into `folder`; -> the names of those that are damaged or missing."
         return damaged_in_transit(entry, self.path(entry.name), Path(folder), report)
 
-# %% ../../nbs/storage/52_targets.ipynb #bcd4d8f5
+# %% ../../nbs/storage/52_targets.ipynb #861e473a
 def put_folder(entry, source, place, report):
     "Copy the files of `entry` from the folder `source` to `place`, and then the manifest."
     try:
@@ -96,12 +93,13 @@ def put_folder(entry, source, place, report):
         with contextlib.suppress(FileNotFoundError): discard(place/MANIFEST)
         if damaged := damaged_in_transit(entry, source, place, report):
             raise OSError(f"{source} is damaged on this machine ({', '.join(damaged)})")
-        with tempfile.TemporaryDirectory() as here:
-            (written := Path(here, MANIFEST)).write_text(json.dumps(entry.manifest), encoding="utf-8")
-            retried(lambda: copy_once(written, place/MANIFEST, report), may_pass)
+        retried(lambda: write_atomic(place/MANIFEST, sealed(entry.manifest)), may_pass)
     except BaseException:
         with contextlib.suppress(OSError): discard(place)  # a mount that has gone cannot delete either
         raise
+
+def write_atomic(path, text):
+    with atomic(path) as file: file.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/storage/52_targets.ipynb #e8443cab
 def damaged_in_transit(entry, source, place, report) -> list:
