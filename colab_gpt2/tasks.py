@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .config import PROMPT, FinetuneConfig, changed, pick_block_size
 from .core import Record, home, human_bytes
-from .errors import Sentence, check_number
+from .errors import Sentence, about, check_number
 from .reporting import reporting
 from .runtime import check_runtime, in_colab
 from .storage.archives import archive_model, check_archive_path
@@ -57,6 +57,16 @@ def tokenizer_for_plan(config, download):
         if download or config.tokenizer: raise  # a run here would need it
         return None
 
+# %% ../nbs/64_tasks.ipynb #c54be9db
+def shape_for_plan(config, download):
+    "The config of the model that is trained: a new one, or one with another tokenizer, follows its tokenizer."
+    from colab_gpt2.model.loading import load_config
+    from colab_gpt2.preparing import fit_shape
+    with about("model"): shape = load_config(config.model, cache_dir=config.cache_dir)
+    if not (config.tokenizer or config.from_scratch): return shape
+    with about("tokenizer" if config.tokenizer else "model"): tokenizer = tokenizer_for_plan(config, download)
+    return fit_shape(shape, config, tokenizer) if tokenizer else shape
+
 # %% ../nbs/64_tasks.ipynb #c1243baa
 def size_for_plan(config, context, download, progress=True):
     "The training text as `Blocks` where text and tokenizer are to be had, else a `TextSize`."
@@ -76,14 +86,11 @@ def plan(
     **changes,  # to `config`
 ) -> Record:
     "What a run would take, before it is started: a `Plan`, from the model's config without its weights."
-    from colab_gpt2.model.loading import load_config, model_context
+    from colab_gpt2.model.loading import model_context
     from colab_gpt2.planning.plan import named_runtime, plan_run
-    from colab_gpt2.preparing import fit_shape
     config = changed(config, **changes)
     runtime = check() if gpu is None else named_runtime(gpu)
-    shape = load_config(config.model, cache_dir=config.cache_dir)
-    if config.tokenizer or config.from_scratch:
-        if tokenizer := tokenizer_for_plan(config, gpu is None): fit_shape(shape, config, tokenizer)
+    shape = shape_for_plan(config, gpu is None)
     return plan_run(shape, size_for_plan(config, model_context(shape), gpu is None, progress), runtime, config)
 
 # %% ../nbs/64_tasks.ipynb #35edfe83

@@ -12,6 +12,7 @@ from colab_gpt2.errors import fields_of
 from colab_gpt2.generation import generate
 from colab_gpt2.model.fitting import add_rows, check_match, end_ids, save_tokenizer, set_ids
 from colab_gpt2.model.loading import MODELS, TINY, load_config, load_model, load_tokenizer, model_context, new_model
+from colab_gpt2.panels.finetune import Forecaster
 from colab_gpt2.planning.plan import TextSize, plan_run
 from colab_gpt2.preparing import prepare, starting_model
 from colab_gpt2.runtime import check_runtime
@@ -487,6 +488,8 @@ def test_new_weights_follow_a_chosen_tokenizer_in_a_run_and_in_its_plan(quick):
     config = replace(quick, from_scratch=True)
     with pytest.warns(UserWarning, match="The new model has 279 embeddings, as its tokenizer has entries, not 8192"):
         planned = plan(config, progress=False)
+    with pytest.warns(UserWarning, match="The new model has 279 embeddings"): shown = Forecaster().plan(config)
+    assert (shown.parameters, shown.tokens, shown.steps) == (planned.parameters, planned.tokens, planned.steps)
     result = finetune(config, progress=False)
     model = load_model(result.output_dir)
     assert model.config.vocab_size == 279 and model.config.eos_token_id == 0

@@ -19,15 +19,15 @@ from ..engine.callbacks import AFTER, PROBING, Listener
 from ..engine.checkpoints import find_checkpoints, read_manifest
 from ..engine.trainer import identify_settings
 from ..errors import Sentence, about, fields_of, worded
-from ..model.loading import MODELS, load_config, model_context
+from ..model.loading import MODELS, model_context
 from .fields import Form, labels_of
 from .live import Live, describe_samples
 from .panel import Panel, button, fact, folded, listening, meter, row, sentence, take_values
 from .pump import interrupts_reach
 from .snippets import differing
-from ..planning.plan import Plan, estimate_text, pick_run_precision, plan_run, step_time
+from ..planning.plan import Plan, estimate_text, plan_run, step_time
 from ..runtime import check_runtime
-from ..tasks import corpus_for_plan, size_for_plan
+from ..tasks import corpus_for_plan, shape_for_plan, size_for_plan
 from ..training import Interrupted, finetune, finished_config
 
 # %% ../../nbs/panels/78_finetune.ipynb #eb59c059
@@ -69,13 +69,12 @@ class Forecaster:
     def plan(self, config) -> Plan:
         "The plan of `config`; errors name the fields that they are about."
         if self.measured and self.measured[0] == self.key(config): return self.measured[1]
-        model = config.model
-        if model not in self.known:
-            with about("model"): self.known[model] = load_config(model, cache_dir=config.cache_dir)
-        names = ("model", "dataset", "train_file", "eval_file", "block_size", "tokenizer", "cache_dir")
-        text = (*(getattr(config, name) for name in names), *self.files(config))
+        model = config.model, config.tokenizer, config.from_scratch, config.cache_dir
+        if model not in self.known: self.known[model] = shape_for_plan(config, False)
+        names = ("dataset", "train_file", "eval_file", "block_size")
+        text = (*model, *(getattr(config, name) for name in names), *self.files(config))
         if text not in self.known: self.known[text] = known_size(config, self.known[model])
-        return plan_run(self.known[model], self.known[text], pick_run_precision(config, self.runtime), config)
+        return plan_run(self.known[model], self.known[text], self.runtime, config)
 
     def keep(self, config, plan):
         self.measured = self.key(config), plan
