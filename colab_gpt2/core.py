@@ -23,15 +23,15 @@ def plain(value):
     return str(value)
 
 # %% ../nbs/00_core.ipynb #58fd4e2f
-def typed(hint, value):
+def _typed(hint, value):
     "The opposite of `plain`: a `value` that JSON gave, as the type `hint` has it."
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-    if NoneType in get_args(hint): return value if value is None or len(kinds) > 1 else typed(kinds[0], value)
+    if NoneType in get_args(hint): return value if value is None or len(kinds) > 1 else _typed(kinds[0], value)
     if value is None: return math.nan if hint is float else None
     if isinstance(hint, type) and issubclass(hint, Record): return hint.from_dict(value)
     kind = get_origin(hint) or hint
-    if kind is dict: return {k: typed(kinds[1] if kinds else None, v) for k, v in value.items()}
-    if kind in (list, tuple): return kind(typed(kinds[0] if kinds else None, v) for v in value)
+    if kind is dict: return {k: _typed(kinds[1] if kinds else None, v) for k, v in value.items()}
+    if kind in (list, tuple): return kind(_typed(kinds[0] if kinds else None, v) for v in value)
     return kind(value) if kind in (Path, float) else value
 
 # %% ../nbs/00_core.ipynb #a2a6cc6d
@@ -47,7 +47,7 @@ class Record:
         hints = get_type_hints(cls)
         try:
             if unknown := facts.keys() - hints: raise ValueError(f"there is no {min(unknown)!r}")
-            return cls(**{name: typed(hints[name], value) for name, value in facts.items()})
+            return cls(**{name: _typed(hints[name], value) for name, value in facts.items()})
         except (TypeError, AttributeError, ValueError) as e: raise ValueError(f"No {cls.__name__}: {e}.") from e
 
     def _rows(self):
@@ -170,7 +170,7 @@ def _sync(path):
     finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #9256aece
-def make_folder(path):
+def _make(path):
     "Make the folder `path` and those above it; each new one is synced in the one that it is in."
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ def atomic(path, folder=False):
     place = path if inside else path.parent
     top = drive_top(place, anywhere=False)
     if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))  # not mounted
-    make_folder(place)
+    _make(place)
     with contextlib.ExitStack() as scratch:  # on a Drive: written to this machine's disk, then copied
         stage = temporary = scratch.enter_context(_scratch(None if drive_top(place) else place, path.name))
         if folder: (stage/path.name).mkdir()

@@ -17,8 +17,8 @@ from .core import Record, atomic, check_space, discard, existing, home, human_by
 from .core import retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit
 from .engine.callbacks import skipped_steps, tell
-from .engine.checkpoints import find_checkpoints, newest_intact, read_manifest, remove_checkpoint, save_model
-from .engine.checkpoints import sort_checkpoints
+from .engine.checkpoints import find_checkpoints, list_checkpoints, newest_intact, read_manifest
+from .engine.checkpoints import remove_checkpoint, save_model
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, identify, make_trainer, training_arguments
 from .errors import Sentence, about, errno_of, explained, may_pass
@@ -47,9 +47,8 @@ def check_output_dir(output_dir, resume="auto", overwrite=False) -> Path:
     for left in leftovers(path): discard(left)
     if overwrite or not path.is_dir() or not any(path.iterdir()): return path
     if resume == "never": raise FileExistsError(Sentence(TAKEN, path=path))
-    complete, incomplete = sort_checkpoints(path)
-    for checkpoint in incomplete: warnings.warn(f"{checkpoint} is incomplete and is skipped.", stacklevel=4)
-    if not complete and {*path.iterdir()} - {*incomplete}: raise FileExistsError(Sentence(TAKEN, path=path))
+    if not find_checkpoints(path) and {*path.iterdir()} - {*list_checkpoints(path)}:
+        raise FileExistsError(Sentence(TAKEN, path=path))
     return path
 
 # %% ../nbs/63_training.ipynb #85386444
@@ -156,7 +155,7 @@ SHAPE = ("model_type", "vocab_size", "n_embd", "n_layer", "hidden_size", "num_hi
 def checkpoint_to_resume(output_dir, shape, identity) -> Path | None:
     """The newest intact checkpoint; None without any, FileNotFoundError if all are corrupted, ValueError if it is of
     another model than the config `shape` has, or of a run with another `identity`."""
-    if not find_checkpoints(output_dir): return None
+    if not list_checkpoints(output_dir): return None
     checkpoint = newest_intact(output_dir)
     if not checkpoint: raise FileNotFoundError(Sentence(NOTHING_TO_RESUME, path=output_dir))
     file, was = checkpoint/"config.json", read_manifest(checkpoint)["run"]

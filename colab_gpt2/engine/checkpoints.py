@@ -77,14 +77,18 @@ def check_complete(folder) -> dict:
     "The manifest of a checkpoint that has all its files in full size; else ValueError: what is wrong."
     path = Path(folder, MANIFEST)
     try:
-        with explained(f"Reading {path}"): text = retried(lambda: path.read_text(encoding="utf-8"), may_pass)
+        with explained(f"Reading {path}"): text = retried(path.read_bytes, may_pass)
     except (FileNotFoundError, NotADirectoryError): raise ValueError(f"it has no {MANIFEST}") from None
-    except UnicodeDecodeError: text = ""
     manifest, there = unsealed(text), list_files(folder)
     for name, size in manifest["files"].items():
         if name not in there: raise ValueError(f"{name} is missing")
         if there[name] != size: raise ValueError(f"{name} has {there[name]:,} of {size:,} bytes")
     return manifest
+
+# %% ../../nbs/engine/41_checkpoints.ipynb #4ba9232d
+def read_manifest(folder) -> dict | None:
+    "The manifest of a complete checkpoint, or None."
+    with contextlib.suppress(ValueError): return check_complete(folder)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a81
 def check_intact(folder) -> dict:
@@ -95,29 +99,22 @@ def check_intact(folder) -> dict:
     if damaged: raise ValueError(f"{', '.join(damaged)}: corrupted, the SHA-256 differs")
     return manifest
 
-# %% ../../nbs/engine/41_checkpoints.ipynb #4ba9232d
-def read_manifest(folder) -> dict | None:
-    "The manifest of a complete checkpoint, or None."
-    with contextlib.suppress(ValueError): return check_complete(folder)
-
 # %% ../../nbs/engine/41_checkpoints.ipynb #b4bab866
-def sort_checkpoints(output_dir) -> tuple:
-    "(complete, incomplete) checkpoints in `output_dir`, each oldest first."
+def list_checkpoints(output_dir) -> list[Path]:
+    "Every folder checkpoint-N in `output_dir`, complete or not, oldest first."
     def number(path): return path.name.removeprefix("checkpoint-")
     found = (path for path in Path(output_dir).glob("checkpoint-*") if number(path).isdecimal())
-    paths = sorted(found, key=lambda path: int(number(path)))
-    complete = [path for path in paths if read_manifest(path)]
-    return complete, [path for path in paths if path not in complete]
+    return sorted(found, key=lambda path: int(number(path)))
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #62ab7142
 def find_checkpoints(output_dir) -> list[Path]:
     "The complete ones, oldest first."
-    return sort_checkpoints(output_dir)[0]
+    return [path for path in list_checkpoints(output_dir) if read_manifest(path)]
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #62ab7143
 def newest_intact(output_dir) -> Path | None:
     "The newest complete checkpoint with the right checksums; a warning for each newer one."
-    for path in reversed(find_checkpoints(output_dir)):
+    for path in reversed(list_checkpoints(output_dir)):
         try: return check_intact(path) and path
         except ValueError as e: warnings.warn(f"{path} is skipped: {e}.", stacklevel=3)
 
