@@ -12,7 +12,7 @@ from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_m
 from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
-from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, Mirror, heartbeat, open_mirror
+from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, fit, heartbeat, open_mirror
 from colab_gpt2.storage.targets import FolderTarget
 from helpers.archives import tree
 from helpers.colab_stub import colab, stub
@@ -55,7 +55,7 @@ def my_drive(colab, monkeypatch):
 def opened(output, *, runtime=COLAB, **changes):
     "With room for one complete checkpoint and one that arrives."
     config = FinetuneConfig(output_dir=str(output), **changes)
-    mirror = open_mirror(config, dict(seed=config.seed), SMALL, runtime)
+    mirror = fit(open_mirror(config, dict(seed=config.seed), runtime), SMALL)
     mirror.kept = 1
     return mirror
 
@@ -153,7 +153,7 @@ def test_the_end_of_a_run_tries_once_more_and_says_what_is_missing(colab, my_dri
     with colab.faults(full=10):
         copy(mirror, path := checkpoint(200))
         [said] = told(mirror.close)
-    assert said.startswith(f"the Drive does not have checkpoint-200 ({path} on this machine): the disk, or Drive's quota")
+    assert said.startswith(f"the Drive does not have checkpoint-200 ({path} on this machine): the disk, or Drive's")
     assert said.endswith("The newest there is checkpoint-100.") and "\n" not in said
     late = opened(output)
     with colab.faults(full=10): copy(late, path)
@@ -264,7 +264,8 @@ def test_an_output_folder_on_the_drive_needs_no_mirror(my_drive):
 
 def test_a_folder_that_cannot_be_a_mirror_is_refused(tmp_path, output):
     (tmp_path/"file").touch()
-    for mirror, line in ((tmp_path/"file", "a file stands where a folder is needed"), (output/"copies", "is in output_dir")):
+    known = {tmp_path/"file": "a file stands where a folder is needed", output/"copies": "is in output_dir"}
+    for mirror, line in known.items():
         with pytest.raises((OSError, ValueError), match=line): opened(output, runtime=HERE, mirror=str(mirror))
 
 
@@ -301,7 +302,10 @@ def test_a_damaged_heartbeat_is_none(tmp_path, output, text):
 def test_heartbeats_are_written_while_a_copy_is_on_its_way(tmp_path, output, checkpoint, monkeypatch):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     seen, write = [], mirror.target.write
-    monkeypatch.setattr(mirror.target, "write", lambda name, text: (seen.append(json.loads(text)["step"]), write(name, text)))
+    def written(name, text):
+        seen.append(json.loads(text)["step"])
+        write(name, text)
+    monkeypatch.setattr(mirror.target, "write", written)
     mirror.target.beats, mirror.step = 0, 7
     mirror.offer(checkpoint(100))
     mirror.close()
@@ -356,7 +360,7 @@ def finish(output):
     (output/"config.json").write_text("{}")
     files = {name: sha256_of(output/name) for name in ("model.safetensors", "config.json")}
     (output/"finetune.json").write_text(json.dumps(dict(files=files, fingerprint={}, steps=300)))
-    return {**{name: (output/name).read_bytes() for name in files}, "finetune.json": (output/"finetune.json").read_bytes()}
+    return {name: (output/name).read_bytes() for name in (*files, "finetune.json")}
 
 
 def test_a_finished_model_takes_the_place_of_the_checkpoints(tmp_path, output, checkpoint):

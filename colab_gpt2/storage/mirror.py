@@ -344,25 +344,30 @@ def last_heartbeat(target):
         return {name: type(value)(found.get(name, value)) for name, value in own.items()}
     except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
 
-# %% ../../nbs/storage/53_mirror.ipynb #d598146c
-def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
-    "RuntimeError if another machine trains this run. A Drive that fails raises nothing: each checkpoint tries again."
+# %% ../../nbs/storage/53_mirror.ipynb #076dafec
+def open_mirror(config, fingerprint, runtime) -> Mirror:
+    "RuntimeError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
-    if not top: return told_by(Mirror(), told, aloud=told)
+    if not top: return say(Mirror(), told)
     with about("mirror"), explained(f"Making {top}"):
         target = FolderTarget(top, run_name(config.output_dir, fingerprint))
-    afresh = config.overwrite_output_dir or config.resume == "never"
-    try: (complete, _), free = retried(lambda: (Stored(target).entries(), target.free()), may_pass)
-    except OSError as e:
-        told = f"{target.called} cannot be used now, and each new checkpoint tries again: {reason(e)}"
-        return told_by(Mirror(target, afresh=afresh), told, aloud=True)
-    if lost := last_heartbeat(target): check_alone(lost, target.called)
-    kind, kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
-    mirror = Mirror(kind and target, kind, kept, afresh)
-    mirror.lost = lost
-    return told_by(mirror, fit_told(plan, free, kind, target.called), aloud=kind != FULL)
-
-def told_by(mirror, told, aloud):
-    mirror.told = told
-    if aloud: warnings.warn(told, stacklevel=4)
+    mirror = Mirror(target, afresh=config.overwrite_output_dir or config.resume == "never")
+    mirror.lost = last_heartbeat(target)
+    if mirror.lost: check_alone(mirror.lost, target.called)
     return mirror
+
+def say(mirror, told, aloud=True) -> Mirror:
+    mirror.told = told
+    if told and aloud: warnings.warn(told, stacklevel=4)
+    return mirror
+
+# %% ../../nbs/storage/53_mirror.ipynb #0cad9c7e
+def fit(mirror, plan) -> Mirror:
+    "Decide by the room on the target what is copied of a run: `told` says it, and a warning where it is not all."
+    if not (target := mirror.target): return mirror
+    try: (complete, _), free = retried(lambda: (mirror.entries(), target.free()), may_pass)
+    except OSError as e:
+        return say(mirror, f"{target.called} cannot be used now, and each new checkpoint tries again: {reason(e)}")
+    mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
+    if mirror.kind == OFF: mirror.target = None
+    return say(mirror, fit_told(plan, free, mirror.kind, target.called), aloud=mirror.kind != FULL)
