@@ -137,9 +137,11 @@ def check_value(f, given):
     if "choices" in f.metadata: check_choice(f.name, given, f.metadata["choices"])
     if f.type in (bool, bool | None) and not isinstance(given, bool):
         raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be True or False.", value=given))
-    if f.name in ("resume", "mirror") and not isinstance(given, (str, os.PathLike)):
-        known = "'auto', 'never' or a folder" if f.name == "resume" else "'auto', 'off', a folder or 'hub:USER/NAME'"
-        raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be {known}.", value=given))
+    known = dict(resume="'auto', 'never' or a folder", mirror="'auto', 'off', a folder or 'hub:USER/NAME'")
+    kinds = {str: (str, os.PathLike), str | None: (str, os.PathLike, type(None)), dict: dict}
+    if not isinstance(given, kinds.get(f.type, object)):
+        rule = known.get(f.name, "a dict" if f.type is dict else "a text")
+        raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be {{rule}}.", value=given, rule=rule))
 
 # %% ../nbs/04_config.ipynb #555209f8
 def expand_paths(config):

@@ -18,6 +18,8 @@ from colab_gpt2.legacy.flags import FLAGS, parse
 from colab_gpt2.legacy.run_language_modeling import translate
 from colab_gpt2.model.loading import load_tokenizer
 from colab_gpt2.storage.archives import extract_archive
+from colab_gpt2.storage.mirror import HEARTBEAT, check_alone, last_heartbeat
+from colab_gpt2.storage.targets import FolderTarget, read_entry
 from colab_gpt2.text.tokens import Encoder, read_windows
 
 FIELDS = {f.name: f for f in fields(FinetuneConfig)}
@@ -46,6 +48,26 @@ JSON = st.recursive(st.one_of(st.none(), st.booleans(), SMALL, TEXTS),
                     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
                     max_leaves=6)
 VALUES = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS, JSON, st.binary(max_size=4), st.just(Path("a")))
+
+
+# The config
+
+def check_config(given):
+    "A config of these values, or a ValueError that says of a given field, in one line, what is wrong."
+    try: FinetuneConfig(**given)
+    except ValueError as e:
+        assert set(fields_of(e)) & set(given), (given, e)
+        assert isinstance(e.args[0], Sentence) and is_plain(printable(worded(e)).replace("\n", " ")), e
+
+
+@examples(400)
+@given(st.sampled_from(sorted(FIELDS)), VALUES)
+def test_a_field_takes_a_value_or_says_why_not(name, value): check_config({name: value})
+
+
+@examples(300)
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, min_size=2, max_size=2))
+def test_two_fields_take_their_values_or_say_why_not(given): check_config(given)
 
 
 # The command line and the flags of 2020
@@ -107,11 +129,68 @@ def test_the_flags_of_2020_are_translated_or_refused_in_a_line(capsys, flags, co
 
 # What is read back from a disk
 
+MANIFESTS = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()),
+                      st.dictionaries(st.sampled_from("files sha256 run step steps saved rate_factor".split()), JSON,
+                                      max_size=7).map(lambda value: json.dumps(value).encode()))
+
 def look(tmp_path_factory, name):
     "A folder that all examples of a test share."
     folder = Path(tmp_path_factory.getbasetemp())/name
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@examples(200)
+@given(MANIFESTS)
+def test_any_manifest_is_that_of_a_complete_checkpoint_or_of_none(tmp_path_factory, content):
+    output = look(tmp_path_factory, "manifests")
+    folder = output/"checkpoint-1"
+    folder.mkdir(exist_ok=True)
+    (folder/"config.json").write_text("{}")
+    (folder/"whole.json").write_bytes(content)
+    found = read_manifest(folder)
+    assert found is None or isinstance(found, dict)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        newest_intact(output)
+    assert all(is_plain(cli.one_line(w.message)) for w in said)
+
+
+@examples(150)
+@given(st.sampled_from(["files", "sha256", "run", "step", "steps", "saved", "rate_factor"]), JSON)
+def test_a_complete_manifest_with_another_value_raises_nothing(tmp_path_factory, key, value):
+    output = look(tmp_path_factory, "changed")
+    folder = output/"checkpoint-1"
+    folder.mkdir(exist_ok=True)
+    (folder/"config.json").write_text("{}")
+    write_manifest(folder, dict(seed=1))
+    manifest = json.loads((folder/"whole.json").read_text())
+    (folder/"whole.json").write_text(json.dumps({**manifest, key: value}))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        newest_intact(output)
+    assert all(is_plain(cli.one_line(w.message)) for w in said)
+
+
+@examples(200)
+@given(MANIFESTS)
+def test_any_manifest_in_a_mirror_is_that_of_an_entry_or_damaged(content):
+    try: entry = read_entry("checkpoint-1", content.decode(errors="replace"))
+    except ValueError as e: assert is_plain(str(e))
+    else: assert entry.step == 1 and entry.bytes >= 0
+
+
+@examples(200)
+@given(st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()), st.dictionaries(
+    st.sampled_from("time step process started machine boot".split()), JSON, max_size=6).map(
+        lambda value: json.dumps(value).encode())))
+def test_any_heartbeat_is_that_of_a_machine_or_of_none(tmp_path_factory, content):
+    target = FolderTarget(look(tmp_path_factory, "hearts"), "run")
+    target.made()
+    (target.folder/HEARTBEAT).write_bytes(content)
+    if last := last_heartbeat(target):
+        try: check_alone(last, "a folder")
+        except RuntimeError as e: assert is_plain(str(e))
 
 
 RESULTS = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()),

@@ -16,7 +16,8 @@ BOTH = ["rename", "replace", "link"]  # of two paths
 replaced = ["open", "read", "write", "fsync", "sendfile", "statvfs", *LOOK, *LIST, *CHANGE, *BOTH]
 real = {name: getattr(os, name) for name in replaced if hasattr(os, name)}
 handles = {}  # descriptor -> (path on the Drive, (device, inode)), for files opened while the hooks are in
-FILE_FAULTS = ("full", "quota", "read_only", "io_error", "disconnected", "truncated", "corrupted", "slow")
+FILE_FAULTS = ("full", "quota", "over_quota", "denied", "read_only", "io_error", "disconnected", "truncated", "corrupted",
+               "slow", "bytes_per_second")
 state = {"suspended": False, "mountpoint": None, "readonly": False, "hooked": False}
 
 
@@ -73,12 +74,15 @@ def operation(path, kind):
     if due("disconnected", kind): fail(errno.ENOTCONN)
     if due("io_error", kind): fail(errno.EIO)
     if kind in ("change", "write") and (_stub.faults.read_only or state["readonly"]): fail(errno.EROFS)
+    if kind in ("change", "write") and _stub.faults.denied: fail(errno.EACCES)
+    if kind == "write" and _stub.faults.over_quota: fail(errno.EDQUOT)
 
 
 def write_through(path, data, position, write):
     "Write `data` as far as the switches let it; the count that is returned may be a lie, as it is on the real Drive."
     operation(path, "write")
     faults, data = _stub.faults, bytes(data)
+    if faults.bytes_per_second: time.sleep(len(data) / faults.bytes_per_second)
     if faults.corrupted: data = bytes([data[0] ^ 1]) + data[1:] if data else data
     if faults.truncated is not None:
         kept = data[:max(0, faults.truncated - position)]

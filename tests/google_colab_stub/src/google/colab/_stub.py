@@ -23,12 +23,15 @@ class Faults:
     flush_failed: bool = False
     full: "int | None" = None
     quota: "int | None" = None
+    over_quota: bool = False
+    denied: bool = False
     read_only: bool = False
     io_error: "bool | int" = False
     disconnected: "bool | int" = False
     truncated: "int | None" = None
     corrupted: bool = False
     slow: float = 0.0
+    bytes_per_second: "float | None" = None
     secret_timeout: bool = False
     unassign_failed: bool = False
 
