@@ -25,21 +25,24 @@ from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.lora import add_adapters
 from ..model.tune import casting_once, tune_model, uncompiled
+from ..planning.plan import smaller_micro_batch
 from ..reporting import silent
 from ..runtime import out_of_memory
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf33
 class MicroBatchTrainer(Trainer):
     "Steps divided into micro-batches of `micro_batch` blocks."
-    micro_batch, share = 1, 1.
+    micro_batch, share, recipe = 1, 1., None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        "The loss of a step, with its gradients. If memory runs out, halve the micro-batch and repeat the step."
+        "The loss of a step, with its gradients. If memory runs out, lower the micro-batch and repeat the step."
         while True:
             try: return self.divided_step(model, inputs)
             except Exception as e:
-                if self.micro_batch == 1 or not out_of_memory(e): raise
-            self.lower_micro_batch(model, self.micro_batch // 2)
+                if not out_of_memory(e): raise
+                less = smaller_micro_batch(self.model, self.recipe.divided(self.micro_batch))
+                if less is None: raise
+            self.lower_micro_batch(model, less)
 
     def divided_step(self, model, inputs):
         blocks, losses, full = len(inputs["input_ids"]), [], min(self.micro_batch, len(self.train_dataset))
@@ -215,7 +218,8 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
     for mirror in callbacks:
         if hasattr(mirror, "in_use"): trainer.in_use, bar.status = mirror.in_use, mirror.status
-    trainer.micro_batch, trainer.checkpoints_to_keep = recipe.micro_batch, config.save_total_limit
+    trainer.recipe, trainer.micro_batch = recipe, recipe.micro_batch
+    trainer.checkpoints_to_keep = config.save_total_limit
     if recipe.gradient_checkpointing:  # keep half-precision copies of the current layer only
         trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     trainer.identity = identify(blocks, plan, config.seed)

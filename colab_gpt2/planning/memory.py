@@ -6,7 +6,8 @@
 __all__ = ['Recipe', 'forecast_memory']
 
 # %% ../../nbs/planning/30_memory.ipynb #f4763a20
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..config import METHODS, OPTIMIZERS, PRECISIONS
@@ -83,6 +84,7 @@ class Recipe(Record):
     lora = property(lambda self: self.method == "lora")
     on_cuda = property(lambda self: self.device == "cuda")
     tokens = property(lambda self: self.micro_batch * self.block_size)
+    batch = property(lambda self: self.micro_batch * self.gradient_accumulation_steps)  # blocks in a step
     number_bytes = property(lambda self: 2 if self.half else 4)
 
     def __post_init__(self):
@@ -90,6 +92,10 @@ class Recipe(Record):
             check_number(name, getattr(self, name), minimum=least, integer=True)
         for name, known in dict(precision=PRECISIONS[1:], method=METHODS[1:], optimizer=OPTIMIZERS).items():
             check_choice(name, getattr(self, name), known)
+
+    def divided(self, micro_batch):
+        "The same step in micro-batches of another size."
+        return replace(self, micro_batch=micro_batch, gradient_accumulation_steps=math.ceil(self.batch / micro_batch))
 
 # %% ../../nbs/planning/30_memory.ipynb #7e022de8
 # bytes a token and channel, measured: of each layer, and once of the last norm

@@ -14,7 +14,7 @@ from ..config import OPTIMIZERS, FinetuneConfig
 from ..core import Record, human_bytes, human_time
 from ..errors import Sentence, check_number
 from ..model.loading import load_config
-from .memory import COSTS, Recipe, Shape, StepMemory, shape_of
+from .memory import COSTS, Recipe, Shape, StepMemory, forecast_memory, shape_of
 from .speed import DEVICES, MOVED, device_of, forecast_step, pick_compile, update_seconds
 from ..runtime import Precision, Runtime, pick_precision
 
@@ -129,11 +129,10 @@ def possible_ways(planner):
     "The best first; each is a list of Recipes, the largest micro-batch first."
     config, runtime, blocks = planner.config, planner.runtime, planner.blocks
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
-    base = Recipe(1, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
+    step = Recipe(blocks, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
                   tune=config.tune, lora_rank=config.lora_rank, keep_attention_dropout=config.keep_attention_dropout)
     sizes = [n for n in micro_batches(config) if n <= blocks] or [blocks]  # more may be asked for
-    ways = [[replace(base, micro_batch=n, gradient_accumulation_steps=math.ceil(blocks / n), method=method,
-                     optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
+    ways = [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
             for method, optimizer in methods(config, runtime) for on in checkpointing]
     if runtime.device != "cpu": return ways
     def quick(recipe): return forecast_step(planner.shape, recipe, device_of(runtime), recipe.tokens) <= PATIENCE
@@ -165,7 +164,7 @@ class Planner(Record):
     @property
     def steps(self): return count_steps(self.config, self.text.blocks)
 
-    def memory(self, recipe): return self.in_use + StepMemory(self.shape, recipe).total
+    def memory(self, recipe): return self.in_use + forecast_memory(self.shape, recipe)
 
     @cached_property
     def best(self) -> Recipe | None: return next((r for r in sum(self.ways, []) if self.memory(r) <= self.limit), None)
@@ -260,7 +259,7 @@ class Plan(Record):
     update_seconds: float = 0.  # of a step, for clipping and AdamW: a forecast, which a probed step leaves out
 
     @property
-    def blocks_per_step(self) -> int: return self.recipe.micro_batch * self.recipe.gradient_accumulation_steps
+    def blocks_per_step(self) -> int: return self.recipe.batch
 
     def to_dict(self) -> dict:
         "Flat, with those fields of the recipe that a plan decides; `device` is the device's name."
@@ -269,9 +268,7 @@ class Plan(Record):
 
     def with_micro_batch(self, micro_batch, reason):
         "The same with a smaller micro-batch and more accumulation steps, and the `reason` for it."
-        steps = math.ceil(self.blocks_per_step / micro_batch)
-        recipe = replace(self.recipe, micro_batch=micro_batch, gradient_accumulation_steps=steps)
-        return replace(self, recipe=recipe, reasons=(*self.reasons, reason))
+        return replace(self, recipe=self.recipe.divided(micro_batch), reasons=(*self.reasons, reason))
 
     corrected, _rows = correct, plan_rows
 
@@ -299,7 +296,7 @@ def memory_reasons(planner: Planner):
     if not planner.best:
         advice = advise(planner)
         reasons = [Sentence(f"It does not fit: {{size}} {advice.template}", size=size, **advice.values)]
-    larger = min(micro_batches(config)[0], recipe.micro_batch * recipe.gradient_accumulation_steps)
+    larger = min(micro_batches(config)[0], recipe.batch)
     if runtime.device == "cpu" and recipe.micro_batch == own[0].micro_batch < larger:
         reasons.append(f"On this CPU a larger micro-batch would take over {PATIENCE} s by the forecast.")
     for way in ways[:ways.index(own)] if planner.best else [way for way in ways if way is not own]:
@@ -366,10 +363,9 @@ def plan_run(
 # %% ../../nbs/planning/32_plan.ipynb #8883d42c
 def smaller_micro_batch(model, recipe: Recipe) -> int | None:
     "The largest that is at most half of the recipe's, divides its batch and needs less memory; None if there is none."
+    def need(n): return forecast_memory(shape, recipe.divided(n))
     most, shape = recipe.micro_batch, shape_of(model)
-    batch = most * recipe.gradient_accumulation_steps
-    def need(n): return StepMemory(shape, replace(recipe, micro_batch=n, gradient_accumulation_steps=batch // n)).total
-    smaller = (n for n in range(most // 2, 0, -1) if batch % n == 0)
+    smaller = (n for n in range(most // 2, 0, -1) if recipe.batch % n == 0)
     return next((n for n in smaller if not recipe.gradient_checkpointing or need(n) < need(most)), None)
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42f
