@@ -277,7 +277,7 @@ def another(**changes): return {**heartbeat(120), "machine": "vm-1", "boot": "",
 def test_two_machines_do_not_train_one_run(tmp_path, output, checkpoint):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     mirror.target.write(HEARTBEAT, json.dumps(another(process=4711)))
-    with pytest.raises(RuntimeError, match=r"by process 4711 on vm-1: at step 120 \d s ago.*mirror='off'"):
+    with pytest.raises(BlockingIOError, match="by process 4711 on vm-1: at step 120 0 seconds ago.*mirror='off'"):
         opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     opened(output, runtime=HERE, mirror=str(tmp_path/"disk"), seed=7)  # another run
 

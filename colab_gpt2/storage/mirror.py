@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/53_mirror.ipynb #f9364413
-import calendar, contextlib, errno, hashlib, json, math, os, platform, re, sys, threading, time, warnings
+# %% ../../nbs/storage/53_mirror.ipynb #6fca4c42
+import calendar, contextlib, errno, hashlib, json, math, os, re, sys, threading, time, warnings
 from pathlib import Path
 
-import psutil
 from transformers import TrainerCallback
 
 from colab_gpt2.core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
 from colab_gpt2.engine.checkpoints import MANIFEST, new_checkpoint, read_manifest, sealed
+from colab_gpt2.engine.lock import is_running, this_run
 from colab_gpt2.errors import ADVICE, Sentence, about, errno_of, explained, may_pass
 from colab_gpt2.reporting import silent
 from colab_gpt2.runtime import drive_path, my_drive
@@ -65,35 +65,27 @@ def fit_told(plan, free, kind, where) -> Sentence:
     checkpoint, weights, _ = map(human_bytes, forecast_bytes(plan))
     return Sentence(TOLD[kind], checkpoint=checkpoint, weights=weights, free=human_bytes(free), where=where)
 
-# %% ../../nbs/storage/53_mirror.ipynb #a4a0d8d7
-HEARTBEAT, SILENT = "heartbeat.json", 120  # seconds without a heartbeat, after which a machine is taken to be lost
-
-def heartbeat(step) -> dict:
-    "Who trains, and how far it is."
-    process, boot = psutil.Process(), Path("/proc/sys/kernel/random/boot_id")
-    return dict(time=time.time(), step=step, process=process.pid, started=process.create_time(),
-                machine=platform.node(), boot=boot.read_text().strip() if boot.exists() else "")
-
-# %% ../../nbs/storage/53_mirror.ipynb #89af1d1b
-def check_alone(last, where):
-    "RuntimeError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
-    own, age, alive = heartbeat(0), time.time() - last["time"], False
-    if (last["machine"], last["boot"]) != (own["machine"], own["boot"]): alive = abs(age) < SILENT  # clocks differ
-    elif last["process"] != own["process"]:
-        with contextlib.suppress(psutil.Error): alive = psutil.Process(last["process"]).create_time() == last["started"]
-    if not alive: return
-    told = ("This run is trained already, by process {process} on {machine}: at step {step} {age:.0f} s ago. "
-            "Two would spoil each other's copies in {where}. Stop the other one, or wait {wait} s if it was lost; "
-            "for a run of its own set {mirror=off}.")
-    raise RuntimeError(Sentence(told, **{**last, "age": max(age, 0)}, where=where, wait=SILENT))
-
-# %% ../../nbs/storage/53_mirror.ipynb #567ae1e3
+# %% ../../nbs/storage/53_mirror.ipynb #dac2c670
 def spoken(seconds) -> str:
     "A time as it is said: '2 minutes'."
     for unit, length in dict(hour=3600, minute=60, second=1).items():
         if (n := int(seconds // length)) or length == 1: return f"{n} {unit}{'s' * (n != 1)}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #aff8c900
+# %% ../../nbs/storage/53_mirror.ipynb #3c9d9dac
+HEARTBEAT = "heartbeat.json"
+
+def heartbeat(step) -> dict: return this_run() | dict(time=time.time(), step=step)
+
+def check_alone(last, where):
+    "BlockingIOError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
+    own, age = heartbeat(0), time.time() - last["time"]
+    if all(last[name] == own[name] for name in ("boot", "process")) or not is_running(last, last["time"], False): return
+    told = ("This run is trained already, by process {process} on {machine}: at step {step} {age} ago. Two would spoil "
+            "each other's copies in {where}. Stop the other one, or wait two minutes if it was lost; for a run of its "
+            "own set {mirror=off}.")
+    raise BlockingIOError(Sentence(told, **{**last, "age": spoken(max(age, 0))}, where=where))
+
+# %% ../../nbs/storage/53_mirror.ipynb #023e65d6
 def reason(error) -> str: return ADVICE.get(errno_of(error)) or str(error)
 
 def short(error) -> str:
@@ -102,7 +94,7 @@ def short(error) -> str:
 
 class Damaged(Exception): "Files of an entry are missing or have changed."
 
-# %% ../../nbs/storage/53_mirror.ipynb #3bdbb3a7
+# %% ../../nbs/storage/53_mirror.ipynb #11403d5c
 class Stored:
     "What a `target` holds of one run. `afresh`: what earlier sessions left is not resumed, but replaced."
     def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
@@ -139,7 +131,7 @@ class Stored:
             if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
 
-# %% ../../nbs/storage/53_mirror.ipynb #de53d7b5
+# %% ../../nbs/storage/53_mirror.ipynb #0b39020d
 class Kept(Stored):
     "Restores entries, and replaces them."
     def restore(self, entry, output_dir, report=silent) -> Path | None:
@@ -173,7 +165,7 @@ class Kept(Stored):
         former = [e for e in others if self.afresh and e.name not in self.mine]
         return {e.name for e in older[self.kept - 1:] + former} | self.damaged
 
-# %% ../../nbs/storage/53_mirror.ipynb #ec011109
+# %% ../../nbs/storage/53_mirror.ipynb #334218b3
 class Newest:
     "A daemon thread that calls `work(item)` with the newest item, and `beat()` every so many seconds in between."
     def __init__(self, work, beat, seconds):
@@ -207,7 +199,7 @@ class Newest:
 
     def items(self) -> set: return {item for item in (self.current, self.pending) if item}
 
-# %% ../../nbs/storage/53_mirror.ipynb #c1faf29c
+# %% ../../nbs/storage/53_mirror.ipynb #c18bb5f9
 class Stopped(Exception): "Nobody waits for the copy any more."
 
 class Copying(Kept):
@@ -242,7 +234,7 @@ class Copying(Kept):
             self.here, self.error = (self.put(path, self.report).name, time.monotonic()), None
         except Exception as e: self.error = path, e  # whatever it is, the training goes on
 
-# %% ../../nbs/storage/53_mirror.ipynb #1c00a430
+# %% ../../nbs/storage/53_mirror.ipynb #198806b4
 def wait_for(mirror, report, seconds, still):
     "Until all that was offered has arrived; `seconds` at most, and `still` ones without progress."
     if mirror.error and not mirror.in_use(): mirror.offer(mirror.error[0])
@@ -256,7 +248,7 @@ def wait_for(mirror, report, seconds, still):
         mirror.stopped = True
         if mirror.in_use() or mirror.error: warnings.warn(missing_told(mirror), stacklevel=4)
 
-# %% ../../nbs/storage/53_mirror.ipynb #04d760da
+# %% ../../nbs/storage/53_mirror.ipynb #f2adf129
 def missing_told(mirror) -> str:
     "What did not arrive, why, and what there is instead."
     path = mirror.queue.pending or mirror.queue.current or mirror.error[0]
@@ -265,7 +257,7 @@ def missing_told(mirror) -> str:
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
     return f"{mirror.target.called} does not have {name} ({path} on this machine): {why.rstrip('.')}. {held}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #e4feaa3f
+# %% ../../nbs/storage/53_mirror.ipynb #dfd183cc
 class Mirror(Copying, TrainerCallback):
     "Copies each new checkpoint to the `target`; without one it does nothing. `told` says what is copied where."
     told, lost = "", None  # the last heartbeat of a session that was lost
@@ -309,7 +301,7 @@ class Mirror(Copying, TrainerCallback):
         gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
         return f"Your last session saved this {spoken(max(0, gap))} before it ended."
 
-# %% ../../nbs/storage/53_mirror.ipynb #8f5f7e24
+# %% ../../nbs/storage/53_mirror.ipynb #7768be59
 MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
                "copied, run mount_drive() in a cell first.")
@@ -330,13 +322,13 @@ def mirror_folder(config, colab) -> tuple:
     if output_dir.is_relative_to(os.path.realpath(drive)): return None, ""
     return drive/"colab-gpt2"/"runs", ""
 
-# %% ../../nbs/storage/53_mirror.ipynb #ada3534c
+# %% ../../nbs/storage/53_mirror.ipynb #8abbdc51
 def run_name(output_dir, fingerprint) -> str:
     "Of the run's folder in a target: from the output folder's, and from what decides the result."
     digest = hashlib.sha256(json.dumps(plain(fingerprint), sort_keys=True).encode()).hexdigest()
     return f"{Path(output_dir).absolute().name}-{digest[:8]}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #357d6238
+# %% ../../nbs/storage/53_mirror.ipynb #c69bb034
 def last_heartbeat(target):
     "Of a session that trained this run and did not end it; None without one."
     try:
@@ -344,9 +336,9 @@ def last_heartbeat(target):
         return {name: type(value)(found.get(name, value)) for name, value in own.items()}
     except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
 
-# %% ../../nbs/storage/53_mirror.ipynb #076dafec
+# %% ../../nbs/storage/53_mirror.ipynb #cda36060
 def open_mirror(config, fingerprint, runtime) -> Mirror:
-    "RuntimeError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
+    "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
     if not top: return say(Mirror(), told)
     with about("mirror"), explained(f"Making {top}"):
@@ -361,7 +353,7 @@ def say(mirror, told, aloud=True) -> Mirror:
     if told and aloud: warnings.warn(told, stacklevel=4)
     return mirror
 
-# %% ../../nbs/storage/53_mirror.ipynb #0cad9c7e
+# %% ../../nbs/storage/53_mirror.ipynb #d0aaf9d0
 def fit(mirror, plan) -> Mirror:
     "Decide by the room on the target what is copied of a run: `told` says it, and a warning where it is not all."
     if not (target := mirror.target): return mirror
