@@ -326,3 +326,14 @@ def test_the_pages_show_what_was_measured():
     shown = readme.partition(head)[2].strip().splitlines()
     shown = shown[1:shown.index("")]
     assert len(shown) >= 5 and not set(shown) - set(known)
+
+
+def test_the_cost_of_a_mirror(shell, tmp_path):
+    "Stretches with a copy and without take turns in one run, and in the first kind something is copied."
+    ran = run_program(shell, "mirror.py", *TOY, "--steps", "3", "--rounds", "2", "--warm-up", "2", "--rate", "50",
+                      "--megabytes", "1", "--results", "results")
+    assert ran.returncode == 0, ran.stderr
+    said = kept(tmp_path, "mirror")
+    assert [row["figure"] for row in said["rows"]] == ["training, tokens/s"] and said["rows"][0]["target"] is None
+    assert [len(run["step_seconds"]) for runs in said["runs"].values() for run in runs] == [3] * 4
+    assert all(run["megabytes"] > 0 for run in said["runs"]["mirror"])
