@@ -14,16 +14,17 @@ from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
 from .core import Record, atomic, check_space, discard, existing, home, human_bytes, human_time, leftovers
-from .core import retried
+from .core import drive_top, retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, TimeLimit
 from .engine.callbacks import skipped_steps, tell
-from .engine.checkpoints import find_checkpoints, list_checkpoints, newest_intact, read_manifest
+from .engine.checkpoints import find_checkpoints, list_checkpoints, list_files, newest_intact, read_manifest
 from .engine.checkpoints import remove_checkpoint, save_model
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, identify, make_trainer, training_arguments
 from .errors import Sentence, about, errno_of, explained, may_pass
 from .evaluation import Perplexity, perplexity
 from .generation import generate
+from .model.fitting import save_tokenizer
 from .model.loading import MODELS, quiet
 from .model.lora import merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
@@ -182,15 +183,20 @@ def load_finished(trainer, checkpoint, steps) -> bool:
     return True
 
 # %% ../nbs/63_training.ipynb #c8c5462d
-def check_room(config, plan):
+def check_room(config, plan, tokenizer=None):
     """OSError without room for what a run adds: the checkpoints that are kept and, before the oldest goes, another, or
-    the model. A checkpoint has weights and AdamW's two moments, in fp32; one of adapters is small."""
+    the model. A checkpoint has weights and AdamW's two moments, in fp32; one of adapters is small. The tokenizer is in
+    each. What goes to a Drive is written to this machine's disk first."""
     every = config.save_steps or math.ceil(plan.steps / 3)
     made = math.ceil(plan.steps / every) if every > 0 else 1
     kept = min(made, config.save_total_limit or made)
-    added = 12 * (kept - len(find_checkpoints(config.output_dir))) + (12 if made > kept else 4)
-    if plan.recipe.method == "lora": added = 4
-    check_space(config.output_dir, plan.parameters * max(added, 4), "The run")
+    more, each = kept - len(find_checkpoints(config.output_dir)), 0 if plan.recipe.method == "lora" else 12
+    with tempfile.TemporaryDirectory() as d:
+        if tokenizer: save_tokenizer(tokenizer, Path(d))
+        files = sum(list_files(d).values())
+    last = plan.parameters * max(each * (made > kept), 4) + files
+    check_space(config.output_dir, max(last + more * (plan.parameters * each + files), last), "The run")
+    if drive_top(config.output_dir): check_space(tempfile.gettempdir(), last, "A copy to the Drive")
 
 # %% ../nbs/63_training.ipynb #21f15d23
 def within_time(trainer, plan) -> Plan:
@@ -293,7 +299,7 @@ def write_result(result):
     if known and result.tokens_per_second is None and same(known) == same(result.config): return
     def write():
         with atomic(f"{folder}/finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))
-    with in_one_line(folder): retried(write, may_pass)
+    with in_one_line(folder): retried(write, may_pass, attempts=6)
 
 # %% ../nbs/63_training.ipynb #ffe78b2c
 def finetune(
@@ -311,7 +317,7 @@ def finetune(
         tell(callbacks, "on_stage", LOADING)
         config = replace(config, prompt=(prepared := prepare(config, report)).prompt)
         plan = plan_training(config, prepared.model, prepared.train, prepared.runtime)
-        check_room(config, plan)
+        check_room(config, plan, prepared.tokenizer)
         training_arguments(config, plan)  # what it refuses is said before anything slow
         identity, shape = identify(prepared.train, plan, config.seed), prepared.model.config
         resumed_from = None if config.overwrite_output_dir else checkpoint_to_resume(config.output_dir, shape, identity)
@@ -320,7 +326,7 @@ def finetune(
         model, plan, facts = train_and_merge(config, prepared, plan, callbacks, shown, resumed_from)
         tell(callbacks, "on_stage", SAVING)
         def save(): save_model(model, prepared.tokenizer, config.output_dir)
-        with in_one_line(config.output_dir): retried(save, may_pass)
+        with in_one_line(config.output_dir): retried(save, may_pass, attempts=6)
         tell(callbacks, "on_stage", AFTER)
         after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks)
     result = FinetuneResult(

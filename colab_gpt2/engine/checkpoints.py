@@ -15,6 +15,7 @@ from ..core import atomic, checksums, discard, retried
 from ..errors import Sentence, errno_of, explained, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.loading import lost_weight, quiet
+from ..runtime import out_of_memory
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
 def check_finite(model):
@@ -124,6 +125,17 @@ def remove_checkpoint(path):
     if Path(path).is_symlink(): Path(path).unlink()
     else: discard(path)
 
+# %% ../../nbs/engine/41_checkpoints.ipynb #f77231b3
+@contextlib.contextmanager
+def loadable(checkpoint):
+    "Say in one line that a library cannot load `checkpoint`."
+    try: yield
+    except Exception as e:
+        if out_of_memory(e) or isinstance(e, OSError): raise
+        told = ("{path} cannot be loaded ({kind}); another version may have written it. Delete it to resume from an "
+                "older one, or set {overwrite_output_dir=True} to begin again.")
+        raise ValueError(Sentence(told, path=checkpoint, kind=type(e).__name__)) from e
+
 # %% ../../nbs/engine/41_checkpoints.ipynb #afcf4980
 @contextlib.contextmanager
 def new_checkpoint(place):
@@ -131,5 +143,9 @@ def new_checkpoint(place):
     place = former = Path(place)
     while former.exists(): former = former.with_name(former.name + ".before")
     if former != place: place.rename(former)
-    with atomic(place, folder=True) as folder: yield folder
+    try:
+        with atomic(place, folder=True) as folder: yield folder
+    except BaseException:
+        if former != place and not place.exists(): former.rename(place)
+        raise
     if former != place and read_manifest(former): remove_checkpoint(former)

@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .callbacks import Bar, Meter, StopOnInterrupt, StopOnNaN
-from .checkpoints import find_checkpoints, full_disk_told, new_checkpoint, remove_checkpoint, write_manifest
+from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, remove_checkpoint
+from .checkpoints import write_manifest
 from ..core import retried
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
@@ -80,7 +81,7 @@ class BlockTrainer(MicroBatchTrainer):
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        retried(lambda: self.save_once(model, trial), may_pass)  # a Drive under load
+        retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
         if not self.checkpoints_to_keep: return
         for path in find_checkpoints(self.args.output_dir)[:-self.checkpoints_to_keep]:
             if path not in self.in_use(): remove_checkpoint(path)
@@ -98,7 +99,7 @@ class BlockTrainer(MicroBatchTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         "Keep this run's learning rate and weight decay, not the checkpoint's."
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with loadable(checkpoint): super()._load_optimizer_and_scheduler(checkpoint)
         rate, schedule = self.args.learning_rate, self.lr_scheduler
         schedule.base_lrs = [rate] * len(decays)
         for group, decay, factor in zip(self.optimizer.param_groups, decays, schedule.lr_lambdas):
@@ -107,7 +108,14 @@ class BlockTrainer(MicroBatchTrainer):
 
     def _load_scaler(self, checkpoint):
         "A run that began in fp16 may resume in another precision: nothing to scale."
-        if self.accelerator.scaler: super()._load_scaler(checkpoint)
+        with loadable(checkpoint):
+            if self.accelerator.scaler: super()._load_scaler(checkpoint)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        with loadable(checkpoint): super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_rng_state(self, checkpoint):
+        with loadable(checkpoint): super()._load_rng_state(checkpoint)
 
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b5
 REFUSED_ARGS = dict(
