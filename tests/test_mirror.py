@@ -12,7 +12,7 @@ from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_m
 from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
-from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, fit, heartbeat, open_mirror
+from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, heartbeat, open_mirror
 from colab_gpt2.storage.targets import FolderTarget
 from helpers.archives import tree
 from helpers.colab_stub import colab, stub
@@ -55,7 +55,7 @@ def my_drive(colab, monkeypatch):
 def opened(output, *, runtime=COLAB, **changes):
     "With room for one complete checkpoint and one that arrives."
     config = FinetuneConfig(output_dir=str(output), **changes)
-    mirror = fit(open_mirror(config, dict(seed=config.seed), runtime), SMALL)
+    mirror = open_mirror(config, dict(seed=config.seed), SMALL, runtime)
     mirror.kept = 1
     return mirror
 

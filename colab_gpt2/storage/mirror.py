@@ -336,8 +336,24 @@ def last_heartbeat(target):
         return {name: type(value)(found.get(name, value)) for name, value in own.items()}
     except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
 
-# %% ../../nbs/storage/53_mirror.ipynb #cda36060
-def open_mirror(config, fingerprint, runtime) -> Mirror:
+# %% ../../nbs/storage/53_mirror.ipynb #48aa4228
+def say(mirror, told, aloud=True) -> Mirror:
+    mirror.told = told
+    if told and aloud: warnings.warn(told, stacklevel=5)
+    return mirror
+
+def fit(mirror, plan) -> Mirror:
+    "Decide by the room on the target what is copied of a run: `told` says it, and a warning where it is not all."
+    target = mirror.target
+    try: (complete, _), free = retried(lambda: (mirror.entries(), target.free()), may_pass)
+    except OSError as e:
+        return say(mirror, f"{target.called} cannot be used now, and each new checkpoint tries again: {reason(e)}")
+    mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
+    if mirror.kind == OFF: mirror.target = None
+    return say(mirror, fit_told(plan, free, mirror.kind, target.called), aloud=mirror.kind != FULL)
+
+# %% ../../nbs/storage/53_mirror.ipynb #c25ce2d0
+def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
     "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
     if not top: return say(Mirror(), told)
@@ -346,20 +362,4 @@ def open_mirror(config, fingerprint, runtime) -> Mirror:
     mirror = Mirror(target, afresh=config.overwrite_output_dir or config.resume == "never")
     mirror.lost = last_heartbeat(target)
     if mirror.lost: check_alone(mirror.lost, target.called)
-    return mirror
-
-def say(mirror, told, aloud=True) -> Mirror:
-    mirror.told = told
-    if told and aloud: warnings.warn(told, stacklevel=4)
-    return mirror
-
-# %% ../../nbs/storage/53_mirror.ipynb #d0aaf9d0
-def fit(mirror, plan) -> Mirror:
-    "Decide by the room on the target what is copied of a run: `told` says it, and a warning where it is not all."
-    if not (target := mirror.target): return mirror
-    try: (complete, _), free = retried(lambda: (mirror.entries(), target.free()), may_pass)
-    except OSError as e:
-        return say(mirror, f"{target.called} cannot be used now, and each new checkpoint tries again: {reason(e)}")
-    mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
-    if mirror.kind == OFF: mirror.target = None
-    return say(mirror, fit_told(plan, free, mirror.kind, target.called), aloud=mirror.kind != FULL)
+    return fit(mirror, plan)
