@@ -167,6 +167,7 @@ def take_config(arguments, defaults=FinetuneConfig(), names=None):
 
 # %% ../nbs/65_cli.ipynb #7d2908fd
 RENAMED = {"attention-dropout": "keep-attention-dropout"}  # since 0.1.0
+VALUED = "--resume now takes auto, never or a folder. Leave it out: the same command resumes where it left off."
 
 class Command(TyperCommand):
     "A command that knows what its options were called before."
@@ -176,6 +177,8 @@ class Command(TyperCommand):
             old = typed.removeprefix("--").removeprefix("no-")
             new = typed.replace(old, RENAMED.get(old, ""))
             if new in mine: raise typer.BadParameter(f"{typed} is now {new}.", ctx=ctx)
+        if "--resume" in mine and re.search(r"(^|\n)--(no-resume|resume(\n-|$))", "\n".join(args)):
+            raise typer.BadParameter(VALUED, ctx=ctx)
         try: return super().parse_args(ctx, args)
         except Exception as e:
             if hasattr(e, "message"): e.message = printable(shortened(e.message))

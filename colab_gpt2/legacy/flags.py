@@ -97,21 +97,21 @@ def start_of(value, given):
     newest = newest_checkpoint(given["output_dir"])
     if path.resolve() != newest.resolve():
         raise ValueError(f"the newest complete checkpoint there is {newest}; name that, or another --output_dir.")
-    return {"model": value, "resume": "auto"}, f"model={value}, resume=auto: training continues from that checkpoint"
+    return {"model": value, "resume": value}, f"model={value}, resume={value}: training continues from there"
 
 # %% ../../nbs/legacy/90_flags.ipynb #e10cbee8
 def continue_of(value, given):
     "`--should_continue`: from the newest checkpoint in the output folder."
     newest = newest_checkpoint(given["output_dir"])
     named = {"model_name_or_path", "config_name"} & given.keys()
-    return {"resume": "auto", **({} if named else {"model": str(newest)})}, f"resume=auto, from {newest}"
+    return {"resume": str(newest), **({} if named else {"model": str(newest)})}, f"resume={newest}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #c34f7c86
 def overwrite_of(value, given):
-    "`--overwrite_output_dir`, which the script asked for even to resume."
+    "`--overwrite_output_dir`: begin from the beginning, unless the command asks to resume, for which the script wanted it."
     resumed = "should_continue" in given or "resume" in start_of(given.get("model_name_or_path", ""), given)[0]
     if resumed: return {}, "nothing: a run that is resumed keeps what is there"
-    return {"overwrite_output_dir": True}, "overwrite_output_dir=True: checkpoints of an earlier run are removed"
+    return {"overwrite_output_dir": True}, "overwrite_output_dir=True: it begins again, and earlier checkpoints go"
 
 # %% ../../nbs/legacy/90_flags.ipynb #07ea9836
 MODEL = dict(
@@ -240,7 +240,7 @@ NAMES = dict(model="model_name_or_path", tokenizer="tokenizer_name", train_file=
 def name_of(name, *value) -> str:
     "The flag of 2020 for a field, with its `value`; Python's words where it had none."
     flag = NAMES.get(name, name)
-    if flag not in FLAGS: return in_python(name, *value)
+    if flag not in FLAGS or name == "resume" and value: return in_python(name, *value)
     return f"--{flag}" if not value or value[0] is True else f"--{flag}={value[0]}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #0bf3c5c8
