@@ -7,7 +7,7 @@ __all__ = ['check', 'save', 'fetch', 'plan', 'evaluate', 'archive', 'restore', '
            'bench']
 
 # %% ../nbs/64_tasks.ipynb #2c5823a9
-import json, tempfile, time, warnings
+import json, os, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from .core import Record, home, human_bytes
 from .errors import Sentence, about, check_number
 from .reporting import reporting
 from .runtime import check_runtime, in_colab
-from .storage.archives import archive_model, check_archive_path
-from .storage.drive import restore_from_drive, save_to_drive
+from .storage.archives import archive_model, check_archive_path, reading_archive
+from .storage.drive import free_name, restore_from_drive, save_to_drive
 from .text.corpus import WIKITEXT, load_corpus
 
 # %% ../nbs/64_tasks.ipynb #efe36024
@@ -112,11 +112,20 @@ def evaluate(
         if strides: check_number("eval_stride", config.eval_stride, maximum=longest)
         return report_card(ready.model, ready.held_out, strides=strides, precision=precision, progress=report)
 
+# %% ../nbs/64_tasks.ipynb #de1f328a
+def run_in(place) -> dict:
+    "The `finetune.json` of the run whose model is in `place`, a folder or an archive; {} without one."
+    try:
+        if Path(place).is_dir(): return json.loads(Path(place, "finetune.json").read_text(encoding="utf-8"))
+        with reading_archive(place, place) as tar:
+            return next((json.load(tar.extractfile(member)) for member in tar if member.name == "finetune.json"), {})
+    except (OSError, ValueError): return {}  # a published model, or another tool's file
+
 # %% ../nbs/64_tasks.ipynb #caad638b
 def prompt_of(model) -> str:
     "The prompt of the run that made the folder `model`; WikiText's without one."
-    try: return json.loads(Path(model, "finetune.json").read_text(encoding="utf-8"))["config"]["prompt"] or PROMPT
-    except (OSError, ValueError, KeyError, TypeError): return PROMPT  # a published model, or another tool's file
+    try: return run_in(model)["config"]["prompt"] or PROMPT
+    except (KeyError, TypeError): return PROMPT
 
 # %% ../nbs/64_tasks.ipynb #455558b2
 def archive_name(folder) -> str:
@@ -203,29 +212,40 @@ class RunResult(Record):
         drive = self.drive["path"] or f"not saved: {self.drive['why']}"
         return [*self.finetuned._rows(), ("archive", archive), ("Drive", drive)]
 
+# %% ../nbs/64_tasks.ipynb #5ea28b06
+def place_for(path, folder) -> Path:
+    "`path`, or with a number if the archive there holds another run than `folder`."
+    def run_of(place): return run_in(place).get("fingerprint") or run_in(place)
+    place = free_name(path, lambda there: run_of(there) == run_of(folder))
+    if place != path: warnings.warn(f"{path} holds another run and stays; this one is packed into {place}.", stacklevel=3)
+    return place
+
 # %% ../nbs/64_tasks.ipynb #c9bdf74a
 def run(
     config: FinetuneConfig | None = None,
     *,
     archive_path=None,  # default: OUTPUT_DIR.tar.gz
-    drive=None,  # a folder to use instead of the Drive
+    drive=None,  # a folder to use instead of the Drive, for the checkpoints' mirror too
     drive_folder="colab-gpt2",  # on the Drive
     callbacks=(),  # of `finetune`
     progress=True,
     **changes,  # to `config`
 ) -> RunResult:
-    "Check, fetch, fine-tune, generate, archive and save: the complete tutorial in one call."
+    """Check, fetch, fine-tune, generate, archive and save: the complete tutorial in one call. The same call again does
+    what is left of it."""
     from colab_gpt2.training import finetune
     started, config = time.perf_counter(), changed(config, **changes)
-    again = config.overwrite_output_dir or config.resume != "never"
-    if drive is not None or in_colab(): open_drive(drive)
+    again = config.overwrite_output_dir or config.resume not in ("auto", "never")
+    there = open_drive(drive) if drive is not None or in_colab() else None
+    if drive is not None and config.mirror == "auto": config = replace(config, mirror=str(there/"colab-gpt2"/"runs"))
     path = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
-    if not again and (path.exists() or path.is_symlink()):
-        said = ("{path} exists; set {resume=auto} to continue its run, {overwrite_output_dir=True} to overwrite it, or "
-                "{archive_path} to another file.")
+    if not again and os.path.lexists(path) and not run_in(path):
+        said = ("{path} exists, and no run made it; set {archive_path} to another file, or {overwrite_output_dir=True} "
+                "to begin again and overwrite it.")
         raise FileExistsError(Sentence(said, path=path))
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
-    packed = archive(finetuned.output_dir, archive_path, overwrite=again, progress=progress)
+    if not again: path = place_for(path, finetuned.output_dir)
+    packed = archive(finetuned.output_dir, path, overwrite=True, progress=progress)
     saved = save_or_say_why(packed.path, drive_folder, drive, progress)
     return RunResult(finetuned=finetuned, archive=packed, drive=saved, seconds=time.perf_counter() - started)
 

@@ -104,6 +104,12 @@ def test_an_option_that_the_command_does_not_read_is_unknown(cli, command, optio
     refused(cli(command, f"--{option}", "1"), 2, f"No such option: --{option}")
 
 
+@pytest.mark.parametrize("command", ["finetune", "run", "demo"])
+@pytest.mark.parametrize("typed", [("--resume",), ("--resume", "--seed", "3"), ("--no-resume",)])
+def test_resume_without_a_value_says_what_it_takes_now(cli, command, typed):
+    refused(cli(command, *typed), 2, "--resume now takes auto, never or a folder. Leave it out: the same command resumes")
+
+
 @pytest.mark.parametrize("command", ["plan", "finetune", "run", "demo", "bench"])
 @pytest.mark.parametrize("no", ["", "no-"])
 def test_a_renamed_option_names_the_new_one(cli, command, no):
@@ -334,7 +340,9 @@ def test_archive_and_save_refuse(cli, tmp_path):
 
 def test_run_looks_at_archive_and_drive_before_it_trains(cli, own, tmp_path):
     (tmp_path/"out.tar.gz").write_bytes(b"mine")
-    refused(cli("run", *QUICK, *own, "--resume", "never"), 1, "out.tar.gz exists; set --resume auto to continue its run", "--archive-path")
+    for how in ((), ("--resume", "never")):
+        refused(cli("run", *QUICK, *own, *how), 1, "out.tar.gz exists, and no run made it; set --archive-path",
+                "--overwrite-output-dir to begin again")
     assert (tmp_path/"out.tar.gz").read_bytes() == b"mine" and not (tmp_path/"out").exists()
     (tmp_path/"file").write_text("no folder")
     refused(cli("run", *QUICK, *own, "--archive-path", "new.tar.gz", "--drive", "file"), 1, "file is a file")

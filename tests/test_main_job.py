@@ -107,7 +107,8 @@ def test_nothing_is_deleted_that_was_not_written(shell, own, tmp_path):
     (tmp_path/"out"/"checkpoint-3"/"notes.txt").write_text("mine")
     refused(shell("colab-gpt2", "finetune", *QUICK, *own, "--overwrite-output-dir", "--trainer-arg", "foo=1"), 2, "foo")
     assert (tmp_path/"out"/"checkpoint-2"/"model.safetensors").exists()
-    assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "3", "--overwrite-output-dir").returncode == 0
+    words = "--max-steps", "3", "--save-steps", "3", "--overwrite-output-dir"
+    assert shell("colab-gpt2", "finetune", *QUICK, *own, *words).returncode == 0
     assert (tmp_path/"out"/"checkpoint-3.before"/"notes.txt").read_text() == "mine"
     assert not (tmp_path/"out"/"checkpoint-2").exists() and (tmp_path/"out"/"checkpoint-3"/"whole.json").exists()
 

@@ -169,7 +169,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder, tmp_path):
         process.send_signal(signal.SIGINT)
         _, rest = process.communicate(timeout=300)
     assert process.returncode == 130, said + rest
-    assert "saved in" in rest and "--should_continue" in rest.strip().splitlines()[-1]
+    assert "saved in" in rest and "Run the same again" in rest.strip().splitlines()[-1]
     assert len(list((tmp_path/"a").glob("checkpoint-*"))) == 1
 
 

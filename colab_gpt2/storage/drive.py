@@ -175,12 +175,12 @@ def check_folder(folder):
                                   value=str(folder)))
 
 # %% ../../nbs/storage/51_drive.ipynb #55446af7
-def free_name(source, destination) -> Path:
-    "The first of `destination`, its number 2, 3, … that is free or has the content of `source` already."
+def free_name(destination, same) -> Path:
+    "The first of `destination`, its number 2, 3, … that is free or is the `same` already, a function of a path."
     stem, ending = re.fullmatch(r"(.*?)(\.tar\.gz|\.[^.]*|)", destination.name, re.I | re.S).groups()
     names = itertools.chain([destination.name], (f"{stem}-{number}{ending}" for number in itertools.count(2)))
     for path in map(destination.with_name, names):
-        if not os.path.lexists(path) or shared_sha256(source, path): return path
+        if not os.path.lexists(path) or same(path): return path
 
 # %% ../../nbs/storage/51_drive.ipynb #1817f449
 def save_to_drive(
@@ -199,7 +199,8 @@ def save_to_drive(
     drive = mount_drive() if drive is None else drive_folder(drive, make=True)
     target = wanted = drive/folder/source.name
     if not overwrite:
-        with explained(f"Reading {wanted.parent}"): target = retried(lambda: free_name(source, wanted), may_pass)
+        def free(): return free_name(wanted, lambda path: shared_sha256(source, path))
+        with explained(f"Reading {wanted.parent}"): target = retried(free, may_pass)
     copy = copy_verified(source, target, progress=progress)
     if isinstance(archive, Archive) and copy.sha256 != archive.sha256:
         raise OSError(f"{source} was changed after it was made, and so it is in {copy.path}. Archive the model again.")
