@@ -170,11 +170,12 @@ def _sync(path):
     finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #9256aece
-def _make(path):
-    "Make the folder `path` and those above it; each new one is synced in the one that it is in."
+def make_folder(path) -> list:
+    "Make the folder `path` and those above it; -> the new ones, each synced in the one that it is in."
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new: _sync(folder.parent)
+    return new
 
 # %% ../nbs/00_core.ipynb #5af3bc20
 def _settle(folder):
@@ -263,7 +264,7 @@ def atomic(path, folder=False):
     place = path if inside else path.parent
     top = drive_top(place, anywhere=False)
     if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))  # not mounted
-    _make(place)
+    make_folder(place)
     with contextlib.ExitStack() as scratch:  # on a Drive: written to this machine's disk, then copied
         stage = temporary = scratch.enter_context(_scratch(None if drive_top(place) else place, path.name))
         if folder: (stage/path.name).mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from ..core import discard
+from ..core import discard, make_folder
 from ..errors import Sentence, explained
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0006
@@ -80,7 +80,6 @@ def only_run(output_dir):
     """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock is
     gone afterwards, and so is a folder that was made for it, if it is empty."""
     folder, ended = Path(output_dir), threading.Event()
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder/LOCK
 
     def touch():
@@ -88,7 +87,7 @@ def only_run(output_dir):
             with contextlib.suppress(OSError): os.utime(path)
 
     with explained(f"The lock of {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
+        made = make_folder(folder)
         file = take_lock(path)
     try:
         threading.Thread(target=touch, daemon=True).start()

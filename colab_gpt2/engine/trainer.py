@@ -21,7 +21,7 @@ from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .callbacks import Bar, Meter, StopOnInterrupt, StopOnNaN
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, remove_checkpoint
 from .checkpoints import write_manifest
-from ..core import retried
+from ..core import make_folder, retried
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.lora import add_adapters
@@ -218,6 +218,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     meter, stop, arguments = Meter(recipe.device), StopOnInterrupt(), training_arguments(config, plan)
     bar = Bar(meter, min(plan.blocks_per_step, len(blocks)) * blocks.block_size, report)
     guard = StopOnNaN(pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method))
+    make_folder(Path(arguments.output_dir))  # the stock Trainer does not sync it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad

@@ -1,0 +1,136 @@
+"Checkpoints are complete or absent: damage to any of their files, a loss of power, and files that somebody else wrote."
+import os, pickle, shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.power import Disk
+from test_engine import Stop, run, text
+from transformers import TrainingArguments
+
+from colab_gpt2.core import sha256_of
+from colab_gpt2.engine.checkpoints import find_checkpoints, newest_intact, sealed, unsealed, write_manifest
+from colab_gpt2.engine.trainer import BlockTrainer
+from colab_gpt2.model.loading import load_model
+
+
+# ---- damage
+
+@pytest.fixture(scope="module")
+def stopped(text, tmp_path_factory):
+    "A run that was stopped at its fifth step, with checkpoints of the second and the fourth."
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(KeyboardInterrupt): run(text, folder, save_steps=2, save_total_limit=9, callbacks=[Stop(5)])
+    assert [path.name for path in find_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4"]
+    return folder
+
+
+@pytest.fixture
+def folder(stopped, tmp_path): return shutil.copytree(stopped, tmp_path/"out")
+
+
+def flipped(data): return data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:]
+
+
+DAMAGES = dict(flipped=flipped, cut=lambda data: data[:-1], empty=lambda data: b"", zeros=lambda data: bytes(len(data)))
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "missing"])
+def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_older_one_taken(folder, kind):
+    names = {path.name for path in (folder/"checkpoint-4").iterdir()}
+    assert names > {"whole.json", "config.json", "trainer_state.json", "scheduler.pt", "optimizer.pt", "rng_state.pth"}
+    for name in sorted(names):
+        path = folder/"checkpoint-4"/name
+        data = path.read_bytes()
+        if kind == "missing": path.unlink()
+        else: path.write_bytes(DAMAGES[kind](data))
+        with pytest.warns(UserWarning) as said: assert newest_intact(folder) == folder/"checkpoint-2"
+        [line] = [str(warning.message) for warning in said]
+        assert line.startswith(f"{folder/'checkpoint-4'} is skipped: ") and name in line and "\n" not in line
+        path.write_bytes(data)
+    assert newest_intact(folder) == folder/"checkpoint-4"
+
+
+def test_no_flip_of_a_bit_in_a_manifest_passes(stopped):
+    text = (stopped/"checkpoint-4/whole.json").read_bytes()
+    facts = unsealed(text)
+    for i in range(len(text)):
+        for bit in (0, 5):
+            try: read = unsealed(text[:i] + bytes([text[i] ^ 1 << bit]) + text[i + 1:])
+            except ValueError: continue
+            assert read == facts  # white space
+
+
+def test_a_run_resumes_from_the_older_checkpoint_to_the_same_weights(text, folder, tmp_path):
+    "The newest one has zeros, as after a loss of power, where the header of the weights was."
+    weights = folder/"checkpoint-4/model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    run(text, tmp_path/"plain")
+    with pytest.warns(UserWarning, match="checkpoint-4 is skipped: model.safetensors: corrupted"):
+        result = run(text, folder, save_steps=2)
+    assert result.resumed_from == str(folder/"checkpoint-2")
+    assert sha256_of(folder/"model.safetensors") == sha256_of(tmp_path/"plain/model.safetensors")
+
+
+def test_a_run_with_no_intact_checkpoint_left_says_what_to_do(text, folder):
+    for path in find_checkpoints(folder): (path/"optimizer.pt").write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError) as e: run(text, folder)
+    assert "has no complete checkpoint to resume from; set overwrite_output_dir=True" in str(e.value)
+    assert "\n" not in str(e.value) and (folder/"checkpoint-4").exists()
+
+
+# ---- what somebody else wrote
+
+class Evil:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"])
+def test_no_pickle_in_a_checkpoint_is_executed(text, folder, tmp_path, name):
+    "Its manifest is right: the file is what its author meant it to be."
+    checkpoint = folder/"checkpoint-4"
+    for write in (lambda it: torch.save(it, checkpoint/name), lambda it: (checkpoint/name).write_bytes(pickle.dumps(it))):
+        write(dict(state=Evil(tmp_path/"executed")))
+        write_manifest(checkpoint, {})
+        assert newest_intact(folder) == checkpoint
+        arguments = TrainingArguments(tmp_path/"trainer", use_cpu=True, report_to="none")
+        trainer = BlockTrainer(load_model(str(text/"toy")), args=arguments, train_dataset=[0])
+        trainer.create_optimizer_and_scheduler(8)
+        trainer.accelerator.scaler = SimpleNamespace(load_state_dict=None)
+        load = dict(rng_state=trainer._load_rng_state, scaler=trainer._load_scaler)
+        load = load.get(name.partition(".")[0], trainer._load_optimizer_and_scheduler)
+        with pytest.raises(ValueError, match="checkpoint-4 cannot be loaded .UnpicklingError.") as e: load(str(checkpoint))
+        assert "\n" not in str(e.value) and not (tmp_path/"executed").exists()
+
+
+# ---- a loss of power
+
+def test_what_is_renamed_was_synced_and_nothing_older_goes_before_its_folder_is(text, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        disk = Disk(tmp_path, patched)
+        run(text, tmp_path/"new"/"out", save_steps=1, max_steps=3, save_total_limit=1)
+    assert disk.faults == [] and disk.pending == {}
+
+
+def test_a_loss_of_power_at_any_rename_leaves_what_a_run_resumes_from(text, tmp_path, monkeypatch):
+    "Whether the rename reached the disk or not."
+    kept, steps = [], [0]
+    def after(path):
+        disk_left = [disk.left(tmp_path/f"left-{len(kept)}-{kind}", without=path if kind else None) for kind in (0, 1)]
+        kept.append((path.name, steps[-1], disk_left))
+        if path.name.startswith("checkpoint-"): steps.append(int(path.name.partition("-")[2]))
+    with monkeypatch.context() as patched:
+        disk = Disk(tmp_path/"out", patched, after)
+        run(text, tmp_path/"out", save_steps=2, save_total_limit=1)
+    names = [name for name, _, _ in kept]
+    assert names[:4] == [f"checkpoint-{n}" for n in (2, 4, 6, 8)] and {"model.safetensors", "finetune.json"} < {*names}
+    for name, before, folders in kept:
+        for folder, lost in zip(folders, (False, True)):
+            newest, new = newest_intact(folder), name.startswith("checkpoint-") and not lost
+            assert (newest.name if newest else "checkpoint-0") == (name if new else f"checkpoint-{before}")
+    plain = sha256_of(tmp_path/"out/model.safetensors")
+    for number, kind in ((1, 0), (2, 1), (len(kept) - 1, 1)):
+        folder = kept[number][2][kind]
+        run(text, folder, save_steps=2, save_total_limit=1)
+        assert sha256_of(folder/"model.safetensors") == plain
