@@ -1,5 +1,5 @@
-"load_dataset and from_pretrained against a small Hub on 127.0.0.1: each case a process with an empty cache."
-import hashlib, io, json, os, subprocess, sys, warnings, zipfile
+"load_dataset and from_pretrained against a small Hub on 127.0.0.1: each case has an empty cache."
+import hashlib, io, json, os, shutil, subprocess, sys, tempfile, warnings, zipfile
 from types import SimpleNamespace
 
 import huggingface_hub, pytest
@@ -44,34 +44,79 @@ def a_zip(texts):
     return memory.getvalue()
 
 
-START = """
-import json, sys
-from colab_gpt2.text.corpus import SPLITS, Published, load_corpus
-result = {}
+# A process that has the libraries, one for each endpoint, which huggingface_hub reads at import. It forks for each
+# question, so that each begins with nothing but what an earlier one of its test left on the disk.
+ASKED = """
+import json, os, sys
+{imports}
 def failing(f, *args, **kwargs):
     try: return f(*args, **kwargs) and "no error"
     except Exception as e: return f"{type(e).__name__}: {e}"
+for line in sys.stdin:
+    if not os.fork():
+        result = {}
+        exec(json.loads(line))
+        print("RESULT", json.dumps(result), flush=True)
+        os._exit(0)
+    print("DONE", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
+MODELS = "import colab_gpt2.model.fitting, transformers.models.gpt2.modeling_gpt2, transformers.models.auto.modeling_auto"
+TEXTS_ALONE = "from colab_gpt2.text.corpus import SPLITS, Published, load_corpus"
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def home(tmp_path_factory): return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def only_hub():
     with Hub() as h: yield h
 
 
 @pytest.fixture
-def ask(hub, tmp_path):
-    "Run `code` against the Hub, or against a closed door; -> what it puts into `result`, as JSON knows it."
-    ours = dict(HF_HOME=str(tmp_path/"hf"), XDG_CACHE_HOME=str(tmp_path/"cache"), HF_HUB_DISABLE_TELEMETRY="1")
-    inherited = {k: v for k, v in os.environ.items() if k.lower() not in DETOURS}
+def hub(only_hub, home):
+    "An empty Hub, and empty caches."
+    for kept in (only_hub.repos, only_hub.refusals, only_hub.log): kept.clear()
+    for folder in home.iterdir(): shutil.rmtree(folder)
+    return only_hub
 
-    def run(code, endpoint=hub.url):
-        program = f"{START}{code}\nprint('RESULT', json.dumps(result))"
-        done = subprocess.run([sys.executable, "-c", program], env={**inherited, **ours, "HF_ENDPOINT": endpoint},
-                              capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("RESULT"), done.stdout  # nothing else on stdout
-        return json.loads(done.stdout[6:]) | dict(stderr=done.stderr)
+
+@pytest.fixture(scope="module")
+def process(home):
+    "Start what is ASKED at an endpoint, with these imports, or give what runs already."
+    ours = dict(HF_HOME=str(home/"hf"), XDG_CACHE_HOME=str(home/"cache"), HF_HUB_DISABLE_TELEMETRY="1")
+    inherited = {k: v for k, v in os.environ.items() if k.lower() not in DETOURS}
+    running, pipe = {}, subprocess.PIPE
+
+    def start(endpoint, imports):
+        if (endpoint, imports) not in running:
+            errors = tempfile.TemporaryFile("a+")
+            words, env = [sys.executable, "-c", ASKED.replace("{imports}", imports)], {**inherited, **ours}
+            running[endpoint, imports] = subprocess.Popen(
+                words, env={**env, "HF_ENDPOINT": endpoint}, stdin=pipe, stdout=pipe, stderr=errors, text=True)
+            running[endpoint, imports].errors = errors
+        return running[endpoint, imports]
+
+    yield start
+    for each in running.values():
+        each.stdin.close()
+        each.wait(timeout=60)
+
+
+@pytest.fixture
+def ask(hub, process):
+    "Run `code` against the Hub, or against a closed door; -> what it puts into `result`, as JSON knows it."
+    def run(code, endpoint=hub.url, imports=TEXTS_ALONE):
+        asked, said = process(endpoint, imports), []
+        before = asked.errors.seek(0, os.SEEK_END)
+        asked.stdin.write(json.dumps(code) + "\n")
+        asked.stdin.flush()
+        while (line := asked.stdout.readline()) and not line.startswith("DONE"): said.append(line)
+        asked.errors.seek(before)
+        told = asked.errors.read()
+        assert line == "DONE 0\n", told
+        assert len(said) == 1 and said[0].startswith("RESULT"), said  # nothing else on stdout
+        return json.loads(said[0][6:]) | dict(stderr=told)
     return run
 
 
@@ -94,17 +139,17 @@ def test_wikitext_from_the_hub_is_the_published_file_and_stays(hub, ask):
     assert again["texts"] == TEXTS and again["heavy"] is False  # from the cache: no network, not even the library
 
 
-def test_wrong_text_on_the_hub_is_noticed_and_the_zip_there_serves(hub, ask, tmp_path):
+def test_wrong_text_on_the_hub_is_noticed_and_the_zip_there_serves(hub, ask, home):
     hub.add("datasets", "Salesforce/wikitext", dataset({**LINES, "test": [" = Forged = \n"]}))
     content = a_zip(TEXTS)
     hub.add("datasets", "ggml-org/ci", {"w.zip": content})
     result = ask(corpus_code(SHAS, hashlib.sha256(content).hexdigest()))
     assert result["texts"] == TEXTS and result["source"] == "hf://datasets/ggml-org/ci/w.zip"
     assert "/datasets/ggml-org/ci/resolve/main/w.zip" in hub.paths("GET")
-    assert os.listdir(tmp_path/"cache"/"colab_gpt2"/"corpora") == [NAME]
+    assert os.listdir(home/"cache"/"colab_gpt2"/"corpora") == [NAME]
 
 
-def test_what_each_source_answered(hub, ask, tmp_path):
+def test_what_each_source_answered(hub, ask, home):
     hub.add("datasets", "Salesforce/wikitext", dataset({**LINES, "test": [" = Forged = \n"]}))
     sources = (SOURCE, "hf://datasets/Salesforce/gone", "hf://datasets/ggml-org/ci/w.zip")
     said = ask(f"result['said'] = failing(load_corpus, {loading(SHAS, sources=sources)})")["said"]
@@ -112,7 +157,7 @@ def test_what_each_source_answered(hub, ask, tmp_path):
     assert "wikitext sent a text that is not the published one (SHA-256 of test); " in said
     assert "gone answered with DatasetNotFoundError: " in said
     assert "w.zip answered 404 Not Found. Without a network" in said
-    assert os.listdir(tmp_path/"cache"/"colab_gpt2"/"corpora") == []
+    assert os.listdir(home/"cache"/"colab_gpt2"/"corpora") == []
 
 
 def test_the_real_splits_survive_the_way_through_the_hub(hub, ask, shared):
@@ -149,7 +194,7 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
     hub.add("models", "owner/pickle", pickled)
     index = dict(metadata={}, weight_map={"wte": "pytorch_model.bin"})
     hub.add("models", "owner/index", pickled | {"model.safetensors.index.json": json.dumps(index).encode()})
-    online = ask(MODEL_CODE)
+    online = ask(MODEL_CODE, imports=MODELS)
     config = json.loads(files["config.json"])
     for name in ("gpt2", "owner/name"): assert online[name][1:] == ["torch.float32", config["vocab_size"]]
     assert online["config"] == config["n_positions"]
@@ -163,9 +208,7 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
     assert not any("\n" in said for said in online.values() if isinstance(said, str))
     assert "LOAD REPORT" not in stderr and "Loading weights" not in stderr
 
-    asked = len(hub.log)
-    offline = ask(MODEL_CODE, endpoint=CLOSED)
-    assert len(hub.log) == asked
+    with hub.closed(): offline = ask(MODEL_CODE, imports=MODELS)
     for name in ("gpt2", "owner/name", "config"): assert offline[name] == online[name]
     assert offline["gpt2-medium"] == (
         "ConnectionError: The Hub gave no answer and openai-community/gpt2-medium is not complete in the cache. "
@@ -189,17 +232,17 @@ ADVICE = "Without a network use 'tiny' or the folder of a model."
     ({"/api": 429}, f"The Hub answers 429 Too Many Requests for owner/name. Try again later. {ADVICE}")])
 def test_a_hub_that_is_down_or_busy_is_named_and_the_cache_serves(hub, ask, refusals, said):
     hub.add("models", "owner/name", {f: (TINY/f).read_bytes() for f in os.listdir(TINY)})
-    hub.refusals = refusals
-    assert ask(BUSY_CODE)["said"] == [f"ConnectionError: {said}"] * 2
-    hub.refusals = {}
-    assert ask(BUSY_CODE)["said"] == ["no error"] * 2
-    hub.refusals = refusals
-    cached = ask(BUSY_CODE)
+    hub.refusals.update(refusals)
+    assert ask(BUSY_CODE, imports=MODELS)["said"] == [f"ConnectionError: {said}"] * 2
+    hub.refusals.clear()
+    assert ask(BUSY_CODE, imports=MODELS)["said"] == ["no error"] * 2
+    hub.refusals.update(refusals)
+    cached = ask(BUSY_CODE, imports=MODELS)
     assert cached["said"] == ["no error"] * 2 and cached["seconds"] < 30
 
 
 def test_wikitext_from_a_hub_that_is_down(hub, ask):
-    hub.refusals = {"/": 503}
+    hub.refusals["/"] = 503
     said = ask(f"result['said'] = failing(load_corpus, {loading(SHAS, sources=(SOURCE,))})")["said"]
     assert "wikitext answers 503 Service Unavailable. Without a network these work" in said
 
@@ -214,12 +257,12 @@ result["said"] = [failing(load, "owner/name") for load in (load_tokenizer, load_
 
 def test_a_token_that_has_expired_is_named(hub, ask):
     hub.add("models", "owner/name", {f: (TINY/f).read_bytes() for f in os.listdir(TINY)})
-    hub.refusals = {"/api": 401}
-    answer = ask(TOKEN_CODE)
+    hub.refusals["/api"] = 401
+    answer = ask(TOKEN_CODE, imports=MODELS)
     refused = "refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it"
     assert answer["said"] == [f"ConnectionError: The Hub {refused}. A public model needs none."] * 2
-    hub.refusals = {}
-    assert ask(TOKEN_CODE)["said"] == ["no error"] * 2
+    hub.refusals.clear()
+    assert ask(TOKEN_CODE, imports=MODELS)["said"] == ["no error"] * 2
 
 
 @pytest.mark.parametrize("secrets, timeout", [({}, False), ({"HF_TOKEN": None}, False), ({}, True)],

@@ -309,7 +309,8 @@ def test_a_step_on_a_gpu_takes_and_moves_as_many_bytes_as_the_forecasts_say(on_g
 
 def train_on_gpu(gpu, micro_batch, options):
     from helpers.pretend_gpu import device
-    return device.train(WIDE, gpu, per_device_train_batch_size=micro_batch, traced=True, **options)
+    return device.train(WIDE, gpu, per_device_train_batch_size=micro_batch, probed=False, traced=True,
+                        **options)
 
 
 @pytest.mark.parametrize("gpu", DEVICES)

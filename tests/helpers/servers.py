@@ -6,7 +6,7 @@
 
 huggingface_hub reads HF_ENDPOINT when it is imported, so what talks to the Hub runs in a process of its own.
 """
-import hashlib, io, json, re, threading
+import contextlib, hashlib, io, json, re, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -27,7 +27,11 @@ class Server:
                 except ConnectionError: self.close_connection = True  # the client has heard enough and hung up
             do_GET = do_HEAD = do_POST = any
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.handler = Handler
+        self.open()
+
+    def open(self, port=0):
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), self.handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True)
@@ -40,6 +44,15 @@ class Server:
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
+
+    @contextlib.contextmanager
+    def closed(self):
+        "Inside, nobody listens at `url`."
+        self.__exit__()
+        try: yield
+        finally:
+            self.open(self.server.server_port)
+            self.__enter__()
 
     def paths(self, method=None): return [path for m, path, _ in self.log if method in (None, m)]
 

@@ -217,9 +217,9 @@ class Watch(Listener):
     def on_step_end(self, args, state, control, **kwargs): self.gpu.stage = "after the step"
 
 
-def train(model, kind="T4", *, limit=None, later=None, traced=False, count=1, blocks=2361, **changes):
-    """`train_model` with fp16 or bf16, scaler, probe and all, on a `kind` of GPU with room for `limit` bytes, from the
-    training on for `later`; `model`: a size's name, or a config. Two steps unless `changes` of the config say more.
+def train(model, kind="T4", *, limit=None, later=None, probed=True, traced=False, count=1, blocks=2361, **changes):
+    """`train_model` with fp16 or bf16, scaler, probe (if `probed`) and all, on a `kind` of GPU with room for `limit`
+    bytes, from the training on for `later`; `model`: a size's name, or a config. Two steps unless `changes` say more.
 
     -> the `plan` and the plan `after`, the `peak` bytes of tensors in the last step, its operations if `traced`, all
     `waits` and `mixed` devices, what was `said` in warnings, `losses`."""
@@ -228,7 +228,8 @@ def train(model, kind="T4", *, limit=None, later=None, traced=False, count=1, bl
         fixed = dict(output_dir=folder, logging_steps=100, save_steps=-1, max_steps=2, torch_compile=False,
                      trainer_args=dict(dataloader_pin_memory=False))
         config = FinetuneConfig(**{**fixed, **changes})
-        with pretended(kind, limit, traced=traced, count=count) as gpu:
+        measure = contextlib.nullcontext() if probed else patch("colab_gpt2.training.settle", lambda trainer, plan: plan)
+        with pretended(kind, limit, traced=traced, count=count) as gpu, measure:
             runtime = check_runtime()  # before the model takes memory
             shape = load_config(model) if isinstance(model, str) else model
             text = Text(blocks, config.block_size or min(shape.n_positions, 1024))
