@@ -5,6 +5,7 @@ import pytest
 
 from colab_gpt2 import archive_model, ask_for_drive
 from colab_gpt2.core import atomic, discard, sha256_of
+from colab_gpt2.engine.checkpoints import newest_intact
 from colab_gpt2.errors import GONE, REMOUNT, fields_of
 from colab_gpt2.storage.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
 from colab_gpt2.tasks import save_or_say_why
@@ -427,6 +428,53 @@ def test_records_are_for_people_and_programs(archive, tmp_path):
     for record in (archive, saved): assert record.sha256 in record._repr_html_()
 
 
+# ---- checkpoints on the Drive
+
+@pytest.fixture
+def save(my_drive, monkeypatch):
+    "Save the checkpoint of a step of a small run into `run` on the Drive; `waits` has the seconds between attempts."
+    from transformers import GPT2Config, TrainingArguments
+    from colab_gpt2.engine.trainer import BlockTrainer
+    from colab_gpt2.model.loading import new_model
+    from colab_gpt2.training import in_one_line
+    arguments = TrainingArguments(my_drive/"run", use_cpu=True, report_to="none")
+    trainer = BlockTrainer(new_model(GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=99), seed=0),
+                           args=arguments, train_dataset=[0])
+    trainer.create_optimizer_and_scheduler(8)
+    def save(step):
+        trainer.state.global_step = step
+        with in_one_line(arguments.output_dir): trainer._save_checkpoint(trainer.model, None)
+    save.waits = []
+    monkeypatch.setattr("time.sleep", save.waits.append)
+    return save
+
+
+@pytest.mark.parametrize("fault", [
+    dict(io_error=1), dict(io_error=5), dict(disconnected=1), dict(disconnected=5), dict(slow=1), dict(bytes_per_second=1e4)])
+def test_a_checkpoint_reaches_a_drive_that_fails_for_a_while(colab, my_drive, save, fault):
+    with colab.faults(**fault): save(1)
+    assert newest_intact(my_drive/"run") == my_drive/"run/checkpoint-1"
+    assert [name for name in os.listdir(my_drive/"run") if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("fault, line", [
+    (dict(io_error=True), "an input/output error (errno 5)"), (dict(disconnected=True), "mount has gone (errno 107)"),
+    (dict(truncated=1000), "truncated in transit"), (dict(truncated=0), "truncated in transit"),
+    (dict(corrupted=True), "corrupted in transit"), (dict(full=3000), "is full: "), (dict(full=0), "is full: "),
+    (dict(quota=4096), "is full: "), (dict(over_quota=True), "Drive's quota, is full"),
+    (dict(denied=True), "no permission"), (dict(read_only=True), "the folder is read-only")])
+def test_a_checkpoint_that_does_not_reach_the_drive_is_no_success(colab, my_drive, save, fault, line):
+    "The older one stays as it was, in full; when the Drive has recovered, the next one arrives."
+    save(1)
+    before = tree(my_drive/"run")
+    with colab.faults(**fault), pytest.raises(OSError, match=re.escape(line)) as e: save(2)
+    assert "\n" not in str(e.value) and "[Errno" not in str(e.value) and ".part" not in str(e.value)
+    assert tree(my_drive/"run").items() >= before.items() and newest_intact(my_drive/"run").name == "checkpoint-1"
+    assert len(save.waits) == (5 if True in fault.values() and {*fault} & {"io_error", "disconnected"} else 0)
+    save(3)
+    assert newest_intact(my_drive/"run").name == "checkpoint-3"
+
+
 # ---- a run whose folder is on the Drive
 
 @pytest.fixture(scope="module")
@@ -465,13 +513,13 @@ def test_a_run_fills_no_trash_and_outlasts_a_passing_error(colab, my_drive, trai
 
 @pytest.mark.parametrize("faults, line", [
     (dict(disconnected=True), "failed: Drive's mount has gone (errno 107)."),
-    (dict(full=3000), "is full: ")])
+    (dict(truncated=1000), "was truncated in transit: 1.0 kB of "), (dict(full=3000), "is full: ")])
 def test_a_run_ends_in_one_line_when_its_drive_fails(colab, my_drive, train, faults, line, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(OSError) as e: train(faults)
     assert line in str(e.value) and str(my_drive/"run") in str(e.value)
     assert "\n" not in str(e.value) and "[Errno" not in str(e.value)
-    colab.faults.set(**dict.fromkeys(faults, None if "full" in faults else False))
+    colab.faults.set(**dict.fromkeys(faults, False if "disconnected" in faults else None))
     assert [n for n in os.listdir(my_drive/"run") if not n.startswith(".")] == ["checkpoint-1"]
 
 
