@@ -16,6 +16,7 @@ from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, h
 from colab_gpt2.storage.targets import FolderTarget
 from helpers.archives import tree
 from helpers.colab_stub import colab, stub
+from helpers.servers import Hub
 
 HERE, COLAB = SimpleNamespace(colab=""), SimpleNamespace(colab="kernel")
 SMALL = SimpleNamespace(parameters=1000, recipe=Recipe(1, 64))  # a checkpoint of about 12 kB
@@ -388,3 +389,59 @@ def test_beginning_again_replaces_what_is_there_once_something_new_is_complete(t
     copy(again, checkpoint(100))
     assert held(tmp_path/"disk") == ["checkpoint-100"]
     again.close()
+
+
+# ---- a repository of the Hub
+
+@pytest.fixture
+def hub(monkeypatch):
+    "A small Hub, which huggingface_hub talks to with a token."
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # which no server here speaks
+    with Hub() as server:
+        api = functools.partial(huggingface_hub.HfApi, endpoint=server.url, token="hf_secret")
+        monkeypatch.setattr(huggingface_hub, "HfApi", api)
+        yield server
+
+
+ON_HUB = dict(runtime=HERE, mirror="hub:me/checkpoints")
+
+
+def test_a_private_repository_of_the_hub_is_a_mirror_too(hub, tmp_path, output, checkpoint):
+    mirror, files = opened(output, **ON_HUB), lambda: hub.repos["models", "me/checkpoints"]
+    assert mirror.newest() is None and "hub:me/checkpoints during the training." in mirror.told
+    for step in (100, 200): copy(mirror, checkpoint(step))
+    assert mirror.status() == "Hub: checkpoint-200, 0 seconds ago" and told(mirror.close) == []
+    assert sorted({Path(path).parent.name for path in files()}) == ["checkpoint-200"] and len(files()) == 4
+    assert any(path.endswith("/super-squash/main") for path in hub.paths("POST"))
+    new = opened(tmp_path/"new"/"gpt2-tuned", **ON_HUB)
+    restored = new.restore(new.newest(), tmp_path/"new"/"gpt2-tuned")
+    assert tree(restored) == tree(output/"checkpoint-200") and check_intact(restored)
+    (damaged,) = [path for path in files() if path.endswith("optimizer.pt")]
+    files()[damaged] = b"Moments"
+    new = opened(tmp_path/"newer"/"gpt2-tuned", **ON_HUB)
+    with pytest.warns(UserWarning, match="checkpoint-200 in hub:me/checkpoints is skipped: optimizer.pt is missing or"):
+        assert new.restore(new.newest(), tmp_path/"newer"/"gpt2-tuned") is None
+
+
+def test_the_hub_is_told_in_a_word_and_its_token_never(hub, output, checkpoint, capsys):
+    hub.refusals["/"] = 403
+    with pytest.warns(UserWarning, match="hub:me/checkpoints cannot be used now") as caught: mirror = opened(output, **ON_HUB)
+    copy(mirror, path := checkpoint(100))
+    assert mirror.status() == "Hub: checkpoint-100 failed (hub:me/checkpoints failed (HfHubHTTPError, 403))"
+    del hub.refusals["/"]
+    copy(mirror, path)
+    said = [*(str(w.message) for w in caught), *told(mirror.close), *capsys.readouterr()]
+    assert "checkpoint-100" in mirror.status() and not any("hf_secret" in text for text in said)
+    assert not any(b"hf_secret" in content for content in [*hub.repos["models", "me/checkpoints"].values(),
+                                                           *tree(output).values()])
+
+
+def test_a_public_repository_gets_no_checkpoints(hub, output, checkpoint):
+    hub.private = False
+    mirror = opened(output, **ON_HUB)
+    copy(mirror, checkpoint(100))
+    assert "is public" in mirror.status() and hub.repos["models", "me/checkpoints"] == {}
+    with pytest.warns(UserWarning, match="does not have checkpoint-100"): mirror.close()
+    with pytest.raises(ValueError, match="mirror is 'hub:checkpoints'; a repository is given as hub:USER/NAME"):
+        opened(output, runtime=HERE, mirror="hub:checkpoints")

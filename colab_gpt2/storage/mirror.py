@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/53_mirror.ipynb #6fca4c42
+# %% ../../nbs/storage/53_mirror.ipynb #794ecc9c
 import calendar, contextlib, errno, hashlib, json, math, os, re, sys, threading, time, warnings
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from colab_gpt2.engine.lock import is_running, this_run
 from colab_gpt2.errors import ADVICE, Sentence, about, errno_of, explained, may_pass
 from colab_gpt2.reporting import silent
 from colab_gpt2.runtime import drive_path, my_drive
-from colab_gpt2.storage.targets import FINISHED, NAMES, Entry, FolderTarget, read_entry
+from colab_gpt2.storage.targets import FINISHED, NAMES, Entry, FolderTarget, HubTarget, read_entry
 
 # %% ../../nbs/storage/53_mirror.ipynb #2f9face2
 NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin"
@@ -52,9 +52,9 @@ def what_fits(plan, free, held=0) -> tuple:
     if free + held >= max(2 * checkpoint, checkpoint + model): return FULL, 1
     return (WEIGHTS if free >= weights + max(weights, model) else OFF), 1
 
-# %% ../../nbs/storage/53_mirror.ipynb #3ed5869b
+# %% ../../nbs/storage/53_mirror.ipynb #4c337429
 TOLD = {
-    FULL: "Each new checkpoint, about {checkpoint}, is copied to {where} during the training; {free} are free there.",
+    FULL: "Each new checkpoint, about {checkpoint}, is copied to {where} during the training{room}.",
     WEIGHTS: "{free} are free on {where}, too little for two checkpoints of about {checkpoint}: only their weights are "
              "copied. From them a lost session can be continued as from a model, but not resumed. To resume it, free "
              "some space there, or set {mirror} to another folder.",
@@ -63,7 +63,8 @@ TOLD = {
 
 def fit_told(plan, free, kind, where) -> Sentence:
     checkpoint, weights, _ = map(human_bytes, forecast_bytes(plan))
-    return Sentence(TOLD[kind], checkpoint=checkpoint, weights=weights, free=human_bytes(free), where=where)
+    room = f"; {human_bytes(free)} are free there" if free < math.inf else ""
+    return Sentence(TOLD[kind], checkpoint=checkpoint, weights=weights, free=human_bytes(free), where=where, room=room)
 
 # %% ../../nbs/storage/53_mirror.ipynb #dac2c670
 def spoken(seconds) -> str:
@@ -71,19 +72,20 @@ def spoken(seconds) -> str:
     for unit, length in dict(hour=3600, minute=60, second=1).items():
         if (n := int(seconds // length)) or length == 1: return f"{n} {unit}{'s' * (n != 1)}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #3c9d9dac
+# %% ../../nbs/storage/53_mirror.ipynb #aa2224a8
 HEARTBEAT = "heartbeat.json"
 
 def heartbeat(step) -> dict: return this_run() | dict(time=time.time(), step=step)
 
-def check_alone(last, where):
+def check_alone(last, target):
     "BlockingIOError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
-    own, age = heartbeat(0), time.time() - last["time"]
-    if all(last[name] == own[name] for name in ("boot", "process")) or not is_running(last, last["time"], False): return
+    own, due = heartbeat(0), last["time"] + target.beats
+    if all(last[name] == own[name] for name in ("boot", "process")) or not is_running(last, due, False): return
     told = ("This run is trained already, by process {process} on {machine}: at step {step} {age} ago. Two would spoil "
-            "each other's copies in {where}. Stop the other one, or wait two minutes if it was lost; for a run of its "
-            "own set {mirror=off}.")
-    raise BlockingIOError(Sentence(told, **{**last, "age": spoken(max(age, 0))}, where=where))
+            "each other's copies in {where}. Stop the other one, or wait {wait} if it was lost; for a run of its own "
+            "set {mirror=off}.")
+    age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120)
+    raise BlockingIOError(Sentence(told, **{**last, "age": age}, where=target.called, wait=wait))
 
 # %% ../../nbs/storage/53_mirror.ipynb #023e65d6
 def reason(error) -> str: return ADVICE.get(errno_of(error)) or str(error)
@@ -257,7 +259,7 @@ def missing_told(mirror) -> str:
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
     return f"{mirror.target.called} does not have {name} ({path} on this machine): {why.rstrip('.')}. {held}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #dfd183cc
+# %% ../../nbs/storage/53_mirror.ipynb #1d146a8a
 class Mirror(Copying, TrainerCallback):
     "Copies each new checkpoint to the `target`; without one it does nothing. `told` says what is copied where."
     told, lost = "", None  # the last heartbeat of a session that was lost
@@ -291,9 +293,9 @@ class Mirror(Copying, TrainerCallback):
         if self.here: said.append(f"{self.here[0]}, {spoken(time.monotonic() - self.here[1])} ago")
         return f"{self.target.label}: {'; '.join(said) or 'nothing yet'}"
 
-    def close(self, report=silent, seconds=600, still=60):
+    def close(self, report=silent, seconds=600, still=None):
         "Wait for what is still on its way, and say in a warning what did not arrive."
-        if self.queue.thread and not self.stopped: wait_for(self, report, seconds, still)
+        if self.queue.thread and not self.stopped: wait_for(self, report, seconds, still or self.target.still)
 
     def before_end(self, saved) -> str:
         "How long before its end the last session saved what has this time in its manifest; '' where unknown."
@@ -301,14 +303,17 @@ class Mirror(Copying, TrainerCallback):
         gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
         return f"Your last session saved this {spoken(max(0, gap))} before it ended."
 
-# %% ../../nbs/storage/53_mirror.ipynb #7768be59
+# %% ../../nbs/storage/53_mirror.ipynb #2ac8928e
 MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
                "copied, run mount_drive() in a cell first.")
 
 def mirror_folder(config, colab) -> tuple:
-    "(the folder for all runs, or None; why there is none). ValueError for one that cannot serve."
-    output_dir = Path(os.path.realpath(config.output_dir))
+    "(the folder for all runs, or a repository's name, or None; why there is none). ValueError for what cannot serve."
+    output_dir, hub = Path(os.path.realpath(config.output_dir)), str(config.mirror).partition("hub:")
+    if hub[1] and not hub[0]:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", hub[2]): return hub[2], ""
+        raise ValueError(Sentence("{mirror} is {name!r}; a repository is given as hub:USER/NAME.", name=config.mirror))
     if config.mirror not in ("auto", "off"):
         folder = Path(os.path.realpath(home(config.mirror)))
         if folder == output_dir or output_dir in folder.parents:
@@ -352,14 +357,15 @@ def fit(mirror, plan) -> Mirror:
     if mirror.kind == OFF: mirror.target = None
     return say(mirror, fit_told(plan, free, mirror.kind, target.called), aloud=mirror.kind != FULL)
 
-# %% ../../nbs/storage/53_mirror.ipynb #c25ce2d0
+# %% ../../nbs/storage/53_mirror.ipynb #d1a84cde
 def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
     "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
     if not top: return say(Mirror(), told)
     with about("mirror"), explained(f"Making {top}"):
-        target = FolderTarget(top, run_name(config.output_dir, fingerprint))
+        kind = HubTarget if isinstance(top, str) else FolderTarget
+        target = kind(top, run_name(config.output_dir, fingerprint))
     mirror = Mirror(target, afresh=config.overwrite_output_dir or config.resume == "never")
     mirror.lost = last_heartbeat(target)
-    if mirror.lost: check_alone(mirror.lost, target.called)
+    if mirror.lost: check_alone(mirror.lost, target)
     return fit(mirror, plan)

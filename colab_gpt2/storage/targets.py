@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/52_targets.ipynb #fff24e10
-import contextlib, errno, math, os, re, shutil
+# %% ../../nbs/storage/52_targets.ipynb #1e0f2a19
+import contextlib, errno, hashlib, math, os, re, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from colab_gpt2.core import DRIVES, Record, atomic, check_space, discard, existing, retried
+from colab_gpt2.core import DRIVES, Record, atomic, check_space, discard, existing, retried, sha256_of
 from colab_gpt2.engine.checkpoints import MANIFEST, sealed, unsealed
 from colab_gpt2.errors import may_pass
+from colab_gpt2.reporting import counter
 from colab_gpt2.runtime import is_folder
 from colab_gpt2.storage.drive import copy_once
 
@@ -38,10 +39,10 @@ def read_entry(name, text) -> Entry:
     if all(PureWindowsPath(file).name == file for file in manifest["sha256"]): return Entry(name, manifest)
     raise ValueError(f"{MANIFEST} names files outside its folder")
 
-# %% ../../nbs/storage/52_targets.ipynb #a4551bec
+# %% ../../nbs/storage/52_targets.ipynb #1a52b4c5
 class FolderTarget:
     "The folder `run` in `top`. OSError where the disk or the Drive fails."
-    beats = 30  # seconds between two signs of life
+    beats, still = 30, 60  # seconds between two heartbeats; and without progress, after which a copy is given up
 
     def __init__(self, top, run):
         top = Path(top).absolute()
@@ -110,3 +111,96 @@ def damaged_in_transit(entry, source, place, report) -> list:
             if (source/name).exists(): raise
             return False
     return [name for name, digest in entry.manifest["sha256"].items() if not intact(name, digest)]
+
+# %% ../../nbs/storage/52_targets.ipynb #eba10bc6
+class HubTarget:
+    "The folder `run` of the private repository `name`. OSError where the Hub, or the way to it, fails."
+    beats, still = 600, 3600  # seconds: a heartbeat is a commit; an upload does not tell of its progress
+
+    def __init__(self, name, run):
+        from huggingface_hub import HfApi, utils
+        utils.disable_progress_bars()  # the training has one
+        self.api, self.repo, self.run, self.made = HfApi(), name, run, False
+        self.called, self.label = f"hub:{name}", "Hub"
+
+    def ask(self, action):
+        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+        try: return action()
+        except (EntryNotFoundError, RepositoryNotFoundError): raise FileNotFoundError(f"not in {self.called}") from None
+        except Exception as e:  # of the Hub, or of a connection
+            status = getattr(getattr(e, "response", None), "status_code", "no answer")
+            raise OSError(f"{self.called} failed ({type(e).__name__}, {status})") from None
+
+    def free(self): return math.inf
+
+    def names(self):
+        try: return self.ask(lambda: [Path(e.path).name for e in self.api.list_repo_tree(self.repo, self.run)])
+        except FileNotFoundError: return []
+
+    def download(self, name, folder) -> Path:
+        options = dict(local_dir=folder, force_download=True)
+        return Path(self.ask(lambda: self.api.hf_hub_download(self.repo, f"{self.run}/{name}", **options)))
+
+    def read(self, name):
+        with tempfile.TemporaryDirectory() as here: return self.download(name, here).read_text(encoding="utf-8")
+
+    def write(self, name, text): self.commit(name, {name: text.encode()})
+
+    def remove(self, name):
+        with contextlib.suppress(FileNotFoundError): self.commit(f"Remove {name}", {name: None})
+        self.ask(lambda: self.api.super_squash_history(self.repo))
+
+    def commit(self, told, files):
+        commit_files(self, told, {f"{self.run}/{name}": file for name, file in files.items()})
+
+    def put(self, entry, source, report): put_commit(self, entry, Path(source), report)
+
+    def fetch(self, entry, folder, report) -> list: return fetch_files(self, entry, Path(folder), report)
+
+# %% ../../nbs/storage/52_targets.ipynb #41866071
+def commit_files(target, told, files):
+    "Commit `files`: path to bytes, to a local file's name, or to None, which deletes. The first makes the repository."
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    if not target.made:
+        target.ask(lambda: target.api.create_repo(target.repo, private=True, exist_ok=True))
+        if not target.ask(lambda: target.api.repo_info(target.repo)).private:
+            raise OSError(f"{target.called} is public; checkpoints are kept in private repositories only")
+        target.made = True
+    def operation(path, file):
+        if file is None: return CommitOperationDelete(path, is_folder=not path.endswith(".json"))
+        return CommitOperationAdd(path, file)
+    operations = [operation(*pair) for pair in files.items()]
+    target.ask(lambda: target.api.create_commit(target.repo, operations, commit_message=told))
+
+# %% ../../nbs/storage/52_targets.ipynb #ebe0164b
+def put_commit(target, entry, source, report):
+    "Commit the entry's files and manifest; OSError if the Hub has others than the manifest says."
+    sums, where = entry.manifest["sha256"], f"{target.run}/{entry.name}"
+    report(f"Copying {entry.name}", 0, entry.bytes)
+    files = {f"{entry.name}/{name}": str(source/name) for name in sums}
+    target.commit(entry.name, files | {f"{entry.name}/{MANIFEST}": sealed(entry.manifest).encode()})
+    def digest(info):  # small files are not in the Hub's store of large ones, and have git's only
+        if info.lfs: return info.lfs.sha256
+        file = source/Path(info.path).name
+        return sha256_of(file) if info.blob_id == git_sha1(file) else ""
+    there = target.ask(lambda: target.api.get_paths_info(target.repo, [f"{where}/{name}" for name in sums]))
+    if {Path(info.path).name: digest(info) for info in there} != sums:
+        raise OSError(f"{entry.name} did not arrive in {target.called} as it was")
+    report(f"Copying {entry.name}", entry.bytes, entry.bytes)
+
+def git_sha1(path) -> str:
+    "By which git knows a file."
+    return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
+
+# %% ../../nbs/storage/52_targets.ipynb #6800048f
+def fetch_files(target, entry, folder, report) -> list:
+    "Download the entry's files into `folder`; -> the names of those that are missing or have another digest."
+    damaged, add = [], counter(report, f"Fetching {entry.name}", entry.bytes)
+    with tempfile.TemporaryDirectory(dir=folder) as here:
+        for name, digest in entry.manifest["sha256"].items():
+            try: os.replace(target.download(f"{entry.name}/{name}", here), folder/name)
+            except FileNotFoundError: damaged.append(name)
+            else:
+                if sha256_of(folder/name) != digest: damaged.append(name)
+                add((folder/name).stat().st_size)
+    return damaged

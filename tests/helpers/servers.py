@@ -6,9 +6,9 @@
 
 huggingface_hub reads HF_ENDPOINT when it is imported, so what talks to the Hub runs in a process of its own.
 """
-import contextlib, hashlib, io, json, re, threading
+import base64, contextlib, hashlib, io, json, re, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Server:
@@ -25,7 +25,7 @@ class Server:
                 owner.log.append((self.command, path, dict(self.headers)))
                 try: owner.answer(self, path, body)
                 except ConnectionError: self.close_connection = True  # the client has heard enough and hung up
-            do_GET = do_HEAD = do_POST = any
+            do_GET = do_HEAD = do_POST = do_PUT = any
 
         self.handler = Handler
         self.open()
@@ -75,11 +75,17 @@ def send_file(request, body, ranges=True, **headers):
     send(request, 206, body[start:end + 1], Content_Range=f"bytes {start}-{end}/{len(body)}", **headers)
 
 
+def asked_paths(body):
+    "Of a request for some paths: `datasets` sends JSON, HfApi a form."
+    return json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+
+
 class Hub(Server):
-    "The endpoints of huggingface.co that `load_dataset` and `from_pretrained` call: info, tree, paths-info, resolve."
+    """The endpoints of huggingface.co that `load_dataset` and `from_pretrained` call: info, tree, paths-info, resolve; and
+    those that change a repository of models: create, preupload, upload, commit, squash."""
     def __init__(self):
         super().__init__()
-        self.repos = {}
+        self.repos, self.large, self.private = {}, {}, True  # large: SHA-256 -> the bytes that were uploaded
         self.refusals = {}  # beginning of a path -> the status that it gets: '/' is a Hub that is down
 
     def add(self, kind, name, files):
@@ -90,8 +96,10 @@ class Hub(Server):
         refused = next((status for start, status in self.refusals.items() if path.startswith(start)), None)
         if refused: return send(request, refused)
         call = r"(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?"
-        found = re.fullmatch(rf"/api/(models|datasets)/([^/]+(?:/[^/]+)??){call}", path)
+        found = request.command != "PUT" and re.fullmatch(rf"/api/(models|datasets)/([^/]+(?:/[^/]+)??){call}", path)
         if found: return self.api(request, body, *found.groups())
+        if request.command in ("POST", "PUT") and (answer := self.written(path, body)) is not None:
+            return send(request, 200, json.dumps(answer).encode(), Content_Type="application/json")
         found = re.fullmatch(r"/(datasets/)?(.+?)/resolve/([^/]+)/(.+)", path)
         if found: return self.resolve(request, "datasets" if found[1] else "models", *found.groups()[1:])
         send(request, 200 if path == "/" else 404)
@@ -111,11 +119,11 @@ class Hub(Server):
         if call == "tree":
             reply = self.entries(files, [p for p in self.tree(files) if p.startswith(f"{folder}/" if folder else "")])
         elif call == "paths-info":
-            reply = self.entries(files, [p for p in json.loads(body)["paths"] if p in self.tree(files)])
+            reply = self.entries(files, [p for p in asked_paths(body) if p in self.tree(files)])
         elif call == "refs":
             reply = dict(branches=[dict(name="main", ref="refs/heads/main", targetCommit=commit)], tags=[], converts=[])
         else:
-            reply = dict(id=name, modelId=name, sha=commit, private=False, gated=False, disabled=False, tags=[],
+            reply = dict(id=name, modelId=name, sha=commit, private=self.private, gated=False, disabled=False, tags=[],
                          downloads=0, likes=0, createdAt="2022-03-02T23:29:22.000Z",
                          lastModified="2024-01-04T16:49:18.000Z",
                          siblings=[dict(rfilename=p) for p in files])
@@ -126,8 +134,42 @@ class Hub(Server):
         return {**{"/".join(p.split("/")[:n]): None for p in files for n in range(1, p.count("/") + 1)}, **files}
 
     def entries(self, files, paths):
-        return [dict(type="file", path=p, size=len(files[p]), oid=hashlib.sha1(files[p]).hexdigest()) if p in files
-                else dict(type="directory", path=p, size=0, oid=hashlib.sha1(p.encode()).hexdigest()) for p in paths]
+        def entry(path, content):
+            if content is None: return dict(type="directory", path=path, size=0, oid=hashlib.sha1(path.encode()).hexdigest())
+            git, sha256 = (hashlib.sha1(b"blob %d\0" % len(content) + content), hashlib.sha256(content).hexdigest())
+            lfs = dict(lfs=dict(oid=sha256, size=len(content), pointerSize=134)) if sha256 in self.large else {}
+            return dict(type="file", path=path, size=len(content), oid=git.hexdigest(), **lfs)
+        return [entry(path, files.get(path)) for path in paths]
+
+    def written(self, path, body):
+        "What a request that changes something is answered; None where it is another."
+        if path == "/api/repos/create":
+            said = json.loads(body)
+            name = "/".join(filter(None, [said.get("organization"), said["name"]]))
+            self.repos.setdefault(("models", name), {})
+            return dict(url=f"{self.url}/{name}", id=name)
+        if found := re.fullmatch(r"/large/(\w+)", path): return self.large.update({found[1]: body}) or {}
+        if path.endswith("/info/lfs/objects/batch"):
+            upload = [dict(oid=o["oid"], size=o["size"], actions=dict(upload=dict(href=f"{self.url}/large/{o['oid']}")))
+                      for o in json.loads(body)["objects"]]
+            return dict(transfer="basic", objects=upload)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|super-squash)/main", path)
+        if not found: return None
+        if found[2] == "preupload":
+            def mode(name): return "lfs" if name.endswith((".safetensors", ".pt")) else "regular"
+            return dict(files=[dict(path=f["path"], uploadMode=mode(f["path"]), shouldIgnore=False)
+                               for f in json.loads(body)["files"]])
+        if found[2] == "commit": self.change(self.repos["models", found[1]], map(json.loads, body.splitlines()))
+        return dict(success=True, commitOid="0" * 40, commitUrl=f"{self.url}/{found[1]}/commit/{'0' * 40}")
+
+    def change(self, files, operations):
+        for told in operations:
+            kind, value = told["key"], told["value"]
+            if kind == "file": files[value["path"]] = base64.b64decode(value["content"])
+            if kind == "lfsFile": files[value["path"]] = self.large[value["oid"]]
+            if kind == "deletedFile": del files[value["path"]]
+            for path in [p for p in files if kind == "deletedFolder" and p.startswith(value["path"].rstrip("/") + "/")]:
+                del files[path]
 
     def resolve(self, request, kind, name, revision, path):
         files = self.repos.get((kind, name))
