@@ -60,7 +60,7 @@ for line in sys.stdin:
         os._exit(0)
     print("DONE", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
-MODELS = "import colab_gpt2.model.fitting, transformers.models.gpt2.modeling_gpt2, transformers.models.auto.modeling_auto"
+MODELS = "import colab_gpt2.model.fitting, transformers.models.gpt2.modeling_gpt2"
 TEXTS_ALONE = "from colab_gpt2.text.corpus import SPLITS, Published, load_corpus"
 
 

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 from types import SimpleNamespace
 
 import numpy as np, psutil, pytest
-from helpers.forks import forked
+from helpers.forks import forked, launched
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
@@ -34,6 +34,9 @@ def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
     ("wikitext-2-articles/articles.unk.txt", None, None)])
 def test_a_cut_changes_no_token_of_a_real_text(tmp_path, name, tokens, blocks_of_1024):
     path, tokenizer = DATA/name, AutoTokenizer.from_pretrained(DATA/"gpt2-tokenizer")
+    if (DATA/name).stat().st_size > 3 << 20:  # two megabytes are eight windows
+        path = tmp_path/"a.txt"
+        path.write_text((DATA/name).read_text(encoding="utf-8")[:2 << 20], encoding="utf-8")
     text = path.read_bytes().decode()
     expected = np.asarray(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, "uint16")
     blocks = tokenize_file(path, tokenizer, 1024, cache_dir=tmp_path, progress=False)
@@ -114,22 +117,19 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
 # A run that ends before its time. The text has a byte order mark, characters of several bytes and \r\n: resuming at a
 # wrong place would show.
 
-JOB = """
-import sys, time
-from transformers import AutoTokenizer
-from colab_gpt2.text import token_store
-tokenizer_folder, cache, text, pieces = sys.argv[1:]  # pieces: how many to encode before it hangs
-token_store.EVERY, read, encoded = 1, token_store.read_windows, []
-def slowly(*given):
-    for piece in read(*given):
-        if len(encoded) == int(pieces): time.sleep(600)
-        encoded.append(len(piece[0]))
-        yield piece
-token_store.read_windows = slowly
-print("ready", flush=True)
-token_store.tokenize_file(text, AutoTokenizer.from_pretrained(tokenizer_folder), 64, cache_dir=cache, progress=False)
-print(sum(encoded), flush=True)
-"""
+def tokenise(text, cache, pieces):
+    "`text`, with an entry in the journal after each piece; after so many `pieces` it hangs. -> how much was encoded."
+    token_store.EVERY, read, encoded = 1, token_store.read_windows, []
+    def slowly(*given):
+        for piece in read(*given):
+            if len(encoded) == pieces: time.sleep(600)
+            encoded.append(len(piece[0]))
+            yield piece
+    token_store.read_windows = slowly
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    (cache.parent/"ready").touch()
+    tokenize_file(text, tokenizer, 64, cache_dir=cache, progress=False)
+    return sum(encoded)
 
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory):
@@ -147,18 +147,7 @@ def expected(long_text, tiny):
     ids = tiny(long_text.read_bytes().decode("utf-8-sig"), verbose=False)["input_ids"]
     return hashlib.sha256(np.asarray(ids, "uint16").tobytes()).hexdigest()
 
-@pytest.fixture
-def job(tmp_path, long_text):
-    "Start JOB on `long_text`: -> the process, which ends with the test."
-    started = []
-    def start(pieces=-1):
-        command = [sys.executable, "-c", JOB, TINY, tmp_path/"cache", long_text, pieces]
-        started.append(subprocess.Popen([str(w) for w in command], stdout=subprocess.PIPE, text=True))
-        return started[-1]
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+def job(tmp_path, long_text, pieces=-1): return launched(tokenise, long_text, tmp_path/"cache", pieces)
 
 def suffixes(cache): return sorted(f.suffix for f in (cache/"tokens").iterdir() if f.is_file())
 
@@ -182,13 +171,13 @@ def encoded(monkeypatch):
     monkeypatch.setattr(token_store, "read_windows", counting)
     return sizes
 
-def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, job, encoded):
+def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, encoded):
     cache, done = tmp_path/"cache", 0
     for _ in range(2):  # killed, resumed, killed again
-        process = job(pieces=2)
-        entry = wait_for_entry(cache, above=done)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        with job(tmp_path, long_text, pieces=2) as process:
+            wait_for_entry(cache, above=done)
+            process.kill()
+        assert process.done.returncode == -signal.SIGKILL
         entry = wait_for_entry(cache)  # it may have made one more
         assert entry["bytes"] > done and suffixes(cache) == [".journal", ".lock", ".part"]
         done = entry["bytes"]
@@ -242,22 +231,24 @@ def test_a_full_disk_leaves_what_is_done(tiny, tmp_path, long_text, expected, mo
     assert digest(tokenize_file(long_text, tiny, 64, cache_dir=tmp_path, progress=False).path) == expected
     assert sum(encoded) < len(long_text.read_bytes().decode("utf-8-sig"))
 
-def test_two_processes_do_the_work_once(tmp_path, long_text, expected, job):
-    both = [job(), job()]
-    said = [process.communicate(timeout=300)[0].split() for process in both]
-    assert [p.returncode for p in both] == [0, 0]
-    assert sum(int(words[-1]) for words in said) == len(long_text.read_bytes().decode("utf-8-sig"))
+def test_two_processes_do_the_work_once(tmp_path, long_text, expected):
+    with job(tmp_path, long_text) as one, job(tmp_path, long_text) as other:
+        for process in (one, other): process.join(300)
+    assert one.done.result + other.done.result == len(long_text.read_bytes().decode("utf-8-sig")), one.done.stderr
     assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected
     assert suffixes(tmp_path/"cache") == [".ids", ".json"]
 
-def test_who_waits_resumes_where_the_killed_one_stopped(tmp_path, long_text, expected, job):
-    first = job(pieces=3)
-    wait_for_entry(tmp_path/"cache")
-    second = job()
-    assert second.stdout.readline() == "ready\n"
-    with pytest.raises(subprocess.TimeoutExpired): second.wait(timeout=2)  # the first one, alive, holds the part
-    first.kill()
-    assert int(second.communicate(timeout=300)[0]) < len(long_text.read_bytes().decode("utf-8-sig"))
+def test_who_waits_resumes_where_the_killed_one_stopped(tmp_path, long_text, expected):
+    with job(tmp_path, long_text, pieces=3) as first:
+        wait_for_entry(tmp_path/"cache")
+        (tmp_path/"ready").unlink()
+        with job(tmp_path, long_text) as second:
+            while not (tmp_path/"ready").exists(): time.sleep(0.02)
+            second.join(1)
+            assert second.is_alive()  # the first one, which lives, holds the part
+            first.kill()
+            second.join(300)
+    assert second.done.result < len(long_text.read_bytes().decode("utf-8-sig")), second.done.stderr
     assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected
     assert suffixes(tmp_path/"cache") == [".ids", ".json"]
 
@@ -317,7 +308,7 @@ def test_a_text_begins_as_its_tokenizer_begins_one_and_is_never_closed(tmp_path,
 
 def test_a_resumed_text_opens_its_documents(tmp_path, monkeypatch):
     "Cuts are also between the end token and the next document."
-    tokenizer, text = closed(), "one two three</s>four five</s>six" * 30
+    tokenizer, text = closed(), "one two three</s>four five</s>six" * 12
     (tmp_path/"a.txt").write_text(text)
     read = functools.partial(token_store.read_windows, size=40, context=16)
     monkeypatch.setattr(token_store, "EVERY", 1)

@@ -228,8 +228,8 @@ def train(model, kind="T4", *, limit=None, later=None, probed=True, traced=False
         fixed = dict(output_dir=folder, logging_steps=100, save_steps=-1, max_steps=2, torch_compile=False,
                      trainer_args=dict(dataloader_pin_memory=False))
         config = FinetuneConfig(**{**fixed, **changes})
-        measure = contextlib.nullcontext() if probed else patch("colab_gpt2.training.settle", lambda trainer, plan: plan)
-        with pretended(kind, limit, traced=traced, count=count) as gpu, measure:
+        with pretended(kind, limit, traced=traced, count=count) as gpu, contextlib.ExitStack() as around:
+            if not probed: around.enter_context(patch("colab_gpt2.training.settle", lambda trainer, plan: plan))
             runtime = check_runtime()  # before the model takes memory
             shape = load_config(model) if isinstance(model, str) else model
             text = Text(blocks, config.block_size or min(shape.n_positions, 1024))
