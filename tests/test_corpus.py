@@ -382,15 +382,18 @@ def test_a_file_of_another_kind_is_named_as_what_it_is(load, tmp_path, name):
 @pytest.mark.parametrize("line", ['{"text": "It ebbs."}', '[{"text": "It ebbs."},', "<!DOCTYPE html>", "<?xml ?>"])
 def test_a_text_that_looks_like_json_or_html_is_noted(load, tmp_path, line):
     (tmp_path/"a.txt").write_text(f"{line}\n" * 900)
-    with pytest.warns(UserWarning, match="a is JSON or HTML, whose syntax will be learned"):
+    with pytest.warns(UserWarning, match="a is JSON or HTML, whose syntax will be"):
         load(tmp_path/"a.txt")
 
 
-@pytest.mark.parametrize("sign", [",", ";", "\t"])
+@pytest.mark.parametrize("sign", [",", ";", "\t", "|"])
 def test_a_table_called_txt_is_noted(load, tmp_path, sign):
     rows = [["id", "text"], *([f"{n}", f'"It ebbs{sign} and{sign}\nit ""flows""."'] for n in range(200))]
     (tmp_path/"a.txt").write_text("\n".join(map(sign.join, rows)))
-    with pytest.warns(UserWarning, match="a is a table .CSV., whose syntax will be learned"): load(tmp_path/"a.txt")
+    with pytest.warns(UserWarning, match="a is a table .CSV., whose syntax will be"): load(tmp_path/"a.txt")
+    (tmp_path/"b.txt").write_text("It ebbs and flows.\n" * 200)
+    with pytest.warns(UserWarning, match="b is a table"):
+        load(train_file=tmp_path/"b.txt", eval_file=tmp_path/"a.txt")
 
 
 @pytest.mark.parametrize("lines", [

@@ -284,9 +284,9 @@ def load_files(train_file, eval_file, root, hold_out=True):
 
 # %% ../../nbs/text/11_corpus.ipynb #9a633b5b
 def is_table(start) -> bool:
-    "Whether each of the first lines of a text has the same number of commas, semicolons or tabs before a word."
-    lines = re.sub(rb'"[^"]*("|$)', b"_", start[:4000]).splitlines()[:20]  # what stands in quotes may have any
-    marks = (re.compile(rb"(?<=\S)%b(?=[\w.-])" % mark) for mark in (b",", b";", b"\t"))
+    "Whether each of the first lines of a text has the same number of commas, semicolons, tabs or | before a word."
+    lines = re.sub(rb'"[^"]*("|$)', b"_", start).splitlines()[:20]  # what stands in quotes may have any
+    marks = (re.compile(rb"(?<=\S)%b(?=[\w.-])" % mark) for mark in (b",", b";", b"\t", rb"\|"))
     counts = ({len(mark.findall(line)) for line in lines[:-1]} for mark in marks)
     return len(lines) > 3 and any(len(found) == 1 and min(found) for found in counts)
 
@@ -297,10 +297,12 @@ def noted(corpus):
     if held < 1000:  # some 250 tokens
         warnings.warn(Sentence("The held-out text of {name} has only {held} bytes: its perplexity says little. "
                                "Give a longer text or {eval_file}.", name=corpus.name, held=held))
-    with open(corpus.path(next(iter(corpus.bytes))), "rb") as f: start = f.read(1 << 16)
-    marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', start) and "JSON or HTML"
-    if kind := marked or is_table(start) and "a table (CSV)":
-        warnings.warn(f"{corpus.name} is {kind}, whose syntax will be learned.")
+    for split in corpus.bytes:
+        with open(corpus.path(split), "rb") as f: start = f.read(4000)
+        marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', start) and "JSON or HTML"
+        if kind := marked or is_table(start) and "a table (CSV)":
+            warnings.warn(f"{corpus.name} is {kind}, whose syntax will be learned, or measured.")
+            break
     return corpus
 
 # %% ../../nbs/text/11_corpus.ipynb #db92a963
