@@ -1,5 +1,5 @@
 "The programs of benchmarks/: their arithmetic on made-up sides, and each of them once, on a model that takes seconds."
-import json, os, shlex, sys, time
+import json, os, runpy, shlex, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[1]/"benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+from helpers.forks import FORKS
 from harness import alternate, compare, report, run_side, summary
 import forecast, gpu, harness, table, task, training
 
@@ -194,11 +195,48 @@ def test_a_forecast_is_compared_with_the_process_or_the_whole_gpu():
 def run_program(shell, program, *words): return shell(sys.executable, BENCHMARKS/program, *words, timeout=500)
 
 
+class ForkedSide:
+    "In the place of subprocess.Popen: a program of benchmarks/ in a forked process, which has imported torch."
+    def __init__(self, words, cwd, env, stdout, stderr):
+        self.process = FORKS.Process(target=run_forked, args=(words[1:], cwd, env, stdout.name, stderr.name))
+        self.process.start()
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error):
+        self.process.join()
+        self.returncode = self.process.exitcode
+
+
+def run_forked(words, cwd, env, *streams):
+    for number, name in enumerate(streams, 1): os.dup2(os.open(name, os.O_WRONLY), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv, sys.path = words, [str(BENCHMARKS), *sys.path]
+    runpy.run_path(words[0], run_name="__main__")
+
+
+@pytest.fixture
+def end_to_end(monkeypatch, tmp_path, capsys):
+    "Run a program with its sides in forked processes; -> a CompletedProcess."
+    monkeypatch.setattr(harness, "subprocess", SimpleNamespace(Popen=ForkedSide, run=subprocess.run))
+    monkeypatch.chdir(tmp_path)
+    def run(program, *words):
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS/program), *words])
+        try: code = runpy.run_path(sys.argv[0], run_name="__main__") and 0
+        except SystemExit as e: code = e.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str): code, err = 1, err + code
+        return subprocess.CompletedProcess(sys.argv, code, out, err)
+    return run
+
+
 def kept(tmp_path, question): return json.loads(next((tmp_path/"results").glob(f"{question}-*.json")).read_text())
 
 
-def test_training_end_to_end(shell, tmp_path):
-    ran = run_program(shell, "training.py", *TOY, "--sides", "tutorial", "stock", "ours-single", "--micro-batches", "2",
+def test_training_end_to_end(end_to_end, tmp_path):
+    ran = end_to_end("training.py", *TOY, "--sides", "tutorial", "stock", "ours-single", "--micro-batches", "2",
                       "--steps", "2", "--rounds", "1", "--results", "results")
     assert ran.returncode == 0, ran.stderr
     said = kept(tmp_path, "training")
@@ -219,8 +257,8 @@ def test_training_end_to_end(shell, tmp_path):
     assert "tutorial" in ran.stdout and "round 1 of 1, ours" in ran.stderr
 
 
-def test_equality_end_to_end(shell, tmp_path):
-    ran = run_program(shell, "equality.py", *TOY, "--precisions", "fp32", "--steps", "6", "--results", "results")
+def test_equality_end_to_end(end_to_end, tmp_path):
+    ran = end_to_end("equality.py", *TOY, "--precisions", "fp32", "--steps", "6", "--results", "results")
     assert ran.returncode == 0, ran.stderr
     said = kept(tmp_path, "equality")
     ours, stock = (said["runs"][f"{who}-fp32"][0]["losses"] for who in ("ours", "stock"))
@@ -229,8 +267,8 @@ def test_equality_end_to_end(shell, tmp_path):
     assert said["rows"][0]["figure"] == "loss at step 6, fp32" and said["rows"][0]["reached"]
 
 
-def test_forecast_end_to_end(shell, tmp_path):
-    ran = run_program(shell, "forecast.py", *TOY, "--steps", "4", "--sizes", "toy", "toy:none", "--results", "results")
+def test_forecast_end_to_end(end_to_end, tmp_path):
+    ran = end_to_end("forecast.py", *TOY, "--steps", "4", "--sizes", "toy", "toy:none", "--results", "results")
     assert ran.returncode == 1 and "toy:none failed" in ran.stderr and "invalid choice: 'none'" in ran.stderr
     said = kept(tmp_path, "forecast")
     assert [(row["figure"], row["target"]) for row in said["rows"]] == [
@@ -328,9 +366,9 @@ def test_the_pages_show_what_was_measured():
     assert len(shown) >= 5 and not set(shown) - set(known)
 
 
-def test_the_cost_of_a_mirror(shell, tmp_path):
+def test_the_cost_of_a_mirror(end_to_end, tmp_path):
     "Stretches with a copy and without take turns in one run, and in the first kind something is copied."
-    ran = run_program(shell, "mirror.py", *TOY, "--steps", "3", "--rounds", "2", "--warm-up", "2", "--rate", "50",
+    ran = end_to_end("mirror.py", *TOY, "--steps", "3", "--rounds", "2", "--warm-up", "2", "--rate", "50",
                       "--megabytes", "1", "--results", "results")
     assert ran.returncode == 0, ran.stderr
     said = kept(tmp_path, "mirror")
