@@ -64,7 +64,7 @@ def errors_in_one_line(debug=False):
         if debug and not stopped or isinstance(e, (typer.Exit, typer.Abort, typer.BadParameter)): raise
         typer.echo(f"colab-gpt2: {one_line(e)}", err=True)
         typed = "trainer_args" in fields_of(e)  # which only the libraries can check
-        raise typer.Exit(130 if stopped else 2 if typed else 1) from None
+        raise typer.Exit(getattr(e, "code", 130) if stopped else 2 if typed else 1) from None
 
 # %% ../nbs/65_cli.ipynb #2be9c24d
 @contextlib.contextmanager

@@ -257,7 +257,7 @@ DEMO = FinetuneConfig(
 # %% ../nbs/64_tasks.ipynb #5953484d
 def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> RunResult:
     "`run` with `DEMO`, or `config` in its place. A slow machine takes fewer steps, unless steps or epochs are set."
-    from colab_gpt2.engine.callbacks import TimeLimit
+    from colab_gpt2.engine.guards import TimeLimit
     config, length = config or DEMO, ("max_steps", "num_train_epochs")
     own = any(name in options or getattr(config, name) != getattr(DEMO, name) for name in length)
     limit = () if own else (TimeLimit(25),)  # s of training: two slow cores, which need 107, are done in a minute
@@ -313,6 +313,6 @@ def bench(
         planned = plan_training(config, ready.model.config, ready.train, ready.runtime)
         trainer = make_trainer(short, ready.model, ready.tokenizer, ready.train, planned, report=report)
         try: planned = train_model(trainer, planned)
-        except Interrupted: raise KeyboardInterrupt("stopped; nothing was measured, and nothing is kept") from None
+        except Interrupted as e: raise Interrupted("Stopped; nothing was measured or kept.", e.code) from None
     speed, taken = trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), trainer.state.global_step
     return Bench(model=config.model, tokens_per_second=speed, steps=taken, plan=planned, runtime=ready.runtime)

@@ -123,7 +123,7 @@ def test_of_two_that_begin_at_once_one_runs(tmp_path):
     finished, threads = threading.Event(), [threading.Thread(target=begin) for _ in range(8)]
     for thread in threads: thread.start()
     for thread in threads: thread.join(60)
-    assert (len(ran), len(refused)) == (1, 7) and not (tmp_path/"new").exists()
+    assert (len(ran), len(refused)) == (1, 7) and not (tmp_path/"new"/"run"/LOCK).exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):

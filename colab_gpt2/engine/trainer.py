@@ -18,10 +18,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
 from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
-from .callbacks import Bar, Meter, StopOnInterrupt, StopOnNaN
+from .callbacks import Bar, Meter
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, remove_checkpoint
 from .checkpoints import write_manifest
 from ..core import make_folder, retried
+from .guards import SaveByTime, StopOnDivergence, StopOnInterrupt
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.lora import add_adapters
@@ -178,9 +179,8 @@ def training_arguments(config, plan) -> TrainingArguments:
         learning_rate=pick_learning_rate(config, plan.parameters, recipe.method), optim=recipe.optimizer,
         per_device_train_batch_size=plan.blocks_per_step,  # MicroBatchTrainer divides it
         bf16=recipe.precision == "bf16", fp16=recipe.precision == "fp16", use_cpu=recipe.device == "cpu",
-        save_strategy="no" if config.save_steps == -1 else "steps",
-        save_steps=max(config.save_steps or math.ceil(plan.steps / 3), 1),
-        logging_first_step=True, logging_nan_inf_filter=False,  # it waits for the device; see StopOnNaN
+        save_strategy="steps" if (config.save_steps or -1) > 0 else "no", save_steps=max(config.save_steps or 1, 1),
+        logging_first_step=True, logging_nan_inf_filter=False,  # it waits for the device; see StopOnDivergence
         dataloader_pin_memory=recipe.device == "cuda", accelerator_config=dict(non_blocking=recipe.device == "cuda"),
         disable_tqdm=True, report_to="none")
     try:
@@ -215,14 +215,19 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     recipe = plan.recipe
     if config.tune: tune_model(model, keep_attention_dropout=config.keep_attention_dropout)
     if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision, config.seed)
-    meter, stop, arguments = Meter(recipe.device), StopOnInterrupt(), training_arguments(config, plan)
+    meter, arguments = Meter(recipe.device), training_arguments(config, plan)
+    stop = next((c for c in callbacks if isinstance(c, StopOnInterrupt)), None)
+    own = [StepsOfNow(), meter] if stop else [StepsOfNow(), meter, stop := StopOnInterrupt(config.output_dir)]
+    if config.save_steps is None: own.append(SaveByTime(config.save_minutes))
     bar = Bar(meter, min(plan.blocks_per_step, len(blocks)) * blocks.block_size, report)
-    guard = StopOnNaN(pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method))
+    some = range(0, len(blocks), math.ceil(len(blocks) / 4))  # four at most
+    guard = StopOnDivergence(pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method),
+                             [default_data_collator([blocks[i]]) for i in some])
     make_folder(Path(arguments.output_dir))  # the stock Trainer does not sync it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad
-                           callbacks=[StepsOfNow(), meter, stop, guard, bar, *callbacks])
+                           callbacks=[*own, *callbacks, guard, bar])  # the guard sees what is to be saved
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
     for mirror in callbacks:

@@ -163,7 +163,7 @@ def main(words=None) -> int:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             quiet_libraries(name_of)
             work(job)
-    except KeyboardInterrupt as e: return end(e, 130)
+    except KeyboardInterrupt as e: return end(e, getattr(e, "code", 130))
     except Exception as e:
         if "debug" in given: raise
         return end(e, 1)
