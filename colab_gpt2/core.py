@@ -199,8 +199,8 @@ def leftovers(folder) -> list[Path]:
 
 # %% ../nbs/00_core.ipynb #57e51458
 @contextlib.contextmanager
-def _scratch(folder, name):
-    "A temporary folder in `folder` (None: the system's place for them), for what will be called `name`."
+def scratch(folder, name):
+    "A temporary folder in `folder` (None: the system's place for them); what is `name` in it at the end is discarded."
     for old in leftovers(tempfile.gettempdir()) if folder is None else (): shutil.rmtree(old, ignore_errors=True)
     options = dict(prefix=f".{name}.{os.getpid()}.", suffix=".part", ignore_cleanup_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, **options) as temporary:  # an error that led here says more
@@ -256,22 +256,24 @@ def _carry(stage, temporary, place):
 
 # %% ../nbs/00_core.ipynb #a393b176
 @contextlib.contextmanager
-def atomic(path, folder=False):
+def atomic(path, folder=False, aside=None):
     """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; an error leaves `path` as
-    it was. Into a folder that is there already the new files move one by one, the largest last; its others stay."""
+    it was. Into a folder that is there already the new files move one by one, the largest last; its others stay; or all
+    that is there moves `aside`."""
     path = Path(path)
-    inside = folder and path.is_dir()  # it may be a mount, out of which nothing can be renamed
+    inside = folder and not aside and path.is_dir()  # it may be a mount, out of which nothing can be renamed
     place = path if inside else path.parent
     top = drive_top(place, anywhere=False)
     if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))  # not mounted
     make_folder(place)
-    with contextlib.ExitStack() as scratch:  # on a Drive: written to this machine's disk, then copied
-        stage = temporary = scratch.enter_context(_scratch(None if drive_top(place) else place, path.name))
+    with contextlib.ExitStack() as around:  # on a Drive: written to this machine's disk, then copied
+        stage = temporary = around.enter_context(scratch(None if drive_top(place) else place, path.name))
         if folder: (stage/path.name).mkdir()
         yield stage/path.name
-        if drive_top(place): _carry(stage, temporary := scratch.enter_context(_scratch(place, path.name)), place)
+        if drive_top(place): _carry(stage, temporary := around.enter_context(scratch(place, path.name)), place)
         _settle(temporary)
         target = temporary/path.name
+        if aside: path.rename(aside)
         if not (folder and path.is_dir()): replace(target, path)  # another process may have made it meanwhile
         else:
             for child in sorted(target.iterdir(), key=lambda p: p.stat().st_size): replace(child, path/child.name)

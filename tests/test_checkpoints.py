@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.power import Disk
+from helpers.toys import save, small_trainer
 from test_engine import Stop, run, text
-from transformers import TrainingArguments
 
 from colab_gpt2.core import sha256_of
-from colab_gpt2.engine.checkpoints import find_checkpoints, newest_intact, sealed, unsealed, write_manifest
-from colab_gpt2.engine.trainer import BlockTrainer
-from colab_gpt2.model.loading import load_model
+from colab_gpt2.engine.checkpoints import find_checkpoints, list_checkpoints, newest_intact, unsealed
+from colab_gpt2.engine.checkpoints import write_manifest
 
 
 # ---- damage
@@ -87,21 +86,64 @@ class Evil:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"])
-def test_no_pickle_in_a_checkpoint_is_executed(text, folder, tmp_path, name):
+def test_no_pickle_in_a_checkpoint_is_executed(tmp_path, name):
     "Its manifest is right: the file is what its author meant it to be."
-    checkpoint = folder/"checkpoint-4"
-    for write in (lambda it: torch.save(it, checkpoint/name), lambda it: (checkpoint/name).write_bytes(pickle.dumps(it))):
-        write(dict(state=Evil(tmp_path/"executed")))
+    trainer, evil = small_trainer(tmp_path/"out"), dict(state=Evil(tmp_path/"executed"))
+    save(trainer, 4)
+    checkpoint = tmp_path/"out"/"checkpoint-4"
+    for write in (torch.save, lambda it, path: path.write_bytes(pickle.dumps(it, 2))):
+        write(evil, checkpoint/name)
         write_manifest(checkpoint, {})
-        assert newest_intact(folder) == checkpoint
-        arguments = TrainingArguments(tmp_path/"trainer", use_cpu=True, report_to="none")
-        trainer = BlockTrainer(load_model(str(text/"toy")), args=arguments, train_dataset=[0])
-        trainer.create_optimizer_and_scheduler(8)
+        assert newest_intact(tmp_path/"out") == checkpoint
         trainer.accelerator.scaler = SimpleNamespace(load_state_dict=None)
         load = dict(rng_state=trainer._load_rng_state, scaler=trainer._load_scaler)
         load = load.get(name.partition(".")[0], trainer._load_optimizer_and_scheduler)
-        with pytest.raises(ValueError, match="checkpoint-4 cannot be loaded .UnpicklingError.") as e: load(str(checkpoint))
+        with pytest.raises(ValueError, match="-4 cannot be loaded .UnpicklingError.") as e: load(str(checkpoint))
         assert "\n" not in str(e.value) and not (tmp_path/"executed").exists()
+
+
+# ---- interruptions
+
+CALLS = "open", "mkdir", "chmod", "fsync", "rename", "replace", "unlink", "rmdir"
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    "Save the checkpoint of a step until its nth file operation, which fails; as by kill -9, each after it too."
+    trainer = small_trainer(tmp_path/"out")
+    def attempt(step, nth, ever):
+        made = 0
+        def counted(real):
+            def function(*args, **options):
+                nonlocal made
+                made += 1
+                if made == nth or ever and made > nth: raise KeyboardInterrupt
+                return real(*args, **options)
+            return function
+        with pytest.MonkeyPatch.context() as patched:
+            for name in CALLS: patched.setattr(os, name, counted(getattr(os, name)))
+            try: save(trainer, step)
+            except KeyboardInterrupt: return True
+        return made >= nth  # the last ones tidy up
+    attempt.save = lambda step: save(trainer, step)
+    return attempt
+
+
+@pytest.mark.parametrize("ever", [False, True], ids=["once", "kill"])
+@pytest.mark.parametrize("step", [1, 2], ids=["the same step", "the next one"])
+def test_a_save_that_is_interrupted_anywhere_leaves_a_complete_checkpoint(interrupted, tmp_path, step, ever):
+    folder, nth, lost = tmp_path/"out", 1, 0
+    interrupted.save(1)
+    while interrupted(step, nth, ever):
+        found = newest_intact(folder)
+        lost += not found
+        assert find_checkpoints(folder) == list_checkpoints(folder) and not list(folder.glob("*.before"))
+        for path in folder.glob(".*"): shutil.rmtree(path)
+        if not found: interrupted.save(1)
+        assert newest_intact(folder).name in ("checkpoint-1", f"checkpoint-{step}")
+        if step == 2: shutil.rmtree(folder/"checkpoint-2", ignore_errors=True)
+        nth += 1
+    assert nth > 30 and lost <= (ever and step == 1)  # between two renames
 
 
 # ---- a loss of power

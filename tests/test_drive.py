@@ -9,6 +9,7 @@ from colab_gpt2.engine.checkpoints import newest_intact
 from colab_gpt2.errors import GONE, REMOUNT, fields_of
 from colab_gpt2.storage.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
 from colab_gpt2.tasks import save_or_say_why
+from helpers import toys
 from helpers.archives import archive, model, tree
 from helpers.colab_stub import colab, environment, stub, watch_deletions
 
@@ -433,24 +434,18 @@ def test_records_are_for_people_and_programs(archive, tmp_path):
 @pytest.fixture
 def save(my_drive, monkeypatch):
     "Save the checkpoint of a step of a small run into `run` on the Drive; `waits` has the seconds between attempts."
-    from transformers import GPT2Config, TrainingArguments
-    from colab_gpt2.engine.trainer import BlockTrainer
-    from colab_gpt2.model.loading import new_model
     from colab_gpt2.training import in_one_line
-    arguments = TrainingArguments(my_drive/"run", use_cpu=True, report_to="none")
-    trainer = BlockTrainer(new_model(GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=99), seed=0),
-                           args=arguments, train_dataset=[0])
-    trainer.create_optimizer_and_scheduler(8)
+    trainer = toys.small_trainer(my_drive/"run")
     def save(step):
-        trainer.state.global_step = step
-        with in_one_line(arguments.output_dir): trainer._save_checkpoint(trainer.model, None)
+        with in_one_line(trainer.args.output_dir): toys.save(trainer, step)
     save.waits = []
     monkeypatch.setattr("time.sleep", save.waits.append)
     return save
 
 
 @pytest.mark.parametrize("fault", [
-    dict(io_error=1), dict(io_error=5), dict(disconnected=1), dict(disconnected=5), dict(slow=1), dict(bytes_per_second=1e4)])
+    dict(io_error=1), dict(io_error=5), dict(disconnected=1), dict(disconnected=5), dict(slow=1),
+    dict(bytes_per_second=1e4)])
 def test_a_checkpoint_reaches_a_drive_that_fails_for_a_while(colab, my_drive, save, fault):
     with colab.faults(**fault): save(1)
     assert newest_intact(my_drive/"run") == my_drive/"run/checkpoint-1"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import atomic, checksums, discard, retried
+from ..core import atomic, checksums, retried, scratch
 from ..errors import Sentence, errno_of, explained, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.loading import lost_weight, quiet
@@ -122,8 +122,8 @@ def newest_intact(output_dir) -> Path | None:
 # %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
 def remove_checkpoint(path):
     "Delete a checkpoint; of a link only the link: what it leads to may be needed elsewhere."
-    if Path(path).is_symlink(): Path(path).unlink()
-    else: discard(path)
+    path = Path(path)
+    with scratch(path.parent, path.name) as temporary: path.rename(temporary/path.name)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #f77231b3
 @contextlib.contextmanager
@@ -139,13 +139,13 @@ def loadable(checkpoint):
 # %% ../../nbs/engine/41_checkpoints.ipynb #afcf4980
 @contextlib.contextmanager
 def new_checkpoint(place):
-    "A folder that becomes the checkpoint `place` on a clean exit. What was there gets the suffix `.before`."
+    "A folder that becomes the checkpoint `place` on a clean exit. A complete one there goes; else `.before` is added."
     place = former = Path(place)
-    while former.exists(): former = former.with_name(former.name + ".before")
-    if former != place: place.rename(former)
-    try:
-        with atomic(place, folder=True) as folder: yield folder
-    except BaseException:
-        if former != place and not place.exists(): former.rename(place)
-        raise
-    if former != place and read_manifest(former): remove_checkpoint(former)
+    with contextlib.ExitStack() as around:
+        if read_manifest(place): former = around.enter_context(scratch(place.parent, place.name))/place.name
+        while former.exists(): former = former.with_name(former.name + ".before")
+        try:
+            with atomic(place, folder=True, aside=former if place.exists() else None) as folder: yield folder
+        except BaseException:
+            if former.exists() and not place.exists(): former.rename(place)
+            raise

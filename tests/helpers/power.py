@@ -7,7 +7,7 @@ def hidden(path): return any(part.endswith(".part") or part == ".running.json" f
 
 
 class Disk:
-    """Watches what is renamed into place in `folder`, and what is deleted there: `faults` has what a loss of power would
+    """Watches what is renamed into place in `folder`, and what is deleted: `faults` has what a loss of power would
     undo too late. `after(path)` is called when `path` was renamed, before its folder is synced."""
     def __init__(self, folder, monkeypatch, after=lambda path: None):
         self.folder, self.synced, self.pending, self.faults, self.after = Path(folder), {}, {}, [], after
