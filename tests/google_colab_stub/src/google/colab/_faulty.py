@@ -13,7 +13,7 @@ real_open = io.open
 LOOK, LIST = ["stat", "access"], ["listdir", "scandir"]
 CHANGE = ["mkdir", "rmdir", "unlink", "remove", "truncate", "ftruncate", "chmod", "utime"]
 BOTH = ["rename", "replace", "link"]  # of two paths
-replaced = ["open", "read", "write", "fsync", "sendfile", "statvfs", *LOOK, *LIST, *CHANGE, *BOTH]
+replaced = ["open", "close", "read", "write", "fsync", "sendfile", "statvfs", *LOOK, *LIST, *CHANGE, *BOTH]
 real = {name: getattr(os, name) for name in replaced if hasattr(os, name)}
 handles = {}  # descriptor -> (path on the Drive, (device, inode)), for files opened while the hooks are in
 FILE_FAULTS = ("full", "quota", "over_quota", "denied", "read_only", "io_error", "disconnected", "truncated", "corrupted",
@@ -103,6 +103,10 @@ class FaultyFile(io.FileIO):
         self.path = path
         handles[self.fileno()] = path, identity(self.fileno())
 
+    def close(self):  # its number, and after a deletion its inode too, may serve another file at once
+        if not self.closed: handles.pop(self.fileno(), None)
+        super().close()
+
     def write(self, data): return write_through(self.path, data, self.tell(), super().write)
 
     def readinto(self, buffer):
@@ -156,6 +160,11 @@ def os_open(path, flags, mode=0o777, *, dir_fd=None):
     return descriptor
 
 
+def os_close(descriptor):
+    handles.pop(descriptor, None)
+    real["close"](descriptor)
+
+
 def os_write(descriptor, data):
     path = on_drive(descriptor)
     if not path: return real["write"](descriptor, data)
@@ -182,7 +191,7 @@ def hooks():
     kinds = {"look": LOOK, "list": LIST, "read": ["read"], "write": ["fsync"], "change": CHANGE}
     table = {name: hooked(name, kind) for kind, names in kinds.items() for name in names}
     table |= {name: hooked(name, "change", paths=2) for name in BOTH}
-    table |= {"open": os_open, "write": os_write, "sendfile": os_sendfile, "statvfs": os_statvfs}
+    table |= {"open": os_open, "close": os_close, "write": os_write, "sendfile": os_sendfile, "statvfs": os_statvfs}
     return {name: function for name, function in table.items() if name in real}
 
 
