@@ -1,5 +1,5 @@
 "The mirror: what a Drive does to it, what a lost session leaves, and what a new machine finds."
-import errno, functools, json, os, shutil, threading, time, warnings
+import functools, json, os, threading, time, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,7 +173,7 @@ def test_a_write_that_hangs_holds_up_neither_the_training_nor_for_ever_its_end(c
     mirror, paths = opened(output), [checkpoint(step) for step in (100, 200, 300)]
     go_on, start = hanging(mirror, monkeypatch), time.monotonic()
     for path in paths: mirror.offer(path)
-    assert mirror.in_use() <= {*paths} and paths[2] in mirror.in_use() and time.monotonic() - start < 1
+    assert mirror.in_use()[-1] == paths[2] and time.monotonic() - start < 1
     [said] = told(lambda: mirror.close(seconds=60, still=0.2))
     assert "does not have checkpoint-300" in said and time.monotonic() - start < 30
     go_on.set()  # nobody waits any more: the thread gives up
@@ -201,7 +201,7 @@ def test_a_slow_drive_gets_the_newest_only(colab, my_drive, output, checkpoint):
         for path in paths:
             mirror.offer(path)
             while not mirror.queue.current: time.sleep(0.001)
-        assert "copying checkpoint-100" in mirror.status() and mirror.in_use() == {paths[0], paths[2]}
+        assert "copying checkpoint-100" in mirror.status() and mirror.in_use() == [paths[0], paths[2]]
         assert told(mirror.close) == []
     assert held(colab.backing) == ["checkpoint-300"]
 
@@ -253,10 +253,19 @@ def test_room_is_told_before_the_run(colab, my_drive, output, checkpoint, quota,
         mirror = opened(output)
     assert line in mirror.told and [str(w.message) for w in caught] == ([mirror.told] if kind != FULL else [])
     copy(mirror, checkpoint(100))
+    assert ("no room" in mirror.status()) == (kind == OFF)
     names = {FULL: ["checkpoint-100"], WEIGHTS: ["weights-100"], OFF: []}[kind]
     assert held(colab.backing) == names
     if kind == WEIGHTS: assert mirror.newest() is None and not list(colab.backing.rglob("optimizer.pt"))
     mirror.close()
+
+
+def test_a_full_drive_is_still_resumed_from(colab, my_drive, output, checkpoint):
+    mirror = opened(output)
+    copy(mirror, checkpoint(100))
+    mirror.close()
+    with colab.faults(quota=10), pytest.warns(UserWarning, match="nothing is copied"):
+        assert opened(output).newest().name == "checkpoint-100"
 
 
 def test_an_output_folder_on_the_drive_needs_no_mirror(my_drive):

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/53_mirror.ipynb #794ecc9c
+# %% ../../nbs/storage/53_mirror.ipynb #47679d39
 import calendar, contextlib, errno, hashlib, json, math, os, re, sys, threading, time, warnings
 from pathlib import Path
 
 from transformers import TrainerCallback
 
-from colab_gpt2.core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
-from colab_gpt2.engine.checkpoints import MANIFEST, new_checkpoint, read_manifest, sealed
-from colab_gpt2.engine.lock import is_running, this_run
-from colab_gpt2.errors import ADVICE, Sentence, about, errno_of, explained, may_pass
-from colab_gpt2.reporting import silent
-from colab_gpt2.runtime import drive_path, my_drive
-from colab_gpt2.storage.targets import FINISHED, NAMES, Entry, FolderTarget, HubTarget, read_entry
+from ..core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
+from ..engine.checkpoints import MANIFEST, new_checkpoint, read_manifest, sealed
+from ..engine.lock import is_running, this_run
+from ..errors import ADVICE, Sentence, about, errno_of, explained, may_pass
+from ..reporting import silent
+from ..runtime import drive_path, my_drive
+from .targets import FINISHED, NAMES, Entry, FolderTarget, HubTarget, read_entry
 
 # %% ../../nbs/storage/53_mirror.ipynb #2f9face2
 NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin"
@@ -133,7 +133,7 @@ class Stored:
             if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
 
-# %% ../../nbs/storage/53_mirror.ipynb #0b39020d
+# %% ../../nbs/storage/53_mirror.ipynb #92365445
 class Kept(Stored):
     "Restores entries, and replaces them."
     def restore(self, entry, output_dir, report=silent) -> Path | None:
@@ -144,7 +144,8 @@ class Kept(Stored):
                 self.damaged.add(entry.name)
                 self.skip(entry.name, f"{e} is missing or corrupted")
             except OSError as e:
-                if errno_of(e) == errno.ENOSPC: raise  # of this machine
+                if errno_of(e) == errno.ENOSPC:  # of this machine
+                    with explained(f"Restoring {entry.name}"): raise
                 self.skip(entry.name, reason(e))
             entry = self.newest()
 
@@ -167,7 +168,7 @@ class Kept(Stored):
         former = [e for e in others if self.afresh and e.name not in self.mine]
         return {e.name for e in older[self.kept - 1:] + former} | self.damaged
 
-# %% ../../nbs/storage/53_mirror.ipynb #334218b3
+# %% ../../nbs/storage/53_mirror.ipynb #ccad5497
 class Newest:
     "A daemon thread that calls `work(item)` with the newest item, and `beat()` every so many seconds in between."
     def __init__(self, work, beat, seconds):
@@ -199,11 +200,14 @@ class Newest:
                 self.set(current=None)
             elif self.ending: return self.beat(last=True)
 
-    def items(self) -> set: return {item for item in (self.current, self.pending) if item}
+    def items(self) -> list:
+        "What it works on, and what is next."
+        with self.changed: return [item for item in (self.current, self.pending) if item]
 
-# %% ../../nbs/storage/53_mirror.ipynb #c18bb5f9
+# %% ../../nbs/storage/53_mirror.ipynb #7b032c9a
 class Stopped(Exception): "Nobody waits for the copy any more."
 
+# %% ../../nbs/storage/53_mirror.ipynb #8094abf6
 class Copying(Kept):
     "Copies, in a thread, what it is offered."
     def __init__(self, *args, **options):
@@ -236,7 +240,7 @@ class Copying(Kept):
             self.here, self.error = (self.put(path, self.report).name, time.monotonic()), None
         except Exception as e: self.error = path, e  # whatever it is, the training goes on
 
-# %% ../../nbs/storage/53_mirror.ipynb #198806b4
+# %% ../../nbs/storage/53_mirror.ipynb #477a90d6
 def wait_for(mirror, report, seconds, still):
     "Until all that was offered has arrived; `seconds` at most, and `still` ones without progress."
     if mirror.error and not mirror.in_use(): mirror.offer(mirror.error[0])
@@ -248,18 +252,19 @@ def wait_for(mirror, report, seconds, still):
             mirror.queue.thread.join(.1)
     finally:
         mirror.stopped = True
-        if mirror.in_use() or mirror.error: warnings.warn(missing_told(mirror), stacklevel=4)
+        left, error = mirror.in_use(), mirror.error
+        if left or error: warnings.warn(missing_told(mirror, left, error), stacklevel=4)
 
-# %% ../../nbs/storage/53_mirror.ipynb #f2adf129
-def missing_told(mirror) -> str:
+# %% ../../nbs/storage/53_mirror.ipynb #1b4674f4
+def missing_told(mirror, left, error) -> str:
     "What did not arrive, why, and what there is instead."
-    path = mirror.queue.pending or mirror.queue.current or mirror.error[0]
+    path = left[-1] if left else error[0]
     name = path.name if NAMES.fullmatch(path.name) else "the finished model"
-    why = f"{mirror.share():.0%} of it had arrived" if mirror.in_use() else reason(mirror.error[1])
+    why = f"it was waited for, and {mirror.share():.0%} had arrived" if left else reason(error[1])
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
     return f"{mirror.target.called} does not have {name} ({path} on this machine): {why.rstrip('.')}. {held}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #1d146a8a
+# %% ../../nbs/storage/53_mirror.ipynb #92837bf6
 class Mirror(Copying, TrainerCallback):
     "Copies each new checkpoint to the `target`; without one it does nothing. `told` says what is copied where."
     told, lost = "", None  # the last heartbeat of a session that was lost
@@ -276,21 +281,22 @@ class Mirror(Copying, TrainerCallback):
 
     def offer(self, path):
         "Copy a checkpoint, or the output folder of a finished run, as soon as possible; returns at once."
-        if not self.target: return
+        if not self.target or self.kind == OFF: return
         self.queue.set(pending=Path(path))
         self.start()
 
-    def in_use(self) -> set:
+    def in_use(self) -> list:
         "Paths that must not be deleted now."
         return self.queue.items()
 
     def status(self) -> str:
         "What the target holds, and how old it is, in a short phrase; '' without a target."
+        current, error, here, said = self.queue.current, self.error, self.here, []  # the thread changes them
         if not self.target: return ""
-        said = []
-        if self.queue.current: said.append(f"copying {self.queue.current.name} ({self.share():.0%})")
-        elif self.error: said.append(f"{self.error[0].name} failed ({short(self.error[1])})")
-        if self.here: said.append(f"{self.here[0]}, {spoken(time.monotonic() - self.here[1])} ago")
+        if self.kind == OFF: said.append("no room")
+        if current: said.append(f"copying {current.name} ({self.share():.0%})")
+        elif error: said.append(f"{error[0].name} failed ({short(error[1])})")
+        if here: said.append(f"{here[0]}, {spoken(time.monotonic() - here[1])} ago")
         return f"{self.target.label}: {'; '.join(said) or 'nothing yet'}"
 
     def close(self, report=silent, seconds=600, still=None):
@@ -303,7 +309,7 @@ class Mirror(Copying, TrainerCallback):
         gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
         return f"Your last session saved this {spoken(max(0, gap))} before it ended."
 
-# %% ../../nbs/storage/53_mirror.ipynb #2ac8928e
+# %% ../../nbs/storage/53_mirror.ipynb #358d4dd1
 MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
                "copied, run mount_drive() in a cell first.")
@@ -327,13 +333,13 @@ def mirror_folder(config, colab) -> tuple:
     if output_dir.is_relative_to(os.path.realpath(drive)): return None, ""
     return drive/"colab-gpt2"/"runs", ""
 
-# %% ../../nbs/storage/53_mirror.ipynb #8abbdc51
+# %% ../../nbs/storage/53_mirror.ipynb #ada3534c
 def run_name(output_dir, fingerprint) -> str:
     "Of the run's folder in a target: from the output folder's, and from what decides the result."
     digest = hashlib.sha256(json.dumps(plain(fingerprint), sort_keys=True).encode()).hexdigest()
     return f"{Path(output_dir).absolute().name}-{digest[:8]}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #c69bb034
+# %% ../../nbs/storage/53_mirror.ipynb #357d6238
 def last_heartbeat(target):
     "Of a session that trained this run and did not end it; None without one."
     try:
@@ -341,7 +347,7 @@ def last_heartbeat(target):
         return {name: type(value)(found.get(name, value)) for name, value in own.items()}
     except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
 
-# %% ../../nbs/storage/53_mirror.ipynb #48aa4228
+# %% ../../nbs/storage/53_mirror.ipynb #82c0ddb0
 def say(mirror, told, aloud=True) -> Mirror:
     mirror.told = told
     if told and aloud: warnings.warn(told, stacklevel=5)
@@ -354,10 +360,9 @@ def fit(mirror, plan) -> Mirror:
     except OSError as e:
         return say(mirror, f"{target.called} cannot be used now, and each new checkpoint tries again: {reason(e)}")
     mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
-    if mirror.kind == OFF: mirror.target = None
     return say(mirror, fit_told(plan, free, mirror.kind, target.called), aloud=mirror.kind != FULL)
 
-# %% ../../nbs/storage/53_mirror.ipynb #d1a84cde
+# %% ../../nbs/storage/53_mirror.ipynb #dde1b530
 def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
     "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)

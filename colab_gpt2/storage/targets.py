@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/52_targets.ipynb #1e0f2a19
+# %% ../../nbs/storage/52_targets.ipynb #6ce6e89a
 import contextlib, errno, hashlib, math, os, re, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from colab_gpt2.core import DRIVES, Record, atomic, check_space, discard, existing, retried, sha256_of
-from colab_gpt2.engine.checkpoints import MANIFEST, sealed, unsealed
-from colab_gpt2.errors import may_pass
-from colab_gpt2.reporting import counter
-from colab_gpt2.runtime import is_folder
-from colab_gpt2.storage.drive import copy_once
+from ..core import DRIVES, Record, atomic, check_space, discard, existing, retried, sha256_of
+from ..engine.checkpoints import MANIFEST, sealed, unsealed
+from ..errors import may_pass
+from ..reporting import counter
+from ..runtime import is_folder
+from .drive import copy_once
 
 # %% ../../nbs/storage/52_targets.ipynb #1ba41620
 FINISHED, NAMES = "finished", re.compile(r"(checkpoint|weights)-(\d+)|finished")
