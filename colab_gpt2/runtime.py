@@ -76,6 +76,7 @@ class Precision(Record):
     dtype: str  # "bf16", "fp16" or "fp32"
     scaler: bool  # whether the loss must be scaled (torch.amp.GradScaler)
     reason: str  # in words
+
     def __str__(self): return f"{self.dtype}{' with a gradient scaler' if self.scaler else ''}: {self.reason}"
 
 # %% ../nbs/03_runtime.ipynb #1bfebcfb
@@ -173,9 +174,9 @@ def gpu_free():
 # %% ../nbs/03_runtime.ipynb #d92abcbf
 def cgroup_memory(root="/sys/fs/cgroup"):
     "`(limit, free)` bytes of this container's control group, or None where there is no limit."
-    version_2 = "memory.max", "memory.current", "inactive_file"
-    version_1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"
-    for *files, cache in (version_2, version_1):
+    versions = (("memory.max", "memory.current", "inactive_file"),
+                ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"))
+    for *files, cache in versions:
         limit, used = (Path(root)/name for name in files)
         if not (limit.exists() and used.exists()): continue
         if (most := limit.read_text().strip()) == "max": return None
@@ -206,7 +207,7 @@ def core_count() -> int:
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else allowed
     return min(allowed, threads, cgroup_cores())
 
-# %% ../nbs/03_runtime.ipynb #d7b64a6a
+# %% ../nbs/03_runtime.ipynb #cd4c3839
 def disk(path):
     "`(size, free)` bytes of the disk that holds `path`, or would hold it."
     usage = shutil.disk_usage(existing(path))
@@ -280,7 +281,7 @@ class Runtime(Record):
     advice: str  # what to do where there is no GPU
     device_free: int | None = None  # of the GPU's memory; None where it is not known
 
-    def _rows(self): return runtime_rows(self)
+    _rows = runtime_rows
 
 # %% ../nbs/03_runtime.ipynb #709d5417
 def check_runtime(

@@ -99,15 +99,12 @@ def check_files(place, files, *needs):
     if missing: raise FileNotFoundError(f"{place} holds no complete {kind}: {names} is missing.")
 
 # %% ../../nbs/model/20_loading.ipynb #ebe484ea
-_ADVICE = "Without a network use 'tiny' or the folder of a model."
-
-def from_cache(hub_id, cache_dir=None, *needs, trouble="gave no answer"):
-    "The folder of `hub_id` in Hugging Face's cache; ConnectionError, with the Hub's `trouble`, if it is incomplete."
+def from_cache(hub_id, cache_dir, *needs):
+    "The folder of `hub_id` in Hugging Face's cache; ConnectionError if it is incomplete."
     try:
         folder = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True, cache_dir=cache_dir))
         check_files(folder, [p.name for p in folder.iterdir()], *needs)
-    except FileNotFoundError as e:
-        raise ConnectionError(f"The Hub {trouble} and {hub_id} is not complete in the cache. {_ADVICE}") from e
+    except FileNotFoundError as e: raise ConnectionError(f"{hub_id} is not complete in the cache.") from e
     return folder
 
 # %% ../../nbs/model/20_loading.ipynb #20ad0004
@@ -129,6 +126,7 @@ def quiet():
             if not downloads: hub.disable_progress_bars()
 
 # %% ../../nbs/model/20_loading.ipynb #3b74c0ae
+_ADVICE = "Without a network use 'tiny' or the folder of a model."
 OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}
 
 def explain(error, place) -> Exception:
@@ -173,12 +171,11 @@ def ready(name, cache_dir, *needs):
     if text in MODELS and home(text).is_dir() and TOKENIZERS not in needs:  # told once, not for its tokenizer too
         what = "the model in it is used" if place == home(text) else "it holds no model, and is not used"
         warnings.warn(f"{text} is a known model and also a folder here: {what}.", stacklevel=3)
-    if not isinstance(place, Path): check_mounted(cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "cache_dir")
-    if isinstance(place, Path): pass
-    elif trouble := hub_trouble(): place = from_cache(place, cache_dir, *needs, trouble=trouble)
-    else:
-        check_mounted(huggingface_hub.constants.HF_HOME)  # whatever is downloaded leaves something there
+    if not isinstance(place, Path):
+        check_mounted(cache_dir or huggingface_hub.constants.HF_HUB_CACHE, "cache_dir")
         try:
+            if trouble := hub_trouble():
+                raise ConnectionError(f"The Hub {trouble} and {place} is not complete in the cache. {_ADVICE}")
             with loading(place): info = huggingface_hub.model_info(place)  # list_repo_files retries for half a minute
             files = [f.rfilename for f in info.siblings]
         except ConnectionError as e:
@@ -187,10 +184,10 @@ def ready(name, cache_dir, *needs):
     if isinstance(place, Path): files = [p.name for p in place.iterdir()]
     check_files(place, files, *needs)
     if WEIGHTS in needs and WEIGHTS[0] not in files:
-        if isinstance(place, Path): weight_files(place/WEIGHTS[1])
-        else:
-            with loading(place): index = huggingface_hub.hf_hub_download(place, WEIGHTS[1], cache_dir=cache_dir)
-            weight_files(index)
+        index = WEIGHTS[1]
+        with loading(place):
+            if not isinstance(place, Path): index = huggingface_hub.hf_hub_download(place, index, cache_dir=cache_dir)
+        weight_files(Path(place, index))
     return place
 
 # %% ../../nbs/model/20_loading.ipynb #200591ea
@@ -222,10 +219,10 @@ def check_causal(config, place="The model"):
 def check_size(config, place, most=1 << 42):
     "ValueError for thousands of layers, or more than about `most` bytes of weights in fp32."
     names = ("num_hidden_layers", "hidden_size", "n_positions", "vocab_size")
-    shape = [getattr(config.get_text_config(), name, None) or 0 for name in names]
-    size = 4 * gpt2_parameters(*shape)
-    if shape[0] <= 2000 and size <= most: return
-    told = ", ".join(f"{name} {value:,}" for name, value in zip(names, shape) if value)
+    shape = {name: getattr(config.get_text_config(), name, None) or 0 for name in names}
+    size = 4 * gpt2_parameters(*shape.values())
+    if shape["num_hidden_layers"] <= 2000 and size <= most: return
+    told = ", ".join(f"{name} {value:,}" for name, value in shape.items() if value)
     raise ValueError(f"The config of {place} asks for {human_bytes(size)} of weights ({told}). Choose a smaller one.")
 
 # %% ../../nbs/model/20_loading.ipynb #aaca9fdd
