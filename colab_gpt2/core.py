@@ -188,13 +188,13 @@ def _settle(folder):
         _sync(root)
 
 # %% ../nbs/00_core.ipynb #4da8cefb
-def leftovers(folder) -> list[Path]:
-    "What `atomic` left in `folder` when its process was killed; not what a living process still writes."
+def leftovers(folder, living=False) -> list[Path]:
+    "What `atomic` left in `folder` when its process was killed; with `living` also what a process may still write."
     import psutil
     def alive(number, path):  # one that began a minute after `path` has the number by chance; Drive has its own clock
         return psutil.pid_exists(number) and psutil.Process(number).create_time() < path.stat().st_mtime + 60
     named = ((path, re.fullmatch(r"\..+\.(\d+)\.\w{8}\.part", path.name)) for path in Path(folder).glob(".*.part"))
-    dead = (path for path, found in named if found and not alive(int(found[1]), path))
+    dead = (path for path, found in named if found and (living or not alive(int(found[1]), path)))
     return [path for path in dead if path.is_dir() and not path.is_symlink()]
 
 # %% ../nbs/00_core.ipynb #57e51458

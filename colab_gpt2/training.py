@@ -47,7 +47,7 @@ def check_output_dir(output_dir, resume="auto", overwrite=False) -> Path:
     except OSError as e:
         told = "{output_dir} {path} cannot be written to ({why}); choose another folder."
         raise PermissionError(Sentence(told, path=path, why=e.strerror)) from e
-    there = {*path.iterdir()} - {path/LOCK, *leftovers(path)} if path.is_dir() else ()
+    there = {*path.iterdir()} - {path/LOCK, *leftovers(path, living=True)} if path.is_dir() else ()
     if overwrite or not there: return path
     if resume == "never": raise FileExistsError(Sentence(TAKEN, path=path))
     if not find_checkpoints(path) and there - {*list_checkpoints(path)}:

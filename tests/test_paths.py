@@ -219,3 +219,12 @@ def test_no_door_repeats_thousands_of_characters(tmp_path, monkeypatch):
         for door in doors:
             with pytest.raises(ValueError, match="characters long, too long for a path") as e: door()
             assert len(str(e.value)) < 200
+
+
+# ---- what a killed process leaves
+
+@pytest.mark.parametrize("number", [1, 999_999_999])
+def test_a_folder_with_nothing_but_what_a_killed_run_left_is_a_new_one(tmp_path, number):
+    "Its process number may live again: on a new machine the low ones do."
+    (tmp_path/"run"/f".checkpoint-2.{number}.abcdefgh.part").mkdir(parents=True)
+    assert check_output_dir(tmp_path/"run") == check_output_dir(tmp_path/"run", resume="never") == tmp_path/"run"

@@ -142,7 +142,7 @@ def new_checkpoint(place):
     "A folder that becomes the checkpoint `place` on a clean exit. A complete one there goes; else `.before` is added."
     place = former = Path(place)
     with contextlib.ExitStack() as around:
-        if read_manifest(place): former = around.enter_context(scratch(place.parent, place.name))/place.name
+        if place.exists() and read_manifest(place): former = around.enter_context(scratch(place.parent, place.name))/place.name
         while former.exists(): former = former.with_name(former.name + ".before")
         try:
             with atomic(place, folder=True, aside=former if place.exists() else None) as folder: yield folder

@@ -21,7 +21,7 @@ from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .callbacks import Bar, Meter
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, remove_checkpoint
 from .checkpoints import write_manifest
-from ..core import make_folder, retried
+from ..core import retried
 from .guards import SaveByTime, StopOnDivergence, StopOnInterrupt
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
@@ -223,7 +223,6 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     some = range(0, len(blocks), math.ceil(len(blocks) / 4))  # four at most
     guard = StopOnDivergence(pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method),
                              [default_data_collator([blocks[i]]) for i in some])
-    make_folder(Path(arguments.output_dir))  # the stock Trainer does not sync it
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad
