@@ -230,7 +230,8 @@ def trial(side, kind, run, crashes, reference) -> Trial:
         if finished and not kills: return trial(side, kind, run, [sooner(crash) for crash in crashes], reference)
         common = dict(side=side, kind=kind, kills=kills, starts=n + 1, lost=lost, crashes=crashes)
         if done.returncode or not finished:
-            return Trial(**common, outcome="refused", why=(done.stderr.strip().splitlines() or ["nothing was said"])[-1])
+            said = done.stderr.strip().splitlines() or ["nothing was said"]
+            return Trial(**common, outcome="refused", why=said[-1])
         found = dict(weights=digest(folder), losses=losses(folder))
         differs = [name for name, value in found.items() if value != reference[name]]
         return Trial(**common, outcome="unequal" if "weights" in differs else "equal", why=", ".join(differs))
@@ -238,7 +239,8 @@ def trial(side, kind, run, crashes, reference) -> Trial:
 
 def sooner(crash) -> Crash:
     "For a run that had ended before it was killed."
-    return replace(crash, moment=crash.moment and crash.moment * 0.8, event=crash.event and max(1, crash.event * 4 // 5))
+    event = crash.event and max(1, crash.event * 4 // 5)
+    return replace(crash, moment=crash.moment and crash.moment * 0.8, event=event)
 
 
 def measure_reference(run) -> dict:
@@ -289,7 +291,8 @@ def torture(job, options) -> tuple:
     run, references, planned = sides(job), {}, []
     fifth = options.trials // 5
     kinds = {OURS: {MOMENT: 2 * fifth, EVENT: options.trials - 3 * fifth, MACHINE: fifth},
-             STOCK: {MOMENT: options.peers // 2, EVENT: options.peers - options.peers // 2}, JIT: {MOMENT: options.peers}}
+             STOCK: {MOMENT: options.peers // 2, EVENT: options.peers - options.peers // 2},
+             JIT: {MOMENT: options.peers}}
     for side in run:
         measure_reference(run[side])  # the first warms up
         references[side] = measure_reference(run[side])

@@ -1,5 +1,5 @@
 """Faults of disks, Drives and machines, one table of them: where each strikes, what the user reads, what is then on the
-disk, and what the same command does when it is over. And twelve faults of a Drive that no training dies of."""
+disk, and what the same command does when it is over."""
 import builtins, errno, hashlib, importlib, io, json, os, re, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ RAW = re.compile(r"Traceback|\[Errno|os error|enforce fail|inline_container|Erro
                  r"|Expecting|codec|invalid JSON|NoneType")  # a library's own words
 
 
-# What strikes: generators in the process of a row. They begin it, yield, end it, and may yield again before they clean up
+# What strikes: generators in the process of a row. They begin it, yield, end it, and may yield again to clean up
 
 def nothing(): yield
 
@@ -25,11 +25,9 @@ def nothing(): yield
 def at_step(n, act):
     "Call `act()` at the end of step `n`, once: its checkpoint is not written yet."
     from transformers.trainer_callback import CallbackHandler
-    inner = CallbackHandler.on_step_end
+    inner, acts = CallbackHandler.on_step_end, [act]
     def on_step_end(self, args, state, control):
-        if state.global_step == n:
-            CallbackHandler.on_step_end = inner
-            act()
+        if state.global_step == n and acts: acts.pop()()
         return inner(self, args, state, control)
     CallbackHandler.on_step_end = on_step_end
 
@@ -40,7 +38,7 @@ def error_of(layer, number):
     why = os.strerror(number)
     if layer == "weights": return SafetensorError(f"Error while serializing: I/O error: {why} (os error {number})")
     if layer != "optimizer": return OSError(number, why)
-    opened = number in (errno.EACCES, errno.EROFS)  # torch's C++ says why it cannot open a file, not why it cannot write
+    opened = number in (errno.EACCES, errno.EROFS)  # torch's C++ says why it cannot open a file, and no more
     said = f"open file failed with strerror: {why}" if opened else "unexpected pos 5 vs 3"
     return RuntimeError(f"[enforce fail at inline_container.cc:672] . {said}")
 
@@ -55,8 +53,8 @@ def always(): return True
 
 
 def failing(layer, number, times=99, when=after_first):
-    """A layer fails so many times with this errno: that of the weights, of the optimizer, or Python's own `open` where a
-    path that is written to has the regular expression `layer`."""
+    """A layer fails so many times with this errno: that of the weights, of the optimizer, or Python's own `open` where
+    it writes to a path that has the regular expression `layer`."""
     module, name = LAYERS.get(layer, ("builtins", "open"))
     module, left = importlib.import_module(module), [times]
     real = getattr(module, name)
@@ -112,6 +110,18 @@ def trained(strikes):
     "The run is finished before something strikes."
     assert run(words_of("out"))[0] == 0
     yield from strikes
+
+
+def second_run():
+    "Another process is in the middle of the same run; when it is over, that one has finished."
+    if not (pid := os.fork()):
+        at_step(3, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        code = run(words_of("out"))[0]
+        os._exit(code)
+    os.waitpid(pid, os.WUNTRACED)
+    yield
+    os.kill(pid, signal.SIGCONT)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 # Between two commands: the first was killed at the end of step 5
@@ -179,10 +189,10 @@ FAULTS = [
     Fault("errno 107", "checkpoint on the Drive", lambda: on_drive(disconnected=True), ("Drive's mount has gone",),
           (FIRST,), FIRST, **ON_DRIVE),
     Fault("quota", "checkpoint, weights", lambda: failing("weights", errno.EDQUOT), ("full",), (FIRST,), FIRST),
-    Fault("read-only", "checkpoint, state", lambda: failing("trainer_state.json", errno.EROFS), ("read-only",), (FIRST,),
-          FIRST),
-    Fault("silent truncation", "checkpoint on the Drive", lambda: on_drive(truncated=1000), ("truncated",), (FIRST,), FIRST,
-          **ON_DRIVE),
+    Fault("read-only", "checkpoint, state", lambda: failing("trainer_state.json", errno.EROFS), ("read-only",),
+          (FIRST,), FIRST),
+    Fault("silent truncation", "checkpoint on the Drive", lambda: on_drive(truncated=1000), ("truncated",),
+          (FIRST,), FIRST, **ON_DRIVE),
     Fault("corruption", "checkpoint on the Drive", lambda: on_drive(corrupted=True), ("differ",), (FIRST,), FIRST,
           **ON_DRIVE),
     Fault("kill -9", "step 5", nothing, (), BOTH, SECOND),
@@ -201,10 +211,12 @@ FAULTS = [
           ("Permission denied", "--cache-dir"), (), None),
     Fault("disk full", "archive", lambda: trained(own_disk(1 << 19, "packed")), ("needs", "free"), KEPT, "finished",
           **PACKING),
-    Fault("errno 5", "archive", lambda: trained(failing("tar.gz", errno.EIO, when=always)), ("input/output error",), KEPT,
-          "finished", **PACKING),
+    Fault("errno 5", "archive", lambda: trained(failing("tar.gz", errno.EIO, when=always)), ("input/output error",),
+          KEPT, "finished", **PACKING),
     Fault("permission denied", "archive", lambda: trained(failing("tar.gz", errno.EACCES, when=always)),
-          ("no permission",), KEPT, "finished", **PACKING)]
+          ("no permission",), KEPT, "finished", **PACKING),
+    Fault("two runs at once", "output folder", second_run, ("in use by process", "since"),
+          KEPT, "finished")]
 
 
 # A row, in a process that is forked for it

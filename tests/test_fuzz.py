@@ -256,7 +256,8 @@ def encode(): return Encoder(load_tokenizer("tiny")).encode
 
 
 PIECES = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(
-    [" ", "\n", "\n\n", "   ", "\r\n", "\u3000", "word", " the", "<|endoftext|>", "'s", "123", "é", "e\u0301", "👩‍👩‍👧"])),
+    [" ", "\n", "\n\n", "   ", "\r\n", "\u3000", "word", " the", "<|endoftext|>", "'s", "123", "é", "e\u0301",
+     "👩‍👩‍👧"])),
     max_size=90).map("".join)
 
 @examples(200)
