@@ -20,6 +20,7 @@ from .config import FinetuneConfig
 from .core import Record, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling
+from .signals import catching, say
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
 app = typer.Typer(
@@ -62,7 +63,7 @@ def errors_in_one_line(debug=False):
     except (Exception, KeyboardInterrupt) as e:
         stopped = isinstance(e, KeyboardInterrupt)
         if debug and not stopped or isinstance(e, (typer.Exit, typer.Abort, typer.BadParameter)): raise
-        typer.echo(f"colab-gpt2: {one_line(e)}", err=True)
+        say(f"colab-gpt2: {one_line(e)}")
         typed = "trainer_args" in fields_of(e)  # which only the libraries can check
         raise typer.Exit(getattr(e, "code", 130) if stopped else 2 if typed else 1) from None
 
@@ -99,12 +100,12 @@ def quiet_libraries(name_of=name_of):
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {one_line(message, name_of)}", err=True)
+    warnings.showwarning = lambda message, *_, **__: say(f"note: {one_line(message, name_of)}")
 
 # %% ../nbs/65_cli.ipynb #60846a14
 def answer(function, arguments, as_json=False, debug=False):
     "Call a command and print what it returns: a table, JSON, or text as it comes. Libraries print on stderr."
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug), catching():
         with warnings.catch_warnings():
             with contextlib.redirect_stdout(sys.stderr):
                 quiet_libraries()

@@ -20,11 +20,12 @@ class Bars:
     def __init__(self, **options): self.options, self.bar, self.what = options, None, None
 
     def __call__(self, what, done, total):
-        if what != self.what: self.close()
-        if self.bar is None and 0 < done < (total or done + 1): self.open(what, done, total)
-        if self.bar is None: return
-        self.bar.update(done - self.bar.n)
-        if total and done >= total: self.close()
+        with contextlib.suppress(OSError):  # a terminal that is gone, or a full disk, ends no work
+            if what != self.what: self.close()
+            if self.bar is None and 0 < done < (total or done + 1): self.open(what, done, total)
+            if self.bar is None: return
+            self.bar.update(done - self.bar.n)
+            if total and done >= total: self.close()
 
     def open(self, what, done, total):
         from tqdm import tqdm  # by those who work, not by `colab-gpt2 --help`
@@ -33,8 +34,9 @@ class Bars:
         self.bar = tqdm(desc=printable(what), total=total, initial=done, unit="", unit_scale=many, **self.options)
 
     def close(self):
-        if self.bar is not None: self.bar.close()
-        self.bar = self.what = None
+        bar, self.bar, self.what = self.bar, None, None
+        with contextlib.suppress(OSError):
+            if bar is not None: bar.close()
 
 # %% ../nbs/02_reporting.ipynb #46792180
 @contextlib.contextmanager

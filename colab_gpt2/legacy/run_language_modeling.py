@@ -15,6 +15,7 @@ from ..config import FinetuneConfig, pick_block_size
 from ..core import atomic, home, printable
 from ..errors import fields_of, shortened
 from .flags import FLAGS, name_of, parse
+from ..signals import catching, say
 from ..tasks import evaluate
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ef648aec
@@ -83,7 +84,7 @@ def with_texts(job, folder) -> FinetuneConfig:
     from colab_gpt2.text.reading import find_texts
     config = job.config
     if not job.train or config.eval_file: return config
-    print("no --eval_data_file: perplexity of the training text's start says nothing about new text", file=sys.stderr)
+    say("no --eval_data_file: perplexity of the training text's start says nothing about new text")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is noted about the texts is noted when they are read
         first, *_ = find_texts(config.train_file)
@@ -94,7 +95,7 @@ def write_results(output_dir, results):
     "Write `eval_results_lm.txt` and show it on stderr, as the script did."
     lines = [f"{key} = {results[key]}" for key in sorted(results)]
     with atomic(Path(output_dir)/"eval_results_lm.txt") as file: file.write_text("".join(f"{line}\n" for line in lines))
-    print("***** Eval results *****", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+    say("***** Eval results *****", *(f"  {line}" for line in lines))
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #f8daae4d
 def watcher(job, config):
@@ -148,19 +149,19 @@ def work(job) -> dict:
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #a4b25ca0
 def end(error, code) -> int:
     "Say `error` in one line on stderr; returns the exit code."
-    print(f"run_language_modeling: {one_line(error, name_of)}", file=sys.stderr)
+    say(f"run_language_modeling: {one_line(error, name_of)}")
     return code
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #d4ae4bff
 def main(words=None) -> int:
-    "The command: returns 0, 1 for what failed, 2 for bad usage, 130 after Ctrl-C."
+    "The command: returns 0, 1 for what failed, 2 for bad usage, 75 when out of time, 130 after Ctrl-C."
     given = parse(sys.argv[1:] if words is None else words)
     if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not loaded yet
     try: job = translate(given)
     except ValueError as e: return end(e, 2)
-    print(*(printable(shortened(line)) for line in job.said), sep="\n", file=sys.stderr)
+    say(*(printable(shortened(line)) for line in job.said))
     try:
-        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with catching(), contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             quiet_libraries(name_of)
             work(job)
     except KeyboardInterrupt as e: return end(e, getattr(e, "code", 130))
