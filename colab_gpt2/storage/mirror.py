@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/storage/53_mirror.ipynb #47679d39
+# %% ../../nbs/storage/53_mirror.ipynb #069e0785
 import calendar, contextlib, errno, hashlib, json, math, os, re, sys, threading, time, warnings
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from ..core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
-from ..engine.checkpoints import MANIFEST, new_checkpoint, read_manifest, sealed
+from ..engine.checkpoints import MANIFEST, list_files, new_checkpoint, read_manifest, sealed
 from ..engine.lock import is_running, this_run
 from ..errors import ADVICE, Sentence, about, errno_of, explained, may_pass
 from ..reporting import silent
@@ -72,10 +72,12 @@ def spoken(seconds) -> str:
     for unit, length in dict(hour=3600, minute=60, second=1).items():
         if (n := int(seconds // length)) or length == 1: return f"{n} {unit}{'s' * (n != 1)}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #aa2224a8
+# %% ../../nbs/storage/53_mirror.ipynb #bd73d4e0
 HEARTBEAT = "heartbeat.json"
 
-def heartbeat(step) -> dict: return this_run() | dict(time=time.time(), step=step)
+def heartbeat(step) -> dict:
+    "Who trains, and how far it is."
+    return this_run() | dict(time=time.time(), step=step)
 
 def check_alone(last, target):
     "BlockingIOError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
@@ -87,16 +89,19 @@ def check_alone(last, target):
     age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120)
     raise BlockingIOError(Sentence(told, **{**last, "age": age}, where=target.called, wait=wait))
 
-# %% ../../nbs/storage/53_mirror.ipynb #023e65d6
-def reason(error) -> str: return ADVICE.get(errno_of(error)) or str(error)
+# %% ../../nbs/storage/53_mirror.ipynb #9df8c2fc
+def reason(error) -> str:
+    "What happened, and what to do."
+    return ADVICE.get(errno_of(error)) or str(error)
 
 def short(error) -> str:
+    "The same for a progress line."
     number = errno_of(error)
     return "not mounted" if number == errno.ENOTCONN else os.strerror(number) if number else str(error)
 
 class Damaged(Exception): "Files of an entry are missing or have changed."
 
-# %% ../../nbs/storage/53_mirror.ipynb #11403d5c
+# %% ../../nbs/storage/53_mirror.ipynb #3bdbb3a7
 class Stored:
     "What a `target` holds of one run. `afresh`: what earlier sessions left is not resumed, but replaced."
     def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
@@ -133,7 +138,7 @@ class Stored:
             if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
 
-# %% ../../nbs/storage/53_mirror.ipynb #92365445
+# %% ../../nbs/storage/53_mirror.ipynb #1cc3f64b
 class Kept(Stored):
     "Restores entries, and replaces them."
     def restore(self, entry, output_dir, report=silent) -> Path | None:
@@ -168,7 +173,7 @@ class Kept(Stored):
         former = [e for e in others if self.afresh and e.name not in self.mine]
         return {e.name for e in older[self.kept - 1:] + former} | self.damaged
 
-# %% ../../nbs/storage/53_mirror.ipynb #ccad5497
+# %% ../../nbs/storage/53_mirror.ipynb #e71eb9b6
 class Newest:
     "A daemon thread that calls `work(item)` with the newest item, and `beat()` every so many seconds in between."
     def __init__(self, work, beat, seconds):
@@ -204,10 +209,10 @@ class Newest:
         "What it works on, and what is next."
         with self.changed: return [item for item in (self.current, self.pending) if item]
 
-# %% ../../nbs/storage/53_mirror.ipynb #7b032c9a
+# %% ../../nbs/storage/53_mirror.ipynb #d69136e9
 class Stopped(Exception): "Nobody waits for the copy any more."
 
-# %% ../../nbs/storage/53_mirror.ipynb #8094abf6
+# %% ../../nbs/storage/53_mirror.ipynb #cc1ee565
 class Copying(Kept):
     "Copies, in a thread, what it is offered."
     def __init__(self, *args, **options):
@@ -236,11 +241,11 @@ class Copying(Kept):
 
     def work(self, path):
         try:
-            self.began(sum(file.stat().st_size for file in path.iterdir() if file.is_file()))
+            self.began(sum(list_files(path).values()))
             self.here, self.error = (self.put(path, self.report).name, time.monotonic()), None
         except Exception as e: self.error = path, e  # whatever it is, the training goes on
 
-# %% ../../nbs/storage/53_mirror.ipynb #477a90d6
+# %% ../../nbs/storage/53_mirror.ipynb #00ac3844
 def wait_for(mirror, report, seconds, still):
     "Until all that was offered has arrived; `seconds` at most, and `still` ones without progress."
     if mirror.error and not mirror.in_use(): mirror.offer(mirror.error[0])
@@ -255,7 +260,6 @@ def wait_for(mirror, report, seconds, still):
         left, error = mirror.in_use(), mirror.error
         if left or error: warnings.warn(missing_told(mirror, left, error), stacklevel=4)
 
-# %% ../../nbs/storage/53_mirror.ipynb #1b4674f4
 def missing_told(mirror, left, error) -> str:
     "What did not arrive, why, and what there is instead."
     path = left[-1] if left else error[0]
@@ -264,7 +268,7 @@ def missing_told(mirror, left, error) -> str:
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
     return f"{mirror.target.called} does not have {name} ({path} on this machine): {why.rstrip('.')}. {held}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #92837bf6
+# %% ../../nbs/storage/53_mirror.ipynb #8f456195
 class Mirror(Copying, TrainerCallback):
     "Copies each new checkpoint to the `target`; without one it does nothing. `told` says what is copied where."
     told, lost = "", None  # the last heartbeat of a session that was lost
@@ -309,7 +313,7 @@ class Mirror(Copying, TrainerCallback):
         gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
         return f"Your last session saved this {spoken(max(0, gap))} before it ended."
 
-# %% ../../nbs/storage/53_mirror.ipynb #358d4dd1
+# %% ../../nbs/storage/53_mirror.ipynb #97c0e0d1
 MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
                "copied, run mount_drive() in a cell first.")
@@ -333,13 +337,13 @@ def mirror_folder(config, colab) -> tuple:
     if output_dir.is_relative_to(os.path.realpath(drive)): return None, ""
     return drive/"colab-gpt2"/"runs", ""
 
-# %% ../../nbs/storage/53_mirror.ipynb #ada3534c
+# %% ../../nbs/storage/53_mirror.ipynb #ef0d3cae
 def run_name(output_dir, fingerprint) -> str:
     "Of the run's folder in a target: from the output folder's, and from what decides the result."
     digest = hashlib.sha256(json.dumps(plain(fingerprint), sort_keys=True).encode()).hexdigest()
     return f"{Path(output_dir).absolute().name}-{digest[:8]}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #357d6238
+# %% ../../nbs/storage/53_mirror.ipynb #9f01981b
 def last_heartbeat(target):
     "Of a session that trained this run and did not end it; None without one."
     try:
@@ -347,7 +351,7 @@ def last_heartbeat(target):
         return {name: type(value)(found.get(name, value)) for name, value in own.items()}
     except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
 
-# %% ../../nbs/storage/53_mirror.ipynb #82c0ddb0
+# %% ../../nbs/storage/53_mirror.ipynb #46d12443
 def say(mirror, told, aloud=True) -> Mirror:
     mirror.told = told
     if told and aloud: warnings.warn(told, stacklevel=5)
@@ -362,7 +366,7 @@ def fit(mirror, plan) -> Mirror:
     mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
     return say(mirror, fit_told(plan, free, mirror.kind, target.called), aloud=mirror.kind != FULL)
 
-# %% ../../nbs/storage/53_mirror.ipynb #dde1b530
+# %% ../../nbs/storage/53_mirror.ipynb #ea0de90a
 def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
     "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)

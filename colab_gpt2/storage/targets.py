@@ -39,7 +39,33 @@ def read_entry(name, text) -> Entry:
     if all(PureWindowsPath(file).name == file for file in manifest["sha256"]): return Entry(name, manifest)
     raise ValueError(f"{MANIFEST} names files outside its folder")
 
-# %% ../../nbs/storage/52_targets.ipynb #1a52b4c5
+# %% ../../nbs/storage/52_targets.ipynb #72dad1c9
+def damaged_in_transit(entry, source, place, report) -> list:
+    "Copy the files of `entry`; -> the names of those that are missing in `source`, or have another digest there."
+    def intact(name, digest):
+        try: return retried(lambda: copy_once(source/name, place/name, report), may_pass) == digest
+        except FileNotFoundError:
+            if (source/name).exists(): raise
+            return False
+    return [name for name, digest in entry.manifest["sha256"].items() if not intact(name, digest)]
+
+# %% ../../nbs/storage/52_targets.ipynb #10f70ef5
+def put_folder(entry, source, place, report):
+    "Copy the files of `entry` from the folder `source` to `place`, and then the manifest."
+    try:
+        check_space(place, entry.bytes, f"Copying {entry.name}")
+        with contextlib.suppress(FileNotFoundError): discard(place/MANIFEST)
+        if damaged := damaged_in_transit(entry, source, place, report):
+            raise OSError(f"{source} is damaged on this machine ({', '.join(damaged)})")
+        retried(lambda: write_atomic(place/MANIFEST, sealed(entry.manifest)), may_pass)
+    except BaseException:
+        with contextlib.suppress(OSError): discard(place)  # a mount that has gone cannot delete either
+        raise
+
+def write_atomic(path, text):
+    with atomic(path) as file: file.write_text(text, encoding="utf-8")
+
+# %% ../../nbs/storage/52_targets.ipynb #3734f1bc
 class FolderTarget:
     "The folder `run` in `top`. OSError where the disk or the Drive fails."
     beats, still = 30, 60  # seconds between two heartbeats; and without progress, after which a copy is given up
@@ -86,33 +112,7 @@ class FolderTarget:
         "Copy the entry's files into `folder`; -> the names of those that are damaged or missing."
         return damaged_in_transit(entry, self.path(entry.name), Path(folder), report)
 
-# %% ../../nbs/storage/52_targets.ipynb #861e473a
-def put_folder(entry, source, place, report):
-    "Copy the files of `entry` from the folder `source` to `place`, and then the manifest."
-    try:
-        check_space(place, entry.bytes, f"Copying {entry.name}")
-        with contextlib.suppress(FileNotFoundError): discard(place/MANIFEST)
-        if damaged := damaged_in_transit(entry, source, place, report):
-            raise OSError(f"{source} is damaged on this machine ({', '.join(damaged)})")
-        retried(lambda: write_atomic(place/MANIFEST, sealed(entry.manifest)), may_pass)
-    except BaseException:
-        with contextlib.suppress(OSError): discard(place)  # a mount that has gone cannot delete either
-        raise
-
-def write_atomic(path, text):
-    with atomic(path) as file: file.write_text(text, encoding="utf-8")
-
-# %% ../../nbs/storage/52_targets.ipynb #e8443cab
-def damaged_in_transit(entry, source, place, report) -> list:
-    "Copy the files of `entry`; -> the names of those that are missing in `source`, or have another digest there."
-    def intact(name, digest):
-        try: return retried(lambda: copy_once(source/name, place/name, report), may_pass) == digest
-        except FileNotFoundError:
-            if (source/name).exists(): raise
-            return False
-    return [name for name, digest in entry.manifest["sha256"].items() if not intact(name, digest)]
-
-# %% ../../nbs/storage/52_targets.ipynb #eba10bc6
+# %% ../../nbs/storage/52_targets.ipynb #496eae00
 class HubTarget:
     "The folder `run` of the private repository `name`. OSError where the Hub, or the way to it, fails."
     beats, still = 600, 3600  # seconds: a heartbeat is a commit; an upload does not tell of its progress
@@ -157,7 +157,7 @@ class HubTarget:
 
     def fetch(self, entry, folder, report) -> list: return fetch_files(self, entry, Path(folder), report)
 
-# %% ../../nbs/storage/52_targets.ipynb #41866071
+# %% ../../nbs/storage/52_targets.ipynb #8116025f
 def commit_files(target, told, files):
     "Commit `files`: path to bytes, to a local file's name, or to None, which deletes. The first makes the repository."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -172,7 +172,7 @@ def commit_files(target, told, files):
     operations = [operation(*pair) for pair in files.items()]
     target.ask(lambda: target.api.create_commit(target.repo, operations, commit_message=told))
 
-# %% ../../nbs/storage/52_targets.ipynb #ebe0164b
+# %% ../../nbs/storage/52_targets.ipynb #93b9ca20
 def put_commit(target, entry, source, report):
     "Commit the entry's files and manifest; OSError if the Hub has others than the manifest says."
     sums, where = entry.manifest["sha256"], f"{target.run}/{entry.name}"
@@ -192,7 +192,7 @@ def git_sha1(path) -> str:
     "By which git knows a file."
     return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
 
-# %% ../../nbs/storage/52_targets.ipynb #6800048f
+# %% ../../nbs/storage/52_targets.ipynb #7a2d35c8
 def fetch_files(target, entry, folder, report) -> list:
     "Download the entry's files into `folder`; -> the names of those that are missing or have another digest."
     damaged, add = [], counter(report, f"Fetching {entry.name}", entry.bytes)
