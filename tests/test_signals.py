@@ -7,7 +7,8 @@ import pytest
 from helpers.forks import command, forked
 
 WORDS = ("finetune --model toy --train-file train.txt --eval-file eval.txt --block-size 64 --effective-batch-size 2 "
-         "--max-steps 8 --max-new-tokens 2 --method full --no-torch-compile --mirror off --cache-dir cache --output-dir ")
+         "--max-steps 8 --max-new-tokens 2 --method full --no-torch-compile --mirror off "
+         "--cache-dir cache --output-dir ")
 
 
 def make_toy():
@@ -112,6 +113,19 @@ def test_the_same_command_afterwards_gives_the_same_model(folder, tmp_path):
         ran = forked(run, words, moment, sent, 0.6, cwd=folder)
     assert ran.returncode == 0, ran.stderr
     assert forked(run, f"{WORDS}{tmp_path}/plain", cwd=folder).returncode == 0
+    assert (tmp_path/"out"/"model.safetensors").read_bytes() == (tmp_path/"plain"/"model.safetensors").read_bytes()
+
+
+def test_a_run_in_sessions_that_are_too_short_ends_with_the_same_model(folder, tmp_path):
+    "`until colab-gpt2 finetune ... --max-minutes 1; do :; done`, when a minute is over before the first step."
+    words, ran = f"{WORDS}{tmp_path}/out --max-steps 3", []
+    while not ran or ran[-1].returncode == 75 and len(ran) < 9:
+        ran.append(forked(run, f"{words} --max-minutes 0.001", cwd=folder))
+    assert [each.returncode for each in ran] == [75, 75, 0], ran[-1].stderr
+    assert [each.stderr.replace(f"{tmp_path}/", "").strip().splitlines()[-1] for each in ran[:2]] == [
+        f"colab-gpt2: Stopped at step {step} of 3 because --max-minutes is 0.001, and the rest takes about {more}; "
+        f"saved in out/checkpoint-{step}. {LATER}" for step, more in ((1, "2 more sessions"), (2, "1 more session"))]
+    assert forked(run, f"{words.replace('/out', '/plain')}", cwd=folder).returncode == 0
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == (tmp_path/"plain"/"model.safetensors").read_bytes()
 
 

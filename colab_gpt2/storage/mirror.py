@@ -214,7 +214,9 @@ class Stopped(Exception): "Nobody waits for the copy any more."
 
 # %% ../../nbs/storage/53_mirror.ipynb #cc1ee565
 class Copying(Kept):
-    "Copies, in a thread, what it is offered."
+    "Copies, in a thread, what it is offered; the last copy `took` so many seconds."
+    took = 0.
+
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.step, self.error, self.here, self.beaten, self.stopped = 0, None, None, -math.inf, False
@@ -240,9 +242,11 @@ class Copying(Kept):
         self.beat()
 
     def work(self, path):
+        begun = time.monotonic()
         try:
             self.began(sum(list_files(path).values()))
             self.here, self.error = (self.put(path, self.report).name, time.monotonic()), None
+            self.took = time.monotonic() - begun
         except Exception as e: self.error = path, e  # whatever it is, the training goes on
 
 # %% ../../nbs/storage/53_mirror.ipynb #00ac3844
