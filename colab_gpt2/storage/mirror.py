@@ -173,7 +173,7 @@ class Kept(Stored):
         former = [e for e in others if self.afresh and e.name not in self.mine]
         return {e.name for e in older[self.kept - 1:] + former} | self.damaged
 
-# %% ../../nbs/storage/53_mirror.ipynb #e71eb9b6
+# %% ../../nbs/storage/53_mirror.ipynb #b33b5364
 class Newest:
     "A daemon thread that calls `work(item)` with the newest item, and `beat()` every so many seconds in between."
     def __init__(self, work, beat, seconds):
@@ -197,7 +197,8 @@ class Newest:
             return self.current
 
     def run(self):
-        if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, 0, 10)  # of this thread: the training goes first
+        with contextlib.suppress(OSError):  # on Linux this is the thread's own priority: the training goes first
+            if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, 0, 10)
         while True:
             self.beat()
             if item := self.next():
@@ -212,7 +213,7 @@ class Newest:
 # %% ../../nbs/storage/53_mirror.ipynb #d69136e9
 class Stopped(Exception): "Nobody waits for the copy any more."
 
-# %% ../../nbs/storage/53_mirror.ipynb #cc1ee565
+# %% ../../nbs/storage/53_mirror.ipynb #b1335e69
 class Copying(Kept):
     "Copies, in a thread, what it is offered; the last copy `took` so many seconds."
     took = 0.
@@ -232,7 +233,7 @@ class Copying(Kept):
         "A heartbeat, unless one is recent; none after the `last`. A Drive that fails is heard of when it is copied to."
         if not last and time.monotonic() - self.beaten < self.target.beats: return
         self.beaten = time.monotonic()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             self.target.remove(HEARTBEAT) if last else self.target.write(HEARTBEAT, json.dumps(heartbeat(self.step)))
 
     def report(self, what, done, total):
@@ -272,7 +273,7 @@ def missing_told(mirror, left, error) -> str:
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
     return f"{mirror.target.called} does not have {name} ({path} on this machine): {why.rstrip('.')}. {held}"
 
-# %% ../../nbs/storage/53_mirror.ipynb #8f456195
+# %% ../../nbs/storage/53_mirror.ipynb #b12da030
 class Mirror(Copying, TrainerCallback):
     "Copies each new checkpoint to the `target`; without one it does nothing. `told` says what is copied where."
     told, lost = "", None  # the last heartbeat of a session that was lost
@@ -315,7 +316,7 @@ class Mirror(Copying, TrainerCallback):
         "How long before its end the last session saved what has this time in its manifest; '' where unknown."
         if not self.lost: return ""
         gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
-        return f"Your last session saved this {spoken(max(0, gap))} before it ended."
+        return f"Your last session saved this {spoken(gap) if gap >= 60 else 'less than a minute'} before it ended."
 
 # %% ../../nbs/storage/53_mirror.ipynb #97c0e0d1
 MOUNT = Path("/content/drive")
