@@ -100,9 +100,20 @@ def cpu_bfloat16(capabilities=None) -> str:
     if isinstance(capabilities, Mapping): capabilities = {name for name, has in capabilities.items() if has}
     return next((name for name in ("amx_bf16", "avx512_bf16") if name in capabilities), "")
 
-# %% ../nbs/03_runtime.ipynb #4dca1d03
-def gpu_precision(compute_capability=None) -> Precision:
-    "bfloat16 needs an Ampere (8.0); before it there is fp16, whose small gradients vanish unless the loss is scaled."
+# %% ../nbs/03_runtime.ipynb #1e863a5a
+def pick_precision(
+    device: str,  # "cuda", "mps" or "cpu"
+    compute_capability=None,  # (major, minor) of the GPU; asked of torch if None
+    cpu_capabilities=None,  # see `cpu_bfloat16`; asked of torch if None
+) -> Precision:
+    "The fastest that `device` computes in hardware and that GPT-2 trains well in: bf16, since Ampere (8.0), or fp16."
+    check_choice("device", device, ("cuda", "mps", "cpu"))
+    if device == "mps": return Precision("fp32", False, "on Apple's GPUs only fp32 is known to train well here")
+    if device == "cpu":
+        found = cpu_bfloat16(cpu_capabilities)
+        if found: return Precision("bf16", False, f"this CPU has {found}, bfloat16 in hardware")
+        why = "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), and fp16 is very slow on a CPU"
+        return Precision("fp32", False, why)
     if compute_capability is None:
         import torch
         compute_capability = torch.cuda.get_device_capability()
@@ -111,21 +122,6 @@ def gpu_precision(compute_capability=None) -> Precision:
         return Precision("bf16", False, f"{name} computes bfloat16 in hardware; its range needs no loss scaling")
     return Precision("fp16", True, f"{name} has no bfloat16 in hardware (torch would emulate it, slowly); "
                                    "the scaler keeps small gradients from vanishing")
-
-# %% ../nbs/03_runtime.ipynb #1e863a5a
-def pick_precision(
-    device: str,  # "cuda", "mps" or "cpu"
-    compute_capability=None,  # (major, minor) of the GPU; asked of torch if None
-    cpu_capabilities=None,  # see `cpu_bfloat16`; asked of torch if None
-) -> Precision:
-    "The fastest that `device` computes in hardware and that GPT-2 trains well in."
-    check_choice("device", device, ("cuda", "mps", "cpu"))
-    if device == "cuda": return gpu_precision(compute_capability)
-    if device == "mps": return Precision("fp32", False, "on Apple's GPUs only fp32 is known to train well here")
-    found = cpu_bfloat16(cpu_capabilities)
-    if found: return Precision("bf16", False, f"this CPU has {found}, bfloat16 in hardware")
-    why = "this CPU has no bfloat16 instructions (avx512_bf16 or amx_bf16), and fp16 is very slow on a CPU"
-    return Precision("fp32", False, why)
 
 # %% ../nbs/03_runtime.ipynb #0dc98468
 def lacks_code(gpu) -> str:

@@ -104,10 +104,9 @@ def methods(config: FinetuneConfig, runtime: Runtime):
     "Pairs of method and optimizer, the best first: what `config` names, else what is installed."
     allowed = ["full", "lora"] if "peft" in runtime.versions else ["full"]
     if config.method != "auto": allowed = [config.method]
-    if config.optim: return [(method, config.optim) for method in allowed]
     saving = "bitsandbytes" in runtime.versions and runtime.device == "cuda"
-    optimizers = {"full": OPTIMIZERS if saving else OPTIMIZERS[:1], "lora": OPTIMIZERS[:1]}
-    return [(method, optimizer) for method in allowed for optimizer in optimizers[method]]
+    return [(method, optimizer) for method in allowed for optimizer in OPTIMIZERS
+            if optimizer == (config.optim or OPTIMIZERS[0]) or saving and method == "full" and not config.optim]
 
 # %% ../../nbs/planning/32_plan.ipynb #8df74fff
 def missing_packages(config: FinetuneConfig, runtime: Runtime):
