@@ -245,6 +245,12 @@ def copy_synced(source, target, report=None, place=None) -> str:
     raise OSError(f"{source.name} was {damage} in {place or target.parent}. Nothing was replaced. "
                   "Try again; on Drive, check the quota first.")
 
+# %% ../nbs/00_core.ipynb #8afce7d9
+def _check_drive(place):
+    "OSError if `place` is on a Drive that is not mounted: what is written there would be lost with the machine."
+    top = drive_top(place, anywhere="COLAB_RELEASE_TAG" in os.environ)
+    if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))
+
 # %% ../nbs/00_core.ipynb #b681c612
 def _carry(stage, temporary, place):
     "Copy all that is in the folder `stage` to `temporary`, in `place` on a Drive."
@@ -263,14 +269,15 @@ def atomic(path, folder=False, aside=None):
     path = Path(path)
     inside = folder and not aside and path.is_dir()  # it may be a mount, out of which nothing can be renamed
     place = path if inside else path.parent
-    top = drive_top(place, anywhere=False)
-    if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))  # not mounted
+    _check_drive(place)
     make_folder(place)
     with contextlib.ExitStack() as around:  # on a Drive: written to this machine's disk, then copied
         stage = temporary = around.enter_context(scratch(None if drive_top(place) else place, path.name))
         if folder: (stage/path.name).mkdir()
         yield stage/path.name
-        if drive_top(place): _carry(stage, temporary := around.enter_context(scratch(place, path.name)), place)
+        if drive_top(place):
+            _check_drive(place)
+            _carry(stage, temporary := around.enter_context(scratch(place, path.name)), place)
         _settle(temporary)
         target = temporary/path.name
         if aside: path.rename(aside)

@@ -5,7 +5,7 @@ import pytest
 
 from colab_gpt2 import archive_model, ask_for_drive
 from colab_gpt2.core import atomic, discard, sha256_of
-from colab_gpt2.engine.checkpoints import newest_intact
+from colab_gpt2.engine.checkpoints import newest_intact, write_manifest
 from colab_gpt2.errors import GONE, REMOUNT, fields_of
 from colab_gpt2.storage.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
 from colab_gpt2.tasks import save_or_say_why
@@ -432,12 +432,21 @@ def test_records_are_for_people_and_programs(archive, tmp_path):
 # ---- checkpoints on the Drive
 
 @pytest.fixture
-def save(my_drive, monkeypatch):
-    "Save the checkpoint of a step of a small run into `run` on the Drive; `waits` has the seconds between attempts."
+def small_run():
+    "A function that saves the checkpoint of a step of a small run into a folder."
     from colab_gpt2.training import in_one_line
-    trainer = toys.small_trainer(my_drive/"run")
-    def save(step):
-        with in_one_line(trainer.args.output_dir): toys.save(trainer, step)
+    def make(folder):
+        trainer = toys.small_trainer(folder)
+        def save(step):
+            with in_one_line(trainer.args.output_dir): toys.save(trainer, step)
+        return save
+    return make
+
+
+@pytest.fixture
+def save(my_drive, small_run, monkeypatch):
+    "The same, into `run` on the Drive; `waits` has the seconds between attempts."
+    save = small_run(my_drive/"run")
     save.waits = []
     monkeypatch.setattr("time.sleep", save.waits.append)
     return save
@@ -450,6 +459,33 @@ def test_a_checkpoint_reaches_a_drive_that_fails_for_a_while(colab, my_drive, sa
     with colab.faults(**fault): save(1)
     assert newest_intact(my_drive/"run") == my_drive/"run/checkpoint-1"
     assert [name for name in os.listdir(my_drive/"run") if name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("mount, back", [("drive", True), ("drive", False), ("gdrive", True), ("gdrive", False)])
+def test_a_drive_that_is_unmounted_while_a_checkpoint_is_written(colab, tmp_path, small_run, monkeypatch, mount, back):
+    "Mounted again meanwhile, it gets it; else nothing is written in the place of the Drive, where it would be lost."
+    from google.colab import drive
+    drive.mount(str(tmp_path/"content"/mount))
+    folder, waits = tmp_path/"content"/mount/"MyDrive"/"run", []
+    save = small_run(folder)
+    save(1)
+    def wait(seconds):
+        waits.append(seconds)
+        if back and len(waits) == 3: drive.mount(str(tmp_path/"content"/mount))
+    monkeypatch.setattr("time.sleep", wait)
+    write = toys.BlockTrainer.save_once
+    def unmounts(trainer, *args):
+        monkeypatch.setattr("colab_gpt2.engine.trainer.write_manifest", lambda *args: (write_manifest(*args), unmount()))
+        return write(trainer, *args)
+    def unmount():
+        if not waits: drive.flush_and_unmount()
+    monkeypatch.setattr(toys.BlockTrainer, "save_once", unmounts)
+    if back: save(2)
+    else:
+        with pytest.raises(OSError, match="mount has gone .errno 107."): save(2)
+        assert os.listdir(tmp_path/"content"/mount) == []
+        drive.mount(str(tmp_path/"content"/mount))
+    assert newest_intact(folder).name == f"checkpoint-{2 if back else 1}"
 
 
 @pytest.mark.parametrize("fault, line", [
