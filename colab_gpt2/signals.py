@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
     "A run was stopped. `saved` says what is on the disk, `code` is a shell's exit code, the message also what to do."
     def __init__(self, saved, code=128 + signal.SIGINT, advice=""):
         super().__init__(Sentence("{saved}{advice}", saved=saved, advice=advice and f" {advice}"))
-        self.saved, self.code = saved, int(code)
+        self.saved, self.code, self.advice = saved, int(code), advice
 
 # %% ../nbs/02_signals.ipynb #02aa0009
 def interrupt(number, frame): raise Interrupted("Stopped.", 128 + number)

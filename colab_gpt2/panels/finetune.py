@@ -317,7 +317,7 @@ class FinetunePanel(Trained):
         return f"Done in {human_time(result.seconds)}: {what} {values}, saved in {result.output_dir}."
 
     def interrupted(self, error):
-        if isinstance(error, Interrupted):
+        if isinstance(error, Interrupted) and error.advice:  # it can be resumed
             again = Sentence("To resume from there, set {output_dir} to {folder} again.",
                              folder=self.live.config.output_dir)
             onward = "Start resumes from there." if self.can_resume(error) else worded(again, self.name_of)

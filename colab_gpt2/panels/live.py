@@ -148,10 +148,6 @@ class Live(Steered, Listener):
     def on_progress(self, what, done, total):
         self.what, self.share = what, done / total if total else 0.
         self.breathe()
-        if not self.stopping or self.stage in (TRAINING, SAVING): return  # those end by themselves
-        if self.stage == AFTER:
-            raise KeyboardInterrupt(f"Stopped after the training; the model is saved in {self.config.output_dir}.")
-        raise KeyboardInterrupt("Stopped before the training; nothing was trained.")
 
     def on_measured(self, perplexity, sample):
         when = "Before" if self.stage == BEFORE else "After"
@@ -177,6 +173,5 @@ class Live(Steered, Listener):
         self.breathe()
         if "sample" in self.wishes: write_sample(self, model, processing_class)
         if self.stopping: control.should_training_stop = True  # the click may have come after StopOnInterrupt's turn
-        if self.stopping or "save" in self.wishes:
-            control.should_log = control.should_save = True  # StopOnNaN has had its turn, and looks at what is logged
+        if self.stopping or "save" in self.wishes: control.should_save = True
         self.wishes.clear()
