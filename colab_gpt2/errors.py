@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/01_errors.ipynb #301486e8
-import contextlib, errno, math, numbers, operator, re, string
+import contextlib, errno, math, numbers, operator, os, re, string
 from ast import literal_eval
 
 from .core import nearest
@@ -133,10 +133,12 @@ ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails unde
 
 # %% ../nbs/01_errors.ipynb #786f016b
 def errno_of(error):
-    "The system's number of an error, or None; safetensors, whose errors are no OSErrors, has it in the text."
+    "The system's number of an error, or None; in the text of those that are no OSErrors, of safetensors and of torch."
     if isinstance(error, OSError): return error.errno
     told = str(error)
-    return next((number for number in ADVICE if f"(os error {number})" in told), None)
+    said = {number: (f"(os error {number})", f"strerror: {os.strerror(number)}") for number in ADVICE}
+    unsaid = errno.EIO if "inline_container.cc" in told else None  # torch's writer, which has only failed
+    return next((number for number, words in said.items() if any(w in told for w in words)), unsaid)
 
 # %% ../nbs/01_errors.ipynb #629511a3
 def same_kind(error, message) -> OSError:

@@ -31,7 +31,7 @@ def full_disk_told(folder, model):
     try: yield
     except Exception as e:
         number, size = errno_of(e), sum(p.numel() * p.element_size() for p in model.parameters())
-        if number != errno.ENOSPC and (number or shutil.disk_usage(folder).free > size): raise
+        if number != errno.ENOSPC and (number not in (None, errno.EIO) or shutil.disk_usage(folder).free > size): raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
