@@ -219,9 +219,14 @@ def sha256_of(path, report=None, chunk=1 << 20):
     return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #db4431d1
-def checksums(folder, names) -> dict:
+def checksums(folder, names, report=None) -> dict:
     "Name to SHA-256 of the files `names` in `folder`; several are read at once, since hashing is what takes the time."
-    with ThreadPoolExecutor() as pool: return dict(zip(names, pool.map(lambda n: sha256_of(Path(folder, n)), names)))
+    sums = {}
+    with ThreadPoolExecutor() as pool:
+        for name, sha256 in zip(names, pool.map(lambda name: sha256_of(Path(folder, name)), names)):
+            sums[name] = sha256
+            if report: report(f"Checking {Path(folder).name}", len(sums), len(names))
+    return sums
 
 # %% ../nbs/00_core.ipynb #87818c54
 def copy_synced(source, target, report=None, place=None) -> str:

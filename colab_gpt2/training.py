@@ -24,7 +24,7 @@ from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, identify, make_trainer, training_arguments
 from .errors import Sentence, about, errno_of, explained, may_pass
 from .evaluation import Perplexity, perplexity
-from .generation import generate
+from .generation import Sample, generate
 from .model.fitting import save_tokenizer
 from .model.loading import MODELS, quiet
 from .model.lora import merge_adapters
@@ -105,7 +105,7 @@ class FinetuneResult(Record):
     tokens_per_second: float | None  # None if no step was left to take
     seconds: float  # wall time, evaluation included
     output_dir: str
-    samples: dict  # "before" and "after": a `Sample` each
+    samples: dict[str, Sample]  # "before" and "after"
     losses: list  # dicts with step and loss
     resumed_from: str | None  # a checkpoint
     plan: Plan

@@ -92,11 +92,11 @@ def read_manifest(folder) -> dict | None:
     with contextlib.suppress(ValueError): return check_complete(folder)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a81
-def check_intact(folder) -> dict:
+def check_intact(folder, report=None) -> dict:
     "The manifest of a complete checkpoint with the right checksums; else ValueError: what is wrong."
-    manifest = check_complete(folder)
-    with explained(f"Reading {folder}"): now = retried(lambda: checksums(folder, manifest["sha256"]), may_pass)
-    damaged = [name for name, digest in now.items() if digest != manifest["sha256"][name]]
+    sums = (manifest := check_complete(folder))["sha256"]
+    with explained(f"Reading {folder}"): now = retried(lambda: checksums(folder, sums, report), may_pass)
+    damaged = [name for name, digest in now.items() if digest != sums[name]]
     if damaged: raise ValueError(f"{', '.join(damaged)}: corrupted, the SHA-256 differs")
     return manifest
 
@@ -113,10 +113,10 @@ def find_checkpoints(output_dir) -> list[Path]:
     return [path for path in list_checkpoints(output_dir) if read_manifest(path)]
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #62ab7143
-def newest_intact(output_dir) -> Path | None:
+def newest_intact(output_dir, report=None) -> Path | None:
     "The newest complete checkpoint with the right checksums; a warning for each newer one."
     for path in reversed(list_checkpoints(output_dir)):
-        try: return check_intact(path) and path
+        try: return check_intact(path, report) and path
         except ValueError as e: warnings.warn(f"{path} is skipped: {e}.", stacklevel=3)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76

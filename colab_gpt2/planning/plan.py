@@ -7,7 +7,7 @@ __all__ = ['named_runtime', 'TextSize', 'Plan', 'plan_run']
 
 # %% ../../nbs/planning/32_plan.ipynb #ed1f2cf2
 import math, warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from ..config import OPTIMIZERS, FinetuneConfig
@@ -264,6 +264,13 @@ class Plan(Record):
         "Flat, with those fields of the recipe that a plan decides; `device` is the device's name."
         own, fixed = super().to_dict(), ("lora_rank", "tune", "keep_attention_dropout")
         return {"fits": own.pop("fits"), **{k: v for k, v in own.pop("recipe").items() if k not in fixed}, **own}
+
+    @classmethod
+    def from_dict(cls, facts):
+        "What `to_dict` leaves out of the recipe has its default."
+        own = {f.name for f in fields(cls)}
+        recipe = {name: value for name, value in facts.items() if name not in own}
+        return super().from_dict({name: facts[name] for name in facts.keys() & own} | dict(recipe=recipe))
 
     def with_micro_batch(self, micro_batch, reason):
         "The same with a smaller micro-batch and more accumulation steps, and the `reason` for it."
