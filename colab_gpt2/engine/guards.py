@@ -17,6 +17,7 @@ from .callbacks import AFTER, LOADING, PROBING, SAVING, TRAINING, Listener
 from .checkpoints import find_checkpoints
 from ..errors import Sentence
 from ..model.loading import lost_weight
+from ..model.tune import uncompiled
 from ..planning.plan import step_time
 from ..runtime import in_colab
 from ..signals import OUT_OF_TIME, Interrupted, catching, leave_dead_terminal, say
@@ -115,7 +116,7 @@ class TimeLimit(Listener):
     def on_step_begin(self, args, state, control, **kwargs): self.since = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.step, self.since = max(self.step, time.monotonic() - self.since), time.monotonic()
+        self.step, self.since = max(0.9 * self.step, time.monotonic() - self.since), time.monotonic()  # the first compiles
         left, steps = state.max_steps - state.global_step, state.global_step - self.first
         kept_back = self.step + 2 * self.saving + 2 * getattr(self.mirror, "took", 0)  # a copy may be under way
         if not (self.stop and left) or self.since + kept_back < self.end: return
@@ -156,12 +157,11 @@ class Diverged(FloatingPointError):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0022
 def loss_now(model, batches) -> float:
-    "The mean loss of a model in training; without dropout, so no random number is drawn."
+    "The mean loss of a model as it trains: RWKV has other weights when it is evaluated. The random state stays."
     def on_device(batch): return {name: ids.to(model.device) for name, ids in batch.items()}
-    model.eval()
-    with torch.no_grad(): losses = [model(**on_device(batch)).loss for batch in batches]
     model.train()
-    return torch.stack(losses).mean().item()
+    with torch.no_grad(), uncompiled(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return torch.stack([model(**on_device(batch)).loss for batch in batches]).mean().item()
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0016
 class StopOnDivergence(TrainerCallback):
