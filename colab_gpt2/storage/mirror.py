@@ -213,7 +213,7 @@ class Newest:
 # %% ../../nbs/storage/53_mirror.ipynb #d69136e9
 class Stopped(Exception): "Nobody waits for the copy any more."
 
-# %% ../../nbs/storage/53_mirror.ipynb #b1335e69
+# %% ../../nbs/storage/53_mirror.ipynb #8a6c8b10
 class Copying(Kept):
     "Copies, in a thread, what it is offered; the last copy `took` so many seconds."
     took = 0.
