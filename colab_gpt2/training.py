@@ -7,59 +7,35 @@ __all__ = ['FinetuneResult', 'finetune']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
 import contextlib, errno, json, math, os, tempfile, time, warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
-from .core import Record, atomic, check_space, discard, existing, home, human_bytes, human_time, leftovers
-from .core import drive_top, retried
+from .core import Record, atomic, check_space, discard, drive_top, home, human_bytes, human_time, leftovers
+from .core import retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
-from .engine.checkpoints import find_checkpoints, list_checkpoints, list_files, newest_intact, read_manifest
-from .engine.checkpoints import remove_checkpoint, save_model
-from .engine.guards import StopOnInterrupt, TimeLimit, limits_of, skipped_steps, warn_of_idle
-from .engine.lock import LOCK, only_run
+from .engine.checkpoints import find_checkpoints, list_files, remove_checkpoint, save_model
+from .engine.guards import Diverged, StopOnInterrupt, TimeLimit, limits_of, skipped_steps, warn_of_idle
+from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
-from .engine.trainer import check_trainer_args, identify, make_trainer, training_arguments
+from .engine.trainer import check_trainer_args, make_trainer, training_arguments
 from .errors import Sentence, about, errno_of, explained, may_pass
 from .evaluation import Perplexity, perplexity
 from .generation import Sample, generate
 from .model.fitting import save_tokenizer
-from .model.loading import MODELS, quiet
+from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, out_of_memory_told, plan_run
 from .preparing import prepare, release_memory, starting_model
 from .reporting import reporting, silent
-from .runtime import Runtime, check_mounted, disk, out_of_memory
+from .resuming import RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen, differences
+from .resuming import found_in, identify, newest_intact, read_result, refuse, where_to_resume
+from .runtime import Runtime, disk, out_of_memory
 from .signals import Interrupted
-
-# %% ../nbs/63_training.ipynb #85386443
-def check_output_dir(output_dir, resume="auto", overwrite=False) -> Path:
-    """The folder, there or not. NotADirectoryError, or PermissionError if it cannot be written to; FileExistsError if it
-    is not empty, unless `overwrite` is set, or a checkpoint is there, or nothing but what a killed run leaves."""
-    path = check_mounted(output_dir, "output_dir")
-    if os.path.lexists(path) and not path.is_dir():
-        raise NotADirectoryError(Sentence("{output_dir} {path} is a file; give a folder.", path=path))
-    try:
-        with tempfile.TemporaryFile(dir=existing(path)): pass
-    except OSError as e:
-        told = "{output_dir} {path} cannot be written to ({why}); choose another folder."
-        raise PermissionError(Sentence(told, path=path, why=e.strerror)) from e
-    there = {*path.iterdir()} - {path/LOCK, *leftovers(path, living=True)} if path.is_dir() else ()
-    if overwrite or not there: return path
-    if resume == "never": raise FileExistsError(Sentence(TAKEN, path=path))
-    if not find_checkpoints(path) and there - {*list_checkpoints(path)}:
-        raise FileExistsError(Sentence(TAKEN, path=path))
-    return path
-
-# %% ../nbs/63_training.ipynb #85386444
-_OTHERWISE = "{overwrite_output_dir=True} to overwrite it, or choose another folder."
-OTHER_TEXT = ("{path} belongs to a run on another text. To train its model on this one, set {model} to {place} and "
-              "{output_dir} to a new folder.")
-NOTHING_TO_RESUME = "{output_dir} {path} has no complete checkpoint to resume from; set " + _OTHERWISE
-TAKEN = "{output_dir} {path} is not empty, and holds no run that could resume; set " + _OTHERWISE
+from .storage.mirror import open_mirror
 
 # %% ../nbs/63_training.ipynb #c92355ae
 def check_sources(config):
@@ -80,15 +56,14 @@ def check_run(config) -> FinetuneConfig:
     if (name := str(Path(config.output_dir))) in MODELS:
         told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
         warnings.warn(Sentence(told), stacklevel=3)
-    path = check_output_dir(config.output_dir, config.resume, config.overwrite_output_dir)
-    config = replace(config, output_dir=str(path))
+    config = replace(config, output_dir=str(check_output_dir(config.output_dir)))
     check_sources(config)
     return config
 
 # %% ../nbs/63_training.ipynb #abcd4ba2
 RISEN = ("The perplexity has risen from {before:.2f} to {after:.2f}: lower {learning_rate}, or train fewer "
          "{num_train_epochs}.")
-NO_STEP = Sentence("no step was left: to train further, raise {num_train_epochs} or {max_steps}")
+NO_STEP = ("no step was left: to train further, raise {num_train_epochs} or {max_steps}, and set {resume} to {path}")
 
 # %% ../nbs/63_training.ipynb #4bab8d55
 @dataclass(frozen=True)
@@ -102,7 +77,7 @@ class FinetuneResult(Record):
     perplexity_after: Perplexity
     steps: int
     epochs: float
-    tokens_per_second: float | None  # None if no step was left to take
+    tokens_per_second: float | None  # None if no step was taken
     seconds: float  # wall time, evaluation included
     output_dir: str
     samples: dict[str, Sample]  # "before" and "after"
@@ -111,6 +86,10 @@ class FinetuneResult(Record):
     plan: Plan
     config: FinetuneConfig
     runtime: Runtime
+    fingerprint: dict = field(default_factory=dict)  # what decided the weights
+    evaluated: dict = field(default_factory=dict)  # what decided perplexities and samples
+    files: dict = field(default_factory=dict)  # of the model: name to SHA-256
+    repeated: bool = False  # an earlier call has finished this run, and nothing was trained now
 
     @property
     def risen(self) -> str:
@@ -125,7 +104,8 @@ class FinetuneResult(Record):
                 (f"perplexity per {after.unit}, {after.split}, stride {after.stride}, context {after.context}",
                  self.risen or f"{self.perplexity_before.value:.2f} → {after.value:.2f}"),
                 ("steps", f"{self.steps} ({self.epochs:.2f} epochs)"),
-                ("speed", f"{speed:,.0f} tokens/s" if speed else NO_STEP),
+                ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
+                *([("trained", Sentence(NO_STEP, path=self.output_dir))] if self.repeated or not speed else []),
                 ("time", human_time(self.seconds)), ("saved in", self.output_dir),
                 *((f"sample {when}", sample) for when, sample in self.samples.items())]
 
@@ -144,29 +124,6 @@ def in_one_line(output_dir, recipe=None):
             if number == errno.ENOENT: raise  # its path says more
             with explained(f"The run in {output_dir}"): raise
         raise MemoryError(out_of_memory_told(recipe)) from e
-
-# %% ../nbs/63_training.ipynb #16ddf5f2
-SHAPE = ("model_type", "vocab_size", "n_embd", "n_layer", "hidden_size", "num_hidden_layers")  # in a model's config
-
-def checkpoint_to_resume(output_dir, shape, identity) -> Path | None:
-    """The newest intact checkpoint; None without any, FileNotFoundError if all are corrupted, ValueError if it is of
-    another model than the config `shape` has, or of a run with another `identity`."""
-    if not list_checkpoints(output_dir): return None
-    checkpoint = newest_intact(output_dir)
-    if not checkpoint: raise FileNotFoundError(Sentence(NOTHING_TO_RESUME, path=output_dir))
-    file, was = checkpoint/"config.json", read_manifest(checkpoint)["run"]
-    saved = json.loads(file.read_text()) if file.exists() else {}  # adapters alone have none
-    pairs = [(name, saved[name], getattr(shape, name)) for name in SHAPE if name in saved]
-    for name, then, now in pairs + [(name, was[name], now) for name, now in identity.items() if name in was]:
-        if then == now: continue
-        if name == "text":
-            place = output_dir if Path(output_dir, "config.json").exists() else checkpoint  # finished, or not
-            raise ValueError(Sentence(OTHER_TEXT, path=checkpoint, place=place))
-        field = f"{{{name}}}" if hasattr(FinetuneConfig, name) else name
-        told = (f"{{path}} belongs to a different run: its {field} was {{then}}, now it is {{now}}. "
-                "Use its original values, or set {overwrite_output_dir=True} to overwrite it.")
-        raise ValueError(Sentence(told, path=checkpoint, then=then, now=now))
-    return checkpoint
 
 # %% ../nbs/63_training.ipynb #eafea48d
 def load_finished(trainer, checkpoint, steps) -> bool:
@@ -215,8 +172,10 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
         tell(listeners, "on_stage", PROBING)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
         if not resumed_from: plan = within_time(trainer, plan)
+        else: trainer.args.max_steps = plan.steps  # fewer than the settings say, if its first session saw that it is slow
         warn_of_idle(plan)
-        tell(listeners, "on_stage", TRAINING, plan=plan)
+        mirror = next((c for c in listeners if hasattr(c, "in_use")), None)
+        tell(listeners, "on_stage", TRAINING, plan=plan, mirror=mirror)
         trainer.train(resume_from_checkpoint=resumed_from and str(resumed_from))
     planned, micro = plan.recipe.micro_batch, trainer.micro_batch
     told = f"Memory ran out with a micro-batch of {planned}, and the training ended with {micro}."
@@ -263,12 +222,40 @@ def evaluate_and_sample(config, prepared, model, precision, report, callbacks=()
     return found, sample
 
 # %% ../nbs/63_training.ipynb #e9a40a54
-def train_and_merge(config, prepared, plan, callbacks, shown, resumed_from) -> tuple:
-    "(model, plan as carried out, facts for a FinetuneResult). The optimizer is gone: evaluation needs its memory."
-    with about("trainer_args") if config.trainer_args else contextlib.nullcontext():
-        trainer = make_trainer(config, prepared.model, prepared.tokenizer, prepared.train, plan, callbacks, shown)
+WENT_BACK = ("{why}. The run goes back to {place} and on with half the learning rate, once. If that helps, set a lower "
+             "{learning_rate} next time.")
+
+def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tuple:
+    "(trainer, plan as carried out); after a divergence from the newest good checkpoint of the `run`, if `config` says so."
+    factor = found.rate_factor if found and not differences(found.run, run) else 1.
     for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir else (): remove_checkpoint(path)
-    plan = train_model(trainer, plan, resumed_from)
+    model = prepared.model
+    while True:
+        trainer = ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown)
+        try: return trainer, train_model(trainer, plan, found and found.path)
+        except Diverged as e:
+            if config.on_divergence == "stop" or factor < 1: raise
+            why = e.what
+        model.to("meta")  # frees its memory
+        del trainer, model
+        release_memory()
+        found = newest_intact(each for each in found_in(config.output_dir) if each.run == run and each.files is None)
+        factor, model = 0.5, starting_model(config, prepared.tokenizer).to(prepared.runtime.device)
+        warnings.warn(Sentence(WENT_BACK, why=why, place=found.path.name if found else "its beginning"), stacklevel=2)
+
+# %% ../nbs/63_training.ipynb #e9a40a5a
+def ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown):
+    "A trainer whose checkpoints are of the `run`, with `factor` times its learning rate."
+    with about("trainer_args") if config.trainer_args else contextlib.nullcontext():
+        trainer = make_trainer(config, model, prepared.tokenizer, prepared.train, plan, callbacks, shown)
+    trainer.identity, trainer.rate_factor = run, factor
+    trainer.args.learning_rate *= factor
+    return trainer
+
+# %% ../nbs/63_training.ipynb #e9a40a5b
+def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tuple:
+    "(model, plan as carried out, facts for a FinetuneResult). The optimizer is gone: evaluation needs its memory."
+    trainer, plan = train_or_go_back(config, prepared, plan, found, run, callbacks, shown)
     model, state, speed = trainer.model, trainer.state, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step)
     losses = [dict(step=entry["step"], loss=entry["loss"]) for entry in state.log_history if "loss" in entry]
     del trainer
@@ -279,25 +266,98 @@ def train_and_merge(config, prepared, plan, callbacks, shown, resumed_from) -> t
     return model, plan, facts
 
 # %% ../nbs/63_training.ipynb #7d3cd2aa
-def finished_config(output_dir) -> FinetuneConfig | None:
-    "Of the run that was finished in `output_dir`; None without one, or if another has begun since."
-    folder = home(output_dir)
-    told = folder/"finetune.json"
-    if not told.is_file(): return
-    if any(path.stat().st_mtime > told.stat().st_mtime for path in find_checkpoints(folder)): return
-    try: return replace(FinetuneConfig(**json.loads(told.read_text())["config"]), output_dir=str(output_dir))
+def read_finished(output_dir) -> FinetuneResult | None:
+    "What was finished in `output_dir`; None without, or if another run has begun since."
+    told, folder = read_result(home(output_dir)), Path(output_dir)
+    if any(differences(told.get("fingerprint", {}), each.run) for each in found_in(home(output_dir))): return
+    try: result = FinetuneResult.from_dict(told)
     except (ValueError, TypeError, KeyError): return  # another version's, or another tool's file
+    return replace(result, output_dir=str(folder), config=replace(result.config, output_dir=str(folder)), repeated=True)
 
 # %% ../nbs/63_training.ipynb #5b1a3410
-def write_result(result):
-    "Write `finetune.json`; one of the same run stays if no step was left, or its archive would have other bytes."
-    def same(config): return replace(config, resume="auto", overwrite_output_dir=False)
-    folder = result.output_dir
-    known = finished_config(folder)
-    if known and result.tokens_per_second is None and same(known) == same(result.config): return
+def write_result(output_dir, told):
+    "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
     def write():
-        with atomic(f"{folder}/finetune.json") as file: file.write_text(json.dumps(result.to_dict(), indent=1))
-    with in_one_line(folder): retried(write, may_pass, attempts=6)
+        with atomic(Path(output_dir)/RESULT) as file: file.write_text(json.dumps(told, indent=1))
+    with in_one_line(output_dir): retried(write, may_pass, attempts=6)
+
+# %% ../nbs/63_training.ipynb #ffe78b30
+def follow(config, found) -> FinetuneConfig:
+    "`config`, with method and optimizer, where it leaves them open, as the run has them that it resumes."
+    known = {name: found.run.get(name) for name in ("method", "optim")} if found else {}
+    return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
+
+# %% ../nbs/63_training.ipynb #ffe78b32
+def look_for(config, prepared, report) -> tuple:
+    "(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror; what identifies the run)"
+    run = identify(config, prepared.train, checksum_of(prepared.model, config))
+    with in_one_line(config.output_dir): found = where_to_resume(config, run)
+    plan = plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
+    known = {name: value for name, value in run.items() if name != "model"}
+    mirror = open_mirror(config, known, plan, prepared.runtime)
+    entry = None if found and found.files else mirror.newest()
+    if entry and (not found or entry.step > found.step) and mirror.restore(entry, config.output_dir, report):
+        found = where_to_resume(config, run)
+    return found, mirror, run
+
+# %% ../nbs/63_training.ipynb #ffe78b33
+def settle_run(config, prepared, found, run) -> tuple:
+    "(the plan, what identifies the run), as far as the run that is resumed has decided it."
+    followed = follow(config, found)
+    plan = plan_training(followed, prepared.model, prepared.train, prepared.runtime)
+    run = run | chosen(plan, followed)
+    same = found and not differences(found.run, run)
+    if found and not same and config.resume == "auto": refuse(found, run, config.output_dir)
+    return replace(plan, steps=min(plan.steps, found.steps)) if same else plan, run
+
+# %% ../nbs/63_training.ipynb #ffe78b36
+def evaluation_of(config, prepared) -> dict:
+    "What decides perplexities and samples, apart from the model."
+    return dict(text=prepared.held_out.sha256, split=prepared.held_out.split, prompt=config.prompt, seed=config.seed,
+                eval_stride=config.eval_stride, max_new_tokens=config.max_new_tokens)
+
+# %% ../nbs/63_training.ipynb #ffe78b37
+def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
+    "The result of the finished run in `folder`; evaluated again if `config` evaluates in another way."
+    result = FinetuneResult.from_dict(read_result(folder))
+    result = replace(result, output_dir=config.output_dir, config=config, repeated=True)
+    if result.evaluated == (now := evaluation_of(config, prepared)): return result
+    model, measured = load_model(str(folder)).to(prepared.runtime.device), []
+    for each in prepared.model, model:
+        measured.append(evaluate_and_sample(config, prepared, each, result.plan.recipe.precision, report, callbacks))
+    (before, first), (after, second) = measured
+    result = replace(result, perplexity_before=before, perplexity_after=after, evaluated=now,
+                     samples=dict(before=first, after=second))
+    write_result(config.output_dir, replace(result, repeated=False).to_dict())
+    return result
+
+# %% ../nbs/63_training.ipynb #ffe78b38
+RESUMING = "Resuming at step {step} of {steps}. {since}"
+
+def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
+    "What is left of a run, from the evaluation before it to the one after it."
+    report, place = all_told(shown, callbacks), config.output_dir
+    plan, run = settle_run(config, prepared, found, run)
+    check_room(config, plan, prepared.tokenizer)
+    training_arguments(config, plan)  # what it refuses is said before anything slow
+    told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=mirror.before_end(found.saved))
+    if told: warnings.warn(told, stacklevel=3)
+    tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told)
+    before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
+    model, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
+    tell(callbacks, "on_stage", SAVING)
+    write_result(place, dict(fingerprint=run))
+    with in_one_line(place): files = retried(lambda: save_model(model, prepared.tokenizer, place), may_pass, attempts=6)
+    tell(callbacks, "on_stage", AFTER)
+    after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks)
+    result = FinetuneResult(
+        model=config.model, parameters=model.num_parameters(), dataset=prepared.dataset, plan=plan, config=config,
+        train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0], **facts,
+        samples=dict(before=before[1], after=after[1]), output_dir=place, runtime=prepared.runtime, files=files,
+        resumed_from=found and str(found.path), seconds=time.monotonic() - started, fingerprint=run,
+        evaluated=evaluation_of(config, prepared))
+    write_result(place, result.to_dict())
+    return result
 
 # %% ../nbs/63_training.ipynb #ffe78b2c
 def finetune(
@@ -307,34 +367,23 @@ def finetune(
     progress=True,  # bars on stderr; False: nothing; a function of (what, done, total): that
     **changes,  # fields of the config
 ) -> FinetuneResult:
-    """Fine-tune a model on a text, save it, and evaluate it before and after. Raises what the parts raise, in one line;
-    `Interrupted` after a signal, or out of time, with a checkpoint. What `progress` or a Listener raises ends it."""
+    """Fine-tune a model on a text, save it, and evaluate it before and after. The same again resumes where it was, or
+    returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time, with
+    what was trained saved. What `progress` or a Listener raises ends the run."""
     started, config = time.monotonic(), check_run(changed(config, **changes))
     stop = StopOnInterrupt(config.output_dir)
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]
     with stop.listening(), only_run(config.output_dir), reporting(progress) as shown:
         report = all_told(shown, callbacks)
         for left in leftovers(config.output_dir): discard(left)
+        check_free(config, asked(config))  # what differs is said before anything slow
         tell(callbacks, "on_stage", LOADING, stop=stop)
         config = replace(config, prompt=(prepared := prepare(config, report)).prompt)
-        plan = plan_training(config, prepared.model, prepared.train, prepared.runtime)
-        check_room(config, plan, prepared.tokenizer)
-        training_arguments(config, plan)  # what it refuses is said before anything slow
-        identity, shape = identify(prepared.train, plan, config.seed), prepared.model.config
-        resumed_from = None if config.overwrite_output_dir else checkpoint_to_resume(config.output_dir, shape, identity)
-        tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=resumed_from)
-        before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
-        model, plan, facts = train_and_merge(config, prepared, plan, callbacks, shown, resumed_from)
-        tell(callbacks, "on_stage", SAVING)
-        def save(): save_model(model, prepared.tokenizer, config.output_dir)
-        with in_one_line(config.output_dir): retried(save, may_pass, attempts=6)
-        tell(callbacks, "on_stage", AFTER)
-        after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks)
-        result = FinetuneResult(
-            model=config.model, parameters=model.num_parameters(), dataset=prepared.dataset, plan=plan, config=config,
-            train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0], **facts,
-            samples=dict(before=before[1], after=after[1]), output_dir=config.output_dir, runtime=prepared.runtime,
-            resumed_from=resumed_from and str(resumed_from), seconds=time.monotonic() - started)
-        write_result(result)
+        found, mirror, run = look_for(config, prepared, report)
+        try:
+            if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)
+            else: result = train(config, prepared, found, run, mirror, callbacks, shown, started)
+            mirror.offer(config.output_dir)
+        finally: mirror.close(report)
     if result.risen: warnings.warn(result.risen, stacklevel=2)
     return result

@@ -34,22 +34,23 @@ def full_disk_told(folder, model):
         if number != errno.ENOSPC and (number not in (None, errno.EIO) or shutil.disk_usage(folder).free > size): raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
 
-# %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
-def save_model(model, tokenizer, output_dir) -> Path:
-    "Write weights, config and tokenizer; on an error the files in `output_dir` stay as they were."
-    check_finite(model)
-    set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
-    with atomic(output_dir, folder=True) as folder:
-        with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
-    return Path(output_dir)
-
-# %% ../../nbs/engine/41_checkpoints.ipynb #2eeef7c5
+# %% ../../nbs/engine/41_checkpoints.ipynb #2eeef7c4
 MANIFEST = "whole.json"
 
 def list_files(folder) -> dict:
     "Name to bytes of the files in `folder`, without the manifest."
     return {f.name: f.stat().st_size for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != MANIFEST}
+
+# %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
+def save_model(model, tokenizer, output_dir) -> dict:
+    "Write weights, config and tokenizer; on an error `output_dir` stays as it was. -> name to SHA-256 of the files."
+    check_finite(model)
+    set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
+    with atomic(output_dir, folder=True) as folder:
+        with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+        sums = checksums(folder, list_files(folder))
+    return sums
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #cde56d37
 def _checksum(facts): return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -175,8 +175,8 @@ class StopOnDivergence(TrainerCallback):
         guess = math.log(model.get_input_embeddings().num_embeddings)
         if self.batches: self.bound = 2 * max(guess, loss_now(model, self.batches))
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save: control.should_log = True  # the Trainer logs first, and then saves
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save: self.check(args, state, model)  # without a log entry: when it saves changes nothing
 
     def on_log(self, args, state, control, logs=None, model=None, optimizer=None, **kwargs):
         loss, scaler = (logs or {}).get("loss", 0), getattr(optimizer, "scaler", None)
@@ -184,7 +184,7 @@ class StopOnDivergence(TrainerCallback):
         if scaler and scaler.get_scale() < 1:
             told = "By step {step} all gradients are infinite in fp16"
             self.lost(args, state, told, "{precision=fp32}, or with ")
-        if loss > self.bound or control.should_save: self.check(args, state, model)
+        if loss > self.bound: self.check(args, state, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.seen < state.global_step: self.check(args, state, model)

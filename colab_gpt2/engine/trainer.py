@@ -19,8 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
 from .callbacks import Bar, Meter
-from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, remove_checkpoint
-from .checkpoints import write_manifest
+from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, read_manifest
+from .checkpoints import remove_checkpoint, write_manifest
 from ..core import retried
 from .guards import SaveByTime, StopOnDivergence, StopOnInterrupt
 from ..errors import Sentence, may_pass
@@ -77,14 +77,19 @@ class MicroBatchTrainer(Trainer):
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf34
 class BlockTrainer(MicroBatchTrainer):
     "Atomic checkpoints too, from which a run may resume with other settings."
-    aside, identity, checkpoints_to_keep, in_use = None, {}, None, set  # in_use(): checkpoints that a mirror copies now
+    aside, identity, rate_factor, checkpoints_to_keep = None, {}, 1., None
+    in_use = set  # in_use(): checkpoints that a mirror copies now
+    _tr_loss, _globalstep_last_logged = torch.zeros(()), 0  # of the stock Trainer, which sets them in `train`
 
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
+        unlogged = dict(loss=self._tr_loss.item(), since=self._globalstep_last_logged)
+        self.state.stateful_callbacks["unlogged"] = unlogged
         retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
         if not self.checkpoints_to_keep: return
-        for path in find_checkpoints(self.args.output_dir)[:-self.checkpoints_to_keep]:
+        def own(path): return read_manifest(path)["run"] == self.identity  # what another run has left goes first
+        for path in sorted(find_checkpoints(self.args.output_dir), key=own)[:-self.checkpoints_to_keep]:
             if path not in self.in_use(): remove_checkpoint(path)
 
     def save_once(self, model, trial):
@@ -95,7 +100,7 @@ class BlockTrainer(MicroBatchTrainer):
                 with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
             finally: self.aside = None
-            write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps)
+            write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps, self.rate_factor)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         "Keep this run's learning rate and weight decay, not the checkpoint's."
@@ -194,20 +199,17 @@ def training_arguments(config, plan) -> TrainingArguments:
 
 # %% ../../nbs/engine/42_trainer.ipynb #84343245
 class StepsOfNow(TrainerCallback):
-    "A resumed run logs and saves at the steps that are set now."
-    def on_train_begin(self, args, state, control, **kwargs): state.compute_steps(args, state.max_steps)
+    "A resumed run logs and saves at the steps that are set now; the last step is always logged."
+    def __init__(self, trainer): self.trainer = trainer
 
-# %% ../../nbs/engine/42_trainer.ipynb #9b833c62
-def identify_settings(plan, seed) -> dict:
-    "The settings that tell one run from another."
-    recipe, same = plan.recipe, dict(effective_batch_size=plan.blocks_per_step, seed=seed)
-    rank = dict(lora_rank=recipe.lora_rank) if recipe.method == "lora" else {}
-    return dict(block_size=recipe.block_size, method=recipe.method, **same, **rank)
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+        if unlogged := state.stateful_callbacks.pop("unlogged", None):
+            self.trainer._tr_loss += unlogged["loss"]
+            self.trainer._globalstep_last_logged = unlogged["since"]
 
-# %% ../../nbs/engine/42_trainer.ipynb #77f3cabc
-def identify(blocks, plan, seed) -> dict:
-    "A checkpoint is resumed only if all of this is the same."
-    return dict(text=blocks.sha256, **identify_settings(plan, seed))
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps: control.should_log = True
 
 # %% ../../nbs/engine/42_trainer.ipynb #e3e30b34
 def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=silent) -> BlockTrainer:
@@ -217,7 +219,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision, config.seed)
     meter, arguments = Meter(recipe.device), training_arguments(config, plan)
     stop = next((c for c in callbacks if isinstance(c, StopOnInterrupt)), None)
-    own = [StepsOfNow(), meter] if stop else [StepsOfNow(), meter, stop := StopOnInterrupt(config.output_dir)]
+    own = [meter] if stop else [meter, stop := StopOnInterrupt(config.output_dir)]
     if config.save_steps is None: own.append(SaveByTime(config.save_minutes))
     bar = Bar(meter, min(plan.blocks_per_step, len(blocks)) * blocks.block_size, report)
     some = range(0, len(blocks), math.ceil(len(blocks) / 4))  # four at most
@@ -235,5 +237,5 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     trainer.checkpoints_to_keep = config.save_total_limit
     if recipe.gradient_checkpointing:  # keep half-precision copies of the current layer only
         trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-    trainer.identity = identify(blocks, plan, config.seed)
+    trainer.add_callback(StepsOfNow(trainer))
     return trainer

@@ -128,9 +128,10 @@ def work(job) -> dict:
     "Train and evaluate as `job` says; returns what `eval_results_lm.txt` holds, empty without --do_eval."
     from colab_gpt2.engine.checkpoints import find_checkpoints
     from colab_gpt2.model.loading import load_config, model_context
-    from colab_gpt2.training import check_output_dir, finetune
-    resume, overwrite = job.config.resume if job.train else "never", job.config.overwrite_output_dir or not job.train
-    check_output_dir(job.config.output_dir, resume, overwrite)
+    from colab_gpt2.resuming import asked, check_free, check_output_dir
+    from colab_gpt2.training import finetune
+    check_output_dir(job.config.output_dir)
+    if job.train: check_free(job.config, asked(job.config))
     with tempfile.TemporaryDirectory() as folder:
         config = with_texts(job, folder)
         size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))

@@ -17,7 +17,6 @@ from ..config import FinetuneConfig, pick_block_size, pick_learning_rate
 from ..core import human_bytes, human_time
 from ..engine.callbacks import AFTER, PROBING, Listener
 from ..engine.checkpoints import find_checkpoints, read_manifest
-from ..engine.trainer import identify_settings
 from ..errors import Sentence, about, fields_of, worded
 from ..model.loading import MODELS, model_context
 from .fields import Form, labels_of
@@ -28,7 +27,8 @@ from .snippets import differing
 from ..planning.plan import Plan, estimate_text, plan_run, step_time
 from ..runtime import check_runtime
 from ..tasks import corpus_for_plan, shape_for_plan, size_for_plan
-from ..training import Interrupted, finetune, finished_config
+from ..resuming import asked, chosen
+from ..training import Interrupted, finetune, read_finished
 
 # %% ../../nbs/panels/78_finetune.ipynb #eb59c059
 def describe_plan(plan: Plan, config) -> str:
@@ -101,7 +101,7 @@ def refused_place(folder: Path) -> str:
 # %% ../../nbs/panels/78_finetune.ipynb #1c7adc06
 def former_settings(was, now) -> str:
     "The settings that differ, with the former values, as a template."
-    changes = [name for name, value in now.items() if was.get(name, value) != value]
+    changes = [name for name, value in now.items() if None not in (value, was.get(name)) and was[name] != value]
     return ", ".join(f"{{{name}={was[name]!r}}}" for name in changes)
 
 # %% ../../nbs/panels/78_finetune.ipynb #6e18cb03
@@ -109,7 +109,7 @@ def describe_resume(there, newest, config, plan) -> tuple:
     "(what resuming from the checkpoint `newest` would mean, whether it is refused)."
     if not newest: return f"{there} and has no complete checkpoint: there is nothing to resume from.", True
     if not plan: return f"{there}: this run resumes from it.", False
-    if former := former_settings(read_manifest(newest)["run"], identify_settings(plan, config.seed)):
+    if former := former_settings(read_manifest(newest)["run"], asked(config) | chosen(plan, config)):
         return Sentence(f"{{there}}, of a run with {former}. To resume, restore that; to train with the current "
                         "settings, turn on {overwrite_output_dir}.", there=there), True
     if int(newest.name.split("-")[1]) < plan.steps: return f"{there}: this run resumes from it.", False
@@ -251,7 +251,8 @@ class Trained(Steering):
     def look_for_model(self):
         "A finished model in the output folder is `earlier`, unless this panel's run began or left it."
         if self.running or self.left == self.config.output_dir or self.saved and not self.earlier: return
-        found = finished_config(self.config.output_dir)
+        result = read_finished(self.config.output_dir)
+        found = result and result.config
         if found == self.saved: return
         self.saved, self.earlier = found, found is not None
         self.finish(None)
@@ -312,7 +313,7 @@ class FinetunePanel(Trained):
         return self.finish(result)
 
     def describe(self, result):
-        what = "perplexity" if result.tokens_per_second else "no training was left; perplexity"
+        what = "perplexity" if not result.repeated else "no training was left; perplexity"
         values = f"{result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}"
         return f"Done in {human_time(result.seconds)}: {what} {values}, saved in {result.output_dir}."
 
