@@ -12,16 +12,6 @@ from pathlib import Path, PureWindowsPath
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
-# %% ../nbs/00_core.ipynb #f9a2c4bf
-def plain(value):
-    "`value` in terms that JSON knows: records and mappings become dicts, paths and anything unknown become strings."
-    if isinstance(value, Record): return value.to_dict()
-    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value): return None  # JSON has neither NaN nor infinity
-    if value is None or isinstance(value, (str, bool, int, float)): return value
-    return str(value)
-
 # %% ../nbs/00_core.ipynb #58fd4e2f
 def _typed(hint, value):
     "The opposite of `plain`: a `value` that JSON gave, as the type `hint` has it."
@@ -33,6 +23,16 @@ def _typed(hint, value):
     if kind is dict: return {k: _typed(kinds[1] if kinds else None, v) for k, v in value.items()}
     if kind in (list, tuple): return kind(_typed(kinds[0] if kinds else None, v) for v in value)
     return kind(value) if kind in (Path, float) else value
+
+# %% ../nbs/00_core.ipynb #f9a2c4bf
+def plain(value):
+    "`value` in terms that JSON knows: records and mappings become dicts, paths and anything unknown become strings."
+    if isinstance(value, Record): return value.to_dict()
+    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value): return None  # JSON has neither NaN nor infinity
+    if value is None or isinstance(value, (str, bool, int, float)): return value
+    return str(value)
 
 # %% ../nbs/00_core.ipynb #a2a6cc6d
 class Record:

@@ -87,11 +87,6 @@ def check_complete(folder) -> dict:
         if there[name] != size: raise ValueError(f"{name} has {there[name]:,} of {size:,} bytes")
     return manifest
 
-# %% ../../nbs/engine/41_checkpoints.ipynb #4ba9232d
-def read_manifest(folder) -> dict | None:
-    "The manifest of a complete checkpoint, or None."
-    with contextlib.suppress(ValueError): return check_complete(folder)
-
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a81
 def check_intact(folder, report=None) -> dict:
     "The manifest of a complete checkpoint with the right checksums; else ValueError: what is wrong."
@@ -100,6 +95,11 @@ def check_intact(folder, report=None) -> dict:
     damaged = [name for name, digest in now.items() if digest != sums[name]]
     if damaged: raise ValueError(f"{', '.join(damaged)}: corrupted, the SHA-256 differs")
     return manifest
+
+# %% ../../nbs/engine/41_checkpoints.ipynb #4ba9232d
+def read_manifest(folder) -> dict | None:
+    "The manifest of a complete checkpoint, or None."
+    with contextlib.suppress(ValueError): return check_complete(folder)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #b4bab866
 def list_checkpoints(output_dir) -> list[Path]:
@@ -143,7 +143,8 @@ def new_checkpoint(place):
     "A folder that becomes the checkpoint `place` on a clean exit. A complete one there goes; else `.before` is added."
     place = former = Path(place)
     with contextlib.ExitStack() as around:
-        if place.exists() and read_manifest(place): former = around.enter_context(scratch(place.parent, place.name))/place.name
+        if place.exists() and read_manifest(place):
+            former = around.enter_context(scratch(place.parent, place.name))/place.name
         while former.exists(): former = former.with_name(former.name + ".before")
         try:
             with atomic(place, folder=True, aside=former if place.exists() else None) as folder: yield folder
