@@ -221,8 +221,8 @@ def train(model, kind="T4", *, limit=None, later=None, probed=True, traced=False
     """`train_model` with fp16 or bf16, scaler, probe (if `probed`) and all, on a `kind` of GPU with room for `limit`
     bytes, from the training on for `later`; `model`: a size's name, or a config. Two steps unless `changes` say more.
 
-    -> the `plan` and the plan `after`, the `peak` bytes of tensors in the last step, its operations if `traced`, all
-    `waits` and `mixed` devices, what was `said` in warnings, `losses`."""
+    -> the `plan` and the plan `after`, the `peak` bytes of tensors since the last step began, its operations if
+    `traced`, all `waits` and `mixed` devices, what was `said` in warnings, `losses`."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fixed = dict(output_dir=folder, logging_steps=100, save_steps=-1, max_steps=2, torch_compile=False,
@@ -238,5 +238,6 @@ def train(model, kind="T4", *, limit=None, later=None, probed=True, traced=False
             trainer = make_trainer(config, network, None, text, plan, [Watch(gpu, later)])
             trainer.get_train_dataloader = lambda: Loader(text, plan.blocks_per_step)
             after = train_model(trainer, plan)
-    return SimpleNamespace(plan=plan, after=after, peak=gpu.peak, operations=gpu.operations, waits=gpu.waits,
+    operations = [done for done in gpu.operations if done[0].startswith("step")]
+    return SimpleNamespace(plan=plan, after=after, peak=gpu.peak, operations=operations, waits=gpu.waits,
                            mixed=gpu.mixed, said=[str(w.message) for w in said], losses=trainer.state.log_history)
