@@ -29,10 +29,19 @@ def interrupt(number, frame): raise Interrupted("Stopped.", 128 + number)
 def catching(handler=interrupt):
     "`handler(number, frame)` gets the signals in ENDING. Only Python's main thread gets any."
     if threading.current_thread() is not threading.main_thread(): yield; return
-    plain, former = (signal.SIG_DFL, signal.default_int_handler, interrupt), {}
+    process, former = os.getpid(), {}
+
+    def received(number, frame):
+        if os.getpid() == process: return handler(number, frame)
+        signal.signal(number, former[number])
+        signal.raise_signal(number)
+
+    received.gives_way = handler is interrupt
     try:
         for number in ENDING:
-            if signal.getsignal(number) in plain: former[number] = signal.signal(number, handler)
+            was = signal.getsignal(number)
+            if was in (signal.SIG_DFL, signal.default_int_handler) or getattr(was, "gives_way", False):
+                former[number] = signal.signal(number, received)
         yield
     finally:
         for number, was in former.items(): signal.signal(number, was)

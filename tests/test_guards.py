@@ -31,7 +31,8 @@ def folder(tmp_path_factory):
 
 def train(folder, out, text="text.txt", **changes):
     options = dict(model=str(folder/"toy"), train_file=str(folder/text), eval_file=str(folder/"text.txt"),
-                   block_size=64, effective_batch_size=2, max_steps=12, max_new_tokens=2, cache_dir=str(folder/"cache"), mirror="off",
+                   block_size=64, effective_batch_size=2, max_steps=12, max_new_tokens=2, mirror="off",
+                   cache_dir=str(folder/"cache"),
                    precision="fp32", on_divergence="stop", torch_compile=False, output_dir=str(out), progress=False)
     return finetune(**{**options, **changes})
 

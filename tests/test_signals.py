@@ -1,5 +1,5 @@
 "A run that is asked to stop: wherever it is, what it says is on the disk, and its exit code says why."
-import json, os, signal, threading, time
+import json, multiprocessing, os, signal, threading, time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -140,6 +140,22 @@ def test_a_run_whose_terminal_is_closed_goes_on_under_nohup(folder, tmp_path):
     ran = forked(run_in_terminal, words, "step 4", ["hang up"], 0., ["SIGHUP"], cwd=folder)
     assert json.loads((tmp_path/"out"/"finetune.json").read_text())["steps"] == 8
     assert ran.returncode in (0, 1, 120)  # the result could not be printed
+
+
+def test_a_child_that_is_forked_meanwhile_ends_as_ever():
+    from colab_gpt2.signals import catching
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    def wait():
+        there.send("begun")
+        time.sleep(60)
+    with catching(lambda *heard: None), catching():
+        child = context.Process(target=wait)
+        child.start()
+        assert here.poll(30)
+        child.terminate()
+        child.join(30)
+    assert child.exitcode == -signal.SIGTERM
 
 
 def test_what_somebody_else_handles_or_ignores_stays_so(folder, tmp_path):

@@ -72,8 +72,8 @@ class StopOnInterrupt(Asked):
 
     def handle(self, number, frame):
         if number == getattr(signal, "SIGHUP", None): leave_dead_terminal()
-        again, last, self.when = self.asked, self.when, time.monotonic()
-        if self.when - last < 0.5: return  # the same: `uv run` passes on what the terminal has sent to both
+        if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes on what the terminal has sent to both
+        again, self.when = self.asked, time.monotonic()
         self.ask(128 + number)
         if again or self.stage not in (TRAINING, SAVING): raise self.interrupted()
         what = "after this step and saving" if self.stage == TRAINING else "when the model is saved"
@@ -116,7 +116,8 @@ class TimeLimit(Listener):
     def on_step_begin(self, args, state, control, **kwargs): self.since = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.step, self.since = max(0.9 * self.step, time.monotonic() - self.since), time.monotonic()  # the first compiles
+        self.step = max(0.9 * self.step, time.monotonic() - self.since)  # the first may compile
+        self.since = time.monotonic()
         left, steps = state.max_steps - state.global_step, state.global_step - self.first
         kept_back = self.step + 2 * self.saving + 2 * getattr(self.mirror, "took", 0)  # a copy may be under way
         if not (self.stop and left) or self.since + kept_back < self.end: return
