@@ -1,14 +1,16 @@
 "The mirror: what a Drive does to it, what a lost session leaves, and what a new machine finds."
-import functools, json, os, threading, time, warnings
+import dataclasses, functools, json, os, signal, threading, time, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
+import pytest, torch
+from transformers import TrainerCallback
 
-from colab_gpt2 import FinetuneConfig, mount_drive
+from colab_gpt2 import FinetuneConfig, finetune, mount_drive
 from colab_gpt2.core import sha256_of
-from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest, sealed
+from colab_gpt2.engine.callbacks import Listener
+from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, newest_intact, read_manifest, sealed
 from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
@@ -16,6 +18,7 @@ from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, h
 from colab_gpt2.storage.targets import FolderTarget
 from helpers.archives import tree
 from helpers.colab_stub import colab, stub
+from helpers.forks import forked
 from helpers.servers import Hub
 
 HERE, COLAB = SimpleNamespace(colab=""), SimpleNamespace(colab="kernel")
@@ -435,7 +438,8 @@ def test_a_private_repository_of_the_hub_is_a_mirror_too(hub, tmp_path, output, 
 
 def test_the_hub_is_told_in_a_word_and_its_token_never(hub, output, checkpoint, capsys):
     hub.refusals["/"] = 403
-    with pytest.warns(UserWarning, match="hub:me/checkpoints cannot be used now") as caught: mirror = opened(output, **ON_HUB)
+    with pytest.warns(UserWarning, match="hub:me/checkpoints cannot be used now") as caught:
+        mirror = opened(output, **ON_HUB)
     copy(mirror, path := checkpoint(100))
     assert mirror.status() == "Hub: checkpoint-100 failed (hub:me/checkpoints failed (HfHubHTTPError, 403))"
     del hub.refusals["/"]
@@ -454,3 +458,128 @@ def test_a_public_repository_gets_no_checkpoints(hub, output, checkpoint):
     with pytest.warns(UserWarning, match="does not have checkpoint-100"): mirror.close()
     with pytest.raises(ValueError, match="mirror is 'hub:checkpoints'; a repository is given as hub:USER/NAME"):
         opened(output, runtime=HERE, mirror="hub:checkpoints")
+
+
+# ---- runs
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    "A small model and two texts; and the weights that a run gives which nothing interrupts."
+    from transformers import GPT2Config
+    from colab_gpt2.model.loading import load_tokenizer, new_model
+    folder = tmp_path_factory.mktemp("job")
+    shape = GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=32, vocab_size=8192, bos_token_id=0, eos_token_id=0)
+    new_model(shape, seed=0).save_pretrained(folder/"toy")
+    load_tokenizer("tiny").save_pretrained(folder/"toy")
+    def said(i): return f"The tide of day {i} came in at {i % 12} o'clock.\n"
+    for name, lines in (("train", 200), ("eval", 9)):
+        (folder/f"{name}.txt").write_text("".join(map(said, range(lines))))
+    ran = forked(train, folder, "off", cwd=folder)
+    assert ran.result and ran.result["resumed_from"] is None, ran.stderr
+    return SimpleNamespace(folder=folder, weights=(folder/"out"/"model.safetensors").read_bytes())
+
+
+class Die(TrainerCallback):
+    "Kills its process at a step, once `there`, a pattern, is in the mirror."
+    def __init__(self, step, mirror, there): self.step, self.mirror, self.there = step, Path(mirror), there
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step < self.step: return
+        while not list(self.mirror.glob(self.there)): time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(folder, mirror, *callbacks, **changes):
+    "The run, in a folder of its own; -> what of its result says whether it was resumed, and what was told."
+    torch.set_num_threads(1)
+    config = FinetuneConfig(model=f"{folder}/toy", train_file=f"{folder}/train.txt", eval_file=f"{folder}/eval.txt",
+                            output_dir="out", block_size=32, effective_batch_size=4, max_steps=12, save_steps=4,
+                            max_new_tokens=2, torch_compile=False, mirror=str(mirror), cache_dir=f"{folder}/cache")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = finetune(dataclasses.replace(config, **changes), callbacks=callbacks, progress=False)
+    return dict(resumed_from=result.resumed_from, steps=result.steps, told=[str(w.message) for w in caught],
+                repeated=result.repeated)
+
+
+def new_machine(tmp_path, name):
+    "An empty folder: no output, nothing of the run."
+    (tmp_path/name).mkdir()
+    return tmp_path/name
+
+
+def test_a_new_machine_resumes_a_lost_run_to_the_same_weights(job, tmp_path):
+    "Killed at step 10 of 12, once checkpoint-8 was in the mirror. A third machine finds the run finished."
+    first, second, third = (new_machine(tmp_path, name) for name in ("first", "second", "third"))
+    disk = tmp_path/"disk"
+    died = forked(train, job.folder, disk, Die(10, disk, "*/checkpoint-8/whole.json"), cwd=first)
+    assert died.returncode == -signal.SIGKILL and died.result is None
+    resumed = forked(train, job.folder, disk, cwd=second).result
+    assert Path(resumed["resumed_from"]).name == "checkpoint-8" and resumed["steps"] == 12
+    assert any("Resuming at step 8 of 12. Your last session saved this" in text for text in resumed["told"])
+    assert (second/"out"/"model.safetensors").read_bytes() == job.weights
+    assert [path.name for path in disk.glob("*/*")] == [FINISHED]
+    finished = forked(train, job.folder, disk, cwd=third).result
+    assert finished["repeated"] and (third/"out"/"model.safetensors").read_bytes() == job.weights
+    assert not list((third/"out").glob("checkpoint-*"))
+
+
+def die_while_copying(folder, mirror, name, count):
+    "The run, killed before the file number `count` of the checkpoint `name` is copied."
+    from colab_gpt2.storage import targets
+    seen, copy_once = [], targets.copy_once
+    def counted(source, destination, report):
+        seen.extend([source] if destination.parent.name == name else [])
+        if len(seen) == count: os.kill(os.getpid(), signal.SIGKILL)
+        return copy_once(source, destination, report)
+    targets.copy_once = counted
+    return train(folder, mirror)
+
+
+def test_a_machine_that_is_lost_while_it_copies_leaves_the_older_checkpoint(job, tmp_path):
+    disk, first, second = tmp_path/"disk", *(new_machine(tmp_path, name) for name in ("first", "second"))
+    died = forked(die_while_copying, job.folder, disk, "checkpoint-8", 2, cwd=first)
+    assert died.returncode == -signal.SIGKILL
+    resumed = forked(train, job.folder, disk, cwd=second).result
+    assert (resumed["resumed_from"] or "").endswith("checkpoint-4") or not held(disk)
+    assert (second/"out"/"model.safetensors").read_bytes() == job.weights
+
+
+SURVIVED = [(fault, None) for fault in (dict(io_error=1), dict(disconnected=1), dict(slow=0.01))]
+ALL = [*FAULTS, *SURVIVED, ("unmounted", "not mounted"), ("hanging", "copying checkpoint-13 (0%)")]
+
+
+class Faults(Listener):
+    "Another of ALL for each checkpoint; notes what the mirror says of it, and what is complete here."
+    def __init__(self, colab, monkeypatch):
+        self.colab, self.patch, self.left, self.seen = colab, monkeypatch, [*ALL], []
+
+    def on_stage(self, stage, mirror=None, **facts):
+        if mirror: self.mirror, self.go_on = mirror, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        while self.mirror.in_use() and not (self.go_on and self.mirror.queue.current): time.sleep(0.002)
+        self.seen.append((self.mirror.status(), newest_intact(args.output_dir)))
+        if self.go_on: self.go_on.set()
+        self.colab.faults.set(**vars(type(self.colab.faults)()))
+        mount_drive(self.colab.mountpoint)
+        if self.left: self.strike(self.left.pop(0)[0])
+
+    def strike(self, fault):
+        from google.colab import drive
+        if fault == "unmounted": drive._unmount()
+        elif fault == "hanging": self.go_on = hanging(self.mirror, self.patch)
+        else: self.colab.faults.set(**fault)
+
+
+def test_a_run_goes_on_whatever_the_drive_does(colab, my_drive, job, tmp_path, monkeypatch):
+    "Each checkpoint meets another fault, is complete on this machine, and is told; at the end all is well again."
+    monkeypatch.chdir(tmp_path)
+    faults = Faults(colab, monkeypatch)
+    result = train(job.folder, "auto", faults, max_steps=len(ALL) + 1, save_steps=1)
+    assert result["steps"] == len(ALL) + 1 == len(faults.seen) == 14
+    for step, ((status, newest), (_, line)) in enumerate(zip(faults.seen[1:], ALL), 1):
+        assert newest.name == f"checkpoint-{step}" and (line or f"Drive: checkpoint-{step}, ") in status
+        assert (f"checkpoint-{step} failed" in status) == (step not in (9, 10, 11, 13))
+    assert [text for text in result["told"] if "Drive" in text] == []
+    assert held(colab.backing) == [FINISHED]

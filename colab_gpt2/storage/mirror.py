@@ -111,15 +111,15 @@ class Stored:
     def entries(self) -> tuple:
         "(complete entries, newest first; names of the others)"
         complete, others = [], []
-        for name in filter(NAMES.fullmatch, self.target.names()):
-            try: complete.append(read_entry(name, self.target.read(f"{name}/{MANIFEST}")))
+        for name in filter(NAMES.fullmatch, retried(self.target.names, may_pass)):
+            try: complete.append(read_entry(name, retried(lambda: self.target.read(f"{name}/{MANIFEST}"), may_pass)))
             except (FileNotFoundError, NotADirectoryError, ValueError): others.append(name)
         return sorted(complete, key=lambda entry: entry.step, reverse=True), others
 
     def newest(self) -> Entry | None:
         "What to resume, or the finished model; with a warning for what is there and cannot be used."
         if not self.target or self.afresh: return None
-        try: complete, others = retried(self.entries, may_pass)
+        try: complete, others = self.entries()
         except OSError as e:
             return warnings.warn(f"{self.target.called} cannot be read, so is not resumed from: {reason(e)}")
         for name in set(others) - self.skipped: self.skip(name, "it is incomplete")
@@ -365,7 +365,7 @@ def say(mirror, told, aloud=True) -> Mirror:
 def fit(mirror, plan) -> Mirror:
     "Decide by the room on the target what is copied of a run: `told` says it, and a warning where it is not all."
     target = mirror.target
-    try: (complete, _), free = retried(lambda: (mirror.entries(), target.free()), may_pass)
+    try: (complete, _), free = mirror.entries(), retried(target.free, may_pass)
     except OSError as e:
         return say(mirror, f"{target.called} cannot be used now, and each new checkpoint tries again: {reason(e)}")
     mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
