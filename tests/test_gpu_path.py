@@ -132,13 +132,19 @@ class Steps(TrainerCallback):
 def losses(trainer): return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.fixture(scope="module")
+def exact(blocks, tmp_path_factory):
+    "A trainer that has taken five steps in fp32."
+    trainer, plan = trainer_of(blocks, tmp_path_factory.mktemp("fp32"), save_steps=-1, max_steps=5)
+    train_model(trainer, plan)
+    return trainer
+
+
 @pytest.mark.parametrize("micro_batch", [8, 2])
-def test_fp16_with_a_scaler_learns_what_fp32_learns(blocks, tmp_path, scaler_on_cpu, micro_batch):
+def test_fp16_with_a_scaler_learns_what_fp32_learns(blocks, tmp_path, exact, scaler_on_cpu, micro_batch):
     """So gradients are unscaled once, however many micro-batches add up to them. The first loss is that of the same
     weights (measured: 1e-6 apart); from then on AdamW makes as much of a rounded gradient as of an exact one (2e-5)."""
-    exact, plan = trainer_of(blocks, tmp_path/"fp32", save_steps=-1)
-    train_model(exact, plan)
-    half, plan = trainer_of(blocks, tmp_path/"fp16", "fp16", micro_batch=micro_batch, save_steps=-1)
+    half, plan = trainer_of(blocks, tmp_path/"fp16", "fp16", micro_batch=micro_batch, save_steps=-1, max_steps=5)
     after = train_model(half, plan)
     assert half.accelerator.scaler.get_scale() == 2.**16 and not any("skipped" in reason for reason in after.reasons)
     assert losses(half)[0] == pytest.approx(losses(exact)[0], rel=1e-5)
@@ -192,7 +198,8 @@ WAYS = [dict(kind="T4"), dict(kind="A100"),
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: "-".join(map(str, way.values())))
 def traced(request, on_gpu):
     "The last step of a run, in two micro-batches, operation by operation."
-    run = on_gpu(train, WIDE, traced=True, effective_batch_size=4, per_device_train_batch_size=2, **request.param)
+    sizes = dict(effective_batch_size=4, per_device_train_batch_size=2)
+    run = on_gpu(train, WIDE, traced=True, probed=False, **sizes, **request.param)
     run.half, run.lora = "float16" if request.param["kind"] == "T4" else "bfloat16", "method" in request.param
     run.checkpointed = "gradient_checkpointing" in request.param
     return run
@@ -255,7 +262,7 @@ def test_two_gpus_are_one_for_a_run_and_nothing_is_said(on_gpu):
 def test_memory_that_runs_out_on_a_gpu_lowers_the_micro_batch(on_gpu):
     "In the probe, and in the training; a step begins again, and the result says what was used."
     run = dict(effective_batch_size=8, method="lora")
-    least, most = (on_gpu(train, DEEP, **run, per_device_train_batch_size=n).peak for n in (2, 8))
+    least, most = (on_gpu(train, DEEP, **run, probed=False, per_device_train_batch_size=n).peak for n in (2, 8))
     between = (least + most) // 2
     probed, trained = on_gpu(train, DEEP, **run, limit=between), on_gpu(train, DEEP, **run, later=between)
     for each in (probed, trained):
@@ -272,6 +279,7 @@ ADVICE = [(dict(method="full", gradient_checkpointing=True), ["method='lora'"], 
 
 @pytest.mark.parametrize("changes, offered, not_offered", ADVICE, ids=["checkpointed", "full", "lora"])
 def test_where_nothing_fits_only_what_is_not_on_is_advised(on_gpu, changes, offered, not_offered):
-    with pytest.raises(MemoryError) as told: on_gpu(train, DEEP, later=10_000_000, effective_batch_size=2, **changes)
+    with pytest.raises(MemoryError) as told:
+        on_gpu(train, DEEP, later=10_000_000, probed=False, effective_batch_size=2, **changes)
     said = str(told.value)
     assert all(words in said for words in offered) and not any(words in said for words in not_offered)
