@@ -16,6 +16,7 @@ from .core import Record, home, human_bytes
 from .errors import Sentence, about, check_number
 from .reporting import reporting
 from .runtime import check_runtime, in_colab
+from .signals import Interrupted
 from .storage.archives import archive_model, check_archive_path, reading_archive
 from .storage.drive import free_name, restore_from_drive, save_to_drive
 from .text.corpus import WIKITEXT, load_corpus
@@ -245,8 +246,12 @@ def run(
         raise FileExistsError(Sentence(said, path=path))
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
     if not again: path = place_for(path, finetuned.output_dir)
-    packed = archive(finetuned.output_dir, path, overwrite=True, progress=progress)
-    saved = save_or_say_why(packed.path, drive_folder, drive, progress)
+    try:
+        packed = archive(finetuned.output_dir, path, overwrite=True, progress=progress)
+        saved = save_or_say_why(packed.path, drive_folder, drive, progress)
+    except KeyboardInterrupt as e:
+        told = f"Stopped after the training; the model is saved in {finetuned.output_dir}."
+        raise Interrupted(told, getattr(e, "code", 130), "Run the same again to archive it.") from None
     return RunResult(finetuned=finetuned, archive=packed, drive=saved, seconds=time.perf_counter() - started)
 
 # %% ../nbs/64_tasks.ipynb #078e0c88
@@ -303,7 +308,7 @@ def bench(
 ) -> Bench:
     "Train for some steps and throw the result away: training tokens a second over the median step."
     from colab_gpt2.preparing import prepare
-    from colab_gpt2.training import Interrupted, check_trainer_args, make_trainer, plan_training, train_model
+    from colab_gpt2.training import check_trainer_args, make_trainer, plan_training, train_model
     check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
     config = changed(config or DEMO, **changes)
     check_trainer_args(config.trainer_args)

@@ -31,8 +31,8 @@ def folder(tmp_path_factory):
 
 
 def run(words, moment=None, sent=(), pause=0., ignored=()):
-    "The command, which sends itself the signals at a moment: a stage, 'step 3', or 'save 3', in the middle of that."
-    from colab_gpt2 import training
+    "The command, which sends itself the signals at a moment: a stage, 'step 3', 'archive', or 'save 3', in the middle."
+    from colab_gpt2 import tasks, training
     from colab_gpt2.engine import trainer
     from colab_gpt2.engine.callbacks import Listener
     for name in ignored: signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -53,7 +53,8 @@ def run(words, moment=None, sent=(), pause=0., ignored=()):
         return written(folder, *args, **kwargs)
 
     finetune, written = training.finetune, trainer.write_manifest
-    with (patch.object(training, "finetune", lambda config: finetune(config, callbacks=[Sends()])),
+    with (patch.object(training, "finetune", lambda config, **options: finetune(config, callbacks=[Sends()])),
+          patch.object(tasks, "archive_model", lambda *args, **kwargs: at("archive")),
           patch.object(trainer, "write_manifest", write_manifest)): command(*words.split())
 
 
@@ -105,6 +106,14 @@ def test_a_signal_ends_a_run_in_good_order(folder, tmp_path, moment, sent, pause
     hidden = [path.name for path in tmp_path.glob("out/.*")] + [p.name for p in tmp_path.glob("out/*") if p.is_file()]
     assert hidden == [] or "the model is saved" in said and "model.safetensors" in hidden
     assert sum("Stopping" in line for line in told) == (moment.split()[0] in ("step", "save", "saving"))
+
+
+def test_a_run_that_is_stopped_while_it_archives_says_that_the_model_is_saved(folder, tmp_path):
+    words = f"{WORDS}{tmp_path}/out --drive {tmp_path} --archive-path {tmp_path}/a.tar.gz".replace("finetune", "run")
+    ran = forked(run, words, "archive", ["SIGTERM"], cwd=folder)
+    said = f"Stopped after the training; the model is saved in {tmp_path}/out. Run the same again to archive it."
+    assert (ran.returncode, ran.stderr.strip().splitlines()[-1]) == (143, f"colab-gpt2: {said}"), ran.stderr
+    assert (tmp_path/"out"/"finetune.json").exists() and not (tmp_path/"a.tar.gz").exists()
 
 
 def test_the_same_command_afterwards_gives_the_same_model(folder, tmp_path):

@@ -40,13 +40,14 @@ class Asked(Listener):
     "A run in `output_dir` that may be asked to stop, knows how far it is, and says what that means."
     def __init__(self, output_dir=""):
         self.output_dir, self.stage, self.resumed_from = output_dir, LOADING, None
-        self.asked, self.code, self.why = False, 128 + signal.SIGINT, ""
+        self.asked, self.ended, self.code, self.why = False, False, 128 + signal.SIGINT, ""
 
     def ask(self, code=128 + signal.SIGINT, why=""):  # for a button too
         self.asked, self.code, self.why = True, code, why
 
     def interrupted(self) -> Interrupted:
-        "What is to be raised where the run is to end at once."
+        "What is to be raised where the run is to end at once. What is done then, as for a mirror, reports as ever."
+        self.ended = True
         if self.stage == AFTER: said = f"Stopped after the training; the model is saved in {self.output_dir}."
         elif self.stage in (TRAINING, SAVING):
             found = find_checkpoints(self.output_dir)
@@ -59,11 +60,11 @@ class Asked(Listener):
     def on_stage(self, stage, resumed_from=None, **facts):
         self.resumed_from = resumed_from or self.resumed_from
         if stage != TRAINING: self.stage = stage
-        if self.asked and stage != SAVING: raise self.interrupted()
+        if self.asked and not self.ended and stage != SAVING: raise self.interrupted()
         self.stage = stage
 
     def on_progress(self, what, done, total):
-        if self.asked and self.stage not in (TRAINING, SAVING): raise self.interrupted()
+        if self.asked and not self.ended and self.stage not in (TRAINING, SAVING): raise self.interrupted()
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0021
 class StopOnInterrupt(Asked):
