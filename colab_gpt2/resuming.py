@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .config import pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain
-from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints
+from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints, read_manifest
 from .engine.lock import LOCK
 from .errors import Sentence
 from .planning.plan import effective_batch
@@ -42,11 +42,17 @@ def checksum_of(model, config) -> str:
         if not made: crc = zlib.crc32(p.detach().cpu().contiguous().numpy(), crc)
     return f"{crc:08x}"
 
+# %% ../nbs/62_resuming.ipynb #6a774a5b
+def inherited(config) -> dict:
+    "Where the run started from whose checkpoint is both the model and what to resume; {} for any other."
+    told = str(config.model) == str(config.resume) and read_manifest(config.model) or {"run": {}}
+    return {name: told["run"][name] for name in ("model", "weights") if name in told["run"]}
+
 # %% ../nbs/62_resuming.ipynb #62aa0011
 def identify(config, blocks, weights) -> dict:
     "`asked`, and what is learnt (text and tokens) from where (`weights`, a checksum; the model's name is for people)."
     known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{zlib.crc32(blocks.stream):08x}")
-    return {**asked(config), **known, "block_size": blocks.block_size}
+    return {**asked(config), **known, **inherited(config), "block_size": blocks.block_size}
 
 def chosen(plan, config) -> dict:
     "What a plan has decided of what `asked` leaves open."

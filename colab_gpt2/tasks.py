@@ -216,8 +216,10 @@ class RunResult(Record):
 # %% ../nbs/64_tasks.ipynb #5ea28b06
 def place_for(path, folder) -> Path:
     "`path`, or with a number if the archive there holds another run than `folder`."
-    def run_of(place): return run_in(place).get("fingerprint") or run_in(place)
-    place = free_name(path, lambda there: run_of(there) == run_of(folder))
+    from colab_gpt2.resuming import differences
+    ours = run_in(folder).get("fingerprint", {})
+    def same(there): return (theirs := run_in(there).get("fingerprint")) and not differences(theirs, ours)
+    place = free_name(path, same)
     if place != path: warnings.warn(f"{path} holds another run and stays; this one is packed into {place}.", stacklevel=3)
     return place
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.forks import forked
 from transformers import TrainerCallback
 
 from colab_gpt2 import FinetuneConfig, tasks, training
@@ -123,6 +124,8 @@ def test_resume_needs_the_same_run(shell, own, tmp_path):
     same = "colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2", "--train-file", "eval.txt"
     refused(shell(*same), 1, "the text is another one", "set --model to out and --output-dir to a new folder")
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == weights
+    resumed = shell(*resume, "--resume", "out", "--json")
+    assert json.loads(resumed.stdout)["resumed_from"] == "out/checkpoint-2", resumed.stderr
     further = "--model", "out", "--train-file", "eval.txt", "--output-dir", "further"
     assert shell("colab-gpt2", "finetune", *QUICK, *own, *further, "--max-steps", "1").returncode == 0
 
@@ -231,3 +234,69 @@ def test_a_demo_of_a_given_length_has_it(tmp_path, monkeypatch):
     assert [type(c).__name__ for c in tasks.demo()["callbacks"]] == ["TimeLimit"]
     assert not tasks.demo(max_steps=300)["callbacks"]
     assert not tasks.demo(replace(tasks.DEMO, num_train_epochs=9))["callbacks"]
+
+
+# The same again
+
+JOB = dict(model="tiny", block_size=64, max_new_tokens=4, max_steps=6, save_steps=2, logging_steps=1, progress=False)
+
+
+class Killed(TrainerCallback):
+    "Ends the process after step 4, when the checkpoint before it has arrived in `mirror`."
+    def __init__(self, mirror): self.mirror = Path(mirror)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step != 4: return
+        while not list(self.mirror.glob("*/checkpoint-2/whole.json")): time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_until_killed(options): tasks.run(**options, callbacks=[Killed(f"{options['drive']}/colab-gpt2/runs")])
+def run_again(options):
+    ran = tasks.run(**options)
+    return ran.finetuned.resumed_from, ran.to_dict()
+
+
+def test_a_run_that_was_killed_goes_on_on_a_new_machine(own, tmp_path):
+    "The same call, with a folder in place of the Drive and nothing else left; and once more where it has finished."
+    here, new, newer, other = (tmp_path/name for name in ("here", "new", "newer", "other"))
+    for folder in (here, new, newer, other): folder.mkdir()
+    job = JOB | dict(train_file=f"{tmp_path}/train.txt", eval_file=f"{tmp_path}/eval.txt", output_dir="out")
+    options = dict(job, drive=f"{tmp_path}/drive")
+    assert forked(run_until_killed, options, cwd=here).returncode == -signal.SIGKILL
+    assert not (here/"out"/"model.safetensors").exists() and not list((tmp_path/"drive"/"colab-gpt2").glob("*.tar.gz"))
+    resumed = forked(run_again, options, cwd=new)
+    assert resumed.result[0] == "out/checkpoint-2" and "Resuming at step 2 of 6." in resumed.stderr, resumed.stderr
+    assert forked(run_again, dict(job, mirror="off"), cwd=other).result[0] is None
+    weights = [(folder/"out"/"model.safetensors").read_bytes() for folder in (new, other)]
+    assert weights[0] == weights[1]
+    finished = forked(run_again, options, cwd=newer)
+    assert (newer/"out"/"model.safetensors").read_bytes() == weights[0]
+    for name in ("losses", "archive", "drive"): assert finished.result[1][name] == resumed.result[1][name]
+    assert [p.name for p in (tmp_path/"drive"/"colab-gpt2").glob("*.tar.gz")] == ["out.tar.gz"]
+
+
+def test_a_run_that_ended_before_its_copy_saves_it_the_next_time(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = JOB | dict(train_file="train.txt", eval_file="eval.txt", output_dir="out", drive="drive", max_steps=2)
+    with monkeypatch.context() as dying:
+        def end(*args): raise KeyboardInterrupt
+        dying.setattr(tasks, "save_or_say_why", end)
+        with pytest.raises(KeyboardInterrupt): tasks.run(**options)
+    packed = Path("out.tar.gz").read_bytes()
+    monkeypatch.setattr(training, "make_trainer", lambda *args: pytest.fail("it trains again"))
+    ran = tasks.run(**options)
+    assert Path("out.tar.gz").read_bytes() == packed == Path(ran.drive["path"]).read_bytes()
+    assert not list(tmp_path.rglob("out-2.tar.gz"))
+
+
+def test_the_archive_of_another_run_stays(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = JOB | dict(train_file="train.txt", eval_file="eval.txt", max_steps=1, archive_path="a.tar.gz")
+    first = tasks.run(**options, output_dir="one").archive
+    with pytest.warns(UserWarning, match="a.tar.gz holds another run and stays; this one is packed into a-2.tar.gz"):
+        second = tasks.run(**options, output_dir="two", seed=7).archive
+    again = tasks.run(**options, output_dir="two", seed=7).archive
+    assert (first.path.name, second.path.name, again) == ("a.tar.gz", "a-2.tar.gz", second)
+    over = tasks.run(**options, output_dir="three", seed=8, overwrite_output_dir=True).archive
+    assert over.path.name == "a.tar.gz" and over.sha256 not in (first.sha256, second.sha256)

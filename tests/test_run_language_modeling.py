@@ -1,5 +1,5 @@
 "The command of 2020 as it was typed, in processes of their own; and what it says where it cannot go on."
-import json, os, shlex, signal, subprocess, sys, time
+import json, os, shlex, shutil, signal, subprocess, sys, time
 
 import pytest
 
@@ -84,11 +84,22 @@ def command(folder, tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_the_same_command_again_trains_nothing(command, folder, tutorial, monkeypatch):
+    before = {p.name: p.stat().st_mtime_ns for p in (folder/"output").iterdir() if p.name != "eval_results_lm.txt"}
+    was = results(folder/"output"/"eval_results_lm.txt")
+    monkeypatch.setattr("colab_gpt2.training.train", lambda *args: pytest.fail("it trains again"))
+    code, said = command(COMMAND)
+    assert code == 0 and results(folder/"output"/"eval_results_lm.txt") == was, said
+    after = {p.name: p.stat().st_mtime_ns for p in (folder/"output").iterdir() if p.name in before}
+    assert after == before
+
+
 def test_its_output_is_refused_then_trained_further(command, folder, tutorial):
     before = {p.name: p.stat().st_mtime_ns for p in (folder/"output").iterdir()}
     again = COMMAND.replace("=tiny", "=output/")
     code, said = command(again)
-    assert code == 1 and "output is not empty" in said.splitlines()[-1]
+    why = "--output_dir output holds the model of another run: --model_name_or_path was tiny, now it is output."
+    assert code == 1 and why in said.splitlines()[-1]
     assert {p.name: p.stat().st_mtime_ns for p in (folder/"output").iterdir()} == before
     reached = results(folder/"output"/"eval_results_lm.txt")["perplexity"]
     code, said = command(again + " --overwrite_output_dir --max_steps=2")
@@ -139,17 +150,37 @@ def test_checkpoints_are_watched_evaluated_and_resumed(command, tmp_path):
     found = results(tmp_path/"a"/"eval_results_lm.txt")
     assert found["perplexity_4"] == pytest.approx(found["perplexity"], rel=1e-4)
     assert found["perplexity_2"] > found["perplexity_4"]
+    code, said = command(f"{flags} --max_steps=6")
+    assert code == 1 and "--max_steps was 4, now it is 6" in said and "--should_continue" in said.splitlines()[-1]
     unnamed = flags.replace("--model_name_or_path=tiny", "")  # the checkpoint is the model, as in 2020
     code, said = command(f"{unnamed} --max_steps=6 --should_continue --overwrite_output_dir")
     assert code == 0, said
     told = json.loads((tmp_path/"a"/"finetune.json").read_text())
     assert told["steps"] == 6 and told["resumed_from"].endswith("checkpoint-4")
+    named = flags.replace("=tiny", f"={tmp_path/'a'/'checkpoint-6'}")
+    code, said = command(f"{named} --max_steps=7 --overwrite_output_dir")
+    assert code == 0 and json.loads((tmp_path/"a"/"finetune.json").read_text())["steps"] == 7, said
     a = tmp_path/"a"
     code, said = command(f"--output_dir={a} --model_name_or_path={a} {EVALUATE} --should_continue")
     assert code == 0 and results(tmp_path/"a"/"eval_results_lm.txt")["perplexity"] > 0, said
     older = flags.replace("=tiny", f"={a/'checkpoint-2'}")
     code, said = command(f"{older} --max_steps=6 --overwrite_output_dir")
     assert code == 2 and "the newest complete checkpoint there is" in said and (tmp_path/"a"/"checkpoint-2").exists()
+
+
+def test_the_same_command_resumes_and_says_so(command, tmp_path):
+    flags = f"--output_dir={tmp_path/'a'} {TRAIN} --max_steps=4 --save_steps=2"
+    assert command(flags)[0] == 0
+    weights = (tmp_path/"a"/"model.safetensors").read_bytes()
+    for path in (tmp_path/"a").iterdir():  # as a session leaves it that ends after step 2
+        if path.name == "checkpoint-4": shutil.rmtree(path)
+        elif path.name != "checkpoint-2": path.unlink()
+    code, said = command(flags)
+    assert code == 0 and "note: Resuming at step 2 of 4." in said and "should_continue" not in said
+    assert (tmp_path/"a"/"model.safetensors").read_bytes() == weights
+    code, said = command(f"{flags} --overwrite_output_dir")
+    told = json.loads((tmp_path/"a"/"finetune.json").read_text())
+    assert code == 0 and "Resuming" not in said and told["resumed_from"] is None
 
 
 def test_an_incomplete_checkpoint_is_not_resumed(command, tmp_path):
