@@ -109,14 +109,14 @@ class Found(Record):
     rate_factor: float = 1.  # of the learning rate, after a divergence
     files: dict | None = None  # of a finished model: name to SHA-256
 
-    def damage(self) -> str:
+    def damage(self, report=None) -> str:
         "What is wrong with it, or ''. All of it is read."
         if self.files is None:
-            try: check_intact(self.path)
+            try: check_intact(self.path, report)
             except ValueError as e: return str(e)
             return ""
         there = [name for name in self.files if (self.path/name).is_file()]
-        now = checksums(self.path, there)
+        now = checksums(self.path, there, report)
         wrong = [name for name, digest in self.files.items() if now.get(name) != digest]
         return f"{', '.join(wrong)}: missing, or corrupted" if wrong else ""
 
@@ -168,10 +168,10 @@ def refuse(other, now, output_dir):
         differences=differences_told(other.run, now), what=f"step {other.step}" if other.files is None else "the model"))
 
 # %% ../nbs/62_resuming.ipynb #62aa0031
-def newest_intact(found) -> Found | None:
+def newest_intact(found, report=None) -> Found | None:
     "The first of several `Found` that is intact; a warning names each before it."
     for each in found:
-        if not (why := each.damage()): return each
+        if not (why := each.damage(report)): return each
         warnings.warn(f"{each.path} is skipped: {why}.", stacklevel=4)
 
 def source_of(config, now) -> Found:
@@ -198,12 +198,12 @@ def check_free(config, now):
     if not found and (left := strangers(folder)): raise FileExistsError(Sentence(TAKEN, path=folder, names=", ".join(left[:3])))
 
 # %% ../nbs/62_resuming.ipynb #62aa0034
-def where_to_resume(config, now) -> Found | None:
+def where_to_resume(config, now, report=None) -> Found | None:
     "The newest intact state of the run `now`, or what it is to continue from; None to begin. Refuses what is another's."
     check_free(config, now)
     if config.overwrite_output_dir or config.resume == "never": return None
     for path in list_checkpoints(config.output_dir):
         try: check_complete(path)
         except ValueError as e: warnings.warn(f"{path} is skipped: {e}.", stacklevel=3)
-    own = newest_intact(each for each in found_in(config.output_dir) if not differences(each.run, now))
+    own = newest_intact((each for each in found_in(config.output_dir) if not differences(each.run, now)), report)
     return own or (None if config.resume == "auto" else source_of(config, now))

@@ -291,7 +291,7 @@ def follow(config, found) -> FinetuneConfig:
 def look_for(config, prepared, report) -> tuple:
     "(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror; what identifies the run)"
     run = identify(config, prepared.train, checksum_of(prepared.model, config))
-    with in_one_line(config.output_dir): found = where_to_resume(config, run)
+    with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
     plan = plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     known = {name: value for name, value in run.items() if name != "model"}
     mirror = open_mirror(config, known, plan, prepared.runtime)

@@ -1,15 +1,15 @@
 "Checkpoints are complete or absent: damage to any of their files, a loss of power, and files that somebody else wrote."
-import os, pickle, shutil
+import contextlib, os, pickle, re, shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.power import Disk
-from helpers.toys import save, small_trainer
+from helpers.toys import newest, save, small_trainer
 from test_engine import Stop, run, text
 
 from colab_gpt2.core import sha256_of
-from colab_gpt2.engine.checkpoints import find_checkpoints, list_checkpoints, newest_intact, unsealed
+from colab_gpt2.engine.checkpoints import find_checkpoints, list_checkpoints, read_manifest, unsealed
 from colab_gpt2.engine.checkpoints import write_manifest
 
 
@@ -43,11 +43,11 @@ def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_older_one_taken(fol
         data = path.read_bytes()
         if kind == "missing": path.unlink()
         else: path.write_bytes(DAMAGES[kind](data))
-        with pytest.warns(UserWarning) as said: assert newest_intact(folder) == folder/"checkpoint-2"
+        with pytest.warns(UserWarning) as said: assert newest(folder) == folder/"checkpoint-2"
         [line] = [str(warning.message) for warning in said]
         assert line.startswith(f"{folder/'checkpoint-4'} is skipped: ") and name in line and "\n" not in line
         path.write_bytes(data)
-    assert newest_intact(folder) == folder/"checkpoint-4"
+    assert newest(folder) == folder/"checkpoint-4"
 
 
 def test_no_flip_of_a_bit_in_a_manifest_passes(stopped):
@@ -71,11 +71,27 @@ def test_a_run_resumes_from_the_older_checkpoint_to_the_same_weights(text, folde
     assert sha256_of(folder/"model.safetensors") == sha256_of(tmp_path/"plain/model.safetensors")
 
 
-def test_a_run_with_no_intact_checkpoint_left_says_what_to_do(text, folder):
-    for path in find_checkpoints(folder): (path/"optimizer.pt").write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError) as e: run(text, folder)
-    assert "has no complete checkpoint to resume from; set overwrite_output_dir=True" in str(e.value)
-    assert "\n" not in str(e.value) and (folder/"checkpoint-4").exists()
+def test_a_run_with_no_intact_checkpoint_left_names_each_and_begins_again(text, folder):
+    for path, kind in zip(find_checkpoints(folder), ("zeros", "cut")):
+        (path/"optimizer.pt").write_bytes(DAMAGES[kind]((path/"optimizer.pt").read_bytes()))
+    with pytest.warns(UserWarning) as said: result = run(text, folder, save_steps=3)
+    told = [str(warning.message) for warning in said if "is skipped" in str(warning.message)]
+    assert [re.search(r"checkpoint-\d", line)[0] for line in sorted(told)] == ["checkpoint-2", "checkpoint-4"]
+    assert (result.resumed_from, result.steps) == (None, 8)
+
+
+def test_what_was_skipped_is_not_kept_instead_of_what_is_new(folder, tmp_path):
+    "Its step is the highest."
+    trainer = small_trainer(tmp_path/"run")
+    trainer.checkpoints_to_keep = 1
+    save(trainer, 9)
+    damaged = tmp_path/"run/checkpoint-9/optimizer.pt"
+    damaged.write_bytes(flipped(damaged.read_bytes()))
+    for step in (2, 4):
+        save(trainer, step)
+        with pytest.warns(UserWarning, match="checkpoint-9") if damaged.exists() else contextlib.nullcontext():
+            assert newest(tmp_path/"run") == tmp_path/f"run/checkpoint-{step}"
+    assert not damaged.exists()
 
 
 # ---- what somebody else wrote
@@ -94,7 +110,7 @@ def test_no_pickle_in_a_checkpoint_is_executed(tmp_path, name):
     for write in (torch.save, lambda it, path: path.write_bytes(pickle.dumps(it, 2))):
         write(evil, checkpoint/name)
         write_manifest(checkpoint, {})
-        assert newest_intact(tmp_path/"out") == checkpoint
+        assert newest(tmp_path/"out") == checkpoint
         trainer.accelerator.scaler = SimpleNamespace(load_state_dict=None)
         load = dict(rng_state=trainer._load_rng_state, scaler=trainer._load_scaler)
         load = load.get(name.partition(".")[0], trainer._load_optimizer_and_scheduler)
@@ -135,12 +151,12 @@ def test_a_save_that_is_interrupted_anywhere_leaves_a_complete_checkpoint(interr
     folder, nth, lost = tmp_path/"out", 1, 0
     interrupted.save(1)
     while interrupted(step, nth, ever):
-        found = newest_intact(folder)
+        found = newest(folder)
         lost += not found
         assert find_checkpoints(folder) == list_checkpoints(folder) and not list(folder.glob("*.before"))
         for path in folder.glob(".*"): shutil.rmtree(path)
         if not found: interrupted.save(1)
-        assert newest_intact(folder).name in ("checkpoint-1", f"checkpoint-{step}")
+        assert newest(folder).name in ("checkpoint-1", f"checkpoint-{step}")
         if step == 2: shutil.rmtree(folder/"checkpoint-2", ignore_errors=True)
         nth += 1
     assert nth > 30 and lost <= (ever and step == 1)  # between two renames
@@ -157,7 +173,7 @@ def test_what_is_renamed_was_synced_and_nothing_older_goes_before_its_folder_is(
 
 def test_a_loss_of_power_at_any_rename_leaves_what_a_run_resumes_from(text, tmp_path, monkeypatch):
     "Whether the rename reached the disk or not."
-    kept, steps = [], [0]
+    kept, steps, finished = [], [0], []
     def after(path):
         disk_left = [disk.left(tmp_path/f"left-{len(kept)}-{kind}", without=path if kind else None) for kind in (0, 1)]
         kept.append((path.name, steps[-1], disk_left))
@@ -169,8 +185,10 @@ def test_a_loss_of_power_at_any_rename_leaves_what_a_run_resumes_from(text, tmp_
     assert names[:4] == [f"checkpoint-{n}" for n in (2, 4, 6, 8)] and {"model.safetensors", "finetune.json"} < {*names}
     for name, before, folders in kept:
         for folder, lost in zip(folders, (False, True)):
-            newest, new = newest_intact(folder), name.startswith("checkpoint-") and not lost
-            assert (newest.name if newest else "checkpoint-0") == (name if new else f"checkpoint-{before}")
+            found, new = newest(folder), name.startswith("checkpoint-") and not lost
+            if found == folder: finished.append((name, lost))
+            else: assert (found.name if found else "checkpoint-0") == (name if new else f"checkpoint-{before}")
+    assert finished == [("finetune.json", False)]  # the last, which says that all is there
     plain = sha256_of(tmp_path/"out/model.safetensors")
     for number, kind in ((1, 0), (2, 1), (len(kept) - 1, 1)):
         folder = kept[number][2][kind]

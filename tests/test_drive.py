@@ -5,7 +5,7 @@ import pytest
 
 from colab_gpt2 import archive_model, ask_for_drive
 from colab_gpt2.core import atomic, discard, sha256_of
-from colab_gpt2.engine.checkpoints import newest_intact, write_manifest
+from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.errors import GONE, REMOUNT, fields_of
 from colab_gpt2.storage.drive import copy_verified, mount_drive, restore_from_drive, save_to_drive
 from colab_gpt2.tasks import save_or_say_why
@@ -457,7 +457,7 @@ def save(my_drive, small_run, monkeypatch):
     dict(bytes_per_second=1e4)])
 def test_a_checkpoint_reaches_a_drive_that_fails_for_a_while(colab, my_drive, save, fault):
     with colab.faults(**fault): save(1)
-    assert newest_intact(my_drive/"run") == my_drive/"run/checkpoint-1"
+    assert toys.newest(my_drive/"run") == my_drive/"run/checkpoint-1"
     assert [name for name in os.listdir(my_drive/"run") if name.startswith(".")] == []
 
 
@@ -485,7 +485,7 @@ def test_a_drive_that_is_unmounted_while_a_checkpoint_is_written(colab, tmp_path
         with pytest.raises(OSError, match="mount has gone .errno 107."): save(2)
         assert os.listdir(tmp_path/"content"/mount) == []
         drive.mount(str(tmp_path/"content"/mount))
-    assert newest_intact(folder).name == f"checkpoint-{2 if back else 1}"
+    assert toys.newest(folder).name == f"checkpoint-{2 if back else 1}"
 
 
 @pytest.mark.parametrize("fault, line", [
@@ -500,10 +500,10 @@ def test_a_checkpoint_that_does_not_reach_the_drive_is_no_success(colab, my_driv
     before = tree(my_drive/"run")
     with colab.faults(**fault), pytest.raises(OSError, match=re.escape(line)) as e: save(2)
     assert "\n" not in str(e.value) and "[Errno" not in str(e.value) and ".part" not in str(e.value)
-    assert tree(my_drive/"run").items() >= before.items() and newest_intact(my_drive/"run").name == "checkpoint-1"
+    assert tree(my_drive/"run").items() >= before.items() and toys.newest(my_drive/"run").name == "checkpoint-1"
     assert len(save.waits) == (5 if True in fault.values() and {*fault} & {"io_error", "disconnected"} else 0)
     save(3)
-    assert newest_intact(my_drive/"run").name == "checkpoint-3"
+    assert toys.newest(my_drive/"run").name == "checkpoint-3"
 
 
 # ---- a run whose folder is on the Drive

@@ -13,7 +13,8 @@ from colab_gpt2.model.loading import load_config, locate
 from colab_gpt2.panels.drive import DriveConfig
 from colab_gpt2.runtime import cache_folder, check_mounted
 from colab_gpt2.tasks import archive_name, run
-from colab_gpt2.training import check_output_dir, finished_config
+from colab_gpt2.resuming import where_to_resume
+from colab_gpt2.training import check_output_dir, read_finished
 from helpers.archives import make_model
 from helpers.colab_stub import stub
 
@@ -58,7 +59,7 @@ def test_texts_tokens_and_models_are_looked_for_in_the_home_folder(at_home, tiny
     assert tokenize_file("~/t.txt", tiny, 8, cache_dir="~/c", progress=False).path.is_relative_to(at_home/"c/tokens")
     assert locate("~/m") == locate(Path("~/m")) == at_home/"m"
     assert existing("~/m/none") == at_home/"m" and check_runtime("~/none").disk
-    assert check_output_dir("~/out") == at_home/"out" and finished_config("~/out") is None
+    assert check_output_dir("~/out") == at_home/"out" and read_finished("~/out") is None
 
 
 def test_the_fields_of_a_config_know_the_home_folder(at_home):
@@ -227,4 +228,4 @@ def test_no_door_repeats_thousands_of_characters(tmp_path, monkeypatch):
 def test_a_folder_with_nothing_but_what_a_killed_run_left_is_a_new_one(tmp_path, number):
     "Its process number may live again: on a new machine the low ones do."
     (tmp_path/"run"/f".checkpoint-2.{number}.abcdefgh.part").mkdir(parents=True)
-    assert check_output_dir(tmp_path/"run") == check_output_dir(tmp_path/"run", resume="never") == tmp_path/"run"
+    assert where_to_resume(FinetuneConfig(output_dir=str(tmp_path/"run")), {}) is None

@@ -113,13 +113,6 @@ def find_checkpoints(output_dir) -> list[Path]:
     "The complete ones, oldest first."
     return [path for path in list_checkpoints(output_dir) if read_manifest(path)]
 
-# %% ../../nbs/engine/41_checkpoints.ipynb #62ab7143
-def newest_intact(output_dir, report=None) -> Path | None:
-    "The newest complete checkpoint with the right checksums; a warning for each newer one."
-    for path in reversed(list_checkpoints(output_dir)):
-        try: return check_intact(path, report) and path
-        except ValueError as e: warnings.warn(f"{path} is skipped: {e}.", stacklevel=3)
-
 # %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
 def remove_checkpoint(path):
     "Delete a checkpoint; of a link only the link: what it leads to may be needed elsewhere."

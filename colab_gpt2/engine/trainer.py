@@ -88,7 +88,8 @@ class BlockTrainer(MicroBatchTrainer):
         self.state.stateful_callbacks["unlogged"] = unlogged
         retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
         if not self.checkpoints_to_keep: return
-        def own(path): return read_manifest(path)["run"] == self.identity  # what another run has left goes first
+        def own(path):  # what another run has left goes first, and what is beyond this step: that was skipped
+            return (told := read_manifest(path))["run"] == self.identity and told["step"] <= self.state.global_step
         for path in sorted(find_checkpoints(self.args.output_dir), key=own)[:-self.checkpoints_to_keep]:
             if path not in self.in_use(): remove_checkpoint(path)
 

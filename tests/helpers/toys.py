@@ -1,8 +1,11 @@
 "Small runs for tests of what is written."
 from transformers import GPT2Config, TrainingArguments
 
+from colab_gpt2.config import FinetuneConfig
+from colab_gpt2.engine.checkpoints import find_checkpoints, read_manifest
 from colab_gpt2.engine.trainer import BlockTrainer
 from colab_gpt2.model.loading import new_model
+from colab_gpt2.resuming import where_to_resume
 
 
 def small_trainer(folder):
@@ -17,3 +20,10 @@ def small_trainer(folder):
 def save(trainer, step):
     trainer.state.global_step = step
     trainer._save_checkpoint(trainer.model, None)
+
+
+def newest(folder):
+    "The checkpoint from which the run in `folder` resumes, or None; with the warnings."
+    run = next((read_manifest(path)["run"] for path in find_checkpoints(folder)), {})
+    found = where_to_resume(FinetuneConfig(output_dir=str(folder)), run)
+    return found and found.path
