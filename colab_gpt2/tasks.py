@@ -220,7 +220,8 @@ def place_for(path, folder) -> Path:
     ours = run_in(folder).get("fingerprint", {})
     def same(there): return (theirs := run_in(there).get("fingerprint")) and not differences(theirs, ours)
     place = free_name(path, same)
-    if place != path: warnings.warn(f"{path} holds another run and stays; this one is packed into {place}.", stacklevel=3)
+    told = f"{path} holds another run and stays; this one is packed into {place}."
+    if place != path: warnings.warn(told, stacklevel=3)
     return place
 
 # %% ../nbs/64_tasks.ipynb #c9bdf74a

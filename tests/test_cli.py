@@ -91,7 +91,8 @@ def test_a_file_that_is_called_like_a_field_keeps_its_name(cli, own):
 
 
 def test_a_sentence_gets_the_options_names():
-    said = Sentence("{output_dir} {path} is full; set {method=lora}, {from_scratch=True}, {tune=False}.", path="resume.txt")
+    told = "{output_dir} {path} is full; set {method=lora}, {from_scratch=True}, {tune=False}."
+    said = Sentence(told, path="resume.txt")
     assert one_line(OSError(said)) == "--output-dir resume.txt is full; set --method lora, --from-scratch, --no-tune."
 
 
@@ -107,7 +108,7 @@ def test_an_option_that_the_command_does_not_read_is_unknown(cli, command, optio
 @pytest.mark.parametrize("command", ["finetune", "run", "demo"])
 @pytest.mark.parametrize("typed", [("--resume",), ("--resume", "--seed", "3"), ("--no-resume",)])
 def test_resume_without_a_value_says_what_it_takes_now(cli, command, typed):
-    refused(cli(command, *typed), 2, "--resume now takes auto, never or a folder. Leave it out: the same command resumes")
+    refused(cli(command, *typed), 2, "--resume now takes auto, never or a folder. Leave it out: the same command")
 
 
 @pytest.mark.parametrize("command", ["plan", "finetune", "run", "demo", "bench"])
