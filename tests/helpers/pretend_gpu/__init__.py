@@ -2,7 +2,7 @@
 
 A process must have it before it imports torch, so nothing here imports torch but `build`, which runs in the tests'.
 """
-import contextlib, ctypes, importlib, multiprocessing, platform, shutil, subprocess
+import contextlib, ctypes, gc, importlib, multiprocessing, platform, shutil, subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -31,6 +31,7 @@ def begin(library):
     "The first that the process does."
     ctypes.CDLL(str(library)).pretend()
     importlib.import_module("helpers.pretend_gpu.device")
+    gc.freeze()  # the libraries are no garbage
 
 
 @contextlib.contextmanager
