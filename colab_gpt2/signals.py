@@ -22,7 +22,9 @@ class Interrupted(KeyboardInterrupt):
         self.saved, self.code, self.advice = saved, int(code), advice
 
 # %% ../nbs/02_signals.ipynb #02aa0009
-def interrupt(number, frame): raise Interrupted("Stopped.", 128 + number)
+def interrupt(number, frame):
+    "A signal handler that ends what is done."
+    raise Interrupted("Stopped.", 128 + number)
 
 # %% ../nbs/02_signals.ipynb #02aa000b
 @contextlib.contextmanager

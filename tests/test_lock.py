@@ -126,6 +126,17 @@ def test_of_two_that_begin_at_once_one_runs(tmp_path):
     assert (len(ran), len(refused)) == (1, 7) and not (tmp_path/"new"/"run"/LOCK).exists()
 
 
+def test_an_error_of_a_drive_that_passes_stops_no_run(tmp_path, monkeypatch):
+    errors = [OSError(errno.EIO, os.strerror(errno.EIO)), OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))]
+    def fails_twice(*args, **kwargs):
+        if errors: raise errors.pop()
+        return open(*args, **kwargs)
+    monkeypatch.setattr(lock, "open", fails_twice, raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with only_run(tmp_path): assert (tmp_path/LOCK).exists()
+    assert errors == []
+
+
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
     def fails(*args, **kwargs): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     monkeypatch.setattr(lock, "open", fails, raising=False)

@@ -196,7 +196,8 @@ class StopOnDivergence(TrainerCallback):
         if name := lost_weight(model):
             self.lost(args, state, "A weight became NaN or infinite by step {step} ({name})", name=name)
         if self.batches and not (loss := loss_now(model, self.batches)) <= self.bound:
-            self.lost(args, state, "The loss has risen to {loss:.4g} by step {step}", loss=loss)
+            what = "has risen to" if math.isfinite(loss) else "became"
+            self.lost(args, state, f"The loss {what} {{loss:.4g}} by step {{step}}", loss=loss)
 
     def lost(self, args, state, what, try_first="", **values):
         rate = f"{min(self.usual, args.learning_rate / 10):.1g}"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from ..core import discard, make_folder
-from ..errors import Sentence, explained
+from ..core import discard, make_folder, retried
+from ..errors import Sentence, explained, may_pass
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0006
 LOCK, TOUCHED = ".running.json", 30.  # seconds
@@ -88,7 +88,7 @@ def only_run(output_dir):
 
     with explained(f"The lock of {folder}"):
         made = make_folder(folder)
-        file = take_lock(path)
+        file = retried(lambda: take_lock(path), may_pass)
     try:
         threading.Thread(target=touch, daemon=True).start()
         yield
