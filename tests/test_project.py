@@ -1,5 +1,5 @@
 "What holds the project together: notebooks and package in step, the order of the rooms, thin edges, a light import."
-import ast, configparser, importlib, json, os, re, shutil, subprocess, sys
+import ast, configparser, dataclasses, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,7 @@ from packaging.requirements import Requirement
 
 import colab_gpt2
 import rooms
+from colab_gpt2 import FinetuneConfig
 from helpers import figures
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +66,22 @@ def test_what_the_figures_count(tmp_path):
     for source, fault in {**seen, **fine}.items():
         assert bool(figures.read_back({tmp_path: ast.parse(source)})) is fault, source
     assert figures.wide([Path(__file__)], 500) == [] and figures.wide([Path(__file__)], 5)
+
+
+def test_each_promise_of_what_is_saved_has_its_test():
+    "In nbs/tutorials/what_is_saved.md, which README and the tutorial link."
+    place = ROOT/"nbs"/"tutorials"/"what_is_saved.md"
+    page = place.read_text(encoding="utf-8")
+    rows = re.findall(r"(?m)^\| (.+?) \| (.*) \|$", page.partition("| promise | test |")[2])[1:]
+    assert len(rows) > 15
+    for promise, tests in rows:
+        linked = re.findall(r"\[`(test_\w+)`\]\((.+?)\)", tests)
+        assert linked or promise.startswith("**"), promise
+        for test, path in linked: assert f"def {test}(" in (place.parent/path).read_text(encoding="utf-8"), test
+    fields = {f.name for f in dataclasses.fields(FinetuneConfig)}
+    assert {*re.findall(r"`(\w+)=", page), *re.findall(r"\(`(\w+_\w+)`\)", page)} <= fields
+    for start in ("README.md", "nbs/tutorials/colab_gpt2.ipynb"):
+        assert "tutorials/what_is_saved.md" in (ROOT/start).read_text(encoding="utf-8")
 
 
 def test_the_map_of_the_rooms_is_todays():
