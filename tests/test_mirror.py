@@ -10,12 +10,13 @@ from transformers import TrainerCallback
 from colab_gpt2 import FinetuneConfig, finetune, mount_drive
 from colab_gpt2.core import sha256_of
 from colab_gpt2.engine.callbacks import Listener
-from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, newest_intact, read_manifest, sealed
+from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest, sealed
 from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
 from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, heartbeat, open_mirror
 from colab_gpt2.storage.targets import FolderTarget
+from helpers.toys import newest
 from helpers.archives import tree
 from helpers.colab_stub import colab, stub
 from helpers.forks import forked
@@ -559,7 +560,7 @@ class Faults(Listener):
 
     def on_step_end(self, args, state, control, **kwargs):
         while self.mirror.in_use() and not (self.go_on and self.mirror.queue.current): time.sleep(0.002)
-        self.seen.append((self.mirror.status(), newest_intact(args.output_dir)))
+        self.seen.append((self.mirror.status(), newest(args.output_dir)))
         if self.go_on: self.go_on.set()
         self.colab.faults.set(**vars(type(self.colab.faults)()))
         mount_drive(self.colab.mountpoint)
