@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/62_preparing.ipynb #0994f430
-import gc, math, re, warnings
+import gc, re, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .errors import Sentence
 from .model.fitting import add_rows, check_match, keep_rope, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, model_context
 from .model.tune import return_freed_memory
-from .planning.plan import check_packages, effective_batch, pick_run_precision
+from .planning.plan import check_packages, count_steps, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
 from .text.corpus import WIKITEXT, load_corpus
@@ -47,7 +47,7 @@ def without_waste(blocks) -> Blocks:
 # %% ../nbs/62_preparing.ipynb #b8c551fa
 def warn_of_few_steps(config, blocks):
     "A run of a few steps changes nothing that can be seen."
-    steps = math.ceil(config.num_train_epochs * math.ceil(len(blocks) / effective_batch(config)))
+    steps = count_steps(config, len(blocks))
     if config.max_steps > 0 or steps >= 100: return
     told = "{steps} in all; 100 or more are needed to be noticed: set {max_steps=100}, or more {num_train_epochs}."
     warnings.warn(Sentence(told, steps=f"{steps} step{'s' * (steps > 1)}"), stacklevel=2)
