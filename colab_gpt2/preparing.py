@@ -53,14 +53,14 @@ def warn_of_few_steps(config, blocks):
     warnings.warn(Sentence(told, steps=f"{steps} step{'s' * (steps > 1)}"), stacklevel=2)
 
 # %% ../nbs/62_preparing.ipynb #5d7e8e53
-def training_blocks(config, corpus, tokenizer, context, report=silent) -> Blocks:
+def training_blocks(config, corpus, tokenizer, context, report=silent, notes=True) -> Blocks:
     "ValueError if the text is shorter than a block that was asked for, or was not given; a warning if it is short."
     if config.eval_file and not config.train_file:
         told = "{eval_file} is {path!r} and {train_file} is missing; give both."
         raise ValueError(Sentence(told, path=config.eval_file))
     blocks = blocks_of(config, corpus, "train", tokenizer, context, report, split="train")
     blocks = check_trainable(blocks if config.block_size else without_waste(blocks))
-    warn_of_few_steps(config, blocks)
+    if notes: warn_of_few_steps(config, blocks)
     return blocks
 
 # %% ../nbs/62_preparing.ipynb #60ea5cb5
@@ -140,7 +140,7 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     model = starting_model(wanted, tokenizer).to(runtime.device)
     report("Reading the text", 0, 1)
     given = config, corpus, tokenizer, model_context(model), report
-    train = training_blocks(*given) if train else None
+    train = training_blocks(*given, notes=False) if train else None
     prompt = pick_prompt(config, corpus) if held_out else PROMPT
     held_out = held_out_blocks(*given, notes=train is None) if held_out else None
     rows = model.get_input_embeddings().num_embeddings

@@ -29,7 +29,7 @@ from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, out_of_memory_told, plan_run
-from .preparing import prepare, release_memory, starting_model
+from .preparing import prepare, release_memory, starting_model, warn_of_few_steps
 from .reporting import reporting, silent
 from .resuming import RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen, differences
 from .resuming import found_in, identify, newest_intact, read_result, refuse, where_to_resume
@@ -291,24 +291,16 @@ def follow(config, found) -> FinetuneConfig:
 def look_for(config, prepared, report) -> tuple:
     "(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror; what identifies the run)"
     run = identify(config, prepared.train, checksum_of(prepared.model, config))
+    def planned(): return plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
-    plan = plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     known = {name: value for name, value in run.items() if name != "model"}
-    mirror = open_mirror(config, known, plan, prepared.runtime)
+    mirror = open_mirror(config, known, planned(), prepared.runtime)
     entry = None if found and found.files else mirror.newest()
     if entry and (not found or entry.step > found.step) and mirror.restore(entry, config.output_dir, report):
         found = where_to_resume(config, run)
+    run = run | chosen(planned(), follow(config, found))
+    if found and config.resume == "auto" and differences(found.run, run): refuse(found, run, config.output_dir)
     return found, mirror, run
-
-# %% ../nbs/63_training.ipynb #ffe78b33
-def settle_run(config, prepared, found, run) -> tuple:
-    "(the plan, what identifies the run), as far as the run that is resumed has decided it."
-    followed = follow(config, found)
-    plan = plan_training(followed, prepared.model, prepared.train, prepared.runtime)
-    run = run | chosen(plan, followed)
-    same = found and not differences(found.run, run)
-    if found and not same and config.resume == "auto": refuse(found, run, config.output_dir)
-    return replace(plan, steps=min(plan.steps, found.steps)) if same else plan, run
 
 # %% ../nbs/63_training.ipynb #ffe78b36
 def evaluation_of(config, prepared) -> dict:
@@ -332,15 +324,18 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     return result
 
 # %% ../nbs/63_training.ipynb #ffe78b38
-RESUMING = "Resuming at step {step} of {steps}. {since}"
+RESUMING = "Resuming at step {step} of {steps}.{since}"
 
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
     "What is left of a run, from the evaluation before it to the one after it."
     report, place = all_told(shown, callbacks), config.output_dir
-    plan, run = settle_run(config, prepared, found, run)
+    plan = plan_training(follow(config, found), prepared.model, prepared.train, prepared.runtime)
+    if found and not differences(found.run, run): plan = replace(plan, steps=min(plan.steps, found.steps))
+    warn_of_few_steps(config, prepared.train)
     check_room(config, plan, prepared.tokenizer)
     training_arguments(config, plan)  # what it refuses is said before anything slow
-    told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=mirror.before_end(found.saved))
+    since = mirror.before_end(found.saved) if found else ""
+    told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=since and " " + since)
     if told: warnings.warn(told, stacklevel=3)
     tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told)
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
