@@ -475,7 +475,8 @@ def test_a_drive_that_is_unmounted_while_a_checkpoint_is_written(colab, tmp_path
     monkeypatch.setattr("time.sleep", wait)
     write = toys.BlockTrainer.save_once
     def unmounts(trainer, *args):
-        monkeypatch.setattr("colab_gpt2.engine.trainer.write_manifest", lambda *args: (write_manifest(*args), unmount()))
+        def written(*args): write_manifest(*args), unmount()
+        monkeypatch.setattr("colab_gpt2.engine.trainer.write_manifest", written)
         return write(trainer, *args)
     def unmount():
         if not waits: drive.flush_and_unmount()
@@ -528,7 +529,8 @@ def train(texts, my_drive):
                 if state.global_step == 2 and faults: sys.modules["google.colab._stub"].faults.set(**faults)
         files = {f"{name}_file": str(texts/f"{name}.txt") for name in ("train", "eval")}
         options = dict(model="tiny", block_size=64, max_steps=3, save_steps=1, save_total_limit=1, max_new_tokens=1,
-                       precision="fp32", cache_dir=str(texts/"cache"), output_dir=str(my_drive/"run"), **files)
+                       precision="fp32", cache_dir=str(texts/"cache"), output_dir=str(my_drive/"run"), mirror="off",
+                       **files)
         return finetune(**{**options, **changes}, callbacks=[Breaks()], progress=False)
     return run
 
