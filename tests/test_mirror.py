@@ -303,7 +303,14 @@ def test_the_last_sign_of_a_lost_machine_is_told(tmp_path, output):
     mirror.target.write(HEARTBEAT, json.dumps(another(time=ended)))
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     said = mirror.before_end("2026-11-28T20:00:00Z")
-    assert said == "Your last session saved this 2 minutes before it ended."
+    assert said == "Your last session saved this 2 minutes before it ended." and mirror.before_end("") == ""
+
+
+def test_a_long_name_of_an_output_folder_fits(tmp_path, checkpoint):
+    mirror = opened(tmp_path/("ü" * 127), runtime=HERE, mirror=str(tmp_path/"disk"))
+    copy(mirror, checkpoint(100))
+    assert held(tmp_path/"disk") == ["checkpoint-100"]
+    mirror.close()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", '{"time": null}', '{"time": "yesterday", "machine": 3}'])

@@ -134,7 +134,8 @@ class Stored:
         check_space(output_dir, entry.bytes, f"Restoring {entry.name}")
         place = output_dir if entry.name == FINISHED else output_dir/entry.name
         with atomic(place, folder=True) if entry.name == FINISHED else new_checkpoint(place) as folder:
-            if damaged := self.target.fetch(entry, folder, report): raise Damaged(", ".join(damaged))
+            def told(what, done, total): report(f"Restoring {entry.name}: {what}", done, total)
+            if damaged := self.target.fetch(entry, folder, told): raise Damaged(", ".join(damaged))
             if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
 
@@ -314,7 +315,7 @@ class Mirror(Copying, TrainerCallback):
 
     def before_end(self, saved) -> str:
         "How long before its end the last session saved what has this time in its manifest; '' where unknown."
-        if not self.lost: return ""
+        if not (self.lost and saved): return ""
         gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
         return f"Your last session saved this {spoken(gap) if gap >= 60 else 'less than a minute'} before it ended."
 
@@ -346,7 +347,7 @@ def mirror_folder(config, colab) -> tuple:
 def run_name(output_dir, fingerprint) -> str:
     "Of the run's folder in a target: from the output folder's, and from what decides the result."
     digest = hashlib.sha256(json.dumps(plain(fingerprint), sort_keys=True).encode()).hexdigest()
-    return f"{Path(output_dir).absolute().name}-{digest[:8]}"
+    return f"{Path(output_dir).absolute().name[:60]}-{digest[:8]}"  # a name has 255 bytes at most
 
 # %% ../../nbs/storage/53_mirror.ipynb #9f01981b
 def last_heartbeat(target):

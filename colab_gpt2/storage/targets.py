@@ -71,7 +71,7 @@ class FolderTarget:
     beats, still = 30, 60  # seconds between two heartbeats; and without progress, after which a copy is given up
 
     def __init__(self, top, run):
-        top = Path(top).absolute()
+        top = Path(os.path.abspath(top))
         drive = next((folder for folder in (*reversed(top.parents), top) if folder.name in DRIVES), None)
         self.root, self.folder = drive or top, top/run
         self.called, self.label = ("the Drive", "Drive") if drive else (str(top), "mirror")
