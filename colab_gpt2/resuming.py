@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import pick_learning_rate
-from .core import Record, checksums, existing, home, leftovers, plain
+from .core import Record, checksums, existing, home, leftovers, plain, retried
 from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints, read_manifest
 from .engine.lock import LOCK
-from .errors import Sentence
+from .errors import Sentence, may_pass
 from .planning.plan import effective_batch
 from .runtime import check_mounted
 
@@ -125,7 +125,7 @@ RESULT = "finetune.json"
 
 def read_result(folder) -> dict:
     "What a finished run has written, or what tells whose model is on its way; {} without either."
-    try: told = json.loads(Path(folder, RESULT).read_text(encoding="utf-8"))
+    try: told = json.loads(retried(Path(folder, RESULT).read_bytes, may_pass))
     except (OSError, ValueError): return {}
     return told if isinstance(told, dict) and isinstance(told.get("fingerprint"), dict) else {}
 
