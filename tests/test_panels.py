@@ -270,7 +270,8 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     assert panel.error is None and (Path(quick.output_dir)/"checkpoint-5").is_dir()
     assert panel.start().resumed_from.endswith("checkpoint-5") and "<b>Done</b>" in panel.progress.value
     capfd.readouterr()
-    assert panel.start().steps == 12 and "no training was left" in panel.said and capfd.readouterr() == ("", "")
+    assert panel.start().steps == 12 and panel.said.startswith("This model is finished already")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_follows_waits_for_a_finished_model(quick):
@@ -324,7 +325,9 @@ def test_the_result_is_that_of_the_last_run(quick, where, left):
 def test_a_run_that_is_refused_leaves_the_result(quick):
     panel = colab_gpt2.FinetunePanel(quick)
     result = panel.start()
-    assert panel.buttons["start"].disabled and panel.start() is None and panel.said.startswith("Not started")
+    panel.values.set(seed=7)
+    assert panel.buttons["start"].disabled and "“Seed” was 42, now it is 7" in panel.plan.value
+    assert panel.start() is None and panel.said.startswith("Not started")
     assert panel.result is result and panel.saved
     assert panel.again.layout.display == "none"  # its own run has left what refuses the next: nothing is missing
 
@@ -333,12 +336,12 @@ def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     def fail(): raise MemoryError(Sentence("Out of memory at a micro-batch of 1; set a smaller {block_size}."))
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
     assert panel.start(callbacks=[At(4, fail)]) is None and "“Block size”" in panel.said
-    assert "turn on “Overwrite”" in panel.status.value
     rows = panel.form.rows
     rows["block_size"].widget.value = "32"
-    assert "of a run with “Block size” 64" in panel.plan.value
+    assert panel.buttons["start"].disabled and "“Block size” was 64, now it is 32" in panel.plan.value
+    assert "“Overwrite”" in panel.plan.value
     rows["overwrite_output_dir"].widget.value = True
-    assert not panel.buttons["start"].disabled and "overwrites it" in panel.plan.value
+    assert not panel.buttons["start"].disabled and "from the beginning" in panel.plan.value
     assert panel.start().plan.recipe.block_size == 32
 
 
@@ -349,16 +352,77 @@ def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, sa
     def fail(): raise error
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3, overwrite_output_dir=True)
     assert panel.start(callbacks=[At(4, fail)]) is None
-    assert said in panel.said and "resumes from it" in panel.plan.value and not panel.buttons["start"].disabled
+    assert said in panel.said and "resumes at step 3 of 12" in panel.plan.value
+    assert not panel.buttons["start"].disabled
     result = panel.start()
     assert result.steps == 12 and result.resumed_from.endswith("checkpoint-3") and panel.error is None
 
 
-def test_an_error_before_the_first_checkpoint_starts_from_the_beginning(quick):
-    "What lies in the folder is another run's: the panel does not resume it by itself."
+def test_another_run_is_refused_by_what_differs(quick):
+    "What lies in the folder is another run's: it is neither resumed nor overwritten, unless that is said."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick)
-    assert panel.start().steps == 12
+    assert panel.buttons["start"].disabled and "“Max steps” was 2, now it is 12" in panel.plan.value
+    panel.form.rows["resume"].widget.value = quick.output_dir  # to train it further
+    assert not panel.buttons["start"].disabled and "continues from" in panel.plan.value
+    assert panel.start().resumed_from.endswith("checkpoint-2")
+
+
+# Run all again, on this machine or on a new one
+
+def test_run_all_again_shows_the_finished_run(quick, tmp_path, monkeypatch):
+    "As after a restart of the kernel: nothing is trained, and every step does what it did before."
+    monkeypatch.chdir(tmp_path)
+    def run_all():
+        training = colab_gpt2.FinetunePanel(quick)
+        panels = training, colab_gpt2.GeneratePanel(training), colab_gpt2.DrivePanel(training, drive="mine")
+        before = training.plan.value
+        monkeypatch.setattr(colab_gpt2.DrivePanel, "packed", {})  # which the kernel has forgotten
+        return panels, before, [panel.start() for panel in panels]
+    (first, *_), _, (result, sides, saved) = run_all()
+    panels, before, (again, *after) = run_all()
+    assert "finished already" in before and panels[0].said.startswith("This model is finished already")
+    assert (again.perplexity_after, panels[0].drawn) == (result.perplexity_after, first.drawn)
+    assert panels[0].live.samples == first.live.samples and panels[0].live.losses == first.live.losses
+    assert after[0] == sides and after[1].copy.sha256 == saved.copy.sha256
+    assert [panel.error for panel in panels] == [None] * 3 and not any(panel.notes for panel in panels)
+
+
+class Heard:
+    "A Listener that keeps what `panel` says when the training begins."
+    def __new__(cls, panel, said):
+        from colab_gpt2.engine.callbacks import TRAINING, Listener
+        class Hears(Listener):
+            def on_stage(self, stage, **facts): said.append(panel.said) if stage == TRAINING else None
+        return Hears()
+
+
+def interrupt(): signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_another_session_resumes_without_a_field_touched(quick, tmp_path, lost):
+    "After a restart of the kernel, and on a new machine that has only the mirror: the same weights as in one go."
+    import shutil
+    def weights(folder): return Path(folder, "model.safetensors").read_bytes()
+    whole = colab_gpt2.FinetunePanel(quick, output_dir=str(tmp_path/"whole")).start()
+    quick = replace(quick, mirror=str(tmp_path/"mirror"))
+    colab_gpt2.FinetunePanel(quick).start(callbacks=[At(4, interrupt)])
+    if lost: shutil.rmtree(quick.output_dir), shutil.rmtree(quick.cache_dir)
+    panel, said = colab_gpt2.FinetunePanel(quick), []
+    assert lost or "resumes at step 5 of 12" in panel.plan.value
+    assert panel.start(callbacks=[Heard(panel, said)]) and panel.error is None
+    assert said[0].startswith("Resuming at step 5 of 12") and "It resumed from" in panel.kept
+    assert weights(quick.output_dir) == weights(whole.output_dir)
+    assert "finished" in panel.progress.value  # on the mirror, in its line
+
+
+def test_a_mirror_that_fails_is_a_line_and_the_run_goes_on(quick, tmp_path):
+    (tmp_path/"mirror").mkdir()
+    def fail(): (tmp_path/"mirror").rename(tmp_path/"gone"); (tmp_path/"mirror").write_text("in its place")
+    panel = colab_gpt2.FinetunePanel(quick, mirror=str(tmp_path/"mirror"), save_steps=3)
+    assert panel.start(callbacks=[At(4, fail)]) and panel.error is None
+    assert "Training goes on; what is not copied is on this machine only." in panel.progress.value
 
 
 def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch, tmp_path):
@@ -420,7 +484,7 @@ def test_the_samples_begin_with_ones_own_text(quick):
 @pytest.mark.parametrize("name", ["save", "stop"])
 def test_a_click_saves_no_weights_that_are_lost(quick, name):
     "A loss that nobody logs: the click comes when the training's own look at it is over for this step."
-    panel = colab_gpt2.FinetunePanel(quick, logging_steps=100, save_steps=3)
+    panel = colab_gpt2.FinetunePanel(quick, logging_steps=100, save_steps=3, on_divergence="stop")
     click = At(4, lambda: setattr(panel.live, "pump", panel.buttons[name].click), lose=True)
     assert panel.start(callbacks=[click]) is None and isinstance(panel.error, FloatingPointError)
     assert "“Learning rate”" in panel.said

@@ -6,7 +6,7 @@
 __all__ = ['FinetunePanel']
 
 # %% ../../nbs/panels/78_finetune.ipynb #a07893a2
-import glob, itertools, os
+import glob, itertools
 from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
@@ -16,7 +16,7 @@ import ipywidgets as widgets
 from ..config import FinetuneConfig, pick_block_size, pick_learning_rate
 from ..core import human_bytes, human_time
 from ..engine.callbacks import AFTER, PROBING, Listener
-from ..engine.checkpoints import find_checkpoints, read_manifest
+from ..engine.checkpoints import find_checkpoints
 from ..errors import Sentence, about, fields_of, worded
 from ..model.loading import MODELS, model_context
 from .fields import Form, labels_of
@@ -27,7 +27,7 @@ from .snippets import differing
 from ..planning.plan import Plan, estimate_text, plan_run, step_time
 from ..runtime import check_runtime
 from ..tasks import corpus_for_plan, shape_for_plan, size_for_plan
-from ..resuming import asked, chosen
+from ..resuming import asked, foresee
 from ..training import Interrupted, finetune, read_finished
 
 # %% ../../nbs/panels/78_finetune.ipynb #eb59c059
@@ -68,13 +68,18 @@ class Forecaster:
 
     def plan(self, config) -> Plan:
         "The plan of `config`; errors name the fields that they are about."
-        if self.measured and self.measured[0] == self.key(config): return self.measured[1]
         model = config.model, config.tokenizer, config.from_scratch, config.cache_dir
         if model not in self.known: self.known[model] = shape_for_plan(config, False)
         names = ("dataset", "train_file", "eval_file", "block_size")
         text = (*model, *(getattr(config, name) for name in names), *self.files(config))
         if text not in self.known: self.known[text] = known_size(config, self.known[model])
-        return plan_run(self.known[model], self.known[text], self.runtime, config)
+        self.size = self.known[text]
+        if self.measured and self.measured[0] == self.key(config): return self.measured[1]
+        return plan_run(self.known[model], self.size, self.runtime, config)
+
+    def run(self, config) -> dict:
+        "What identifies the run that was planned last, as far as it is known without the model: see `resuming`."
+        return {**asked(config), "block_size": self.size.block_size, "text": getattr(self.size, "sha256", None)}
 
     def keep(self, config, plan):
         self.measured = self.key(config), plan
@@ -88,46 +93,6 @@ class Forecaster:
         found = (glob.glob(pattern, recursive=True) for name in named for pattern in (name, f"{name}/**"))
         paths = map(Path, itertools.chain(named, *found))
         return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
-
-# %% ../../nbs/panels/78_finetune.ipynb #5d37f1b8
-def refused_place(folder: Path) -> str:
-    "Why nothing can be written into `folder`; '' if it can."
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        return Sentence("{there} is a file, and the model needs a folder: choose another {output_dir}.", there=there)
-    if os.access(there, os.R_OK | os.W_OK | os.X_OK): return ""
-    return Sentence("Nothing can be written in {there}: choose another {output_dir}.", there=there)
-
-# %% ../../nbs/panels/78_finetune.ipynb #1c7adc06
-def former_settings(was, now) -> str:
-    "The settings that differ, with the former values, as a template."
-    changes = [name for name, value in now.items() if None not in (value, was.get(name)) and was[name] != value]
-    return ", ".join(f"{{{name}={was[name]!r}}}" for name in changes)
-
-# %% ../../nbs/panels/78_finetune.ipynb #6e18cb03
-def describe_resume(there, newest, config, plan) -> tuple:
-    "(what resuming from the checkpoint `newest` would mean, whether it is refused)."
-    if not newest: return f"{there} and has no complete checkpoint: there is nothing to resume from.", True
-    if not plan: return f"{there}: this run resumes from it.", False
-    if former := former_settings(read_manifest(newest)["run"], asked(config) | chosen(plan, config)):
-        return Sentence(f"{{there}}, of a run with {former}. To resume, restore that; to train with the current "
-                        "settings, turn on {overwrite_output_dir}.", there=there), True
-    if int(newest.name.split("-")[1]) < plan.steps: return f"{there}: this run resumes from it.", False
-    return Sentence("{there}, the last step of this run: no training is left, and Start would only evaluate and save "
-                    "the model again. To train further, raise {num_train_epochs}.", there=there), False
-
-# %% ../../nbs/panels/78_finetune.ipynb #284fcd86
-def describe_folder(config, plan=None) -> tuple:
-    "(what the output folder holds, or '', and what that means for the start, whether it is refused)."
-    folder = Path(config.output_dir)
-    if refused := refused_place(folder): return refused, True
-    if not folder.is_dir() or not any(folder.iterdir()): return "", False
-    newest = next(reversed(find_checkpoints(folder)), None)
-    there = f"{config.output_dir} holds {newest.name}" if newest else f"{config.output_dir} is not empty"
-    if config.overwrite_output_dir: return f"{there}: this run starts from the beginning and overwrites it.", False
-    if newest and config.resume != "never": return describe_resume(there, newest, config, plan)
-    ways = "{resume=auto} or {overwrite_output_dir=True}" if newest else "{overwrite_output_dir=True}"
-    return Sentence(f"{{there}}: set {ways}, or choose another {{output_dir}}.", there=there), True
 
 # %% ../../nbs/panels/78_finetune.ipynb #4620edac
 def describe_result(result, samples) -> str:
@@ -145,6 +110,7 @@ def describe_result(result, samples) -> str:
 MAIN = ("model", "num_train_epochs", "block_size", "effective_batch_size", "learning_rate", "output_dir", "resume",
         "overwrite_output_dir", "prompt")
 ELSEWHERE = ("dataset", "train_file", "eval_file", "cache_dir", "save_total_limit", "trainer_args")
+SUGGESTED = dict(model=MODELS, resume=("auto", "never"), mirror=("auto", "off"))
 ADVANCED = tuple(f.name for f in fields(FinetuneConfig) if f.name not in MAIN + ELSEWHERE)
 
 # %% ../../nbs/panels/78_finetune.ipynb #e7a1249e
@@ -163,7 +129,7 @@ class Settings(Panel):
         super().__init__(take_values(before, values))
         self.running, self.forecaster = False, Forecaster()
         self.refused = ""  # why a run with good values cannot be started
-        self.form, self.more = Form(self.values, MAIN, dict(model=MODELS)), Form(self.values, ADVANCED)
+        self.form, self.more = Form(self.values, MAIN, SUGGESTED), Form(self.values, ADVANCED, SUGGESTED)
         look = widgets.Layout(align_self="flex-start", margin="8px 0")
         self.advanced = widgets.ToggleButton(description="Advanced", tooltip="More settings", layout=look)
         self.advanced.observe(lambda _: self.fold(), "value")
@@ -174,22 +140,29 @@ class Settings(Panel):
 
     def calls(self): return [("finetune", "finetune", differing(self.config), "result")]
 
+    def look_ahead(self, note):
+        "(the plan, or None; the error that refuses a run, or None); `note` hears what Start would do."
+        plan = None
+        try:
+            plan = self.forecaster.plan(self.config)
+            note(foresee(self.config, self.forecaster.run(self.config)))
+        except Exception as e: return plan, e
+        return plan, None
+
     def refresh(self):
-        "The text, the forecast, and whether a run can be started."
+        "The text, the forecast, and what Start would do: the engine says it."
         super().refresh()
         if self.running: return
-        told, plan, refused, named = [], None, "", ()
-        try:
-            with listening(told.append): plan = self.forecaster.plan(self.config)
-        except Exception as e: refused, named = sentence(e, self.name_of), fields_of(e)
-        if self.values.doubt(dict.fromkeys(named, refused)): return  # everyone was told, this panel too
-        folder, taken = describe_folder(self.config, plan)
-        self.refused = refused or (worded(folder, self.name_of) if taken else "")
+        notes = []
+        with listening(notes.append): plan, error = self.look_ahead(notes.append)
+        self.refused = sentence(error, self.name_of) if error else ""
+        named = fields_of(error) if error and not plan else ()
+        if self.values.doubt(dict.fromkeys(named, self.refused)): return  # everyone was told, this panel too
         self.text.value = describe_text(self.values, self.origin)
-        shown = f"<div class='cg-error' role='alert'>⚠ {escape(refused)}</div>"
-        if plan: shown = describe_plan(plan, self.config)
-        notes = [worded(note, self.name_of) for note in (*told, folder) if note]
-        self.plan.value = shown + "".join(f"<p class='cg-note'>{escape(note)}</p>" for note in notes)
+        if plan: shown, notes = describe_plan(plan, self.config), [*notes, self.refused]
+        else: shown = f"<div class='cg-error' role='alert'>⚠ {escape(self.refused)}</div>"
+        said = [escape(worded(note, self.name_of)) for note in notes if note]
+        self.plan.value = shown + "".join(f"<p class='cg-note'>{note}</p>" for note in said)
         self.offer_again(self.refused)
         self.allow(not (self.values.problems or self.refused))
 
@@ -266,18 +239,10 @@ class Trained(Steering):
         self.saved, self.earlier, self.left = saved, False, self.live.config.output_dir
         self.finish(None)
 
-    def can_resume(self, error):
-        "Whether the run that `error` ended left a checkpoint in the folder of the settings. NaN needs others."
-        if isinstance(error, FloatingPointError) or self.config.output_dir != self.live.config.output_dir: return False
-        newest = next(reversed(find_checkpoints(self.config.output_dir)), None)
-        return newest is not None and newest.name in self.live.saved
-
-    def resume_next(self, error):
-        "The next start resumes the run; settings that need less memory take another run."
-        self.values.set(resume="auto", overwrite_output_dir=False)
-        if isinstance(error, MemoryError):
-            self.note(Sentence("Start resumes from the checkpoint, with the settings as they were. To train from the "
-                               "beginning with others, turn on {overwrite_output_dir}."))
+    def resume_next(self):
+        "The next start resumes a run that was to overwrite, once it has left a checkpoint."
+        if self.left == self.config.output_dir and find_checkpoints(self.left):
+            self.values.set(overwrite_output_dir=False)
 
 # %% ../../nbs/panels/78_finetune.ipynb #3f6ec547
 class FinetunePanel(Trained):
@@ -295,7 +260,7 @@ class FinetunePanel(Trained):
         self.say(f"Not started: {worded(why, self.name_of)}", "⚠")
 
     def run(self, callbacks=()):
-        self.live, self.running = Live(self.config, self.show), True
+        self.live, self.running, self.left = Live(self.config, self.show), True, None
         self.show(progress="", charts="", samples="")
         self.enable(stop=True, save=True, sample=True)
         heard = [self.live, Probed(self), *callbacks]
@@ -303,26 +268,33 @@ class FinetunePanel(Trained):
             with interrupts_reach(self.live.stop): result = finetune(self.config, callbacks=heard, progress=False)
         except (Exception, KeyboardInterrupt) as e:
             self.live.end("Stopped" if isinstance(e, KeyboardInterrupt) else "Failed")
-            if self.can_resume(e): self.resume_next(e)
+            self.resume_next()
             raise
-        else: self.live.end("Done")
+        else: self.take(result)
         finally:
             self.running = False
             self.refresh()
         self.keep(describe_result(result, self.live.samples), self.live.charts())
         return self.finish(result)
 
+    def take(self, result):
+        "The run has ended, or had ended before: then it is shown as it was."
+        if result.repeated:
+            self.live.recall(result)
+            self.leave(result.config)
+        self.live.end("Done")
+
     def describe(self, result):
-        what = "perplexity" if not result.repeated else "no training was left; perplexity"
+        how = "This model is finished already" if result.repeated else f"Done in {human_time(result.seconds)}"
         values = f"{result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}"
-        return f"Done in {human_time(result.seconds)}: {what} {values}, saved in {result.output_dir}."
+        return f"{how}: perplexity {values}, saved in {result.output_dir}."
 
     def interrupted(self, error):
         if isinstance(error, Interrupted) and error.advice:  # it can be resumed
-            again = Sentence("To resume from there, set {output_dir} to {folder} again.",
-                             folder=self.live.config.output_dir)
-            onward = "Start resumes from there." if self.can_resume(error) else worded(again, self.name_of)
-            error = f"{error.saved} {onward}"
+            folder, onward = self.live.config.output_dir, "Start resumes from there."
+            if folder != self.config.output_dir:
+                onward = Sentence("To resume from there, set {output_dir} to {folder} again.", folder=folder)
+            error = Sentence("{saved} {onward}", saved=error.saved, onward=worded(onward, self.name_of))
         super().interrupted(error)
         if not (self.live and self.live.losses): return
         self.keep(f"<p>{escape(self.said)}</p>{describe_samples(self.live.samples)}", self.live.charts())
@@ -332,12 +304,15 @@ class Probed(Listener):
     "Shows in `panel` the plan that a timed step has corrected, and each checkpoint."
     def __init__(self, panel): self.panel = panel
 
-    def on_stage(self, stage, plan=None, resumed_from=None, **facts):
+    def on_stage(self, stage, plan=None, resuming="", **facts):
         panel, config = self.panel, self.panel.live.config
         if stage in (PROBING, AFTER): panel.leave(config if stage == AFTER else None)
         if plan: panel.plan.value = describe_plan(plan, config)
         if plan and plan.source == "probe": panel.forecaster.keep(config, plan)
-        if resumed_from: panel.say(f"Resuming from {resumed_from}.", "⏳")
+        if not resuming: return
+        said = " ".join(resuming.split())
+        panel.notes = [note for note in panel.notes if note != said]  # the engine warns of it, too
+        panel.say(said, "⏳")
 
     def on_save(self, args, state, control, **kwargs):
         self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.live.config.output_dir}.", "✓")

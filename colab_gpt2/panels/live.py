@@ -13,7 +13,7 @@ from html import escape
 from ..core import human_time
 from ..engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, Listener
 from ..generation import stream
-from .panel import progress_bar
+from .panel import fact, progress_bar
 from .plots import ACCENT, Line, line_chart
 from .pump import pump
 
@@ -54,9 +54,25 @@ class Course:
         self.step = self.first = self.steps = 0  # `first`: where this run began
         self.started = 0.  # by time.perf_counter
         self.losses, self.measured = [], []  # (step, nats a token), (step, perplexity)
-        self.samples, self.saved = [], []  # (title, prompt, text), names of checkpoints
+        self.samples, self.mirror = [], None  # (title, prompt, text); what copies checkpoints to the Drive
 
-    def progress(self):
+    def recall(self, result):
+        "Show the FinetuneResult of a run that was finished before."
+        self.step = self.steps = result.steps
+        self.losses = [(row["step"], row["loss"]) for row in result.losses]
+        self.measured = [(0, result.perplexity_before.value), (result.steps, result.perplexity_after.value)]
+        self.samples = [(f"{when.capitalize()} the training", sample.prompt, sample.text)
+                        for when, sample in result.samples.items()]
+
+    def progress(self): return self.bar() + self.copies()
+
+    def copies(self):
+        "What the Drive holds, and what an error of it means."
+        said = self.mirror.status() if self.mirror else ""
+        if said and self.mirror.error: said += ". Training goes on; what is not copied is on this machine only."
+        return fact("Copies", said) if said else ""
+
+    def bar(self):
         label = self.ended or LABELS[self.stage] + (" · stopping after this step" if self.stopping else "")
         if self.steps and (self.ended or self.stage == TRAINING):
             return progress_bar(label, self.step, self.steps, self.figures())
@@ -138,9 +154,9 @@ def write_sample(run, model, tokenizer):
 # %% ../../nbs/panels/77_live.ipynb #65c821a5
 class Live(Steered, Listener):
     "A steered run that hears of itself."
-    def on_stage(self, stage, plan=None, stop=None, **facts):
+    def on_stage(self, stage, plan=None, stop=None, mirror=None, **facts):
         self.stage, self.what, self.share, self.plan = stage, "", 0., plan or self.plan
-        self.stopper = stop or self.stopper
+        self.stopper, self.mirror = stop or self.stopper, mirror or self.mirror
         if stop: stop.aloud = False  # the progress says it
         if stop and self.stopping: stop.ask()
         self.breathe(now=True)
@@ -163,8 +179,6 @@ class Live(Steered, Listener):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}): self.losses.append((state.global_step, float(logs["loss"])))
-
-    def on_save(self, args, state, control, **kwargs): self.saved.append(f"checkpoint-{state.global_step}")
 
     def on_substep_end(self, args, state, control, **kwargs): self.breathe()
 

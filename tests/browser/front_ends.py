@@ -62,7 +62,8 @@ def environment(folder, front_end):
     places = dict(JUPYTER_CONFIG_DIR="config", JUPYTER_DATA_DIR="data", JUPYTER_RUNTIME_DIR="runtime",
                   IPYTHONDIR="ipython", JUPYTERLAB_SETTINGS_DIR="settings", JUPYTERLAB_WORKSPACES_DIR="workspaces",
                   XDG_CACHE_HOME="cache", COLAB_STUB_DRIVE="drive", JUPYTER_PATH="kernels")
-    stub = dict(PYTHONPATH=str(STUB), COLAB_RELEASE_TAG="release-colab_stub", TBE_EPHEM_CREDS_ADDR="127.0.0.1:9")
+    stub = dict(PYTHONPATH=f"{STUB}{os.pathsep}{ROOT}", COLAB_RELEASE_TAG="release-colab_stub",
+                TBE_EPHEM_CREDS_ADDR="127.0.0.1:9")
     offline = dict(PIP_NO_INDEX="1", HF_HUB_OFFLINE="1")  # the install cell must be content with what is installed
     path = f"{front_end.python.parent}{os.pathsep}{os.environ['PATH']}"
     return {**kept, **{k: str(folder/v) for k, v in places.items()}, **stub, **offline, "PATH": path,
@@ -76,6 +77,20 @@ def write_kernel(folder, python):
     place = folder/"kernels"/"python3"  # as Jupyter wants it below each folder of JUPYTER_PATH
     place.mkdir(parents=True)
     (place/"kernel.json").write_text(json.dumps(spec))
+
+
+BRIEF = """
+from dataclasses import replace
+from colab_gpt2 import tasks
+tasks.DEMO = replace(tasks.DEMO, max_steps=40)
+"""
+
+
+def write_brief(folder):
+    "Kernels start with a shorter demo than a reader's: forty steps show what a hundred would."
+    startup = folder/"ipython"/"profile_default"/"startup"
+    startup.mkdir(parents=True)
+    (startup/"brief.py").write_text(BRIEF)
 
 
 def write_settings(folder, front_end):
@@ -129,6 +144,7 @@ def serving(front_end, folder):
     (folder/"notebooks").mkdir(parents=True, exist_ok=True)
     write_kernel(folder/"kernels", front_end.python)
     write_settings(folder, front_end)
+    write_brief(folder)
     env, port = environment(folder, front_end), free_port()
     words = [front_end.python, "-m", "jupyter", front_end.command, "--no-browser", "--allow-root", "--ip=127.0.0.1",
              f"--port={port}"]

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 import nbformat
 
 CLASSIC = dict(
-    ready=".kernel_idle_icon", interrupt="[data-jupyter-action='jupyter-notebook:interrupt-kernel']",
+    ready=".kernel_idle_icon", accept=".modal.in .btn-primary",
+    interrupt="[data-jupyter-action='jupyter-notebook:interrupt-kernel']",
     run_all=("#celllink", "#run_all_cells"), save="button[title^='Save']", cell=".code_cell",
     prompt=".code_cell .input_prompt")
 MODERN = dict(
-    ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", interrupt="[data-command='notebook:interrupt-kernel']",
+    ready=".jp-Notebook-ExecutionIndicator[data-status=idle]", accept=".jp-Dialog .jp-mod-accept",
+    interrupt="[data-command='notebook:interrupt-kernel']",
     run_all=(".lm-MenuBar-item:has-text('Run')", ".lm-Menu-item[data-command='runmenu:run-all']"),
     save="[data-command='docmanager:save']", cell=".jp-CodeCell", prompt=".jp-CodeCell .jp-InputPrompt")
-BEGUN = "selector => [...document.querySelectorAll(selector)].some(prompt => /\\[[*\\d]/.test(prompt.textContent))"
+BEGUN = "selector => [...document.querySelectorAll(selector)].some(prompt => /\\[\\*/.test(prompt.textContent))"
 ALL_RAN = "selector => [...document.querySelectorAll(selector)].every(prompt => /\\[\\d+\\]/.test(prompt.textContent))"
 
 
@@ -58,6 +60,11 @@ class Notebook:
             assert time.monotonic() < end, f"not in {seconds} s"
             self.page.wait_for_timeout(100)
         return met
+
+    def after_a_crash(self):
+        "The front end says in a dialog that the kernel has died, and starts another."
+        self.page.locator(self.at["accept"]).last.click(timeout=60_000)
+        self.page.locator(self.at["ready"]).first.wait_for(timeout=60_000)
 
     def interrupt(self):
         "■ of the toolbar."

@@ -1,5 +1,5 @@
 "The tutorial as a newcomer meets it, in each front end: open, Run all, read; then the five panels by hand."
-import re, time
+import os, re, shutil, signal, time
 from pathlib import Path
 
 import nbformat
@@ -9,21 +9,41 @@ from playwright.sync_api import TimeoutError, expect
 from front_ends import ROOT
 
 pytestmark = pytest.mark.timeout(300)
+RESUMING = re.compile(r"Resuming at step \d+ of \d+\. Your last session saved this .* before it ended\.")
 TITLES = MACHINE, TEXT, TRAINING, WRITING, DRIVE = (
     "1. The machine", "2. The text", "3. Fine-tune", "4. Generate", "5. Save to Drive")
 PICTURES = dict(machine=MACHINE, text=TEXT, trained=TRAINING, written=WRITING, saved=DRIVE)
 
 
+def drive_of(notebook): return notebook.server.folder.parent/"drive"
+
+
+def lose_machine(notebook, kernel):
+    "End the process `kernel` without a word, and take away what was on its disk; the Drive has what it has."
+    os.kill(kernel, signal.SIGKILL)
+    for folder in (notebook.server.folder/"gpt2-tuned", notebook.server.folder.parent/"cache"): shutil.rmtree(folder)
+    shutil.rmtree("/content/drive")  # it is not mounted on the next machine
+    (drive_of(notebook)/"mounted-at").unlink()
+    notebook.after_a_crash()
+
+
 @pytest.fixture(scope="module")
 def ran(opened):
-    "The tutorial after Run all; a picture was taken while it trained."
+    "The tutorial after Run all in two sessions: the machine of the first is lost while it trains."
     notebook = opened(nbformat.read(ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb", as_version=4))
     notebook.page.get_by_role("heading", name="Fine-tune GPT-2 for free").wait_for()
     notebook.picture("opened")
+    kernel = int(notebook.server.ask("import os; print(os.getpid())"))
     notebook.run_all()
     training = notebook.panel(TRAINING)
     training.locator("svg polyline").first.wait_for(timeout=120_000)
     notebook.picture("training", training)
+    notebook.wait_until(lambda: list(drive_of(notebook).glob("MyDrive/colab-gpt2/runs/*/checkpoint-*/whole.json")), 60)
+    lose_machine(notebook, kernel)
+    notebook.picture("lost", training)
+    notebook.run_all()
+    training.get_by_text(RESUMING).wait_for(timeout=120_000)
+    notebook.picture("resuming", training)
     notebook.wait_until_run(200)
     return notebook
 
@@ -59,13 +79,43 @@ def test_run_all(ran, record_property):
     told = [panel.inner_text() for panel in ran.page.locator(".cg-panel").all()]
     assert [text for text in told if "Note:" in text] == []  # as a panel begins a warning
     assert said(ran.panel(DRIVE)).startswith("✓ Saved gpt2-tuned.tar.gz"), said(ran.panel(DRIVE))
-    assert (ran.server.folder.parent/"drive"/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz").exists()
+    assert (drive_of(ran)/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz").exists()
     assert any("image/svg+xml" in o.get("data", {}) for o in outputs)
     assert ran.complaints == []
     spent, seconds = map(float, ran.server.ask("print(training.live.spent, training.result.seconds)").split())
     record_property("pump and pictures", f"{spent:.2f} s of {seconds:.0f} s, {spent/seconds:.2%}")
     assert spent / seconds < 0.02
     for name, title in PICTURES.items(): ran.picture(name, ran.panel(title))
+
+
+UNINTERRUPTED = """
+import hashlib
+from dataclasses import replace
+from colab_gpt2 import finetune
+finetune(replace(training.config, output_dir="uninterrupted", mirror="off"), progress=False)
+"""
+uninterrupted = {}  # the environment of a kernel -> weights: made once in each
+
+
+def test_a_lost_machine_costs_nothing(ran):
+    "The model is that of a run that nothing interrupts, bit for bit; no field was touched."
+    def weights(folder): return (ran.server.folder/folder/"model.safetensors").read_bytes()
+    if (made_in := ran.server.front_end.environment) not in uninterrupted:
+        ran.server.ask(UNINTERRUPTED, 200)
+        uninterrupted[made_in] = weights("uninterrupted")
+    assert weights("gpt2-tuned") == uninterrupted[made_in]
+
+
+def test_run_all_again(ran):
+    "The result is shown without training, written from and packed again, with the same bytes as before."
+    archive = drive_of(ran)/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz"
+    before = archive.read_bytes()
+    ran.run_all()
+    ran.wait_until_run(100)
+    assert said(ran.panel(TRAINING)).startswith("✓ This model is finished already")
+    ran.picture("again", ran.panel(TRAINING))
+    assert said(ran.panel(WRITING)).startswith("✓ Done") and said(ran.panel(DRIVE)).startswith("✓ Saved")
+    assert [path.read_bytes() for path in archive.parent.glob("*.tar.gz")] == [before]
 
 
 def test_train_by_hand(ran, record_property):
@@ -83,11 +133,11 @@ def test_train_by_hand(ran, record_property):
     refused = panel.get_by_text("“Block size” is 4096, but the model's context is")
     expect(refused).to_have_count(2)  # at the field, and in place of the forecast
     expect(panel.get_by_role("button", name="Start", exact=True)).to_be_disabled()
-    settings = {"Block size": context, "Learning rate": "5e-4", "Epochs": "0.6", "Output folder": "by-hand"}
+    settings = {"Block size": context, "Learning rate": "5e-4", "Output folder": "by-hand"}
     for label, text in settings.items(): fill(panel, label, text)
     panel.get_by_text("Advanced", exact=True).click()
     assert panel.get_by_label("Optimizer", exact=True).locator("option:checked").text_content() == "automatic"
-    fill(panel, "Log every", "1")
+    for label, text in {"Log every": "1", "Max steps": "30"}.items(): fill(panel, label, text)
     press(panel, "Start")
     curve = panel.locator("svg polyline").first
     curve.wait_for(state="detached")  # that of the run before
@@ -215,7 +265,7 @@ def test_drive_by_hand(ran):
     ran.server.ask("_stub.faults.set(full=None)")
     press(panel, "Save")
     archive = re.search(r"Saved (\S+),", wait_said(panel, "Saved"))[1]
-    assert (ran.server.folder.parent/"drive"/"MyDrive"/"elsewhere"/archive).exists()
+    assert (drive_of(ran)/"MyDrive"/"elsewhere"/archive).exists()
     press(panel, "Restore")
     wait_said(panel, "Restored to")
     ran.picture("restored", panel)
