@@ -167,6 +167,8 @@ def _sync(path):
     if os.name != "posix": return  # Windows opens no folder
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
+    except OSError as e:
+        if e.errno != errno.EINVAL: raise  # as a file system says that syncs files only
     finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #9256aece

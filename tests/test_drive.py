@@ -1,5 +1,5 @@
 "Google Drive: every fault, the line that the user reads, and what is left on disk."
-import errno, json, os, re, subprocess, sys, threading, time
+import errno, json, os, re, stat, subprocess, sys, tempfile, threading, time
 
 import pytest
 
@@ -505,6 +505,24 @@ def test_a_checkpoint_that_does_not_reach_the_drive_is_no_success(colab, my_driv
     assert len(save.waits) == (5 if True in fault.values() and {*fault} & {"io_error", "disconnected"} else 0)
     save(3)
     assert toys.newest(my_drive/"run").name == "checkpoint-3"
+
+
+def test_what_a_killed_process_staged_for_a_drive_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/"here"))
+    left = tmp_path/"here"/".checkpoint-2.999999999.abcdefgh.part"
+    (left/"checkpoint-2").mkdir(parents=True)
+    (left/"checkpoint-2/optimizer.pt").write_text("half")
+    with atomic(tmp_path/"MyDrive/a.txt") as file: file.write_text("tide")
+    assert os.listdir(tmp_path/"here") == [] and tree(tmp_path/"MyDrive") == {"a.txt": b"tide"}
+
+
+def test_a_file_system_that_syncs_no_folders_takes_checkpoints_too(tmp_path, monkeypatch):
+    def fsync(number, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(number).st_mode): raise OSError(errno.EINVAL, "Invalid argument")
+        real(number)
+    monkeypatch.setattr(os, "fsync", fsync)
+    toys.save(toys.small_trainer(tmp_path/"run"), 1)
+    assert toys.newest(tmp_path/"run") == tmp_path/"run/checkpoint-1"
 
 
 # ---- a run whose folder is on the Drive
