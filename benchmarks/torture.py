@@ -174,10 +174,11 @@ def digest(folder) -> str:
     return hashlib.sha256((Path(folder)/"out"/"model.safetensors").read_bytes()).hexdigest()
 
 
-def losses(folder) -> list:
-    "(step, loss) as the run logged them."
-    kept = json.loads((Path(folder)/"out"/"finetune.json").read_text())["losses"]
-    return [(entry["step"], entry["loss"]) for entry in kept]
+def losses(folder) -> list | None:
+    "(step, loss) as the run logged them; None of a run that has not finished."
+    told = Path(folder)/"out"/"finetune.json"
+    kept = json.loads(told.read_text()).get("losses") if told.exists() else None
+    return kept and [(entry["step"], entry["loss"]) for entry in kept]
 
 
 def start(folder, run, crash, log):
@@ -221,7 +222,7 @@ def trial(side, kind, run, crashes, reference) -> Trial:
         for n in range(AGAIN + len(crashes)):
             crash, log = crashes[n] if n < len(crashes) else Crash(), Path(folder)/f"log-{n}"
             done = start(folder, run, crash, log)
-            steps, finished = read_log(log)[0], Path(folder, "out", "finetune.json").exists()
+            steps, finished = read_log(log)[0], bool(losses(folder))
             if earlier: lost.append(work_lost(earlier, steps))
             ended = done.returncode in (-signal.SIGKILL, -signal.SIGTERM) or crash.warning is not None and not finished
             kills, earlier = kills + ended, steps if ended else []
