@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/65_cli.ipynb #27f64d5b
-import contextlib, inspect, itertools, json, os, random, re, sys, warnings
+import contextlib, inspect, itertools, json, os, random, re, signal, sys, warnings
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -20,7 +20,7 @@ from .config import FinetuneConfig
 from .core import Record, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling
-from .signals import catching, say
+from .signals import ENDING, catching, say
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
 app = typer.Typer(
@@ -338,4 +338,6 @@ def bench(config, steps: option(int, "steps to take; the first two are not count
 # %% ../nbs/65_cli.ipynb #2f96e9bb
 def main():
     "The program `colab-gpt2`."
-    app(prog_name="colab-gpt2")
+    try: app(prog_name="colab-gpt2")
+    finally:
+        for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's own end takes a second; its code stands

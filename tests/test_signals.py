@@ -138,6 +138,16 @@ def test_a_run_in_sessions_that_are_too_short_ends_with_the_same_model(folder, t
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == (tmp_path/"plain"/"model.safetensors").read_bytes()
 
 
+def told_to_end_twice():
+    try: command("--version")
+    finally: signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_comes_after_the_end_changes_no_exit_code(tmp_path):
+    ran = forked(told_to_end_twice, cwd=tmp_path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_a_terminal_that_is_closed_loses_nothing(folder, tmp_path):
     words = f"{WORDS}{tmp_path}/out"
     assert forked(run_in_terminal, words, "step 4", ["hang up"], cwd=folder).returncode == 129
