@@ -127,7 +127,9 @@ def read_result(folder) -> dict:
     "What a finished run has written, or what tells whose model is on its way; {} without either."
     try: told = json.loads(retried(Path(folder, RESULT).read_bytes, may_pass))
     except (OSError, ValueError): return {}
-    return told if isinstance(told, dict) and isinstance(told.get("fingerprint"), dict) else {}
+    kinds = dict(fingerprint=dict) | (dict(files=dict, steps=int) if isinstance(told, dict) and "files" in told else {})
+    right = isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items())
+    return told if right else {}
 
 def found_in(folder) -> list:
     "What a folder holds, as `Found`: the finished run, and the complete checkpoints, the newest first."

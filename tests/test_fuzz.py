@@ -18,6 +18,7 @@ from colab_gpt2.legacy.flags import FLAGS, parse
 from colab_gpt2.legacy.run_language_modeling import translate
 from colab_gpt2.model.loading import load_tokenizer
 from colab_gpt2.storage.archives import extract_archive
+from colab_gpt2.resuming import found_in, newest_intact
 from colab_gpt2.storage.mirror import HEARTBEAT, check_alone, last_heartbeat
 from colab_gpt2.storage.targets import FolderTarget, read_entry
 from colab_gpt2.text.tokens import Encoder, read_windows
@@ -183,21 +184,24 @@ def test_any_heartbeat_is_that_of_a_machine_or_of_none(tmp_path_factory, content
     target.made()
     (target.folder/HEARTBEAT).write_bytes(content)
     if last := last_heartbeat(target):
-        try: check_alone(last, "a folder")
-        except RuntimeError as e: assert is_plain(str(e))
+        try: check_alone(last, target)
+        except BlockingIOError as e: assert is_plain(str(e))
 
 
-RESULTS = st.one_of(st.binary(max_size=60), JSON.map(lambda value: json.dumps(value).encode()),
-                    st.dictionaries(st.sampled_from(sorted(FIELDS)), JSON, max_size=4).map(
-                        lambda config: json.dumps(dict(config=config)).encode()))
+KEYS = "config files fingerprint plan losses samples runtime perplexity_before steps repeated evaluated".split()
+RESULTS = st.one_of(MANIFESTS, st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4).map(
+    lambda told: json.dumps(told).encode()))
 
 @examples(200)
 @given(RESULTS)
 def test_any_finetune_json_is_that_of_a_finished_run_or_of_none(tmp_path_factory, content):
     folder = look(tmp_path_factory, "finished")
     (folder/"finetune.json").write_bytes(content)
-    found = training.read_finished(folder)
-    assert found is None or isinstance(found, training.FinetuneResult)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert training.read_finished(folder) is None
+        for found in found_in(folder): newest_intact([found])
+    assert all(is_plain(cli.one_line(w.message)) for w in said)
 
 
 # Archives
