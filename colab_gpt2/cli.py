@@ -167,19 +167,13 @@ def take_config(arguments, defaults=FinetuneConfig(), names=None):
         return replace(defaults, **named)
 
 # %% ../nbs/65_cli.ipynb #7d2908fd
-RENAMED = {"attention-dropout": "keep-attention-dropout"}  # since 0.1.0
 VALUED = "--resume now takes auto, never or a folder. Leave it out: the same command resumes where it left off."
 
 class Command(TyperCommand):
-    "A command that knows what its options were called before."
+    "A command whose errors are short and printable."
     def parse_args(self, ctx, args):
-        mine = {name for p in self.params for name in (*p.opts, *p.secondary_opts)}
-        for typed in (word.partition("=")[0] for word in args):
-            old = typed.removeprefix("--").removeprefix("no-")
-            new = typed.replace(old, RENAMED.get(old, ""))
-            if new in mine: raise typer.BadParameter(f"{typed} is now {new}.", ctx=ctx)
-        if "--resume" in mine and re.search(r"(^|\n)--(no-resume|resume(\n-|$))", "\n".join(args)):
-            raise typer.BadParameter(VALUED, ctx=ctx)
+        switched = re.search(r"(?m)^--(no-resume|resume(\n-|\Z))", "\n".join(args))
+        if switched and any("--resume" in p.opts for p in self.params): raise typer.BadParameter(VALUED, ctx=ctx)
         try: return super().parse_args(ctx, args)
         except Exception as e:
             if hasattr(e, "message"): e.message = printable(shortened(e.message))

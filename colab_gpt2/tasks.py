@@ -117,10 +117,12 @@ def evaluate(
 def run_in(place) -> dict:
     "The `finetune.json` of the run whose model is in `place`, a folder or an archive; {} without one."
     try:
-        if Path(place).is_dir(): return json.loads(Path(place, "finetune.json").read_text(encoding="utf-8"))
-        with reading_archive(place, place) as tar:
-            return next((json.load(tar.extractfile(member)) for member in tar if member.name == "finetune.json"), {})
-    except (OSError, ValueError): return {}  # a published model, or another tool's file
+        if Path(place).is_dir(): told = json.loads(Path(place, "finetune.json").read_text(encoding="utf-8"))
+        else:
+            with reading_archive(place, place) as tar:
+                told = next((json.load(tar.extractfile(m)) for m in tar if m.name == "finetune.json"), {})
+    except (OSError, ValueError): return {}  # a published model, or a damaged file
+    return told if isinstance(told, dict) else {}  # another tool's
 
 # %% ../nbs/64_tasks.ipynb #caad638b
 def prompt_of(model) -> str:
@@ -195,6 +197,19 @@ def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     except NotImplementedError as e: return dict(path=None, why=Sentence("{why}", why=e), failed=False)  # no Drive
     except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=True)
 
+# %% ../nbs/64_tasks.ipynb #5ea28b06
+def place_for(path, folder) -> Path:
+    "`path`, or with a number if the archive there holds another run than `folder`."
+    from colab_gpt2.resuming import differences
+    ours = run_in(folder).get("fingerprint", {})
+    def same(there):
+        theirs = run_in(there).get("fingerprint")
+        return isinstance(theirs, dict) and theirs and not differences(theirs, ours)
+    place = free_name(path, same)
+    told = f"{path} holds another run and stays; this one is packed into {place}."
+    if place != path: warnings.warn(told, stacklevel=3)
+    return place
+
 # %% ../nbs/64_tasks.ipynb #3f624cd5
 @dataclass(frozen=True)
 class RunResult(Record):
@@ -212,17 +227,6 @@ class RunResult(Record):
         archive = f"{self.archive.path}, {human_bytes(self.archive.bytes)}, sha256 {self.archive.sha256}"
         drive = self.drive["path"] or f"not saved: {self.drive['why']}"
         return [*self.finetuned._rows(), ("archive", archive), ("Drive", drive)]
-
-# %% ../nbs/64_tasks.ipynb #5ea28b06
-def place_for(path, folder) -> Path:
-    "`path`, or with a number if the archive there holds another run than `folder`."
-    from colab_gpt2.resuming import differences
-    ours = run_in(folder).get("fingerprint", {})
-    def same(there): return (theirs := run_in(there).get("fingerprint")) and not differences(theirs, ours)
-    place = free_name(path, same)
-    told = f"{path} holds another run and stays; this one is packed into {place}."
-    if place != path: warnings.warn(told, stacklevel=3)
-    return place
 
 # %% ../nbs/64_tasks.ipynb #c9bdf74a
 def run(

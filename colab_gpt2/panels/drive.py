@@ -6,7 +6,7 @@
 __all__ = ['DrivePanel']
 
 # %% ../../nbs/panels/80_drive.ipynb #495166c6
-import contextlib, functools, json
+import functools
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -19,9 +19,9 @@ from ..errors import GONE, Sentence, explained
 from .fields import Form, Values
 from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row, wide
 from ..runtime import disk, in_colab
-from ..storage.archives import Archive, archive_model, reading_archive
+from ..storage.archives import Archive, archive_model
 from ..storage.drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
-from ..tasks import archive_name
+from ..tasks import archive_name, run_in
 
 # %% ../../nbs/panels/80_drive.ipynb #58028c8e
 @dataclass(frozen=True)
@@ -159,11 +159,8 @@ def is_own(path, model, packed) -> bool:
     "Whether the archive `path` is as it was `packed` here (path -> SHA-256), or holds a run in the folder `model`."
     path = Path(path)
     if path.is_file() and sha256_of(path) == packed.get(path): return True
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), reading_archive(path, path) as tar:
-        for member in tar:
-            if member.name != "finetune.json": continue
-            return Path(json.load(tar.extractfile(member))["config"]["output_dir"]) == Path(model)
-    return False
+    config = run_in(path).get("config")
+    return isinstance(config, dict) and Path(config.get("output_dir", "")) == Path(model)
 
 # %% ../../nbs/panels/80_drive.ipynb #bc64d123
 class DrivePanel(DriveView):
