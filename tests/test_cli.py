@@ -230,7 +230,7 @@ def test_a_run_tells_of_a_risen_perplexity_and_begins_its_samples_with_the_text(
     title = " = Article 0 = "
     assert json.loads(Path("out/finetune.json").read_text())["samples"]["after"]["prompt"] == f"{title}\n"
     assert cli("generate", "--model", "out", "--max-new-tokens", "3").stdout.startswith(title)
-    resumed = cli("finetune", *QUICK, *own, "--max-steps", "3")
+    resumed = cli("finetune", *QUICK, *own, "--max-steps", "3", "--learning-rate", "0.3")
     assert "no step was left: to train further, raise --num-train-epochs or --max-steps" in resumed.stdout
 
 
