@@ -12,7 +12,8 @@ from pathlib import Path
 
 from .config import pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
-from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints, read_manifest
+from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints
+from .engine.checkpoints import read_manifest
 from .engine.lock import LOCK
 from .errors import Sentence, may_pass
 from .planning.plan import effective_batch
@@ -23,13 +24,14 @@ def asked(config) -> dict:
     "What `config` says of what decides a run's result; None stands for what is left to the run."
     rank = config.lora_rank if config.method == "lora" else None
     epochs = None if config.max_steps > 0 else float(config.num_train_epochs)
+    dropout = config.keep_attention_dropout or not config.tune
     return dict(
         block_size=config.block_size, effective_batch_size=effective_batch(config), seed=config.seed,
         method=None if config.method == "auto" else config.method, lora_rank=rank, optim=config.optim,
         num_train_epochs=epochs, max_steps=config.max_steps, lr_scheduler_type=config.lr_scheduler_type,
         learning_rate=config.learning_rate and float(config.learning_rate), warmup_steps=float(config.warmup_steps),
         weight_decay=float(config.weight_decay), max_grad_norm=float(config.max_grad_norm),
-        keep_attention_dropout=config.keep_attention_dropout or not config.tune, trainer_args=plain(config.trainer_args))
+        keep_attention_dropout=dropout, trainer_args=plain(config.trainer_args))
 
 # %% ../nbs/62_resuming.ipynb #62aa0009
 def checksum_of(model, config) -> str:
@@ -133,11 +135,12 @@ def read_result(folder) -> dict:
 
 def found_in(folder) -> list:
     "What a folder holds, as `Found`: the finished run, and the complete checkpoints, the newest first."
-    told, folder = read_result(folder), Path(folder)
-    keys = "path", "run", "step", "steps", "saved", "rate_factor"
-    manifests = [{**check_complete(path), "path": path} for path in reversed(find_checkpoints(folder))]
-    finished = [Found(folder, told["fingerprint"], told["steps"], told["steps"], files=told["files"])] if "files" in told else []
-    return finished + [Found(**{key: manifest[key] for key in keys}) for manifest in manifests]
+    told, folder, found = read_result(folder), Path(folder), []
+    if "files" in told: found = [Found(folder, told["fingerprint"], told["steps"], told["steps"], files=told["files"])]
+    for path in reversed(find_checkpoints(folder)):
+        manifest = check_complete(path)
+        found.append(Found(path, *(manifest[name] for name in ("run", "step", "steps", "saved", "rate_factor"))))
+    return found
 
 # %% ../nbs/62_resuming.ipynb #62aa0025
 def strangers(folder) -> list:
@@ -150,8 +153,8 @@ def strangers(folder) -> list:
 # %% ../nbs/62_resuming.ipynb #62aa0028
 TAKEN = ("{output_dir} {path} is not empty, and holds no run to resume ({names}); set {overwrite_output_dir=True} to "
          "overwrite it, or choose another folder.")
-NEVER = ("{output_dir} {path} is not empty; set {resume=auto} to resume its run, {overwrite_output_dir=True} to overwrite "
-         "it, or choose another folder.")
+NEVER = ("{output_dir} {path} is not empty; set {resume=auto} to resume its run, {overwrite_output_dir=True} to "
+         "overwrite it, or choose another folder.")
 OTHER = "{output_dir} {path} holds {what} of another run: {differences}. "
 ONWARD = ("To continue it with these settings, set {resume} to {path}; to begin again, {overwrite_output_dir=True}; or "
           "choose another folder.")
@@ -164,10 +167,10 @@ OTHER_SOURCE = "{resume} {path} is of a run that cannot continue with these sett
 def refuse(other, now, output_dir):
     "FileExistsError: `output_dir` holds `other`, which differs from the run that is to begin `now`."
     fixed = differences(other.run, now, FIXED)
+    what = f"step {other.step}" if other.files is None else "the model"
+    told, way = differences_told(other.run, now), ONWARD if not fixed else OTHER_TEXT if "text" in fixed else RESTORE
     place = Path(output_dir) if Path(output_dir, "config.json").exists() else other.path  # finished, or not
-    raise FileExistsError(Sentence(
-        OTHER + (ONWARD if not fixed else OTHER_TEXT if "text" in fixed else RESTORE), path=output_dir, place=place,
-        differences=differences_told(other.run, now), what=f"step {other.step}" if other.files is None else "the model"))
+    raise FileExistsError(Sentence(OTHER + way, path=output_dir, place=place, differences=told, what=what))
 
 # %% ../nbs/62_resuming.ipynb #62aa0031
 def newest_intact(found, report=None) -> Found | None:
@@ -193,15 +196,18 @@ def check_free(config, now):
     folder, found = Path(config.output_dir), found_in(config.output_dir)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if config.resume == "never" and {*names} - {LOCK}: raise FileExistsError(Sentence(NEVER, path=folder))
-    own = [each for each in found if not differences(each.run, now)]
-    others = [each for each in found if each not in own and not (own and (own[0].files or each.saved <= own[0].saved))]
-    going_on = config.resume not in ("auto", "never") and folder.resolve() in (p := home(config.resume).resolve(), p.parent)
-    if others and not going_on: refuse(others[0], now, folder)
-    if not found and (left := strangers(folder)): raise FileExistsError(Sentence(TAKEN, path=folder, names=", ".join(left[:3])))
+    own = next((each for each in found if not differences(each.run, now)), None)
+    if own and own.files: return
+    others = [each for each in found if differences(each.run, now) and not (own and each.saved <= own.saved)]
+    source = home(config.resume).resolve()  # if it is in this folder, what is there is no other's
+    if others and (config.resume == "auto" or folder.resolve() not in (source, source.parent)):
+        refuse(others[0], now, folder)
+    if not found and (left := strangers(folder)):
+        raise FileExistsError(Sentence(TAKEN, path=folder, names=", ".join(left[:3])))
 
 # %% ../nbs/62_resuming.ipynb #62aa0034
 def where_to_resume(config, now, report=None) -> Found | None:
-    "The newest intact state of the run `now`, or what it is to continue from; None to begin. Refuses what is another's."
+    "The newest intact state of the run `now`, or what it is to continue from; None to begin. Else as `check_free`."
     check_free(config, now)
     if config.overwrite_output_dir or config.resume == "never": return None
     for path in list_checkpoints(config.output_dir):

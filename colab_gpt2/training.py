@@ -97,17 +97,21 @@ class FinetuneResult(Record):
         before, after = self.perplexity_before.value, self.perplexity_after.value
         return "" if after <= before else Sentence(RISEN, before=before, after=after)
 
-    def _rows(self):
-        after, speed = self.perplexity_after, self.tokens_per_second
-        return [("model", f"{self.model}, {self.parameters:,} parameters"),
-                ("text", f"{self.dataset}, {self.train_tokens:,} tokens"),
-                (f"perplexity per {after.unit}, {after.split}, stride {after.stride}, context {after.context}",
-                 self.risen or f"{self.perplexity_before.value:.2f} → {after.value:.2f}"),
-                ("steps", f"{self.steps} ({self.epochs:.2f} epochs)"),
-                ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
-                *([("trained", Sentence(NO_STEP, path=self.output_dir))] if self.repeated or not speed else []),
-                ("time", human_time(self.seconds)), ("saved in", self.output_dir),
-                *((f"sample {when}", sample) for when, sample in self.samples.items())]
+    def _rows(self): return rows_of(self)
+
+# %% ../nbs/63_training.ipynb #4bab8d56
+def rows_of(result) -> list:
+    "The (label, text) pairs of a FinetuneResult's table."
+    after, speed = result.perplexity_after, result.tokens_per_second
+    return [("model", f"{result.model}, {result.parameters:,} parameters"),
+            ("text", f"{result.dataset}, {result.train_tokens:,} tokens"),
+            (f"perplexity per {after.unit}, {after.split}, stride {after.stride}, context {after.context}",
+             result.risen or f"{result.perplexity_before.value:.2f} → {after.value:.2f}"),
+            ("steps", f"{result.steps} ({result.epochs:.2f} epochs)"),
+            ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
+            *([("trained", Sentence(NO_STEP, path=result.output_dir))] if result.repeated or not speed else []),
+            ("time", human_time(result.seconds)), ("saved in", result.output_dir),
+            *((f"sample {when}", sample) for when, sample in result.samples.items())]
 
 # %% ../nbs/63_training.ipynb #a02aa3a5
 @contextlib.contextmanager
@@ -172,7 +176,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
         tell(listeners, "on_stage", PROBING)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
         if not resumed_from: plan = within_time(trainer, plan)
-        else: trainer.args.max_steps = plan.steps  # fewer than the settings say, if its first session saw that it is slow
+        else: trainer.args.max_steps = plan.steps  # fewer than the settings say, if its first session shortened it
         warn_of_idle(plan)
         mirror = next((c for c in listeners if hasattr(c, "in_use")), None)
         tell(listeners, "on_stage", TRAINING, plan=plan, mirror=mirror)
@@ -226,7 +230,7 @@ WENT_BACK = ("{why}. The run goes back to {place} and on with half the learning 
              "{learning_rate} next time.")
 
 def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tuple:
-    "(trainer, plan as carried out); after a divergence from the newest good checkpoint of the `run`, if `config` says so."
+    "(trainer, plan as carried out); once, after a divergence, from the newest good checkpoint of the `run`."
     factor = found.rate_factor if found and not differences(found.run, run) else 1.
     for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir else (): remove_checkpoint(path)
     model = prepared.model
@@ -364,7 +368,7 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a model on a text, save it, and evaluate it before and after. The same again resumes where it was, or
     returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time, with
-    what was trained saved. What `progress` or a Listener raises ends the run."""
+    a checkpoint. What `progress` or a Listener raises ends the run."""
     started, config = time.monotonic(), check_run(changed(config, **changes))
     stop = StopOnInterrupt(config.output_dir)
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]

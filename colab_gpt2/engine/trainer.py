@@ -74,9 +74,33 @@ class MicroBatchTrainer(Trainer):
         told = f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}."
         warnings.warn(told, stacklevel=2)
 
+# %% ../../nbs/engine/42_trainer.ipynb #04a9bf3b
+class SettingsOfNow(MicroBatchTrainer):
+    "A checkpoint may be resumed with other settings."
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        "Keep this run's learning rate and weight decay, not the checkpoint's."
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
+        with loadable(checkpoint): super()._load_optimizer_and_scheduler(checkpoint)
+        rate, schedule = self.args.learning_rate, self.lr_scheduler
+        schedule.base_lrs = [rate] * len(decays)
+        for group, decay, factor in zip(self.optimizer.param_groups, decays, schedule.lr_lambdas):
+            group.update(weight_decay=decay, initial_lr=rate, lr=rate * factor(schedule.last_epoch))
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the next step logs
+
+    def _load_scaler(self, checkpoint):
+        "A run that began in fp16 may resume in another precision: nothing to scale."
+        with loadable(checkpoint):
+            if self.accelerator.scaler: super()._load_scaler(checkpoint)
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        with loadable(checkpoint): super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_rng_state(self, checkpoint):
+        with loadable(checkpoint): super()._load_rng_state(checkpoint)
+
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf34
-class BlockTrainer(MicroBatchTrainer):
-    "Atomic checkpoints too, from which a run may resume with other settings."
+class BlockTrainer(SettingsOfNow):
+    "Checkpoints that are complete or absent, of a run that they name."
     aside, identity, rate_factor, checkpoints_to_keep = None, {}, 1., None
     in_use = set  # in_use(): checkpoints that a mirror copies now
     _tr_loss, _globalstep_last_logged = torch.zeros(()), 0  # of the stock Trainer, which sets them in `train`
@@ -102,27 +126,6 @@ class BlockTrainer(MicroBatchTrainer):
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
             finally: self.aside = None
             write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps, self.rate_factor)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        "Keep this run's learning rate and weight decay, not the checkpoint's."
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        with loadable(checkpoint): super()._load_optimizer_and_scheduler(checkpoint)
-        rate, schedule = self.args.learning_rate, self.lr_scheduler
-        schedule.base_lrs = [rate] * len(decays)
-        for group, decay, factor in zip(self.optimizer.param_groups, decays, schedule.lr_lambdas):
-            group.update(weight_decay=decay, initial_lr=rate, lr=rate * factor(schedule.last_epoch))
-        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the next step logs
-
-    def _load_scaler(self, checkpoint):
-        "A run that began in fp16 may resume in another precision: nothing to scale."
-        with loadable(checkpoint):
-            if self.accelerator.scaler: super()._load_scaler(checkpoint)
-
-    def _load_from_checkpoint(self, checkpoint, model=None):
-        with loadable(checkpoint): super()._load_from_checkpoint(checkpoint, model)
-
-    def _load_rng_state(self, checkpoint):
-        with loadable(checkpoint): super()._load_rng_state(checkpoint)
 
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b5
 REFUSED_ARGS = dict(
