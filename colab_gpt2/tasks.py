@@ -245,7 +245,9 @@ def run(
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir or config.resume not in ("auto", "never")
     there = open_drive(drive) if drive is not None or in_colab() else None
-    if drive is not None and config.mirror == "auto": config = replace(config, mirror=str(there/"colab-gpt2"/"runs"))
+    elsewhere = there and not home(config.output_dir).resolve().is_relative_to(there.resolve())
+    if drive is not None and config.mirror == "auto" and elsewhere:
+        config = replace(config, mirror=str(there/"colab-gpt2"/"runs"))
     path = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
     if not again and os.path.lexists(path) and not run_in(path):
         said = ("{path} exists, and no run made it; set {archive_path} to another file, or {overwrite_output_dir=True} "

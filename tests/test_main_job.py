@@ -300,3 +300,13 @@ def test_the_archive_of_another_run_stays(own, tmp_path, monkeypatch):
     assert (first.path.name, second.path.name, again) == ("a.tar.gz", "a-2.tar.gz", second)
     over = tasks.run(**options, output_dir="three", seed=8, overwrite_output_dir=True).archive
     assert over.path.name == "a.tar.gz" and over.sha256 not in (first.sha256, second.sha256)
+
+
+@pytest.mark.parametrize("place, mirror, expected", [
+    ("out", "auto", "drive/colab-gpt2/runs"), ("out", "off", "off"), ("drive/out", "auto", "auto")])
+def test_a_folder_for_the_drive_takes_checkpoints_of_other_folders(tmp_path, monkeypatch, place, mirror, expected):
+    monkeypatch.chdir(tmp_path)
+    def seen(config, **options): raise InterruptedError(config.mirror)
+    monkeypatch.setattr("colab_gpt2.training.finetune", seen)
+    with pytest.raises(InterruptedError, match=f"^{expected}$"):
+        tasks.run(model="tiny", output_dir=place, mirror=mirror, drive="drive")

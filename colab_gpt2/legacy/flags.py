@@ -108,7 +108,7 @@ def continue_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #c34f7c86
 def overwrite_of(value, given):
-    "`--overwrite_output_dir`: begin from the beginning, unless the command asks to resume, for which the script wanted it."
+    "`--overwrite_output_dir`: begin again, unless the command asks to resume: then, too, the script wanted the flag."
     resumed = "should_continue" in given or "resume" in start_of(given.get("model_name_or_path", ""), given)[0]
     if resumed: return {}, "nothing: a run that is resumed keeps what is there"
     return {"overwrite_output_dir": True}, "overwrite_output_dir=True: it begins again, and earlier checkpoints go"
