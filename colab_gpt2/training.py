@@ -340,7 +340,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     training_arguments(config, plan)  # what it refuses is said before anything slow
     since = mirror.before_end(found.saved) if found else ""
     told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=since and " " + since)
-    if told: warnings.warn(told, stacklevel=3)
+    for sentence in filter(None, (told, mirror.told)): warnings.warn(sentence, stacklevel=3)
     tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told)
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
     model, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)

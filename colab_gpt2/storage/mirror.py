@@ -121,7 +121,7 @@ class Stored:
         if not self.target or self.afresh: return None
         try: complete, others = self.entries()
         except OSError as e:
-            return warnings.warn(f"{self.target.called} cannot be read, so is not resumed from: {reason(e)}")
+            return warnings.warn(f"Nothing is resumed from {self.target.called}, which cannot be read: {reason(e)}")
         for name in set(others) - self.skipped: self.skip(name, "it is incomplete")
         return next((e for e in complete if e.name not in self.skipped and not e.name.startswith("weights")), None)
 
@@ -272,7 +272,7 @@ def missing_told(mirror, left, error) -> str:
     name = path.name if NAMES.fullmatch(path.name) else "the finished model"
     why = f"it was waited for, and {mirror.share():.0%} had arrived" if left else reason(error[1])
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
-    return f"{mirror.target.called} does not have {name} ({path} on this machine): {why.rstrip('.')}. {held}"
+    return f"Not copied to {mirror.target.called}: {name} ({path} on this machine), since {why.rstrip('.')}. {held}"
 
 # %% ../../nbs/storage/53_mirror.ipynb #b12da030
 class Mirror(Copying, TrainerCallback):
@@ -358,25 +358,25 @@ def last_heartbeat(target):
     except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
 
 # %% ../../nbs/storage/53_mirror.ipynb #46d12443
-def say(mirror, told, aloud=True) -> Mirror:
-    mirror.told = told
-    if told and aloud: warnings.warn(told, stacklevel=5)
-    return mirror
-
 def fit(mirror, plan) -> Mirror:
-    "Decide by the room on the target what is copied of a run: `told` says it, and a warning where it is not all."
+    "Decide by the room on the target what is copied of a run; `told` says it."
     target = mirror.target
     try: (complete, _), free = mirror.entries(), retried(target.free, may_pass)
     except OSError as e:
-        return say(mirror, f"{target.called} cannot be used now, and each new checkpoint tries again: {reason(e)}")
+        mirror.told = f"Nothing can be copied to {target.called} now; each new checkpoint tries again: {reason(e)}"
+        return mirror
     mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
-    return say(mirror, fit_told(plan, free, mirror.kind, target.called), aloud=mirror.kind != FULL)
+    mirror.told = fit_told(plan, free, mirror.kind, target.called)
+    return mirror
 
 # %% ../../nbs/storage/53_mirror.ipynb #ea0de90a
 def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
     "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
-    if not top: return say(Mirror(), told)
+    mirror = Mirror()
+    if not top:
+        mirror.told = told
+        return mirror
     with about("mirror"), explained(f"Making {top}"):
         kind = HubTarget if isinstance(top, str) else FolderTarget
         target = kind(top, run_name(config.output_dir, fingerprint))
