@@ -41,9 +41,8 @@ class MicroBatchTrainer(Trainer):
         while True:
             try: return self.divided_step(model, inputs)
             except Exception as e:
-                if not out_of_memory(e): raise
-                less = smaller_micro_batch(self.model, self.recipe.divided(self.micro_batch))
-                if less is None: raise
+                less = out_of_memory(e) and smaller_micro_batch(self.model, self.recipe.divided(self.micro_batch))
+                if not less: raise
             self.lower_micro_batch(model, less)
 
     def divided_step(self, model, inputs):
@@ -71,8 +70,7 @@ class MicroBatchTrainer(Trainer):
         model.zero_grad(set_to_none=True)
         gc.collect()  # the traceback holds the failed step's tensors
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        told = f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}."
-        warnings.warn(told, stacklevel=2)
+        warnings.warn(f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}.", stacklevel=2)
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3b
 class SettingsOfNow(MicroBatchTrainer):
