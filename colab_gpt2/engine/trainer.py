@@ -70,7 +70,8 @@ class MicroBatchTrainer(Trainer):
         model.zero_grad(set_to_none=True)
         gc.collect()  # the traceback holds the failed step's tensors
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        warnings.warn(f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}.", stacklevel=2)
+        told = f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}."
+        warnings.warn(told, stacklevel=2)
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3b
 class SettingsOfNow(MicroBatchTrainer):
