@@ -64,10 +64,10 @@ def test_a_weight_of_no_batch_that_is_lost_is_seen_before_it_is_saved():
     guard, state = StopOnDivergence(1e-4), SimpleNamespace(global_step=3)
     args, control = SimpleNamespace(learning_rate=1e-3), TrainerControl(should_save=True)
     guard.on_train_begin(args, state, control, model=model)
-    guard.on_log(args, state, control, {"loss": 3.}, model)
+    guard.on_step_end(args, state, control, model=model)
     model.weight.data[3, 1] = math.nan
     with pytest.raises(Diverged, match=r"A weight became NaN or infinite by step 3 \(weight\)"):
-        guard.on_log(args, state, control, {"loss": 3.}, model)
+        guard.on_step_end(args, state, control, model=model)
     state.global_step = 4
     with pytest.raises(Diverged, match="by step 4"): guard.on_train_end(args, state, control, model=model)
 
