@@ -114,6 +114,10 @@ def rows_of(result) -> list:
             *((f"sample {when}", sample) for when, sample in result.samples.items())]
 
 # %% ../nbs/63_training.ipynb #a02aa3a5
+FULL_DISK = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then run the same again."
+FULL_DRIVE = ("The Drive of {output_dir} {path}, or this machine's disk ({free} free), is full. {kept}. Free space (on "
+              "Drive, empty the trash too), then run the same again.")
+
 @contextlib.contextmanager
 def in_one_line(output_dir, recipe=None):
     "Turn the errors of disks and Drives, and a lack of memory for `recipe`, into a line that says what to do."
@@ -122,8 +126,9 @@ def in_one_line(output_dir, recipe=None):
         if (number := errno_of(e)) == errno.ENOSPC:
             names = ", ".join(path.name for path in find_checkpoints(output_dir))
             kept = f"Kept: {names}" if names else "No checkpoint was complete yet"
-            told = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then run the same again."
-            raise OSError(Sentence(told, path=output_dir, kept=kept, free=human_bytes(disk(output_dir)[1]))) from e
+            drive = drive_top(output_dir)  # its free space says nothing of a quota
+            free = human_bytes(disk(tempfile.gettempdir() if drive else output_dir)[1])
+            raise OSError(Sentence(FULL_DRIVE if drive else FULL_DISK, path=output_dir, kept=kept, free=free)) from e
         if not out_of_memory(e):
             if number == errno.ENOENT: raise  # its path says more
             with explained(f"The run in {output_dir}"): raise
