@@ -149,6 +149,20 @@ def test_a_signal_that_comes_after_the_end_changes_no_exit_code(tmp_path):
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+def run_unread(*given):
+    "`run`, when nobody reads any more what it writes."
+    here, there = os.pipe()
+    os.close(here)
+    for output in (1, 2): os.dup2(there, output)
+    run(*given)
+
+
+def test_a_run_that_nobody_reads_any_more_ends_as_any_other(folder, tmp_path):
+    words = f"{WORDS}{tmp_path}/out"
+    assert forked(run_unread, words, "step 4", ["SIGTERM"], cwd=folder).returncode == 143
+    assert checkpoints(tmp_path/"out") == ["checkpoint-3", "checkpoint-4"]
+
+
 def test_a_terminal_that_is_closed_loses_nothing(folder, tmp_path):
     words = f"{WORDS}{tmp_path}/out"
     assert forked(run_in_terminal, words, "step 4", ["hang up"], cwd=folder).returncode == 129
