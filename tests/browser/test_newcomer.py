@@ -150,11 +150,13 @@ def test_train_by_hand(ran, record_property):
     points = curve.get_attribute("points")
     expect(curve).not_to_have_attribute("points", points, timeout=20_000)  # the curve grows
     assert len(curve.get_attribute("points").split()) > len(points.split())
-    clicked = time.monotonic()
+    before, clicked = said(panel), time.monotonic()
     press(panel, "Stop")
-    sentence = wait_said(panel, "Stopped at step")
+    expect(panel.get_by_role("status").last).not_to_have_text(before, timeout=20_000)  # "Saved checkpoint-…"
     seconds = time.monotonic() - clicked
-    record_property("seconds from Stop to stopped and saved", f"{seconds:.2f}")
+    sentence = wait_said(panel, "Stopped at step")
+    record_property("seconds from Stop to saved", f"{seconds:.2f}")
+    record_property("seconds from Stop to copied to the Drive", f"{time.monotonic() - clicked:.2f}")
     ran.picture("stopped", panel)
     assert panel.evaluate(WHOLE)
     assert seconds < 3
