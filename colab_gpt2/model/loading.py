@@ -176,6 +176,7 @@ def ready(name, cache_dir, *needs):
         try:
             if trouble := hub_trouble():
                 raise ConnectionError(f"The Hub {trouble} and {place} is not complete in the cache. {_ADVICE}")
+            check_mounted(huggingface_hub.constants.HF_HOME)  # whatever is downloaded leaves something there
             with loading(place): info = huggingface_hub.model_info(place)  # list_repo_files retries for half a minute
             files = [f.rfilename for f in info.siblings]
         except ConnectionError as e:
