@@ -333,7 +333,7 @@ class DriveFault:
 
 DRIVE_FAULTS = [
     DriveFault("errno 5, twice", dict(io_error=2), ()),
-    DriveFault("errno 5", dict(io_error=True), ("failed (Input/output error)", "the Drive does not have")),
+    DriveFault("errno 5", dict(io_error=True), ("failed (Input/output error)", "Not copied to the Drive")),
     DriveFault("errno 107, twice", dict(disconnected=2), ()),
     DriveFault("errno 107", dict(disconnected=True), ("failed (not mounted)", "mount has gone")),
     DriveFault("disk full", dict(full=3000), ("failed (No space left", "full")),
@@ -342,7 +342,7 @@ DRIVE_FAULTS = [
     DriveFault("read-only", dict(read_only=True), ("failed (Read-only", "read-only")),
     DriveFault("silent truncation", dict(truncated=1000), ("failed", "truncated")),
     DriveFault("corruption", dict(corrupted=True), ("failed", "corrupted")),
-    DriveFault("10 kB/s", dict(bytes_per_second=10_000), ("copying", "does not have", "had arrived")),
+    DriveFault("10 kB/s", dict(bytes_per_second=10_000), ("copying", "Not copied", "had arrived")),
     DriveFault("unmounted, and mounted again", {}, ("failed (not mounted)",))]
 
 
@@ -398,4 +398,6 @@ def test_a_training_survives_its_drive(job, reference, number):
     assert row["code"] == 0 and row["weights"] == reference["weights"] and set(KEPT) <= {*row["intact"]}, row
     assert all(words in read for words in fault.reads) and not RAW.search(read), read
     arrived = not fault.reads or fault.name.startswith("unmounted")
-    assert ("finished" in row["held"]) == arrived and bool(row["said"]) == (not arrived), row
+    begun, *complaints = row["said"].splitlines()
+    assert begun.startswith("note: Each new checkpoint, about ")
+    assert ("finished" in row["held"]) == arrived and bool(complaints) == (not arrived), row

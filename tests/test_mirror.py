@@ -159,7 +159,7 @@ def test_the_end_of_a_run_tries_once_more_and_says_what_is_missing(colab, my_dri
     with colab.faults(full=10):
         copy(mirror, path := checkpoint(200))
         [said] = told(mirror.close)
-    assert said.startswith(f"Not copied to the Drive: checkpoint-200 ({path} on this machine), since the disk, or")
+    assert said.startswith(f"Not copied to the Drive: checkpoint-200 ({path} on this machine). The reason: the disk")
     assert said.endswith("The newest there is checkpoint-100.") and "\n" not in said
     late = opened(output)
     with colab.faults(full=10): copy(late, path)

@@ -270,9 +270,10 @@ def missing_told(mirror, left, error) -> str:
     "What did not arrive, why, and what there is instead."
     path = left[-1] if left else error[0]
     name = path.name if NAMES.fullmatch(path.name) else "the finished model"
-    why = f"it was waited for, and {mirror.share():.0%} had arrived" if left else reason(error[1])
+    why = f"{mirror.share():.0%} of it had arrived when the waiting ended" if left else reason(error[1])
     held = f"The newest there is {mirror.here[0]}." if mirror.here else "There is no other."
-    return f"Not copied to {mirror.target.called}: {name} ({path} on this machine), since {why.rstrip('.')}. {held}"
+    told = f"Not copied to {mirror.target.called}: {name} ({path} on this machine)"
+    return f"{told}. The reason: {why.rstrip('.')}. {held}"
 
 # %% ../../nbs/storage/53_mirror.ipynb #b12da030
 class Mirror(Copying, TrainerCallback):
