@@ -417,6 +417,14 @@ def test_another_session_resumes_without_a_field_touched(quick, tmp_path, lost):
     assert "finished" in panel.progress.value  # on the mirror, in its line
 
 
+def test_a_run_out_of_time_says_how_it_resumes(quick):
+    "A session that is too short for the run: the next Start, or Run all, does the rest."
+    panel = colab_gpt2.FinetunePanel(quick, max_minutes=1e-3)
+    assert panel.start() is None and panel.error is None
+    assert re.match(r"Stopped at step \d+ of 12.*; saved in .* Start resumes from there\.$", panel.said)
+    assert re.search(r"resumes at step \d+ of 12", panel.plan.value) and not panel.buttons["start"].disabled
+
+
 def test_a_mirror_that_fails_is_a_line_and_the_run_goes_on(quick, tmp_path):
     (tmp_path/"mirror").mkdir()
     def fail(): (tmp_path/"mirror").rename(tmp_path/"gone"); (tmp_path/"mirror").write_text("in its place")
