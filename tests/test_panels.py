@@ -425,6 +425,14 @@ def test_a_run_out_of_time_says_how_it_resumes(quick):
     assert re.search(r"resumes at step \d+ of 12", panel.plan.value) and not panel.buttons["start"].disabled
 
 
+def test_a_run_that_diverges_goes_back_and_says_so(quick):
+    "The weights are lost at a step: from the checkpoint before it the run ends, at half the rate, with a note."
+    panel, lost = colab_gpt2.FinetunePanel(quick, save_steps=3), [True]
+    result = panel.start(callbacks=[At(4, lost.clear, lose=lost)])
+    assert result and result.steps == 12 and panel.error is None and panel.said.startswith("Done in")
+    assert "learning rate" in panel.status.value.lower() and "Note:" in panel.status.value
+
+
 def test_a_mirror_that_fails_is_a_line_and_the_run_goes_on(quick, tmp_path):
     (tmp_path/"mirror").mkdir()
     def fail(): (tmp_path/"mirror").rename(tmp_path/"gone"); (tmp_path/"mirror").write_text("in its place")
