@@ -56,6 +56,7 @@ def identify(config, blocks, weights) -> dict:
     known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{zlib.crc32(blocks.stream):08x}")
     return {**asked(config), **known, **inherited(config), "block_size": blocks.block_size}
 
+# %% ../nbs/62_resuming.ipynb #62aa0911
 def chosen(plan, config) -> dict:
     "What a plan has decided of what `asked` leaves open."
     recipe = plan.recipe
@@ -133,6 +134,7 @@ def read_result(folder) -> dict:
     right = isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items())
     return told if right else {}
 
+# %% ../nbs/62_resuming.ipynb #62aa0920
 def found_in(folder) -> list:
     "What a folder holds, as `Found`: the finished run, and the complete checkpoints, the newest first."
     told, folder, found = read_result(folder), Path(folder), []
@@ -179,6 +181,7 @@ def newest_intact(found, report=None) -> Found | None:
         if not (why := each.damage(report)): return each
         warnings.warn(f"{each.path} is skipped: {why}.", stacklevel=4)
 
+# %% ../nbs/62_resuming.ipynb #62aa0931
 def source_of(config, now) -> Found:
     "What `config.resume`, a checkpoint or a folder with some, has to continue from with the settings of `now`."
     path = home(config.resume)
