@@ -1,5 +1,6 @@
 """What does the mirror cost? While GPT-2 trains, a checkpoint is copied to a slow folder, over and over, in every
-second stretch of steps; nothing is copied in the others. One run has both: a machine that slows down for a while slows both.
+second stretch of steps; nothing is copied in the others. One run has both: a machine that slows down for a while slows
+both.
 
 That is more than a run has: there a copy begins every five minutes. The folder takes as many megabytes a second as a
 Drive under load, writing and reading back."""

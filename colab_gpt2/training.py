@@ -372,8 +372,8 @@ def finetune(
     **changes,  # fields of the config
 ) -> FinetuneResult:
     """Fine-tune a model on a text, save it, and evaluate it before and after. The same again resumes where it was, or
-    returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time, with
-    a checkpoint. What `progress` or a Listener raises ends the run."""
+    returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time,
+    with a checkpoint. What `progress` or a Listener raises ends the run."""
     started, config = time.monotonic(), check_run(changed(config, **changes))
     stop = StopOnInterrupt(config.output_dir)
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]

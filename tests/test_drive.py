@@ -492,8 +492,9 @@ def test_a_drive_that_is_unmounted_while_a_checkpoint_is_written(colab, tmp_path
 @pytest.mark.parametrize("fault, line", [
     (dict(io_error=True), "an input/output error (errno 5)"), (dict(disconnected=True), "mount has gone (errno 107)"),
     (dict(truncated=1000), "truncated in transit"), (dict(truncated=0), "truncated in transit"),
-    (dict(corrupted=True), "corrupted in transit"), (dict(full=3000), "is full. Kept: checkpoint-1."), (dict(full=0), "is full. Kept: "),
-    (dict(quota=4096), "is full. Kept: "), (dict(over_quota=True), "Drive's quota, is full"),
+    (dict(corrupted=True), "corrupted in transit"), (dict(full=3000), "is full. Kept: checkpoint-1."),
+    (dict(full=0), "is full. Kept: "), (dict(quota=4096), "is full. Kept: "),
+    (dict(over_quota=True), "Drive's quota, is full"),
     (dict(denied=True), "no permission"), (dict(read_only=True), "the folder is read-only")])
 def test_a_checkpoint_that_does_not_reach_the_drive_is_no_success(colab, my_drive, save, fault, line):
     "The older one stays as it was, in full; when the Drive has recovered, the next one arrives."

@@ -309,8 +309,8 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_set_now(text, tmp_path):
     class Look(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer, **kwargs):
             used.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
-    run(text, tmp_path/"out", save_steps=3, warmup_steps=0, resume=str(tmp_path/"out"), learning_rate=8e-6, weight_decay=0.3,
-        callbacks=[Look()])
+    run(text, tmp_path/"out", save_steps=3, warmup_steps=0, resume=str(tmp_path/"out"), learning_rate=8e-6,
+        weight_decay=0.3, callbacks=[Look()])
     assert [first for first, _ in used] == [(pytest.approx(1e-6 * left), 0.3) for left in (5, 4, 3, 2, 1)]
     assert {second[1] for _, second in used} == {0.}
 
@@ -326,7 +326,8 @@ def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path, p
 
 def test_a_resumed_run_saves_and_logs_at_the_steps_that_are_set_now(text, tmp_path):
     run(text, tmp_path/"out", max_steps=2, save_steps=10)
-    result = run(text, tmp_path/"out", max_steps=7, resume=str(tmp_path/"out"), save_steps=3, save_total_limit=9, logging_steps=2)
+    result = run(text, tmp_path/"out", max_steps=7, resume=str(tmp_path/"out"), save_steps=3, save_total_limit=9,
+                 logging_steps=2)
     assert {p.name for p in (tmp_path/"out").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (2, 3, 6, 7)}
     assert [entry["step"] for entry in result.losses] == [1, 2, 4, 6, 7]  # the first of each run too
 

@@ -16,8 +16,8 @@ BOTH = ["rename", "replace", "link"]  # of two paths
 replaced = ["open", "close", "read", "write", "fsync", "sendfile", "statvfs", *LOOK, *LIST, *CHANGE, *BOTH]
 real = {name: getattr(os, name) for name in replaced if hasattr(os, name)}
 handles = {}  # descriptor -> (path on the Drive, (device, inode)), for files opened while the hooks are in
-FILE_FAULTS = ("full", "quota", "over_quota", "denied", "read_only", "io_error", "disconnected", "truncated", "corrupted",
-               "slow", "bytes_per_second")
+FILE_FAULTS = ("full", "quota", "over_quota", "denied", "read_only", "io_error", "disconnected", "truncated",
+               "corrupted", "slow", "bytes_per_second")
 state = {"suspended": False, "mountpoint": None, "readonly": False, "hooked": False}
 
 
