@@ -6,14 +6,14 @@
 __all__ = []
 
 # %% ../nbs/62_resuming.ipynb #62aa0003
-import json, os, tempfile, warnings, zlib
+import os, tempfile, warnings, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
 from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints
-from .engine.checkpoints import read_manifest
+from .engine.checkpoints import read_manifest, unsealed
 from .engine.lock import LOCK
 from .errors import Sentence, may_pass
 from .planning.plan import effective_batch
@@ -127,12 +127,9 @@ class Found(Record):
 RESULT = "finetune.json"
 
 def read_result(folder) -> dict:
-    "What a finished run has written, or what tells whose model is on its way; {} without either."
-    try: told = json.loads(retried(Path(folder, RESULT).read_bytes, may_pass))
+    "What a finished run has written, or what tells whose model is on its way; {} without either, or a corrupted one."
+    try: return unsealed(retried(Path(folder, RESULT).read_bytes, may_pass), RESULT)
     except (OSError, ValueError): return {}
-    kinds = dict(fingerprint=dict) | (dict(files=dict, steps=int) if isinstance(told, dict) and "files" in told else {})
-    right = isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items())
-    return told if right else {}
 
 # %% ../nbs/62_resuming.ipynb #62aa0920
 def found_in(folder) -> list:
@@ -216,6 +213,8 @@ def where_to_resume(config, now, report=None) -> Found | None:
     for path in list_checkpoints(config.output_dir):
         try: check_complete(path)
         except ValueError as e: warnings.warn(f"{path} is skipped: {e}.", stacklevel=3)
+    if (told := Path(config.output_dir, RESULT)).exists() and not read_result(config.output_dir):
+        warnings.warn(f"{told} is skipped: it is corrupted.", stacklevel=3)
     own = newest_intact((each for each in found_in(config.output_dir) if not differences(each.run, now)), report)
     return own or (None if config.resume == "auto" else source_of(config, now))
 

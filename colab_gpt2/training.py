@@ -6,7 +6,7 @@
 __all__ = ['FinetuneResult', 'finetune']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
-import contextlib, errno, json, math, os, tempfile, time, warnings
+import contextlib, errno, math, os, tempfile, time, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .config import FinetuneConfig, changed
 from .core import Record, atomic, check_space, discard, drive_top, home, human_bytes, human_time, leftovers
 from .core import retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
-from .engine.checkpoints import find_checkpoints, list_files, remove_checkpoint, save_model
+from .engine.checkpoints import find_checkpoints, list_files, remove_checkpoint, save_model, sealed
 from .engine.guards import Diverged, StopOnInterrupt, TimeLimit, limits_of, skipped_steps, warn_of_idle
 from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
@@ -287,7 +287,7 @@ def read_finished(output_dir) -> FinetuneResult | None:
 def write_result(output_dir, told):
     "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
     def write():
-        with atomic(Path(output_dir)/RESULT) as file: file.write_text(json.dumps(told, indent=1))
+        with atomic(Path(output_dir)/RESULT) as file: file.write_text(sealed(told, indent=1))
     with in_one_line(output_dir): retried(write, may_pass, attempts=6)
 
 # %% ../nbs/63_training.ipynb #ffe78b30

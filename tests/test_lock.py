@@ -84,7 +84,7 @@ def test_a_file_system_without_locks_goes_by_what_the_file_says(tmp_path, monkey
     (dict(boot="its own", machine="another"), 150, True),
     (dict(boot="its own"), 1, False),  # another machine of this name
     (dict(boot="its own", machine="another"), -3600, True),  # the clock was moved back since
-    (dict(since=None), 0, True)])
+    (dict(since=None), 0, True)], ids="before-start shared-disk lost-machine same-name clock-back odd".split())
 def test_the_lock_of_another_start_or_machine(tmp_path, changes, age, free):
     folder = left_by(tmp_path/"run", age, **changes)
     if free:

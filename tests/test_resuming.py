@@ -128,6 +128,16 @@ def test_a_finished_model_that_is_damaged_is_made_again_from_the_last_checkpoint
     assert again.files == result.files and sha256_of(file) == result.files[name]
 
 
+@pytest.mark.parametrize("was, becomes", [('"runtime"', '"runtimf"'), ('"seed": 42', '"seed": 43'), ("}", "")])
+def test_a_damaged_result_is_named_and_the_model_made_again(run, plain, tmp_path, was, becomes):
+    result, folder = plain()
+    shutil.copytree(folder, tmp_path/"out")
+    file = tmp_path/"out"/"finetune.json"
+    file.write_text(file.read_text().replace(was, becomes))
+    with pytest.warns(UserWarning, match="finetune.json is skipped: it is corrupted"): again = run(tmp_path/"out")
+    assert again.resumed_from.endswith(f"checkpoint-{result.steps}") and again.files == result.files
+
+
 LONGER = ("num_train_epochs was 2.0, now it is 3.0; lr_scheduler_type was linear, now it is cosine; learning_rate was "
           "0.001, now it is 0.0001. To continue it with these settings, set resume to ")
 OTHERS = [(dict(seed=7), "seed was 42, now it is 7. Restore that", True),

@@ -55,15 +55,15 @@ def save_model(model, tokenizer, output_dir) -> dict:
 # %% ../../nbs/engine/41_checkpoints.ipynb #cde56d37
 def _checksum(facts): return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-def sealed(facts) -> str:
-    "The text of a manifest: `facts` with a checksum of their own."
-    return json.dumps(facts | dict(checksum=_checksum(facts)))
+def sealed(facts, indent=None) -> str:
+    "JSON of `facts` with a checksum of their own: a manifest, or a result."
+    return json.dumps(facts | dict(checksum=_checksum(facts)), indent=indent)
 
-def unsealed(text) -> dict:
-    "The facts in the text of a manifest; ValueError if it is corrupted."
+def unsealed(text, name=MANIFEST) -> dict:
+    "The facts in the text of the file `name`; ValueError if it is corrupted."
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         if (facts := json.loads(text)).pop("checksum") == _checksum(facts): return facts
-    raise ValueError(f"{MANIFEST} is corrupted")
+    raise ValueError(f"{name} is corrupted")
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
 def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0):
