@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from ..core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
 from ..engine.checkpoints import MANIFEST, list_files, new_checkpoint, read_manifest, sealed
 from ..engine.lock import is_running, this_run
-from ..errors import ADVICE, Sentence, about, errno_of, explained, may_pass
+from ..errors import ADVICE, Sentence, about, errno_of, explained, may_pass, shortened
 from ..reporting import silent
 from ..runtime import drive_path, my_drive
 from .targets import FINISHED, NAMES, Entry, FolderTarget, HubTarget, read_entry
@@ -97,7 +97,7 @@ def reason(error) -> str:
 def short(error) -> str:
     "The same for a progress line."
     number = errno_of(error)
-    return "not mounted" if number == errno.ENOTCONN else os.strerror(number) if number else str(error)
+    return "not mounted" if number == errno.ENOTCONN else os.strerror(number) if number else shortened(str(error), 60)
 
 class Damaged(Exception): "Files of an entry are missing or have changed."
 
@@ -256,11 +256,13 @@ def wait_for(mirror, report, seconds, still):
     "Until all that was offered has arrived; `seconds` at most, and `still` ones without progress."
     if mirror.error and not mirror.in_use(): mirror.offer(mirror.error[0])
     mirror.queue.set(ending=True)
-    ending, begun = time.monotonic() + seconds, time.monotonic()
+    ending, begun, share = time.monotonic() + seconds, time.monotonic(), 0.
     try:
         while mirror.queue.thread.is_alive() and time.monotonic() < min(ending, max(begun, mirror.moved) + still):
-            report(f"Copying to {mirror.target.called}", round(100 * mirror.share()), 100)
+            share = max(share, mirror.share())  # an attempt that is repeated begins at 0
+            report(f"Copying to {mirror.target.called}", round(100 * share), 100)
             mirror.queue.thread.join(.1)
+        report("Waited for the copies", 0, 1)  # ends a bar before the warning
     finally:
         mirror.stopped = True
         left, error = mirror.in_use(), mirror.error
