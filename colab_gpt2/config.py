@@ -111,8 +111,7 @@ class FinetuneConfig(MethodFields):
     resume: str = value(
         "auto", "auto: the same run again resumes where it left off; never: only an empty {output_dir} will do; or a "
         "checkpoint, or a folder with some, to continue from with other settings", path=True)
-    overwrite_output_dir: bool = value(
-        False, "begin from the beginning and overwrite what is in {output_dir}", label="Overwrite")
+    overwrite_output_dir: bool = value(False, "begin again, and overwrite {output_dir}", label="Overwrite")
     mirror: str = value(
         "auto", "where checkpoints are copied to while the training goes on; auto: the mounted Drive on Colab; off; a "
         "folder; or hub:USER/NAME, a private repository", path=True)

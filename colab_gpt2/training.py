@@ -274,6 +274,12 @@ def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tup
     facts = dict(steps=state.global_step, epochs=state.epoch or 0., tokens_per_second=speed, losses=losses)
     return model, plan, facts
 
+# %% ../nbs/63_training.ipynb #ffe78b36
+def evaluation_of(config, prepared) -> dict:
+    "What decides perplexities and samples, apart from the model."
+    return dict(text=prepared.held_out.sha256, split=prepared.held_out.split, prompt=config.prompt, seed=config.seed,
+                eval_stride=config.eval_stride, max_new_tokens=config.max_new_tokens)
+
 # %% ../nbs/63_training.ipynb #7d3cd2aa
 def read_finished(output_dir) -> FinetuneResult | None:
     "What was finished in `output_dir`; None without, or if another run has begun since."
@@ -310,12 +316,6 @@ def look_for(config, prepared, report) -> tuple:
     run = run | chosen(planned(), follow(config, found))
     if found and config.resume == "auto" and differences(found.run, run): refuse(found, run, config.output_dir)
     return found, mirror, run
-
-# %% ../nbs/63_training.ipynb #ffe78b36
-def evaluation_of(config, prepared) -> dict:
-    "What decides perplexities and samples, apart from the model."
-    return dict(text=prepared.held_out.sha256, split=prepared.held_out.split, prompt=config.prompt, seed=config.seed,
-                eval_stride=config.eval_stride, max_new_tokens=config.max_new_tokens)
 
 # %% ../nbs/63_training.ipynb #ffe78b37
 def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:

@@ -180,6 +180,7 @@ def check_parts(arguments):
 SAME = ("output_dir", "num_train_epochs", "max_steps", "weight_decay", "warmup_steps", "lr_scheduler_type",
         "max_grad_norm", "seed", "logging_steps")
 
+# %% ../../nbs/engine/42_trainer.ipynb #02b7ab9b
 def training_arguments(config, plan) -> TrainingArguments:
     "ValueError if TrainingArguments refuses a value of `config.trainer_args`."
     recipe = plan.recipe

@@ -50,6 +50,7 @@ def check_given(given):
 PATH = re.compile("_(dir|files?|path)$|^(config|tokenizer)_name$")  # flags whose value may begin with ~
 DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_total_limit=None, max_new_tokens=1)
 
+# %% ../../nbs/legacy/91_run_language_modeling.ipynb #00c8e68b
 def translate(given) -> Job:
     "The job that the flags ask for; ValueError, in one line, for what is missing, refused or out of range."
     check_given(given)

@@ -327,6 +327,7 @@ MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
                "copied, run mount_drive() in a cell first.")
 
+# %% ../../nbs/storage/53_mirror.ipynb #910d0aab
 def mirror_folder(config, colab) -> tuple:
     "(the folder for all runs, or a repository's name, or None; why there is none). ValueError for what cannot serve."
     output_dir, hub = Path(os.path.realpath(config.output_dir)), str(config.mirror).partition("hub:")

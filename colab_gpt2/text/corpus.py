@@ -59,6 +59,9 @@ def measure(name, files, source):
                   sha256={split: sha256_of(path) for split, path in files.items()},
                   bytes={split: path.stat().st_size for split, path in files.items()})
 
+# %% ../../nbs/text/11_corpus.ipynb #978a42fa
+log = logging.getLogger(__name__)
+
 # %% ../../nbs/text/11_corpus.ipynb #e4f48c28
 def recall(folder):
     "The Corpus in `folder`, if there is a manifest and every file has its SHA-256; else None."
@@ -68,9 +71,7 @@ def recall(folder):
         return corpus if corpus.sha256 == known["sha256"] else None
     except (OSError, ValueError, KeyError): return None  # never kept, or damaged since
 
-# %% ../../nbs/text/11_corpus.ipynb #978a42fa
-log = logging.getLogger(__name__)
-
+# %% ../../nbs/text/11_corpus.ipynb #56532823
 def cached(folder, name, source, make, published=()):
     """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path.
     ConnectionError if one has not the SHA-256 that is `published` for its split."""

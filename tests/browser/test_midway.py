@@ -64,7 +64,7 @@ def test_the_notebooks_own_stop_button(begun):
 def test_the_page_is_loaded_again_while_a_click_trains(begun):
     before = stopped_at(begun)
     press(panel(begun), "Start")
-    wait_said(panel(begun), "Resuming from")
+    wait_said(panel(begun), "Resuming at step")
     load_again(begun)
     begun.picture("loaded-again")
     press(panel(begun), "Stop")

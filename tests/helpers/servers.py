@@ -81,8 +81,8 @@ def asked_paths(body):
 
 
 class Hub(Server):
-    """The endpoints of huggingface.co that `load_dataset` and `from_pretrained` call: info, tree, paths-info, resolve; and
-    those that change a repository of models: create, preupload, upload, commit, squash."""
+    """The endpoints of huggingface.co that `load_dataset` and `from_pretrained` call: info, tree, paths-info, resolve;
+    and those that change a repository of models: create, preupload, upload, commit, squash."""
     def __init__(self):
         super().__init__()
         self.repos, self.large, self.private = {}, {}, True  # large: SHA-256 -> the bytes that were uploaded
@@ -135,7 +135,8 @@ class Hub(Server):
 
     def entries(self, files, paths):
         def entry(path, content):
-            if content is None: return dict(type="directory", path=path, size=0, oid=hashlib.sha1(path.encode()).hexdigest())
+            if content is None:
+                return dict(type="directory", path=path, size=0, oid=hashlib.sha1(path.encode()).hexdigest())
             git, sha256 = (hashlib.sha1(b"blob %d\0" % len(content) + content), hashlib.sha256(content).hexdigest())
             lfs = dict(lfs=dict(oid=sha256, size=len(content), pointerSize=134)) if sha256 in self.large else {}
             return dict(type="file", path=path, size=len(content), oid=git.hexdigest(), **lfs)
