@@ -480,7 +480,7 @@ def test_a_bad_value_is_marked_where_it_was_typed(quick):
 
 
 def test_a_perplexity_that_rises_is_no_success(quick):
-    panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.3, max_steps=4)
+    panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.02, max_steps=4)
     assert panel.start() and "Note: The perplexity has risen from" in panel.status.value
     assert "lower “Learning rate”, or train fewer “Epochs”" in panel.status.value
 

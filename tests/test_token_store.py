@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 import colab_gpt2
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.errors import fields_of
-from colab_gpt2.preparing import prepare
+from colab_gpt2.preparing import prepare, warn_of_few_steps
 from colab_gpt2.text import token_store
 from colab_gpt2.text.corpus import load_corpus
 from colab_gpt2.text.token_store import tokenize_corpus, tokenize_file
@@ -421,11 +421,13 @@ FIFTY = "".join(f"Verse {i} of the song about the tide and the moon, sung at nig
 @pytest.mark.parametrize("lines", [3, 10, 37, 50])
 def test_a_short_text_is_trained_on_to_its_end(tmp_path, lines):
     config = run_of(tmp_path, "".join(FIFTY.splitlines(True)[:lines]))
-    with pytest.warns(UserWarning, match="steps in all; 100 or more"): train = prepare(config, held_out=False).train
+    train = prepare(config, held_out=False).train
+    with pytest.warns(UserWarning, match="steps in all; 100 or more"): warn_of_few_steps(config, train)
     assert len(train) * train.block_size > 0.95 * train.tokens and train.block_size <= 512
 
 def test_few_steps_are_noted_where_they_were_not_asked_for(tmp_path):
-    with pytest.warns(UserWarning) as caught: prepare(run_of(tmp_path, FIFTY), held_out=False)
+    config = run_of(tmp_path, FIFTY)
+    with pytest.warns(UserWarning) as caught: warn_of_few_steps(config, prepare(config, held_out=False).train)
     [note] = [w.message for w in caught]
     assert str(note).startswith("2 steps in all; 100 or more are needed to be noticed: set max_steps=100")
     assert fields_of(note) == ("max_steps", "num_train_epochs")
