@@ -241,6 +241,7 @@ def copy_synced(source, target, report=None, place=None) -> str:
         while piece := s.read(1 << 20):
             digest.update(piece)
             t.write(piece)
+            if s.tell() % (1 << 25) == 0: os.fsync(t.fileno())  # a slow disk is heard of on the way
             if report: report(f"Copying {source.name}", s.tell(), size)
         t.flush()
         os.fsync(t.fileno())

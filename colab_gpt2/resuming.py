@@ -155,11 +155,14 @@ TAKEN = ("{output_dir} {path} is not empty, and holds no run to resume ({names})
 NEVER = ("{output_dir} {path} is not empty; set {resume=auto} to resume its run, {overwrite_output_dir=True} to "
          "overwrite it, or choose another folder.")
 OTHER = "{output_dir} {path} holds {what} of another run: {differences}. "
-ONWARD = ("To continue it with these settings, set {resume} to {path}; to begin again, {overwrite_output_dir=True}; or "
-          "choose another folder.")
+ONWARD = ("To continue it with these settings, set {resume=%s}; to begin again, {overwrite_output_dir=True}; or choose "
+          "another folder.")
 OTHER_TEXT = "To train its model on this text, set {model} to {place} and {output_dir} to a new folder."
 RESTORE = "Restore that, set {overwrite_output_dir=True} to overwrite it, or choose another folder."
-NOTHING = "{resume} {path} has no complete checkpoint to continue from."
+NOTHING = ("{resume} {path} has no complete checkpoint to continue from. To train a finished model further, set "
+           "{model} to its folder, and {output_dir} to a new one.")
+ELSEWHERE = ("{folder} has step {step} of a run that is not finished and has other settings: {differences}. To resume "
+             "that one, stop, set them as they were, and start again.")
 OTHER_SOURCE = "{resume} {path} is of a run that cannot continue with these settings: {differences}. "
 
 # %% ../nbs/62_resuming.ipynb #62aa0029
@@ -167,7 +170,8 @@ def refuse(other, now, output_dir):
     "FileExistsError: `output_dir` holds `other`, which differs from the run that is to begin `now`."
     fixed = differences(other.run, now, FIXED)
     what = f"step {other.step}" if other.files is None else "the model"
-    told, way = differences_told(other.run, now), ONWARD if not fixed else OTHER_TEXT if "text" in fixed else RESTORE
+    onward = ONWARD % str(output_dir).translate({ord("{"): "?", ord("}"): "?"})  # a value in a template has no braces
+    told, way = differences_told(other.run, now), onward if not fixed else OTHER_TEXT if "text" in fixed else RESTORE
     place = Path(output_dir) if Path(output_dir, "config.json").exists() else other.path  # finished, or not
     raise FileExistsError(Sentence(OTHER + way, path=output_dir, place=place, differences=told, what=what))
 
@@ -207,7 +211,7 @@ def check_free(config, now):
 
 # %% ../nbs/62_resuming.ipynb #62aa0034
 def where_to_resume(config, now, report=None) -> Found | None:
-    "The newest intact state of the run `now`, or what it is to continue from; None to begin. Else as `check_free`."
+    "The newest intact state of the run `now` in its folder, or None. Refuses as `check_free` does."
     check_free(config, now)
     if config.overwrite_output_dir or config.resume == "never": return None
     for path in list_checkpoints(config.output_dir):
@@ -215,8 +219,7 @@ def where_to_resume(config, now, report=None) -> Found | None:
         except ValueError as e: warnings.warn(f"{path} is skipped: {e}.", stacklevel=3)
     if (told := Path(config.output_dir, RESULT)).exists() and not read_result(config.output_dir):
         warnings.warn(f"{told} is skipped: it is corrupted.", stacklevel=3)
-    own = newest_intact((each for each in found_in(config.output_dir) if not differences(each.run, now)), report)
-    return own or (None if config.resume == "auto" else source_of(config, now))
+    return newest_intact((each for each in found_in(config.output_dir) if not differences(each.run, now)), report)
 
 # %% ../nbs/62_resuming.ipynb #6c2c6832
 def foresee(config, now) -> str:

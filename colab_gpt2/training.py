@@ -31,8 +31,9 @@ from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, out_of_memory_told, plan_run
 from .preparing import prepare, release_memory, starting_model, warn_of_few_steps
 from .reporting import reporting, silent
-from .resuming import RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen, differences
-from .resuming import found_in, identify, newest_intact, read_result, refuse, where_to_resume
+from .resuming import ELSEWHERE, RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen
+from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
+from .resuming import source_of, where_to_resume
 from .runtime import Runtime, disk, out_of_memory
 from .signals import Interrupted
 from .storage.mirror import open_mirror
@@ -238,7 +239,7 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
     "(trainer, plan as carried out); once, after a divergence, from the newest good checkpoint of the `run`."
     factor = found.rate_factor if found and not differences(found.run, run) else 1.
     for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir else (): remove_checkpoint(path)
-    model = prepared.model
+    model, begun = prepared.model, found
     while True:
         trainer = ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown)
         try: return trainer, train_model(trainer, plan, found and found.path)
@@ -248,7 +249,8 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
         model.to("meta")  # frees its memory
         del trainer, model
         release_memory()
-        found = newest_intact(each for each in found_in(config.output_dir) if each.run == run and each.files is None)
+        own = (each for each in found_in(config.output_dir) if each.run == run and each.files is None)
+        found = newest_intact(own) or begun
         factor, model = 0.5, starting_model(config, prepared.tokenizer).to(prepared.runtime.device)
         warnings.warn(Sentence(WENT_BACK, why=why, place=found.path.name if found else "its beginning"), stacklevel=2)
 
@@ -303,6 +305,12 @@ def follow(config, found) -> FinetuneConfig:
     return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
 
 # %% ../nbs/63_training.ipynb #ffe78b32
+def tell_of_others(mirror, run):
+    "A warning for each run on the mirror that may be meant: settings are lost with a session."
+    for folder, entry in mirror.others():
+        if told := differences_told(entry.manifest["run"], run):
+            warnings.warn(Sentence(ELSEWHERE, folder=folder, step=entry.step, differences=told), stacklevel=4)
+
 def look_for(config, prepared, report) -> tuple:
     "(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror; what identifies the run)"
     run = identify(config, prepared.train, checksum_of(prepared.model, config))
@@ -310,9 +318,11 @@ def look_for(config, prepared, report) -> tuple:
     with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
     known = {name: value for name, value in run.items() if name != "model"}
     mirror = open_mirror(config, known, planned(), prepared.runtime)
-    entry = None if found and found.files else mirror.newest()
+    entry = None if config.resume == "never" or found and found.files else mirror.newest()
     if entry and (not found or entry.step > found.step) and mirror.restore(entry, config.output_dir, report):
         found = where_to_resume(config, run)
+    if not found and config.resume not in ("auto", "never"): found = source_of(config, run)
+    if not found: tell_of_others(mirror, run)
     run = run | chosen(planned(), follow(config, found))
     if found and config.resume == "auto" and differences(found.run, run): refuse(found, run, config.output_dir)
     return found, mirror, run
@@ -388,6 +398,6 @@ def finetune(
             if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)
             else: result = train(config, prepared, found, run, mirror, callbacks, shown, started)
             mirror.offer(config.output_dir)
-        finally: mirror.close(report)
+        finally: mirror.close(report, seconds=600 if stop.twice < 2 else 0)
     if result.risen: warnings.warn(result.risen, stacklevel=2)
     return result

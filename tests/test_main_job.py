@@ -118,7 +118,7 @@ def test_resume_needs_the_same_run(shell, own, tmp_path):
     assert shell("colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2").returncode == 0
     weights = (tmp_path/"out"/"model.safetensors").read_bytes()
     resume = "colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "4"
-    onward = "--max-steps was 2, now it is 4. To continue it with these settings, set --resume to out"
+    onward = "--max-steps was 2, now it is 4. To continue it with these settings, set --resume out"
     refused(shell(*resume), 1, "--output-dir out holds the model of another run", onward)
     refused(shell(*resume, "--block-size", "32"), 1, "--block-size was 64, now it is 32; --max-steps was 2")
     same = "colab-gpt2", "finetune", *QUICK, *own, "--max-steps", "2", "--train-file", "eval.txt"

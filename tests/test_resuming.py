@@ -139,7 +139,7 @@ def test_a_damaged_result_is_named_and_the_model_made_again(run, plain, tmp_path
 
 
 LONGER = ("num_train_epochs was 2.0, now it is 3.0; lr_scheduler_type was linear, now it is cosine; learning_rate was "
-          "0.001, now it is 0.0001. To continue it with these settings, set resume to ")
+          "0.001, now it is 0.0001. To continue it with these settings, set resume='")
 OTHERS = [(dict(seed=7), "seed was 42, now it is 7. Restore that", True),
           (dict(learning_rate=1e-4, num_train_epochs=3, lr_scheduler_type="cosine"), LONGER, True),
           (dict(block_size=16, method="lora"), "block_size was 32, now it is 16; method was full, now", True),

@@ -240,8 +240,8 @@ NAMES = dict(model="model_name_or_path", tokenizer="tokenizer_name", train_file=
 def name_of(name, *value) -> str:
     "The flag of 2020 for a field, with its `value`; Python's words where it had none."
     flag = NAMES.get(name, name)
-    if flag not in FLAGS or name == "resume" and value: return in_python(name, *value)
-    return f"--{flag}" if not value or value[0] is True else f"--{flag}={value[0]}"
+    if flag not in FLAGS or value in (("auto",), ("never",)): return in_python(name, *value)
+    return f"--{flag}" if not value or value[0] is True or name == "resume" else f"--{flag}={value[0]}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #0bf3c5c8
 def truth(text):

@@ -64,10 +64,12 @@ def translate(given) -> Job:
         trainer_args |= change.pop("trainer_args", {})
         changes |= change
         said.append(f"{typed} → {words}")
+    if not {"save_steps", "save_total_limit"} & given.keys(): changes["save_total_limit"] = 10  # by time: many
     own = {f.name: changes.pop(f.name) for f in fields(Job) if f.name in changes}
     config = FinetuneConfig(**changes, trainer_args=trainer_args)
     if "do_train" in given:
-        then = [f"{name}={getattr(config, name)}" for name in DEFAULTS if name not in {*given, "max_new_tokens"}]
+        left = {name: DEFAULTS[name] for name in DEFAULTS if name not in {*given, "max_new_tokens"}}
+        then = [f"{name}={value}" for name, value in left.items() if getattr(config, name) == value]
         said.append(f"not given: {', '.join(then)} as in 2020, anything else as today")
     return Job(config=config, train="do_train" in given, evaluate="do_eval" in given, said=tuple(said), **own)
 

@@ -47,10 +47,9 @@ OFF, WEIGHTS, FULL = range(3)  # how much of a checkpoint is copied
 
 def what_fits(plan, free, held=0) -> tuple:
     "(OFF, WEIGHTS or FULL, how many to keep) with `free` bytes, and `held` ones of this run that new ones replace."
-    checkpoint, weights, model = forecast_bytes(plan)
-    if free + held >= 3 * checkpoint + model: return FULL, 2
-    if free + held >= max(2 * checkpoint, checkpoint + model): return FULL, 1
-    return (WEIGHTS if free >= weights + max(weights, model) else OFF), 1
+    checkpoint, weights, _ = forecast_bytes(plan)  # the finished model has its own turn, and a warning if it fails
+    if free + held >= 2 * checkpoint: return FULL, 2 if free + held >= 3 * checkpoint else 1
+    return (WEIGHTS if free + held >= 2 * weights else OFF), 1
 
 # %% ../../nbs/storage/53_mirror.ipynb #4c337429
 TOLD = {
@@ -67,6 +66,10 @@ def fit_told(plan, free, kind, where) -> Sentence:
     return Sentence(TOLD[kind], checkpoint=checkpoint, weights=weights, free=human_bytes(free), where=where, room=room)
 
 # %% ../../nbs/storage/53_mirror.ipynb #dac2c670
+def moment(saved) -> int:
+    "The time in a manifest, as `time.time` has it."
+    return calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
+
 def spoken(seconds) -> str:
     "A time as it is said: '2 minutes'."
     for unit, length in dict(hour=3600, minute=60, second=1).items():
@@ -81,12 +84,12 @@ def heartbeat(step) -> dict:
 
 def check_alone(last, target):
     "BlockingIOError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
-    own, due = heartbeat(0), last["time"] + target.beats
+    own, due = heartbeat(0), min(last["time"] + target.beats, time.time())
     if all(last[name] == own[name] for name in ("boot", "process")) or not is_running(last, due, False): return
-    told = ("This run is trained already, by process {process} on {machine}: at step {step} {age} ago. Two would spoil "
+    told = ("This run is being trained now, by process {process} on {machine}: at step {step} {age} ago. Two would spoil "
             "each other's copies in {where}. Stop the other one, or wait {wait} if it was lost; for a run of its own "
             "set {mirror=off}.")
-    age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120)
+    age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120 + 59)  # in whole minutes
     raise BlockingIOError(Sentence(told, **{**last, "age": age}, where=target.called, wait=wait))
 
 # %% ../../nbs/storage/53_mirror.ipynb #9df8c2fc
@@ -123,7 +126,21 @@ class Stored:
         except OSError as e:
             return warnings.warn(f"Nothing is resumed from {self.target.called}, which cannot be read: {reason(e)}")
         for name in set(others) - self.skipped: self.skip(name, "it is incomplete")
-        return next((e for e in complete if e.name not in self.skipped and not e.name.startswith("weights")), None)
+        there = [entry for entry in complete if entry.name not in self.skipped]
+        if there and all(entry.name.startswith("weights") for entry in there): self.tell_of_weights(there[0])
+        return next((entry for entry in there if not entry.name.startswith("weights")), None)
+
+    def tell_of_weights(self, entry):
+        told = ("{where} has only the weights of step {step}, which cannot be resumed: the run begins again. To continue "
+                "from them instead, stop, and set {model} to the folder {name} there.")
+        warnings.warn(Sentence(told, where=self.target.called, step=entry.step, name=entry.name), stacklevel=4)
+
+    def others(self) -> list:
+        "(folder, newest checkpoint) of runs with an output folder of this name that are not finished."
+        with contextlib.suppress(OSError):
+            found = [(each.folder, Stored(each).entries()[0]) for each in getattr(self.target, "others", list)()]
+            return [(folder, entries[0]) for folder, entries in found if entries and entries[0].name != FINISHED]
+        return []
 
     def skip(self, name, why):
         self.skipped.add(name)
@@ -159,6 +176,7 @@ class Kept(Stored):
         "Copy a checkpoint, or a finished run, unless it is there; then remove what it replaces."
         entry, (complete, others) = entry_of(path, self.kind == WEIGHTS), self.entries()
         for name in others: self.target.remove(name)  # of a lost session, or of an attempt that failed
+        if entry.name in self.damaged: self.target.remove(entry.name)
         if entry not in complete or entry.name in self.damaged: self.target.put(entry, path, report)
         self.mine.add(entry.name)
         self.damaged.discard(entry.name)
@@ -232,7 +250,7 @@ class Copying(Kept):
 
     def beat(self, last=False):
         "A heartbeat, unless one is recent; none after the `last`. A Drive that fails is heard of when it is copied to."
-        if not last and time.monotonic() - self.beaten < self.target.beats: return
+        if self.stopped or not last and time.monotonic() - self.beaten < self.target.beats: return
         self.beaten = time.monotonic()
         with contextlib.suppress(Exception):
             self.target.remove(HEARTBEAT) if last else self.target.write(HEARTBEAT, json.dumps(heartbeat(self.step)))
@@ -319,13 +337,13 @@ class Mirror(Copying, TrainerCallback):
     def before_end(self, saved) -> str:
         "How long before its end the last session saved what has this time in its manifest; '' where unknown."
         if not (self.lost and saved): return ""
-        gap = self.lost["time"] - calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
+        gap = self.lost["time"] - moment(saved)
         return f"Your last session saved this {spoken(gap) if gap >= 60 else 'less than a minute'} before it ended."
 
 # %% ../../nbs/storage/53_mirror.ipynb #97c0e0d1
 MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
-               "copied, run mount_drive() in a cell first.")
+               "copied, stop, run `from colab_gpt2 import mount_drive; mount_drive()` in a cell, and start again.")
 
 # %% ../../nbs/storage/53_mirror.ipynb #910d0aab
 def mirror_folder(config, colab) -> tuple:
@@ -371,6 +389,8 @@ def fit(mirror, plan) -> Mirror:
         return mirror
     mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
     mirror.told = fit_told(plan, free, mirror.kind, target.called)
+    for entry in [entry for entry in complete if "saved" in entry.manifest][:1]:
+        mirror.here = entry.name, time.monotonic() - max(0, time.time() - moment(entry.manifest["saved"]))
     return mirror
 
 # %% ../../nbs/storage/53_mirror.ipynb #ea0de90a
@@ -384,7 +404,7 @@ def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
     with about("mirror"), explained(f"Making {top}"):
         kind = HubTarget if isinstance(top, str) else FolderTarget
         target = kind(top, run_name(config.output_dir, fingerprint))
-    mirror = Mirror(target, afresh=config.overwrite_output_dir or config.resume == "never")
+    mirror = Mirror(target, afresh=config.overwrite_output_dir)
     mirror.lost = last_heartbeat(target)
     if mirror.lost: check_alone(mirror.lost, target)
     return fit(mirror, plan)

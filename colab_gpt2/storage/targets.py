@@ -51,16 +51,23 @@ def damaged_in_transit(entry, source, place, report) -> list:
 
 # %% ../../nbs/storage/52_targets.ipynb #10f70ef5
 def put_folder(entry, source, place, report):
-    "Copy the files of `entry` from the folder `source` to `place`, and then the manifest."
+    "Copy the files of `entry` that `place` lacks from the folder `source`, and then the manifest."
+    there, new = complete_in(place), entry.manifest["sha256"]
+    new = {name: digest for name, digest in new.items() if there.get(name) != digest}
+    check_space(place, sum(entry.manifest["files"][name] for name in new), f"Copying {entry.name}")
     try:
-        check_space(place, entry.bytes, f"Copying {entry.name}")
-        with contextlib.suppress(FileNotFoundError): discard(place/MANIFEST)
-        if damaged := damaged_in_transit(entry, source, place, report):
+        if damaged := damaged_in_transit(Entry(entry.name, dict(sha256=new)), source, place, report):
             raise OSError(f"{source} is damaged on this machine ({', '.join(damaged)})")
         retried(lambda: write_atomic(place/MANIFEST, sealed(entry.manifest)), may_pass)
-    except BaseException:
-        with contextlib.suppress(OSError): discard(place)  # a mount that has gone cannot delete either
+    except OSError:
+        with contextlib.suppress(OSError):  # a mount that has gone cannot delete either
+            if not there: discard(place)
         raise
+
+def complete_in(place) -> dict:
+    "Name to digest of what is in the folder `place` already, by its manifest."
+    try: return read_entry(place.name, (place/MANIFEST).read_text(encoding="utf-8")).manifest["sha256"]
+    except (FileNotFoundError, ValueError): return {}
 
 def write_atomic(path, text):
     with atomic(path) as file: file.write_text(text, encoding="utf-8")
@@ -87,6 +94,12 @@ class FolderTarget:
     def names(self): return sorted(os.listdir(self.path())) if is_folder(self.path()) else []
 
     def read(self, name): return self.path(name).read_text(encoding="utf-8")
+
+    def others(self) -> list:
+        "Targets of other runs with an output folder of this name."
+        top, stem = self.path().parent, re.escape(self.folder.name[:-8])
+        names = sorted(os.listdir(top)) if is_folder(top) else []
+        return [FolderTarget(top, n) for n in names if n != self.folder.name and re.fullmatch(stem + "[0-9a-f]{8}", n)]
 
     def made(self, *names) -> Path:
         "A folder, made below the root: never the root, which would take the place of a Drive that is not mounted."
