@@ -15,6 +15,7 @@ from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
 from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, heartbeat, open_mirror
+from colab_gpt2.storage import targets
 from colab_gpt2.storage.targets import FolderTarget
 from helpers.toys import newest
 from helpers.archives import tree
@@ -259,8 +260,29 @@ def test_room_is_told_before_the_run(colab, my_drive, output, checkpoint, quota,
     assert ("no room" in mirror.status()) == (kind == OFF)
     names = {FULL: ["checkpoint-100"], WEIGHTS: ["weights-100"], OFF: []}[kind]
     assert held(colab.backing) == names
-    if kind == WEIGHTS: assert mirror.newest() is None and not list(colab.backing.rglob("optimizer.pt"))
     mirror.close()
+    if kind != WEIGHTS: return
+    with pytest.warns(UserWarning, match="has only the weights of step 100, which cannot be resumed"):
+        assert mirror.newest() is None and not list(colab.backing.rglob("optimizer.pt"))
+
+
+def test_adapters_need_room_for_adapters():
+    "The finished model, which is far larger, has its own turn."
+    plan = SimpleNamespace(parameters=10**9, recipe=Recipe(1, 64, method="lora"))
+    checkpoint, _, model = room.forecast_bytes(plan)
+    assert room.what_fits(plan, 2 * checkpoint) == (FULL, 1) and 2 * checkpoint < model
+
+
+def test_what_the_drive_holds_is_told_before_the_first_copy_too(colab, my_drive, output, checkpoint):
+    copy(opened(output), checkpoint(100))
+    assert opened(output).status().startswith("Drive: checkpoint-100, ")
+
+
+def test_a_run_that_was_lost_with_its_settings_is_named(colab, my_drive, output, checkpoint):
+    copy(first := opened(output), checkpoint(100))
+    [(folder, entry)] = opened(output, seed=7).others()
+    assert (folder, entry.step) == (first.target.folder, 100) and opened(output).others() == []
+    first.close()
 
 
 def test_a_full_drive_is_still_resumed_from(colab, my_drive, output, checkpoint):
@@ -393,6 +415,27 @@ def test_a_finished_model_takes_the_place_of_the_checkpoints(tmp_path, output, c
     new = opened(tmp_path/"new"/"gpt2-tuned", runtime=HERE, mirror=str(tmp_path/"disk"))
     assert new.restore(new.newest(), tmp_path/"new"/"gpt2-tuned") == tmp_path/"new"/"gpt2-tuned"
     assert tree(tmp_path/"new"/"gpt2-tuned") == files
+
+
+def test_a_finished_model_stays_while_only_its_record_is_copied_again(tmp_path, output, checkpoint, monkeypatch):
+    "Evaluated in another way, only finetune.json differs. A copy that fails leaves what was complete."
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    checkpoint(300)
+    finish(output)
+    copy(mirror, output)
+    result = json.loads((output/"finetune.json").read_text())
+    (output/"finetune.json").write_text(json.dumps(result | dict(steps=301)))
+    copied, copy_once = [], targets.copy_once
+    def fails(source, destination, report):
+        copied.append(source.name)
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(targets, "copy_once", fails)
+    copy(mirror, output)
+    assert copied == ["finetune.json"] and held(tmp_path/"disk") == [FINISHED]
+    assert {p.name for p in mirror.target.path(FINISHED).iterdir()} == {"whole.json", *mirror.newest().manifest["files"]}
+    monkeypatch.setattr(targets, "copy_once", copy_once)
+    copy(mirror, output)
+    assert json.loads(mirror.target.read(f"{FINISHED}/finetune.json"))["steps"] == 301
 
 
 def test_beginning_again_replaces_what_is_there_once_something_new_is_complete(tmp_path, output, checkpoint):

@@ -275,6 +275,24 @@ def test_a_run_that_diverges_goes_back_once_with_half_the_rate(run, tmp_path, st
     assert all(value.isfinite().all() for value in load_file(tmp_path/"out"/"model.safetensors").values())
 
 
+def test_a_continued_run_that_diverges_goes_back_to_where_it_continued_from(run, plain, tmp_path):
+    _, folder = plain()
+    spoils = Spoils(13)
+    with pytest.warns(UserWarning, match="goes back to checkpoint-12"):
+        run(tmp_path/"out", resume=str(folder), num_train_epochs=3, callbacks=[spoils], save_steps=5)
+    assert spoils.begun == [12, 12]
+
+
+def test_a_continued_run_is_found_on_a_new_machine_without_its_source(run, plain, tmp_path):
+    _, folder = plain()
+    source = shutil.copytree(folder, tmp_path/"source")
+    same = dict(resume=str(source), num_train_epochs=3, mirror=str(tmp_path/"mirror"), save_steps=2)
+    killed(run, tmp_path/"out", 15, **same)
+    for lost in (tmp_path/"out", source): shutil.rmtree(lost)
+    again = run(tmp_path/"out", **same)
+    assert again.resumed_from.endswith("checkpoint-14") and again.steps == 18
+
+
 def test_a_resumed_run_keeps_half_the_rate(run, tmp_path):
     out = tmp_path/"out"
     with pytest.raises(RuntimeError, match="killed"): run(out, callbacks=[Spoils(7), Dies(11)], save_steps=5)
