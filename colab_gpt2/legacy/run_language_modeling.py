@@ -158,7 +158,7 @@ def end(error, code) -> int:
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #d4ae4bff
 def main(words=None) -> int:
-    "The command: returns 0, 1 for what failed, 2 for bad usage, 75 when out of time, 130 after Ctrl-C."
+    "The command: returns 0, 1 for what failed, 2 for bad usage, 75 when out of time, 130, 143 or 129 after a signal."
     given = parse(sys.argv[1:] if words is None else words)
     if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not loaded yet
     try: job = translate(given)
