@@ -67,6 +67,7 @@ PRECISIONS = "auto", "fp32", "bf16", "fp16"
 METHODS = "auto", "full", "lora"
 OPTIMIZERS = "adamw_torch_fused", "adamw_bnb_8bit"
 
+# %% ../nbs/04_config.ipynb #eabb7da2
 @dataclass(frozen=True)
 class MethodFields(StepFields):
     "What changes memory and speed more than the result."

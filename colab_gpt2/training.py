@@ -36,7 +36,7 @@ from .resuming import differences, differences_told, found_in, identify, newest_
 from .resuming import source_of, where_to_resume
 from .runtime import Runtime, disk, out_of_memory
 from .signals import Interrupted
-from .storage.mirror import open_mirror
+from .storage.mirror import open_mirror, other_runs
 
 # %% ../nbs/63_training.ipynb #c92355ae
 def check_sources(config):
@@ -305,12 +305,6 @@ def follow(config, found) -> FinetuneConfig:
     return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
 
 # %% ../nbs/63_training.ipynb #ffe78b32
-def tell_of_others(mirror, run):
-    "A warning for each run on the mirror that may be meant: settings are lost with a session."
-    for folder, entry in mirror.others():
-        if told := differences_told(entry.manifest["run"], run):
-            warnings.warn(Sentence(ELSEWHERE, folder=folder, step=entry.step, differences=told), stacklevel=4)
-
 def look_for(config, prepared, report) -> tuple:
     "(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror; what identifies the run)"
     run = identify(config, prepared.train, checksum_of(prepared.model, config))
@@ -322,7 +316,9 @@ def look_for(config, prepared, report) -> tuple:
     if entry and (not found or entry.step > found.step) and mirror.restore(entry, config.output_dir, report):
         found = where_to_resume(config, run)
     if not found and config.resume not in ("auto", "never"): found = source_of(config, run)
-    if not found: tell_of_others(mirror, run)
+    for folder, entry in [] if found else other_runs(mirror.target):  # settings are lost with a session
+        if told := differences_told(entry.manifest["run"], run):
+            warnings.warn(Sentence(ELSEWHERE, folder=folder, step=entry.step, differences=told), stacklevel=4)
     run = run | chosen(planned(), follow(config, found))
     if found and config.resume == "auto" and differences(found.run, run): refuse(found, run, config.output_dir)
     return found, mirror, run

@@ -280,8 +280,8 @@ def test_what_the_drive_holds_is_told_before_the_first_copy_too(colab, my_drive,
 
 def test_a_run_that_was_lost_with_its_settings_is_named(colab, my_drive, output, checkpoint):
     copy(first := opened(output), checkpoint(100))
-    [(folder, entry)] = opened(output, seed=7).others()
-    assert (folder, entry.step) == (first.target.folder, 100) and opened(output).others() == []
+    [(folder, entry)] = room.other_runs(opened(output, seed=7).target)
+    assert (folder, entry.step) == (first.target.folder, 100) and room.other_runs(opened(output).target) == []
     first.close()
 
 

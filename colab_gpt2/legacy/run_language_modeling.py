@@ -57,6 +57,7 @@ def translate(given) -> Job:
     given = {name: str(home(value)) if PATH.search(name) and str(value)[:1] == "~" else value
              for name, value in given.items()}
     changes, said, trainer_args = {**DEFAULTS}, [], {}
+    if not {"save_steps", "save_total_limit"} & given.keys(): changes["save_total_limit"] = 10  # by time: many
     for name, value in given.items():
         typed = f"--{name}" if value is True else f"--{name}={value}"
         try: change, words = FLAGS[name].become(value, given)
@@ -64,12 +65,11 @@ def translate(given) -> Job:
         trainer_args |= change.pop("trainer_args", {})
         changes |= change
         said.append(f"{typed} → {words}")
-    if not {"save_steps", "save_total_limit"} & given.keys(): changes["save_total_limit"] = 10  # by time: many
     own = {f.name: changes.pop(f.name) for f in fields(Job) if f.name in changes}
     config = FinetuneConfig(**changes, trainer_args=trainer_args)
     if "do_train" in given:
-        left = {name: DEFAULTS[name] for name in DEFAULTS if name not in {*given, "max_new_tokens"}}
-        then = [f"{name}={value}" for name, value in left.items() if getattr(config, name) == value]
+        left = DEFAULTS.keys() - {*given, "max_new_tokens"}
+        then = [f"{n}={v}" for n, v in DEFAULTS.items() if n in left and v == getattr(config, n)]
         said.append(f"not given: {', '.join(then)} as in 2020, anything else as today")
     return Job(config=config, train="do_train" in given, evaluate="do_eval" in given, said=tuple(said), **own)
 

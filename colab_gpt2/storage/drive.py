@@ -42,7 +42,8 @@ def discard_leftovers(destination):
 # %% ../../nbs/storage/51_drive.ipynb #f6783d41
 def copy_once(source, destination, report) -> str:
     "Copy to a temporary name, read back, rename; returns the SHA-256."
-    temporary = destination.with_name(f".{destination.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.part")
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    temporary = destination.with_name(f".{destination.name}.{writer}.part")
     try:
         sha256 = copy_synced(source, temporary, report)
         replace(temporary, destination)

@@ -86,9 +86,9 @@ def check_alone(last, target):
     "BlockingIOError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
     own, due = heartbeat(0), min(last["time"] + target.beats, time.time())
     if all(last[name] == own[name] for name in ("boot", "process")) or not is_running(last, due, False): return
-    told = ("This run is being trained now, by process {process} on {machine}: at step {step} {age} ago. Two would spoil "
-            "each other's copies in {where}. Stop the other one, or wait {wait} if it was lost; for a run of its own "
-            "set {mirror=off}.")
+    told = ("This run is being trained now, by process {process} on {machine}: at step {step} {age} ago. Two would "
+            "spoil each other's copies in {where}. Stop the other one, or wait {wait} if it was lost; for a run of its "
+            "own set {mirror=off}.")
     age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120 + 59)  # in whole minutes
     raise BlockingIOError(Sentence(told, **{**last, "age": age}, where=target.called, wait=wait))
 
@@ -103,6 +103,13 @@ def short(error) -> str:
     return "not mounted" if number == errno.ENOTCONN else os.strerror(number) if number else shortened(str(error), 60)
 
 class Damaged(Exception): "Files of an entry are missing or have changed."
+
+# %% ../../nbs/storage/53_mirror.ipynb #b6c49de0
+def tell_of_weights(target, entry):
+    "A warning, where nothing else is there."
+    told = ("{where} has only the weights of step {step}, which cannot be resumed: the run begins again. To continue "
+            "from them instead, stop, and set {model} to the folder {name} there.")
+    warnings.warn(Sentence(told, where=target.called, step=entry.step, name=entry.name), stacklevel=4)
 
 # %% ../../nbs/storage/53_mirror.ipynb #3bdbb3a7
 class Stored:
@@ -127,20 +134,8 @@ class Stored:
             return warnings.warn(f"Nothing is resumed from {self.target.called}, which cannot be read: {reason(e)}")
         for name in set(others) - self.skipped: self.skip(name, "it is incomplete")
         there = [entry for entry in complete if entry.name not in self.skipped]
-        if there and all(entry.name.startswith("weights") for entry in there): self.tell_of_weights(there[0])
+        if there and all(entry.name.startswith("weights") for entry in there): tell_of_weights(self.target, there[0])
         return next((entry for entry in there if not entry.name.startswith("weights")), None)
-
-    def tell_of_weights(self, entry):
-        told = ("{where} has only the weights of step {step}, which cannot be resumed: the run begins again. To continue "
-                "from them instead, stop, and set {model} to the folder {name} there.")
-        warnings.warn(Sentence(told, where=self.target.called, step=entry.step, name=entry.name), stacklevel=4)
-
-    def others(self) -> list:
-        "(folder, newest checkpoint) of runs with an output folder of this name that are not finished."
-        with contextlib.suppress(OSError):
-            found = [(each.folder, Stored(each).entries()[0]) for each in getattr(self.target, "others", list)()]
-            return [(folder, entries[0]) for folder, entries in found if entries and entries[0].name != FINISHED]
-        return []
 
     def skip(self, name, why):
         self.skipped.add(name)
@@ -155,6 +150,18 @@ class Stored:
             if damaged := self.target.fetch(entry, folder, told): raise Damaged(", ".join(damaged))
             if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
+
+# %% ../../nbs/storage/53_mirror.ipynb #ab10cd6e
+def other_runs(target) -> list:
+    "(folder, newest checkpoint) of runs with an output folder of this name that are not finished."
+    if not isinstance(target, FolderTarget): return []
+    top, own = target.folder.parent, target.folder.name
+    alike = re.compile(re.escape(own[:-8]) + "[0-9a-f]{8}")
+    with contextlib.suppress(OSError):
+        names = [name for name in sorted(os.listdir(top)) if name != own and alike.fullmatch(name)]
+        found = [(top/n, Stored(FolderTarget(top, n)).entries()[0]) for n in names]
+        return [(folder, entries[0]) for folder, entries in found if entries and entries[0].name != FINISHED]
+    return []
 
 # %% ../../nbs/storage/53_mirror.ipynb #1cc3f64b
 class Kept(Stored):

@@ -49,6 +49,12 @@ def damaged_in_transit(entry, source, place, report) -> list:
             return False
     return [name for name, digest in entry.manifest["sha256"].items() if not intact(name, digest)]
 
+# %% ../../nbs/storage/52_targets.ipynb #22209a1d
+def complete_in(place) -> dict:
+    "Name to digest of what is in the folder `place` already, by its manifest."
+    try: return read_entry(place.name, (place/MANIFEST).read_text(encoding="utf-8")).manifest["sha256"]
+    except (FileNotFoundError, ValueError): return {}
+
 # %% ../../nbs/storage/52_targets.ipynb #10f70ef5
 def put_folder(entry, source, place, report):
     "Copy the files of `entry` that `place` lacks from the folder `source`, and then the manifest."
@@ -63,11 +69,6 @@ def put_folder(entry, source, place, report):
         with contextlib.suppress(OSError):  # a mount that has gone cannot delete either
             if not there: discard(place)
         raise
-
-def complete_in(place) -> dict:
-    "Name to digest of what is in the folder `place` already, by its manifest."
-    try: return read_entry(place.name, (place/MANIFEST).read_text(encoding="utf-8")).manifest["sha256"]
-    except (FileNotFoundError, ValueError): return {}
 
 def write_atomic(path, text):
     with atomic(path) as file: file.write_text(text, encoding="utf-8")
@@ -94,12 +95,6 @@ class FolderTarget:
     def names(self): return sorted(os.listdir(self.path())) if is_folder(self.path()) else []
 
     def read(self, name): return self.path(name).read_text(encoding="utf-8")
-
-    def others(self) -> list:
-        "Targets of other runs with an output folder of this name."
-        top, stem = self.path().parent, re.escape(self.folder.name[:-8])
-        names = sorted(os.listdir(top)) if is_folder(top) else []
-        return [FolderTarget(top, n) for n in names if n != self.folder.name and re.fullmatch(stem + "[0-9a-f]{8}", n)]
 
     def made(self, *names) -> Path:
         "A folder, made below the root: never the root, which would take the place of a Drive that is not mounted."
