@@ -432,7 +432,8 @@ def test_a_finished_model_stays_while_only_its_record_is_copied_again(tmp_path, 
     monkeypatch.setattr(targets, "copy_once", fails)
     copy(mirror, output)
     assert copied == ["finetune.json"] and held(tmp_path/"disk") == [FINISHED]
-    assert {p.name for p in mirror.target.path(FINISHED).iterdir()} == {"whole.json", *mirror.newest().manifest["files"]}
+    there = {path.name for path in mirror.target.path(FINISHED).iterdir()}
+    assert there == {"whole.json", *mirror.newest().manifest["files"]}
     monkeypatch.setattr(targets, "copy_once", copy_once)
     copy(mirror, output)
     assert json.loads(mirror.target.read(f"{FINISHED}/finetune.json"))["steps"] == 301
