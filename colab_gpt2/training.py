@@ -394,6 +394,6 @@ def finetune(
             if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)
             else: result = train(config, prepared, found, run, mirror, callbacks, shown, started)
             mirror.offer(config.output_dir)
-        finally: mirror.close(report, seconds=600 if stop.twice < 2 else 0)
+        finally: mirror.close(report, seconds=600 if stop.signals < 2 else 0)
     if result.risen: warnings.warn(result.risen, stacklevel=2)
     return result

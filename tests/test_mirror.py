@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from colab_gpt2 import FinetuneConfig, finetune, mount_drive
 from colab_gpt2.core import sha256_of
 from colab_gpt2.engine.callbacks import Listener
+from colab_gpt2.engine.guards import StopOnInterrupt
 from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest, sealed
 from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
@@ -437,6 +438,36 @@ def test_a_finished_model_stays_while_only_its_record_is_copied_again(tmp_path, 
     monkeypatch.setattr(targets, "copy_once", copy_once)
     copy(mirror, output)
     assert json.loads(mirror.target.read(f"{FINISHED}/finetune.json"))["steps"] == 301
+
+
+def test_a_checkpoint_that_is_half_replaced_counts_as_none(tmp_path, output, checkpoint, monkeypatch):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    copy(mirror, path := checkpoint(300))
+    (path/"model.safetensors").write_bytes(b"301" * 1000)
+    (path/"optimizer.pt").write_bytes(b"other moments")
+    write_manifest(path, {})
+    copy_once = targets.copy_once
+    def fails(source, destination, report):
+        if source.name == "optimizer.pt": raise OSError(28, "No space left on device")
+        return copy_once(source, destination, report)
+    monkeypatch.setattr(targets, "copy_once", fails)
+    copy(mirror, path)
+    assert held(tmp_path/"disk") == [] and "checkpoint-300 failed" in mirror.status()
+
+
+def test_after_a_second_signal_no_copy_is_waited_for(colab, my_drive, output, checkpoint, monkeypatch):
+    stop, mirror = StopOnInterrupt(), opened(output)
+    for _ in range(2):
+        stop.when = -1e9  # more than half a second ago
+        with pytest.raises(KeyboardInterrupt): stop.handle(signal.SIGTERM, None)
+    assert stop.signals == 2
+    go_on = hanging(mirror, monkeypatch)
+    mirror.offer(checkpoint(100))
+    begun = time.monotonic()
+    with pytest.warns(UserWarning, match="Not copied to .*: checkpoint-100"): mirror.close(seconds=0)
+    assert time.monotonic() - begun < 5
+    go_on.set()
+    mirror.queue.thread.join(20)
 
 
 def test_beginning_again_replaces_what_is_there_once_something_new_is_complete(tmp_path, output, checkpoint):

@@ -70,12 +70,12 @@ class Asked(Listener):
 class StopOnInterrupt(Asked):
     "SIGINT, SIGTERM and SIGHUP end a run after the current step, or when the model is saved; a second one at once."
     when, aloud = -math.inf, True  # of the last signal; whether it is answered on stderr
-    twice = 0  # signals so far: after two nothing is waited for
+    signals = 0  # so far; after two nothing is waited for
 
     def handle(self, number, frame):
         if number == getattr(signal, "SIGHUP", None): leave_dead_terminal()
         if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes on what the terminal has sent to both
-        again, self.when, self.twice = self.asked, time.monotonic(), self.twice + 1
+        again, self.when, self.signals = self.asked, time.monotonic(), self.signals + 1
         self.ask(128 + number)
         if again or self.stage not in (TRAINING, SAVING): raise self.interrupted()
         what = "after this step and saving" if self.stage == TRAINING else "when the model is saved"
