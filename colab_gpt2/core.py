@@ -194,7 +194,9 @@ def leftovers(folder, living=False) -> list[Path]:
     "What `atomic` left in `folder` when its process was killed; with `living` also what a process may still write."
     import psutil
     def alive(number, path):  # one that began a minute after `path` has the number by chance; Drive has its own clock
-        return psutil.pid_exists(number) and psutil.Process(number).create_time() < path.stat().st_mtime + 60
+        try: return psutil.Process(number).create_time() < path.stat().st_mtime + 60
+        except psutil.NoSuchProcess: return False
+        except FileNotFoundError: return True  # another process has just finished it, or has tidied up too
     named = ((path, re.fullmatch(r"\..+\.(\d+)\.\w{8}\.part", path.name)) for path in Path(folder).glob(".*.part"))
     dead = (path for path, found in named if found and (living or not alive(int(found[1]), path)))
     return [path for path in dead if path.is_dir() and not path.is_symlink()]

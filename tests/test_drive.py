@@ -1,7 +1,7 @@
 "Google Drive: every fault, the line that the user reads, and what is left on disk."
 import errno, json, os, re, stat, subprocess, sys, tempfile, threading, time
 
-import pytest
+import psutil, pytest
 
 from colab_gpt2 import archive_model, ask_for_drive
 from colab_gpt2.core import atomic, discard, sha256_of
@@ -515,6 +515,16 @@ def test_what_a_killed_process_staged_for_a_drive_is_removed(tmp_path, monkeypat
     (left/"checkpoint-2/optimizer.pt").write_text("half")
     with atomic(tmp_path/"MyDrive/a.txt") as file: file.write_text("tide")
     assert os.listdir(tmp_path/"here") == [] and tree(tmp_path/"MyDrive") == {"a.txt": b"tide"}
+
+
+def test_what_another_process_tidies_up_meanwhile_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/"here"))
+    theirs = tmp_path/"here"/f".checkpoint-2.{os.getpid()}.abcdefgh.part"
+    theirs.mkdir(parents=True)
+    real = psutil.Process
+    monkeypatch.setattr(psutil, "Process", lambda number: theirs.exists() and theirs.rmdir() or real(number))
+    with atomic(tmp_path/"MyDrive/a.txt") as file: file.write_text("tide")
+    assert not theirs.exists() and tree(tmp_path/"MyDrive") == {"a.txt": b"tide"}
 
 
 def test_a_file_system_that_syncs_no_folders_takes_checkpoints_too(tmp_path, monkeypatch):
