@@ -163,6 +163,8 @@ NOTHING = ("{resume} {path} has no complete checkpoint to continue from. To trai
            "{model} to its folder, and {output_dir} to a new one.")
 ELSEWHERE = ("{folder} has step {step} of a run that is not finished and has other settings: {differences}. To resume "
              "that one, stop, set them as they were, and start again.")
+SAME = ("{folder} has step {step} of this run with another {output_dir}. To resume it, stop, set {output_dir} to "
+        "{name}, and start again.")
 OTHER_SOURCE = "{resume} {path} is of a run that cannot continue with these settings: {differences}. "
 
 # %% ../nbs/62_resuming.ipynb #62aa0029

@@ -33,7 +33,7 @@ from .preparing import prepare, release_memory, starting_model, warn_of_few_step
 from .reporting import reporting, silent
 from .resuming import ELSEWHERE, RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen
 from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
-from .resuming import source_of, where_to_resume
+from .resuming import SAME, source_of, where_to_resume
 from .runtime import Runtime, disk, out_of_memory
 from .signals import Interrupted
 from .storage.mirror import open_mirror, other_runs
@@ -317,8 +317,9 @@ def look_for(config, prepared, report) -> tuple:
         found = where_to_resume(config, run)
     if not found and config.resume not in ("auto", "never"): found = source_of(config, run)
     for folder, entry in [] if found else other_runs(mirror.target):  # settings are lost with a session
-        if told := differences_told(entry.manifest["run"], run):
-            warnings.warn(Sentence(ELSEWHERE, folder=folder, step=entry.step, differences=told), stacklevel=4)
+        told, name = differences_told(entry.manifest["run"], run), folder.name[:-9]
+        values = dict(folder=folder, step=entry.step, differences=told, name=name)
+        warnings.warn(Sentence(ELSEWHERE if told.template else SAME, **values), stacklevel=4)
     run = run | chosen(planned(), follow(config, found))
     if found and config.resume == "auto" and differences(found.run, run): refuse(found, run, config.output_dir)
     return found, mirror, run

@@ -281,6 +281,9 @@ def test_a_continued_run_that_diverges_goes_back_to_where_it_continued_from(run,
     with pytest.warns(UserWarning, match="goes back to checkpoint-12"):
         run(tmp_path/"out", resume=str(folder), num_train_epochs=3, callbacks=[spoils], save_steps=5)
     assert spoils.begun == [12, 12]
+    again, stops = r"start again with learning_rate=\S+, not \S+, and another output_dir\.", dict(on_divergence="stop")
+    with pytest.raises(FloatingPointError, match=again):
+        run(tmp_path/"new", resume=str(folder), num_train_epochs=3, callbacks=[Spoils(13)], save_steps=5, **stops)
 
 
 def test_a_continued_run_is_found_on_a_new_machine_without_its_source(run, plain, tmp_path):

@@ -65,6 +65,11 @@ def unsealed(text, name=MANIFEST) -> dict:
         if (facts := json.loads(text)).pop("checksum") == _checksum(facts): return facts
     raise ValueError(f"{name} is corrupted")
 
+def is_sealed(path) -> bool:
+    "Whether the file `path` is `sealed`, and intact."
+    try: return bool(unsealed(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError): return False
+
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
 def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0):
     """List the files of a complete checkpoint, with the fingerprint of its `run` (names to plain values), its `step` of

@@ -153,9 +153,9 @@ def warn_of_idle(plan):
 # %% ../../nbs/engine/41_guards.ipynb #41aa0015
 class Diverged(FloatingPointError):
     "The training is lost. `what` says by which sign, the message also what to try."
-    def __init__(self, what, rate, now, try_first="", **values):
-        told = f"{what}; start again with {try_first}{{learning_rate={rate}}}, not {{now}}, and "
-        super().__init__(Sentence(told + "{overwrite_output_dir=True}.", now=now, **values))
+    def __init__(self, what, rate, now, try_first="", again="{overwrite_output_dir=True}", **values):
+        told = f"{what}; start again with {try_first}{{learning_rate={rate}}}, not {{now}}, and {again}."
+        super().__init__(Sentence(told, now=now, **values))
         self.what = Sentence(what, **values)
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0022
@@ -171,6 +171,8 @@ class StopOnDivergence(TrainerCallback):
     """`Diverged` when the loss or a weight is NaN or infinite, the loss has exploded, or fp16's gradients are infinite
     whatever the scale. The loss is looked at when it is logged, the weights before each checkpoint and at the end: at
     each step it would wait for the device. `usual`: a rate at which such models train; `batches`: of the text."""
+    again = "{overwrite_output_dir=True}"  # how to start again
+
     def __init__(self, usual, batches=()): self.usual, self.batches, self.bound, self.seen = usual, batches, math.inf, 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -202,7 +204,7 @@ class StopOnDivergence(TrainerCallback):
 
     def lost(self, args, state, what, try_first="", **values):
         rate = f"{min(self.usual, args.learning_rate / 10):.1g}"
-        raise Diverged(what, rate, args.learning_rate, try_first, step=state.global_step, **values)
+        raise Diverged(what, rate, args.learning_rate, try_first, self.again, step=state.global_step, **values)
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0018
 def skipped_steps(optimizer, steps) -> int:

@@ -229,6 +229,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     some = range(0, len(blocks), math.ceil(len(blocks) / 4))  # four at most
     guard = StopOnDivergence(pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method),
                              [default_data_collator([blocks[i]]) for i in some])
+    if config.resume not in ("auto", "never"): guard.again = "another {output_dir}"  # what it continues from stays
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
-from ..engine.checkpoints import MANIFEST, list_files, new_checkpoint, read_manifest, sealed
+from ..engine.checkpoints import MANIFEST, list_files, new_checkpoint, read_manifest, sealed, is_sealed
 from ..engine.lock import is_running, this_run
 from ..errors import ADVICE, Sentence, about, errno_of, explained, may_pass, shortened
 from ..reporting import silent
@@ -147,18 +147,20 @@ class Stored:
         place = output_dir if entry.name == FINISHED else output_dir/entry.name
         with atomic(place, folder=True) if entry.name == FINISHED else new_checkpoint(place) as folder:
             def told(what, done, total): report(f"Restoring {entry.name}: {what}", done, total)
-            if damaged := self.target.fetch(entry, folder, told): raise Damaged(", ".join(damaged))
+            damaged = self.target.fetch(entry, folder, told)  # a session may end between a record and the manifest
+            if damaged := [name for name in damaged if not is_sealed(folder/name)]: raise Damaged(", ".join(damaged))
             if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
 
 # %% ../../nbs/storage/53_mirror.ipynb #ab10cd6e
 def other_runs(target) -> list:
-    "(folder, newest checkpoint) of runs with an output folder of this name that are not finished."
+    """(folder, newest checkpoint) of runs that are not finished: with an output folder of this name, or the same run
+    with another one."""
     if not isinstance(target, FolderTarget): return []
     top, own = target.folder.parent, target.folder.name
-    alike = re.compile(re.escape(own[:-8]) + "[0-9a-f]{8}")
     with contextlib.suppress(OSError):
-        names = [name for name in sorted(os.listdir(top)) if name != own and alike.fullmatch(name)]
+        names = [name for name in sorted(os.listdir(top)) if name != own and
+                 (name[-9:] == own[-9:] or re.fullmatch(re.escape(own[:-8]) + "[0-9a-f]{8}", name))]
         found = [(top/n, Stored(FolderTarget(top, n)).entries()[0]) for n in names]
         return [(folder, entries[0]) for folder, entries in found if entries and entries[0].name != FINISHED]
     return []
@@ -194,10 +196,11 @@ class Kept(Stored):
     def replaced_by(self, entry, complete) -> set:
         "The names of what may go now."
         others = [e for e in complete if e.name != entry.name]
-        if entry.name == FINISHED: return {e.name for e in others}
-        older = [e for e in others if e.step < entry.step and (self.kind == FULL or e.name.startswith("weights"))]
+        kinds = "weights" if self.kind == WEIGHTS and entry.name != FINISHED else ""
+        older = [e for e in others if e.step < entry.step and e.name.startswith(kinds)]
         former = [e for e in others if self.afresh and e.name not in self.mine]
-        return {e.name for e in older[self.kept - 1:] + former} | self.damaged
+        kept = self.kept - 1 if entry.name != FINISHED else entry not in complete  # Drive may upload the model late
+        return {e.name for e in older[kept:] + former} | self.damaged
 
 # %% ../../nbs/storage/53_mirror.ipynb #b33b5364
 class Newest:
