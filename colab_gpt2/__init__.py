@@ -9,6 +9,7 @@ _MODULES = {
     "text.reading": "check_text",
     "text.corpus": "Corpus load_corpus",
     "text.token_store": "Blocks tokenize_file tokenize_corpus",
+    "text.chats": "Conversations encode_chat tokenize_chats",
     "model.loading": "MODELS ModelInfo load_model load_tokenizer model_context",
     "model.loss": "linear_cross_entropy",
     "model.tune": "tune_model",

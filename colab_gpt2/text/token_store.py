@@ -84,7 +84,7 @@ class TokenFile:
             beyond = ids.stat().st_size - known["tokens"] * np.dtype(known["dtype"]).itemsize
         except (FileNotFoundError, NotADirectoryError, ValueError): return None  # never written, or not to its end
         if not self.key.items() <= known.items() or beyond < 0 or beyond and complete: return None
-        return {name: known[name] for name in ("tokens", "words", "bytes")}
+        return {name: value for name, value in known.items() if name not in self.key}
 
     def note(self, record, counts, out):
         "Put the ids written to `out` on the disk, and then their `counts` into `record`."
