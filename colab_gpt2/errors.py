@@ -125,6 +125,7 @@ ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails unde
     errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EPERM: DENIED,
     errno.EEXIST: NO_FOLDER, errno.ENOTDIR: NO_FOLDER,
     errno.ENOENT: "a file or folder is missing, or cannot be made there. Choose another folder.",
+    errno.ENODEV: "the disk that it is on has gone. Mount it again, or choose another folder.",
     errno.ENAMETOOLONG: "the name is too long. Choose another.",
     errno.EROFS: "the folder is read-only. Mount Drive without readonly=True, or choose another folder.",
     errno.EIO: "an input/output error (errno 5). On Drive it comes from a folder with many files, or a full quota: "

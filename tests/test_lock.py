@@ -83,15 +83,35 @@ def test_a_file_system_without_locks_goes_by_what_the_file_says(tmp_path, monkey
     (dict(boot="its own", machine="another"), 60, False),
     (dict(boot="its own", machine="another"), 150, True),
     (dict(boot="its own"), 1, False),  # another machine of this name
+    (dict(numbers="its own", process=os.getpid()), 1, False),  # another container, with a process of this number
     (dict(boot="its own", machine="another"), -3600, True),  # the clock was moved back since
-    (dict(since=None), 0, True)], ids="before-start shared-disk lost-machine same-name clock-back odd".split())
-def test_the_lock_of_another_start_or_machine(tmp_path, changes, age, free):
+    (dict(since=None, process=999_999_999), 0, True)],
+    ids="before-start shared-disk lost-machine same-name container clock-back odd".split())
+def test_the_lock_of_another_start_or_machine(tmp_path, monkeypatch, changes, age, free):
+    monkeypatch.setattr(lock, "try_flock", lambda file: False)  # as on a Drive
     folder = left_by(tmp_path/"run", age, **changes)
     if free:
         with only_run(folder): pass
     else:
         with pytest.raises(BlockingIOError, match="wait until two minutes after its end"), only_run(folder): pass
     assert (folder/LOCK).exists() is not free
+
+
+@pytest.mark.parametrize("changes", [dict(machine="another"), dict(numbers="its own"), dict(process=999_999_999)])
+def test_where_the_system_has_locks_they_decide_between_containers_of_one_host(tmp_path, changes):
+    with only_run(left_by(tmp_path/"run", **changes)): pass
+
+
+def test_the_lock_of_a_run_that_has_taken_over_stays_and_is_noticed(tmp_path, monkeypatch):
+    "As after a night's sleep, on a Drive: the other saw a lock that nobody had touched."
+    monkeypatch.setattr(lock, "try_flock", lambda file: False)
+    monkeypatch.setattr(lock, "TOUCHED", 0.01)
+    with pytest.warns(UserWarning, match="was taken over by another run.*End one of the two") as caught:
+        with only_run(tmp_path):
+            (tmp_path/LOCK).write_text(others := json.dumps({**this_run(), "machine": "another"}))
+            until = time.monotonic() + 30
+            while not caught.list and time.monotonic() < until: time.sleep(0.005)
+    assert (tmp_path/LOCK).read_text() == others
 
 
 def test_a_lock_that_says_nothing_stops_nobody(tmp_path):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0003
-import contextlib, json, os, socket, threading, time
+import contextlib, json, os, socket, threading, time, warnings
 from pathlib import Path
 
 import psutil
@@ -18,16 +18,23 @@ from ..errors import Sentence, explained, may_pass
 LOCK, TOUCHED = ".running.json", 30.  # seconds
 
 def this_run() -> dict:
-    "The process that asks, its machine, and which of the machine's starts this is."
-    boot = Path("/proc/sys/kernel/random/boot_id")  # other systems: the time of the start
+    "The process that asks, its machine, which of the machine's starts this is, and where the process's number counts."
+    boot, numbers = Path("/proc/sys/kernel/random/boot_id"), ""  # other systems: the time of the start
     boot = boot.read_text().strip() if boot.exists() else f"{psutil.boot_time():.0f}"
-    return dict(process=os.getpid(), machine=socket.gethostname(), boot=boot, since=time.time())
+    with contextlib.suppress(OSError): numbers = os.readlink("/proc/self/ns/pid")
+    return dict(process=os.getpid(), machine=socket.gethostname(), boot=boot, numbers=numbers, since=time.time())
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0009
+def counts_here(told) -> bool:
+    "Does this process see the one that wrote `told` under its number?"
+    own = this_run()
+    return all(told.get(name) == own[name] for name in ("boot", "machine", "numbers"))
+
 def is_running(told, touched, locked) -> bool:
     "Is the run alive that wrote `told` and `touched` it last at that time? `locked`: this process has its `flock` now."
     if abs(time.time() - touched) > 4 * TOUCHED: return False
-    if told.get("boot") == this_run()["boot"]: return not locked and psutil.pid_exists(told.get("process", -1))
+    if told.get("boot") == this_run()["boot"] and locked: return False
+    if counts_here(told): return psutil.pid_exists(told.get("process", -1))
     return told.get("machine") != socket.gethostname() or touched > psutil.boot_time()  # else from before a restart
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000b
@@ -53,7 +60,7 @@ def refuse(folder, told):
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(told.get("since")))
     who = "another run" if told.get("process") in (None, os.getpid()) else f"process {told['process']}"
     where = f" on {told['machine']}" if "machine" in told else ""
-    end = "it ends" if told.get("boot") in (None, this_run()["boot"]) else "two minutes after its end"
+    end = "it ends" if not told or counts_here(told) else "two minutes after its end"
     message = "{output_dir} {folder} is in use by {who}{where} since {since}; take another folder, or wait until {end}."
     raise BlockingIOError(Sentence(message, folder=folder, who=who, where=where, since=since, end=end))
 
@@ -75,6 +82,9 @@ def take_lock(path):
     return file
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0013
+TAKEN = ("{output_dir} {folder} was taken over by another run, since this one had not touched its lock for two minutes. "
+         "End one of the two: they spoil each other's files.")
+
 @contextlib.contextmanager
 def only_run(output_dir):
     """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock is
@@ -84,17 +94,21 @@ def only_run(output_dir):
 
     def touch():
         while not ended.wait(TOUCHED):
-            with contextlib.suppress(OSError): os.utime(path)
+            with contextlib.suppress(OSError):
+                if path.read_bytes() != mine: return warnings.warn(Sentence(TAKEN, folder=folder))
+                os.utime(path)
 
     with explained(f"The lock of {folder}"):
         made = make_folder(folder)
         file = retried(lambda: take_lock(path), may_pass)
+        mine = retried(path.read_bytes, may_pass)
     try:
         threading.Thread(target=touch, daemon=True).start()
         yield
     finally:
         ended.set()
-        with contextlib.suppress(OSError): discard(path)
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == mine: discard(path)
         file.close()
         with contextlib.suppress(OSError):
             for path in made: path.rmdir()
