@@ -18,7 +18,7 @@ from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
 from .reading import check_text
-from .tokens import CONTEXT, Encoder, notes_on, opened, read_windows
+from .tokens import CONTEXT, Encoder, hurry, notes_on, opened, read_windows
 
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,7 @@ def open_text(path, start):
 
 # %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 EVERY = 1 << 26  # bytes of text between two entries in the journal: some seconds' work
+LONG = 1 << 22  # bytes of a text for which a faster encoder is looked for
 
 def write_part(path, file, encoder, report=silent):
     "Tokenise `path` into the part of `file`, from where the journal stopped; returns the counts."
@@ -135,7 +136,9 @@ def write_part(path, file, encoder, report=silent):
             out.truncate(counts["tokens"] * encoder.dtype.itemsize)
             given = (before[-1], np.memmap(file.part, encoder.dtype, "r")[-1]) if before else ()
             report(what, counts["bytes"], size)
-            for counts in write_ids(read_windows(text, encoder.encode, before), encoder, out, counts, *given):
+            if size - counts["bytes"] > LONG: hurry(encoder)
+            windows = read_windows(text, encoder.encode, before, 1 << (20 if encoder.twin else 18))
+            for counts in write_ids(windows, encoder, out, counts, *given):
                 if counts["bytes"] >= due:
                     file.note(file.journal, counts, out)
                     due = counts["bytes"] + EVERY

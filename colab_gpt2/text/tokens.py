@@ -6,12 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/text/12_tokens.ipynb #f3f1da51
-import copy, hashlib, itertools, json, re
+import copy, functools, hashlib, importlib.util, itertools, json, os, re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from ..errors import Sentence
 from ..runtime import memory
+from .reading import END
 
 # %% ../../nbs/text/12_tokens.ipynb #f19b97a3
 CONTEXT = 1 << 10  # characters before and after a cut that are looked at
@@ -60,7 +62,15 @@ def opened(ids, opening, ends, before=-1):
     return np.insert(ids, np.flatnonzero(first).repeat(len(opening)), opening * int(first.sum()))
 
 # %% ../../nbs/text/12_tokens.ipynb #332143f3
-MARKS = "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text somewhere
+def end_mark(tokenizer) -> str:
+    "What END becomes for `tokenizer`: itself if it is a token, else the tokenizer's own end token; '' without one."
+    if END in tokenizer.get_vocab(): return END
+    end = tokenizer.eos_token or tokenizer.sep_token or ""
+    return end if end and len(tokenizer(end, add_special_tokens=False)["input_ids"]) == 1 else ""
+
+# %% ../../nbs/text/12_tokens.ipynb #7e3b6ade
+MARKS = END, "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text somewhere
+
 
 def notes_on(data, name, tokenizer, lost=False):
     "Yield a text for what is unknown in `data`, the bytes of `name`, or `lost` from it; it may be memory-mapped."
@@ -74,7 +84,8 @@ def notes_on(data, name, tokenizer, lost=False):
     for mark in MARKS:
         if data.find(mark.encode()) < 0 or mark in tokenizer.get_vocab(): continue
         end = tokenizer.eos_token or tokenizer.sep_token or "not set"
-        yield f"{name} has {mark}, which is plain characters to this tokenizer; its own end token is {end}."
+        to_it = "becomes the end token of" if lost and mark == END and end_mark(tokenizer) else "is plain characters to"
+        yield f"{name} has {mark}, which {to_it} this tokenizer; its own end token is {end}."
 
 # %% ../../nbs/text/12_tokens.ipynb #ee511239
 def check_ids(ids, rows, tokenizer, said, **values):
@@ -93,10 +104,12 @@ def private_copy(tokenizer):
     return backend
 
 # %% ../../nbs/text/12_tokens.ipynb #47fef69b
+parsed = functools.lru_cache(1)(json.loads)  # a tokenizer's state of megabytes, which is asked for three times
+
 def cut_pattern(backend) -> "re.Pattern | None":
     """The empty match at each place inside a text where a `tokenizers.Tokenizer` that splits as GPT-2's does surely
     splits: before the last of a run of white space, unless an added token may follow. None for any other."""
-    state = json.loads(backend.to_str())
+    state = parsed(backend.to_str())
     split, added = {"use_regex": True} | (state["pre_tokenizer"] or {}), state["added_tokens"]
     form = [split.get(name) for name in ("type", "use_regex", "add_prefix_space")]
     if form != ["ByteLevel", True, False]: return None
@@ -113,6 +126,7 @@ class Encoder:
     `fingerprint` the SHA-256 of all that decides about ids."""
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
+        self.end, self.twin = end_mark(tokenizer), None
         self.opening = opening_ids(tokenizer)
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, *self.opening}
         self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
@@ -122,6 +136,7 @@ class Encoder:
             state = self.backend.to_str() + str(self.backend.encode_special_tokens)
         else: state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items())])
         if self.opening: state += str([self.opening, self.ends])
+        if self.end not in ("", END): state += self.end
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.dtype = np.dtype("uint16" if self.vocabulary_size <= 1 << 16 else "uint32")
@@ -129,14 +144,89 @@ class Encoder:
 
     def encode(self, texts):
         "A list of ids for each of `texts`."
+        if self.end not in ("", END): texts = [text.replace(END, self.end) for text in texts]
         if not self.backend: return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        if not self.cut: return self.encode_now(texts)
+        if not self.cut: return self.slowly(texts)
+        if self.twin: return [self.twin.encode(text, self.cut) for text in texts]
         texts = [self.cut.split(t) for t in texts]
         new = list(set().union(*texts).difference(self.known))
-        self.known.update(zip(new, self.encode_now(new)))
+        self.known.update(zip(new, self.slowly(new)))
         found = [list(itertools.chain.from_iterable(map(self.known.__getitem__, segments))) for segments in texts]
         self.size += sum(map(len, new))
         if self.size > self.memory: self.known, self.size = {}, 0
         return found
 
-    def encode_now(self, texts): return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def slowly(self, texts): return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+# %% ../../nbs/text/12_tokens.ipynb #6fd6cdff
+def ranks_of(backend) -> dict:
+    "Bytes to id, for tiktoken, of each token that the byte-level BPE `backend` can make; {} if it may merge otherwise."
+    model = parsed(backend.to_str())["model"]
+    odd = "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"
+    plain = [byte for byte in range(256) if 33 <= byte < 127 or 161 <= byte < 173 or byte > 173]
+    others = [byte for byte in range(256) if byte not in plain]
+    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    merged = ["".join(pair).replace(" ", "") for pair in model.get("merges") or [" "]]
+    names = [*byte_of, *merged]
+    ids = [*map(model["vocab"].get, names)]
+    if any(map(model.get, odd)) or None in ids or ids[256:] != sorted({*ids[256:]}): return {}
+    alone = type(backend)(backend.model).encode_batch_fast(names)
+    if any(found.ids != [id] for found, id in zip(alone, ids)): return {}
+    return {bytes(map(byte_of.get, name)): id for name, id in zip(names, ids)}
+
+# %% ../../nbs/text/12_tokens.ipynb #10d4b7f0
+SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+
+# %% ../../nbs/text/12_tokens.ipynb #620a18c2
+def encoding(ranks, added):
+    "tiktoken's, which splits as GPT-2."
+    from tiktoken import Encoding
+    return Encoding("twin", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=added)
+
+# %% ../../nbs/text/12_tokens.ipynb #5912044e
+def same_kinds(backend, characters) -> bool:
+    "Whether `backend` and tiktoken agree which of the `characters` are letters, digits, signs and white space."
+    probes = [form.format(c) for c in characters for form in ("x{0}x", "1{0}1", ",{0},")]  # each one part for its kind
+    parts = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(probe.encode() for probe in probes)]
+    theirs, ours = encoding({part: i for i, part in enumerate(parts)}, {}), backend.pre_tokenizer.pre_tokenize_str
+    return all((len(ours(probe)) == 1) == (len(theirs.encode_ordinary(probe)) == 1) for probe in probes)
+
+# %% ../../nbs/text/12_tokens.ipynb #ff9784cf
+class Twin:
+    "tiktoken's encoder with the `ranks` and the `added` tokens of `backend`, which splits as GPT-2's."
+    def __init__(self, backend, ranks, added):
+        self.backend, self.added, self.known, self.encoding = backend, {*added}, set(), encoding(ranks, added)
+
+    @classmethod
+    def of(cls, backend):
+        "The Twin of `backend`; None if other ids are possible."
+        added = {t["content"]: t["id"] for t in parsed(backend.to_str())["added_tokens"]}
+        alone = not any(a != b and a in b for a in added for b in added) and not backend.encode_special_tokens
+        return cls(backend, ranks, added) if alone and (ranks := ranks_of(backend)) else None
+
+    def alike(self, text) -> bool:
+        "Whether both split at the characters of `text` alike; where one is new, its beginning is encoded by both too."
+        if not (new := {*text} - self.known): return True
+        sample = text[:1 << 14]
+        same = same_kinds(self.backend, new) and self.ids(sample) == self.slowly(sample)
+        if same: self.known |= new
+        return same
+
+    def slowly(self, text): return self.backend.encode(text, add_special_tokens=False).ids
+
+    def ids(self, part): return self.encoding.encode(part, allowed_special=self.added, disallowed_special=())
+
+    def encode(self, text, cut) -> list:
+        "The ids of `text`, cut into parts for as many threads as there are cores, at places that `cut` finds."
+        cores, places = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), [0]
+        least = max(len(text) // (2 * cores), 1 << 14)
+        while found := cut.search(text, places[-1] + least): places.append(found.start())
+        parts = [text[start:end] for start, end in zip(places, [*places[1:], None])]
+        if not self.alike(text) or max(map(len, parts)) > 1 << 19:  # of which a regular expression may give up
+            return self.slowly(text)
+        with ThreadPoolExecutor(cores) as pool: return list(itertools.chain.from_iterable(pool.map(self.ids, parts)))
+
+# %% ../../nbs/text/12_tokens.ipynb #ba2843fb
+def hurry(encoder):
+    "Have `encoder` ask a Twin, where there is one: to make it takes a moment, which a long text is worth."
+    if encoder.cut and importlib.util.find_spec("tiktoken"): encoder.twin = Twin.of(encoder.backend)
