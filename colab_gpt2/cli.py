@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__, tasks
-from .config import FinetuneConfig
+from .config import TEXT, FinetuneConfig
 from .core import Record, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling
@@ -205,7 +205,7 @@ def command(example, *sources):
 
 # %% ../nbs/65_cli.ipynb #ab609030
 DriveFolder = option(str | None, "a folder to use instead of the Drive (default: Colab's Drive)")
-TEXT = "dataset train_file eval_file cache_dir"
+OF_TEXT = " ".join((*TEXT, "cache_dir"))
 
 # %% ../nbs/65_cli.ipynb #c4841e7e
 @command("--json")
@@ -214,7 +214,7 @@ def check(path: option(str, "where files would go") = "."):
     return tasks.check(path)
 
 # %% ../nbs/65_cli.ipynb #4ddad37e
-@command("--dataset wikitext-2-raw-v1", (FinetuneConfig(), TEXT))
+@command("--dataset wikitext-2-raw-v1", (FinetuneConfig(), OF_TEXT))
 def fetch(config):
     "Download a text, verify and store it."
     return tasks.fetch_for(config)
@@ -223,7 +223,7 @@ def fetch(config):
 WORK = """block_size effective_batch_size per_device_train_batch_size gradient_accumulation_steps precision method
 lora_rank optim gradient_checkpointing torch_compile tune keep_attention_dropout tokenizer"""  # for memory and speed
 
-PLANNED = f"model from_scratch {TEXT} num_train_epochs max_steps eval_stride {WORK}"
+PLANNED = f"model from_scratch {OF_TEXT} num_train_epochs max_steps eval_stride {WORK}"
 
 @command("--model gpt2-xl --gpu T4", (FinetuneConfig(), PLANNED))
 def plan(
@@ -243,7 +243,7 @@ def finetune(config):
 # %% ../nbs/65_cli.ipynb #4673ec85
 TUNED = FinetuneConfig(model="gpt2-tuned")
 
-@command("--model gpt2-tuned", (TUNED, f"model {TEXT} block_size precision eval_split eval_stride tokenizer"))
+@command("--model gpt2-tuned", (TUNED, f"model {OF_TEXT} block_size precision eval_split eval_stride tokenizer"))
 def evaluate(config):
     "Compute a model's perplexity on held-out text."
     return tasks.evaluate(config.model, config)

@@ -21,19 +21,33 @@ def value(default, help, **options):
 # %% ../nbs/04_config.ipynb #3ddc969d
 PROMPT = " = Toronto Raptors = \n"  # begins an article of WikiText
 
+TEXT = ("dataset", "train_file", "eval_file", "dataset_config", "dataset_text_field", "dataset_train_split",
+        "dataset_test_split", "on_bad_lines")  # which text, and how it is read
+
 @dataclass(frozen=True)
 class DataFields(Record):
     "The model, the text and where they go."
     model: str = value(
         "gpt2", "tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a Hub id, or a folder", path=True)
     dataset: str = value(
-        "wikitext-2-raw-v1", "a WikiText name, python-docs, a .txt file, a folder, or a zip in WikiText's layout",
+        "wikitext-2-raw-v1", "a WikiText name, python-docs, USER/NAME on the Hub, a file, a folder, or a zip",
         label="Text", path=True)
     train_file: str | None = value(
-        None, "own text, folder or pattern to train on, instead of {dataset} (UTF-8)", label="Own text", path=True)
+        None, "own text or table, folder or pattern to train on, instead of {dataset}", label="Own text", path=True)
     eval_file: str | None = value(
-        None, "own text to evaluate on (UTF-8); without it a part of {train_file} is held out",
+        None, "own text to evaluate on; without it a part of {train_file} is held out",
         label="Own held-out text", path=True)
+    dataset_config: str | None = value(None, "configuration of a data set on the Hub", label="Configuration")
+    dataset_text_field: str | None = value(
+        None, "the column of a table that holds the text (default: found by its name, or the only one with sentences)",
+        label="Column")
+    dataset_train_split: str = value("train", "split of a data set on the Hub to train on", label="Training split")
+    dataset_test_split: str | None = value(
+        None, "its split to evaluate on (default: test or validation; else a part of {dataset_train_split})",
+        label="Test split")
+    on_bad_lines: str = value(
+        "error", "what a broken row of a table, or a line that is not UTF-8, does; skip: it is left out and counted",
+        choices=("error", "skip"), label="Bad lines")
     output_dir: str = value("gpt2-tuned", "where the model and its checkpoints go", label="Output folder", path=True)
 
 # %% ../nbs/04_config.ipynb #3ddc96a0

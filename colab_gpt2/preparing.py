@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import PROMPT, pick_block_size
+from .config import PROMPT, TEXT, pick_block_size
 from .errors import Sentence
 from .model.fitting import add_rows, check_match, keep_rope, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, model_context
@@ -132,8 +132,8 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     runtime = pick_run_precision(config, runtime or check_runtime(config.output_dir))
     if train: check_packages(config, runtime)
     report("Fetching the text", 0, 1)
-    corpus = load_corpus(config.dataset, train_file=config.train_file, eval_file=config.eval_file,
-                         cache_dir=config.cache_dir, progress=report)
+    same = {name: getattr(config, name) for name in (*TEXT[1:], "cache_dir")}
+    corpus = load_corpus(config.dataset, **same, progress=report)
     report("Loading the model", 0, 1)
     tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
     wanted = config if train else replace(config, tokenizer=None)  # rows that nobody trains are worth nothing

@@ -11,7 +11,7 @@ import json, os, tempfile, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PROMPT, FinetuneConfig, changed, pick_block_size
+from .config import PROMPT, TEXT, FinetuneConfig, changed, pick_block_size
 from .core import Record, home, human_bytes
 from .errors import Sentence, about, check_number
 from .reporting import reporting
@@ -35,7 +35,7 @@ def fetch(
 # %% ../nbs/64_tasks.ipynb #440cdff4
 def fetch_for(config, progress=True, **options) -> Record:
     "The text that `config` names."
-    same = {name: getattr(config, name) for name in ("train_file", "eval_file", "cache_dir")}
+    same = {name: getattr(config, name) for name in (*TEXT[1:], "cache_dir")}
     return load_corpus(config.dataset, **same, progress=progress, **options)
 
 # %% ../nbs/64_tasks.ipynb #83dd3af0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..config import pick_block_size
+from ..config import TEXT, pick_block_size
 from ..core import Record, atomic, human_bytes
 from ..errors import Sentence
 from ..model.loading import load_config, model_context
@@ -79,7 +79,8 @@ def uploaded_files(value) -> dict:
 # %% ../../nbs/panels/76_data.ipynb #2e9d40b7
 def upload_button(text, receive):
     "A FileUpload that hands its value to `receive` and is emptied, so that the same file can be chosen again."
-    made = widgets.FileUpload(description=text, accept=".txt,.md,text/plain", layout=widgets.Layout(width="auto"))
+    made = widgets.FileUpload(description=text, accept=".txt,.md,.csv,.tsv,.json,.jsonl,.parquet,.gz",
+                              layout=widgets.Layout(width="auto"))
     def take(change):
         value = made.value
         if not value: return
@@ -96,7 +97,11 @@ def keep_upload(name, content, folder=UPLOADS) -> str:
         temporary.write_bytes(content)
         try: check_text(temporary)
         except ValueError as e:
-            raise ValueError(f"{name} holds no UTF-8 text. Save it as plain text in UTF-8, and upload that.") from e
+            told = e.args[0]
+            if not isinstance(told, Sentence):
+                told = Sentence("{called} holds no UTF-8 text. Save it as plain text in UTF-8, and upload that.",
+                                called=name)
+            raise ValueError(Sentence(told.template, **{**told.values, "called": name})) from e
     return str(path)
 
 # %% ../../nbs/panels/76_data.ipynb #bbde1abf
@@ -108,6 +113,7 @@ TEXTS = {"WikiText-2, raw (11 MB of Wikipedia)": "wikitext-2-raw-v1",
          "Python's documentation (0.3 MB, no network)": PYTHON_DOCS, "A text of my own": OWN}
 UPLOAD = "Upload a text, or type the path of one."
 FILES = "train_file", "eval_file"
+READING = "dataset_text_field", "on_bad_lines"
 
 # %% ../../nbs/panels/76_data.ipynb #808fd086
 def missing_files(values) -> dict:
@@ -134,12 +140,12 @@ class TextChoice(Stoppable):
         super().__init__(take_values(before, values))
         self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="Text", **wide(520))
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
-        self.own = Form(self.values, FILES)
+        self.own = Form(self.values, FILES + READING)
         texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
         self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
-        hint = widgets.HTML("<span class='cg-hint'>UTF-8 text, up to 10 MB; add larger files next to the notebook (in "
-                            "Colab's Files panel) and type the name below: a file, a folder of text files, or a "
-                            "pattern such as poems/*.txt</span>")
+        hint = widgets.HTML("<span class='cg-hint'>A text or a table (.txt, .md, .csv, .jsonl, .parquet) of up to "
+                            "10 MB; add larger files next to the notebook (in Colab's Files panel) and type the name "
+                            "below: a file, a folder, or a pattern such as poems/*.txt</span>")
         self.files = widgets.VBox([row(*self.uploads, hint), self.own.box])
 
     def chosen(self):
@@ -190,7 +196,7 @@ class DataPanel(TextChoice):
         if not isinstance(before, Panel): self.say(self.values.suggestion, "ℹ")
 
     def source(self):
-        names = ("dataset", *FILES, "model", "tokenizer", "block_size")
+        names = (*TEXT, "model", "tokenizer", "block_size")
         return tuple(getattr(self.config, name) for name in names)
 
     def clear(self):
@@ -208,7 +214,7 @@ class DataPanel(TextChoice):
         self.clear()
         super().receive(name, value)
 
-    def calls(self): return [("fetch", "fetch", differing(self.config, ("dataset", *FILES, "cache_dir")), "corpus")]
+    def calls(self): return [("fetch", "fetch", differing(self.config, (*TEXT, "cache_dir")), "corpus")]
 
     def start(self):
         if not self.fetch.disabled: return self.work(self.fetch_and_look, "Loading the text …", self.describe)

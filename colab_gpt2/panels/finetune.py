@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..config import FinetuneConfig, pick_block_size, pick_learning_rate
+from ..config import TEXT, FinetuneConfig, pick_block_size, pick_learning_rate
 from ..core import human_bytes, human_time
 from ..engine.callbacks import AFTER, PROBING, Listener
 from ..engine.checkpoints import find_checkpoints
@@ -70,8 +70,7 @@ class Forecaster:
         "The plan of `config`; errors name the fields that they are about."
         model = config.model, config.tokenizer, config.from_scratch, config.cache_dir
         if model not in self.known: self.known[model] = shape_for_plan(config, False)
-        names = ("dataset", "train_file", "eval_file", "block_size")
-        text = (*model, *(getattr(config, name) for name in names), *self.files(config))
+        text = (*model, *(getattr(config, name) for name in (*TEXT, "block_size")), *self.files(config))
         if text not in self.known: self.known[text] = known_size(config, self.known[model])
         self.size = self.known[text]
         if self.measured and self.measured[0] == self.key(config): return self.measured[1]
@@ -109,7 +108,7 @@ def describe_result(result, samples) -> str:
 # %% ../../nbs/panels/78_finetune.ipynb #81825838
 MAIN = ("model", "num_train_epochs", "block_size", "effective_batch_size", "learning_rate", "output_dir", "resume",
         "overwrite_output_dir", "prompt")
-ELSEWHERE = ("dataset", "train_file", "eval_file", "cache_dir", "save_total_limit", "trainer_args")
+ELSEWHERE = (*TEXT, "cache_dir", "save_total_limit", "trainer_args")
 SUGGESTED = dict(model=MODELS, resume=("auto", "never"), mirror=("auto", "off"))
 ADVANCED = tuple(f.name for f in fields(FinetuneConfig) if f.name not in MAIN + ELSEWHERE)
 

@@ -17,7 +17,7 @@ from ..errors import Sentence, about
 from ..reporting import Bars, reporting, silent
 from ..runtime import cache_folder, check_mounted
 from .downloads import USER_AGENT, download, split_of, unzip
-from .reading import SPLITS, check_text, cut_text, find_texts, join, plain_ends
+from .reading import SPLITS, check_text, cut_text, find_texts, join, is_plain
 
 # %% ../../nbs/text/11_corpus.ipynb #ab03214b
 TITLE = re.compile(r" = (?!=)(.*[^= ]) = ?\n?")
@@ -84,7 +84,7 @@ def cached(folder, name, source, make, published=()):
     with atomic(folder, folder=True) as stage:
         made = {split: check_text(path) for split, path in make(stage).items()}
         for path in made.values():
-            if not (published or plain_ends(path)): os.replace(join([path], stage/"copy"), path)
+            if not (published or is_plain(path)): os.replace(join([path], stage/"copy"), path)
         corpus = measure(name, made, source)
         wrong = ", ".join(split for split in published if corpus.sha256.get(split) != published[split])
         if wrong: raise ConnectionError(f"sent a text that is not the published one (SHA-256 of {wrong})")
@@ -212,26 +212,30 @@ def python_docs(folder):
     return files
 
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
-def made(name, files, source, root, make):
-    "The Corpus that `make(folder)` makes of own `files` (split -> paths), from the cache if it is there."
-    known = repr([(split, *map(sha256_of, paths)) for split, paths in files.items()])
+def made(name, files, source, root, make, options=()):
+    "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, from the cache if it is there."
+    known = repr([(split, *map(sha256_of, paths)) for split, paths in files.items()]) + str(options or "")
     return cached(root/f"{name[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:16]}", name, source, make)
 
 # %% ../../nbs/text/11_corpus.ipynb #7031da04
-def own_corpus(files, path, source, root):
-    "The Corpus of own texts (split -> paths): where they are, or copies by `join`."
+def own_corpus(files, path, source, root, reading=(None, "error"), asked=None):
+    """The Corpus of own texts (split -> paths): where they are, or copies by `join`, with its options `reading`; what
+    is wrong with a split is about the field that `asked` has for it."""
     name = home(path).resolve().stem if os.path.exists(home(path)) else "texts"
-    if all(len(paths) == 1 and plain_ends(paths[0]) for paths in files.values()):
+    if all(len(paths) == 1 and is_plain(paths[0]) for paths in files.values()):
         return measure(name, {split: path for split, (path,) in files.items()}, source)
-    def make(stage): return {split: join(paths, stage/f"{split}.txt") for split, paths in files.items()}
-    return made(name, files, source, root, make)
+    def make(stage):
+        for split, paths in files.items():
+            with about(*[asked[split]] if asked else ()): join(paths, stage/f"{split}.txt", *reading)
+        return {split: stage/f"{split}.txt" for split in files}
+    return made(name, files, source, root, make, reading)
 
 # %% ../../nbs/text/11_corpus.ipynb #3aacaf4d
-def load_text(path, root):
+def load_text(path, root, reading=(None, "error")):
     "The Corpus of the texts that `find_texts` finds, cut in three."
     paths = find_texts(path)
     source = f"{len(paths)} files of {path}" if paths[1:] else path
-    one = own_corpus({"train": paths}, path, source, root)
+    one = own_corpus({"train": paths}, path, source, root, reading)
     corpus = made(one.name, {"": [one.train]}, source, root, lambda stage: cut_text(one.train, stage, source))
     shares = (f"{100 * size / one.bytes['train']:.0f}" for size in corpus.bytes.values())
     return replace(corpus, source=f"{source}, cut {'/'.join(shares)}")
@@ -258,26 +262,29 @@ def splits_in(folder) -> dict:
     return {split: find_texts(path) for split, path in found}
 
 # %% ../../nbs/text/11_corpus.ipynb #c671f6b6
-def load_path(path, root, report=silent):
+def load_path(path, root, report=silent, reading=(None, "error")):
     "The Corpus of a text file, a pattern, a zip, or a folder: with `splits_in` it, train-*.parquet, or such a folder."
     if path.suffix.lower() == ".zip" and os.path.isfile(path):
         return made(path.stem, {"": [path]}, path, root, lambda stage: unzip(path, stage, report))
     for place in (path, *sorted(p for p in path.iterdir() if p.is_dir())) if os.path.isdir(path) else ():
-        if found := splits_in(place): return own_corpus(found, path, place, root)
+        if found := splits_in(place): return own_corpus(found, path, place, root, reading)
         if rows := {split: paths for split in SPLITS if (paths := sorted(place.glob(f"{split}-*.parquet")))}:
             return made(path.resolve().name, rows, place, root, lambda stage: from_parquet(rows, stage))
-    return load_text(path, root)
+    return load_text(path, root, reading)
 
 # %% ../../nbs/text/11_corpus.ipynb #8a161211
-def load_files(train_file, eval_file, root, hold_out=True):
+FILES = "train_file", "eval_file"
+
+def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error")):
     "The Corpus of your files; a single `train_file` is cut in three if `hold_out`."
     if train_file and not eval_file and hold_out:
-        with about("train_file"): return load_path(home(train_file), root)
-    files, given = {}, {"train_file": train_file, "eval_file": eval_file}
+        with about("train_file"): return load_path(home(train_file), root, reading=reading)
+    files, asked, given = {}, dict(zip(SPLITS, FILES)), dict(zip(FILES, (train_file, eval_file)))
     for split, (name, path) in zip(SPLITS, given.items()):
         with about(name):
             if path: files[split] = find_texts(path)
-    corpus = own_corpus(files, train_file or eval_file, ", ".join(str(p) for p in given.values() if p), root)
+    source = ", ".join(str(p) for p in given.values() if p)
+    corpus = own_corpus(files, train_file or eval_file, source, root, reading, asked)
     if len({*corpus.sha256.values()}) < len(files):
         said = "{train_file} and {eval_file} hold the same text, {path}: perplexity will say nothing about new text."
         warnings.warn(Sentence(said, path=train_file), stacklevel=3)
@@ -312,6 +319,11 @@ def load_corpus(
     *,
     train_file=None,  # a text of yours to train on, instead of `name`: a file, a folder or a pattern
     eval_file=None,  # and one to evaluate on: it becomes the validation split
+    dataset_config=None,  # of a data set on the Hub: its configuration,
+    dataset_text_field=None,  # the column of a table that holds the text; None: it is found
+    dataset_train_split="train",  # of a data set on the Hub: the split to train on,
+    dataset_test_split=None,  # and the one to evaluate on; None: test or validation
+    on_bad_lines="error",  # or "skip": leave out broken rows of a table
     hold_out=True,  # cut a single `train_file` in three; if not, all of it is for training
     cache_dir=None,  # where downloads are kept; see `cache_folder`
     progress=True,  # bars on stderr; False: nothing; or a function of (what, done, total)
@@ -322,7 +334,8 @@ def load_corpus(
     ValueError for an unknown name or a text that cannot be used, FileNotFoundError for a file that does not exist,
     ConnectionError if no source of a published corpus has the right files and the cache does not either."""
     root = cache_folder(cache_dir)/"corpora"
-    if train_file or eval_file: return noted(load_files(train_file, eval_file, root, hold_out))
+    reading = dataset_text_field, on_bad_lines
+    if train_file or eval_file: return noted(load_files(train_file, eval_file, root, hold_out, reading))
     with reporting(progress) as report, about("dataset"):
         if name in sources: return fetch(name, sources[name], root, report)
         if name == PYTHON_DOCS:
@@ -330,6 +343,6 @@ def load_corpus(
             return cached(root/f"{name}-{platform.python_version()}", name, source, python_docs)
         path = home(name)
         if os.path.exists(path) or "/" in str(name) or path.suffix in (".txt", ".zip"):
-            return noted(load_path(path, root, report))
+            return noted(load_path(path, root, report, reading))
         near = nearest(name, [*sources, PYTHON_DOCS])
         raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{near}")
