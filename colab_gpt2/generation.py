@@ -22,6 +22,7 @@ from .model.loading import load_model, load_tokenizer, model_context
 from .model.sampling import Sampling
 from .reporting import counter, reporting
 from .runtime import find_device, memory, out_of_memory
+from .text.chats import give_template, render
 from .text.tokens import check_ids, notes_on, opening_ids
 
 # %% ../nbs/61_generation.ipynb #7e6ba0d3
@@ -93,10 +94,10 @@ def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
     return (model.to(device) if device else model), tokenizer
 
 # %% ../nbs/61_generation.ipynb #67980185
-def encode_prompt(prompt, tokenizer, context) -> list:
-    "1 to `context - 1` token ids: what begins a text, and the prompt, cut from the left with a warning."
+def encode_prompt(prompt, tokenizer, context, chat=False) -> list:
+    "1 to `context - 1` token ids: what begins a text but no `chat`, and the prompt, cut from the left with a warning."
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-    opening = opening_ids(tokenizer)[:context - 2]
+    opening = [] if chat else opening_ids(tokenizer)[:context - 2]
     if not ids:
         begins = opening or [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None][:1]
         if not begins: raise ValueError(Sentence("{prompt} is empty, and the tokenizer has no token to begin with."))
@@ -109,6 +110,14 @@ def encode_prompt(prompt, tokenizer, context) -> list:
     cut = "{prompt} has {n} tokens and the model's context is {context}: only its last {kept} are used."
     if len(ids) > room: warnings.warn(Sentence(cut, n=len(ids), context=context, kept=room), stacklevel=4)
     return opening + ids[-room:]
+
+# %% ../nbs/61_generation.ipynb #61c00002
+def chat_text(prompt, tokenizer) -> str:
+    "`prompt`, a question or a list of messages, as the chat template writes it before an answer."
+    give_template(tokenizer)
+    if isinstance(prompt, str): prompt = [dict(role="user", content=prompt)]
+    try: return render(tokenizer, prompt, {}, tokenize=False, add_generation_prompt=True)
+    except ValueError as e: raise ValueError(Sentence("{prompt}: {why}", why=e)) from e
 
 # %% ../nbs/61_generation.ipynb #a493b238
 def stop_strings(stop) -> tuple:
@@ -130,15 +139,17 @@ def check_request(prompt, max_new_tokens, seed=None, samples=1):
 # %% ../nbs/61_generation.ipynb #6cb2e11f
 class Request:
     "A checked request: model, tokenizer, prompt ids, stop conditions, and `steps`, the loop."
-    def __init__(self, model, prompt, *, tokenizer=None, max_new_tokens=250, seed=None, samples=1, stop=(),
+    def __init__(self, model, prompt, *, chat=False, tokenizer=None, max_new_tokens=250, seed=None, samples=1, stop=(),
                  device=None, cache_dir=None, **sampling):  # all as in `generate`
         self.sampling, self.stops = Sampling(**sampling), stop_strings(stop)
-        check_request(prompt, max_new_tokens, seed, samples)
+        check_request("" if chat and isinstance(prompt, list) else prompt, max_new_tokens, seed, samples)
+        self.model, self.tokenizer = resolve(model, tokenizer, device, cache_dir)
+        if chat: prompt = chat_text(prompt, self.tokenizer)
         self.prompt, self.max_new_tokens, self.samples = prompt, max_new_tokens, samples
         self.seed = secrets.randbelow(1 << 32) if seed is None else seed
-        self.model, self.tokenizer = resolve(model, tokenizer, device, cache_dir)
         self.context = model_context(self.model)
-        self.ids, self.ends = encode_prompt(prompt, self.tokenizer, self.context), end_ids(self.model, self.tokenizer)
+        self.ids = encode_prompt(prompt, self.tokenizer, self.context, chat)
+        self.ends = end_ids(self.model, self.tokenizer)
         check_ids(self.ids, len(self.model.get_input_embeddings().weight), self.tokenizer, "{prompt}")
 
     def pieces(self): return TextPieces(self.tokenizer, self.ids, self.stops, self.ends)
@@ -230,6 +241,7 @@ def generate(
     prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
     *,
     tokenizer=None,  # needed with a loaded model
+    chat=False,  # answer `prompt`, a question or a list of messages, by the tokenizer's chat template
     max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts, as many at a time as fit into memory
     seed=None,  # gives the same texts on the same device, the first whatever `samples` is; None: a new one
     stop=(),  # strings that end a text
@@ -239,7 +251,7 @@ def generate(
     **sampling,  # fields of `Sampling`
 ) -> list[Sample]:
     "Texts that continue `prompt`; torch's own random state stays as it was. ValueError for a setting out of range."
-    request = Request(model, prompt, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
+    request = Request(model, prompt, chat=chat, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
                       stop=stop, device=device, cache_dir=cache_dir, **sampling)
     with evaluation_mode(request.model), reporting(progress, delay=3, leave=False) as report:
         return collect_all(request, report)

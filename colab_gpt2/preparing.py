@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PROMPT, TEXT, pick_block_size
 from .errors import Sentence
+from .evaluation import evaluation_mode
 from .model.fitting import add_rows, check_match, keep_rope, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, model_context
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, count_steps, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
+from .text.chats import Conversations, first_question, notes_on, tokenize_chats
 from .text.corpus import WIKITEXT, load_corpus
 from .text.token_store import Blocks, check_trainable, tokenize_file
 from .text.tokens import check_ids
@@ -34,13 +36,19 @@ def pick_split(corpus, wanted) -> str:
 
 # %% ../nbs/62_preparing.ipynb #5d7e8e52
 def blocks_of(config, corpus, name, tokenizer, context, report, **options) -> Blocks:
-    "The split `name`, in blocks that fit a model's `context`."
-    return tokenize_file(corpus.path(name), tokenizer, pick_block_size(config, context), cache_dir=config.cache_dir,
-                         progress=report, sha256=corpus.sha256[name], **options)
+    "The split `name`, in blocks that fit a model's `context`; a .jsonl file has conversations."
+    path, tokenize = corpus.path(name), tokenize_file
+    if path.suffix == ".jsonl":
+        bad = getattr(config, "on_bad_lines", "error")
+        tokenize, options = tokenize_chats, dict(split=options["split"], on_bad_lines=bad)
+    return tokenize(path, tokenizer, pick_block_size(config, context), cache_dir=config.cache_dir, progress=report,
+                    sha256=corpus.sha256[name], **options)
 
 # %% ../nbs/62_preparing.ipynb #a05de614
 def without_waste(blocks) -> Blocks:
-    "`blocks`, in a smaller size if they would leave more than a twentieth of the text over."
+    "`blocks`, in a smaller size if more than a twentieth of the text would be left over, or conversations are short."
+    if isinstance(blocks, Conversations):
+        return replace(blocks, block_size=int(blocks.pieces[:, 1].max()))
     count, rest = divmod(blocks.tokens, blocks.block_size)
     return replace(blocks, block_size=max(2, blocks.tokens // (count + 1))) if rest > blocks.tokens / 20 else blocks
 
@@ -72,12 +80,32 @@ def held_out_blocks(config, corpus, tokenizer, context, report=silent, **options
 
 # %% ../nbs/62_preparing.ipynb #14c3ad4e
 def pick_prompt(config, corpus) -> str:
-    "`config`'s own, a title for WikiText, else the held-out text's first line, or words."
+    "`config`'s own, a title for WikiText, else the held-out text's first question, line, or words."
     if config.prompt: return config.prompt
     if config.dataset in WIKITEXT and not config.train_file: return PROMPT
-    with open(corpus.path(pick_split(corpus, config.eval_split)), encoding="utf-8-sig") as f: start = f.read(4000)
+    if (path := corpus.path(pick_split(corpus, config.eval_split))).suffix == ".jsonl": return first_question(path)
+    with open(path, encoding="utf-8-sig") as f: start = f.read(4000)
     line = next(filter(str.strip, re.split(r"(?<=\n)|<\|endoftext\|>", start)), PROMPT)
     return line if len(line) <= 100 else line[:60].rsplit(maxsplit=1)[0]
+
+# %% ../nbs/62_preparing.ipynb #62c00002
+@torch.no_grad()
+def keeps_apart(model) -> bool:
+    "Whether `model` keeps apart two conversations in a block, by `position_ids` that begin again."
+    first, positions = torch.arange(8), torch.arange(4).repeat(2, 2).to(model.device)
+    ids = torch.stack([first, first[[3, 2, 1, 0, 4, 5, 6, 7]]]).to(model.device)
+    try:
+        with evaluation_mode(model): one, other = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    except TypeError: return False  # it takes none
+    return torch.equal(one[4:], other[4:])
+
+# %% ../nbs/62_preparing.ipynb #62c00004
+def fitted(blocks, model):
+    "`blocks`; conversations as `model` keeps them apart, with a warning of what is left out."
+    if not isinstance(blocks, Conversations): return blocks
+    blocks = replace(blocks, apart=keeps_apart(model) or blocks.split != "train")
+    for note in notes_on(blocks): warnings.warn(note, stacklevel=3)
+    return blocks
 
 # %% ../nbs/62_preparing.ipynb #529482e0
 def release_memory():
@@ -140,9 +168,9 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     model = starting_model(wanted, tokenizer).to(runtime.device)
     report("Reading the text", 0, 1)
     given = config, corpus, tokenizer, model_context(model), report
-    train = training_blocks(*given, notes=False) if train else None
+    train = fitted(training_blocks(*given, notes=False), model) if train else None
     prompt = pick_prompt(config, corpus) if held_out else PROMPT
-    held_out = held_out_blocks(*given, notes=train is None) if held_out else None
+    held_out = fitted(held_out_blocks(*given, notes=train is None), model) if held_out else None
     rows = model.get_input_embeddings().num_embeddings
     for blocks in (train, held_out):
         if blocks is not None: check_ids(blocks.stream, rows, tokenizer, "The {split} text", split=blocks.split)

@@ -227,6 +227,7 @@ def evaluate_and_sample(config, prepared, model, precision, report, callbacks=()
     with in_one_line(config.output_dir):
         found = perplexity(model, prepared.held_out, stride=config.eval_stride, precision=precision, progress=report)
         [sample] = generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed,
+                            chat=getattr(prepared.held_out, "templated", 0) > 0,
                             max_new_tokens=config.max_new_tokens, progress=report)
     tell(callbacks, "on_measured", found, sample)
     return found, sample

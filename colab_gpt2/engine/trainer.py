@@ -30,6 +30,7 @@ from ..model.tune import casting_once, tune_model, uncompiled
 from ..planning.plan import smaller_micro_batch
 from ..reporting import silent
 from ..runtime import out_of_memory
+from ..text.chats import Conversations
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf33
 class MicroBatchTrainer(Trainer):
@@ -51,18 +52,24 @@ class MicroBatchTrainer(Trainer):
             for start in range(0, blocks, self.micro_batch):
                 part = {name: value[start:start + self.micro_batch] for name, value in inputs.items()}
                 size, last = len(part["input_ids"]), start + self.micro_batch >= blocks
-                self.share = size / blocks
+                self.share = self.share_of(part, inputs)
                 synced = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
                 with synced, uncompiled(size < full): losses.append(super().training_step(model, part))
                 if not last: self.tell_part()
         return torch.stack(losses).sum()
+
+    def share_of(self, part, step):
+        "Of the targets of a `step` those in a `part`: so many as there are blocks, but for conversations."
+        if not isinstance(self.train_dataset, Conversations): return len(part["labels"]) / len(step["labels"])
+        counted, all = ((some["labels"][:, 1:] != -100).sum() for some in (part, step))
+        return counted / all
 
     def tell_part(self):
         "What the stock Trainer tells callbacks between micro-batches."
         self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "The mean times the share of the step: blocks are full, so these add up to the mean over all targets."
+        "The mean times the share of the step: these add up to the mean over all targets."
         return super().compute_loss(model, inputs) * self.share
 
     def lower_micro_batch(self, model, blocks):

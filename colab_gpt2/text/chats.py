@@ -6,7 +6,7 @@
 __all__ = ['encode_chat', 'Conversations', 'tokenize_chats']
 
 # %% ../../nbs/text/14_chats.ipynb #14c00002
-import bisect, collections, functools, hashlib, json, os, re, warnings
+import bisect, collections, contextlib, functools, hashlib, json, os, re, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -232,6 +232,18 @@ def coded_rows(path, tokenizer, on_bad_lines, left_out, report=silent):
                 if on_bad_lines == "error": raise ValueError(Sentence(MEND, **facts)) from e
                 left_out[str(e)] += 1
             else: yield row, codes
+
+# %% ../../nbs/text/14_chats.ipynb #14c00056
+def first_question(path) -> str:
+    "What the first conversation of the .jsonl file `path` begins with: a prompt, or what a user asks."
+    with open(path, encoding="utf-8-sig") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):  # to be left out, or told of by `coded_rows`
+                prompt, completion = parts_of(json.loads(line))
+                if isinstance(prompt, str): return prompt
+                asked = [m["content"] for m in (prompt or []) + completion if m["role"] == "user"]
+                if asked: return asked[0]
+    return ""
 
 # %% ../../nbs/text/14_chats.ipynb #14c00026
 def write_chats(path, file, tokenizer, on_bad_lines, report=silent) -> dict:
