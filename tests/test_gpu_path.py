@@ -67,7 +67,8 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(gradient_checkpointing=True), dict(method="lora")], ids=str)
-def test_no_wait_in_a_micro_batch(blocks, tmp_path, changes):
+def test_no_wait_in_a_micro_batch(blocks, tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("colab_gpt2.model.loss.those_that_count", lambda *given: given[:2])  # as on a GPU
     trainer, _ = trainer_of(blocks, tmp_path, "bf16", **changes)
     model, trainer.current_gradient_accumulation_steps = trainer.accelerator.prepare(trainer.model).train(), 1
     inputs = default_data_collator([blocks[i] for i in range(8)])

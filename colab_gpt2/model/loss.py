@@ -26,10 +26,12 @@ def padded(weight, dtype, multiple):
     return head
 
 # %% ../../nbs/model/21_loss.ipynb #1e89593d
-def slice_loss(logits, targets, vocabulary, wanted):
+def slice_loss(logits, targets, vocabulary, wanted, softcap=None):
     "`chunk_loss` of a few rows."
     exact = torch.promote_types(logits.dtype, torch.float32)
-    converted = logits if logits.is_cuda else logits.to(exact)  # a GPU converts as it reads
+    converted = logits if logits.is_cuda and not softcap else logits.to(exact)  # a GPU converts as it reads
+    if softcap: converted = (capped := converted.div(softcap).tanh_()) * softcap
+    converted[:, vocabulary:] = -torch.inf  # the rows that padded the head are no tokens
     log_probs = converted.log_softmax(-1, dtype=exact)
     del converted  # a slice fits a CPU's cache, two may not
     found = log_probs[:, :vocabulary].gather(1, targets)  # a label in the padding is out of range
@@ -37,16 +39,17 @@ def slice_loss(logits, targets, vocabulary, wanted):
         direct = logits.is_cuda or logits.dtype == exact  # a CPU writes another precision in a second pass
         gradient = torch.exp(log_probs, out=logits if direct else log_probs)
         gradient.scatter_(1, targets, found.expm1().to(gradient.dtype))
+        if softcap: gradient.mul_(capped.square_().neg_().add_(1))
         if not direct: logits.copy_(gradient)
     return -found
 
 # %% ../../nbs/model/21_loss.ipynb #e6a995b0
-def chunk_loss(logits, vocabulary, targets, wanted):
+def chunk_loss(logits, vocabulary, targets, wanted, softcap=None):
     """The loss of each row, (rows, 1); if `wanted`, `logits` (rows, padded vocabulary) become their gradients.
     `targets` (rows, 1) are in the vocabulary, those that do not count too."""
-    logits[:, vocabulary:] = -torch.inf  # the rows that padded the head are no tokens
     rows = EXACT_ROWS if logits.is_cuda else max(1, EXACT_LOGITS // logits.shape[1])
-    return torch.cat([slice_loss(*some, vocabulary, wanted) for some in zip(logits.split(rows), targets.split(rows))])
+    slices = zip(logits.split(rows), targets.split(rows))
+    return torch.cat([slice_loss(*some, vocabulary, wanted, softcap) for some in slices])
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
 def scaled(gradient, scale):
@@ -56,43 +59,57 @@ def scaled(gradient, scale):
 # %% ../../nbs/model/21_loss.ipynb #da0b4972
 FP16_SUM = 64  # of the weights of a chunk's rows, at most
 
+# %% ../../nbs/model/21_loss.ipynb #f2d2e667
+def added(total, gradient, rows):
+    "`gradient.T @ rows` added to `total`, which is None at first and then in fp32."
+    if total is None: return (gradient.T @ rows).to(torch.promote_types(rows.dtype, torch.float32))
+    direct = total.dtype == rows.dtype and rows.dim() == 2
+    return total.addmm_(gradient.T, rows) if direct else total.add_(gradient.T @ rows)
+
 # %% ../../nbs/model/21_loss.ipynb #f2d2e668
 class LinearCrossEntropy(torch.autograd.Function):
-    "The summed cross-entropy of `hidden @ weight.T`; see `linear_cross_entropy`."
+    "The summed cross-entropy of `scale * (hidden @ weight.T + bias)`, capped; see `linear_cross_entropy`."
     @staticmethod
-    def forward(ctx, hidden, weight, labels, dtype, chunk_size, ignore_index, multiple):
-        rows, accumulation_dtype = min(chunk_size, len(hidden)), torch.promote_types(dtype, torch.float32)
+    def forward(ctx, hidden, weight, bias, labels, dtype, chunk_size, ignore_index, multiple, scale, softcap):
+        rows, wanted = min(chunk_size, len(hidden)), ctx.needs_input_grad
         factor = 0.5 ** ((rows - 1) // FP16_SUM).bit_length() if dtype == torch.float16 else 1.
-        for_hidden, for_weight = ctx.needs_input_grad[:2]
         counts = (labels != ignore_index)[:, None]
         targets, counts = labels[:, None].where(counts, 0), counts.to(dtype)
-        head, loss = padded(weight, dtype, multiple), hidden.new_zeros((), dtype=accumulation_dtype)
-        logits, d_weight = head.new_empty(rows, len(head)), None
-        d_hidden = torch.empty_like(hidden, dtype=dtype) if for_hidden else None
+        head, d_weight, d_bias = padded(weight, dtype, multiple), None, None
+        if bias is not None: bias = padded(bias[:, None], dtype, multiple)[:, 0]
+        logits, loss = head.new_empty(rows, len(head)), 0.
+        d_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
-            h = hidden[chunk].to(dtype)
-            gradient = torch.mm(h, head.T, out=logits[:len(h)])
-            each = chunk_loss(gradient, len(weight), targets[chunk], wanted=for_hidden or for_weight)
-            loss += (each * counts[chunk]).sum()
-            if for_hidden: torch.mm(gradient, head, out=d_hidden[chunk]).mul_(counts[chunk])
-            if not for_weight: continue
-            h = h * (counts[chunk] * factor)
-            if len(hidden) <= chunk_size: d_weight = torch.mm(gradient.T, h, out=None if head is weight else head)
-            elif d_weight is None: d_weight = (gradient.T @ h).to(accumulation_dtype)
-            else: d_weight += gradient.T @ h
-        ctx.save_for_backward(d_hidden, d_weight)
+            h, some = hidden[chunk].to(dtype), logits[:len(hidden[chunk])]
+            if bias is None: some.addmm_(h, head.T, beta=0, alpha=scale)
+            else: torch.addmm(bias, h, head.T, beta=scale, alpha=scale, out=some)
+            loss += (chunk_loss(some, len(weight), targets[chunk], any(wanted), softcap) * counts[chunk]).sum()
+            if wanted[0]: torch.mm(some, head, out=d_hidden[chunk]).mul_(counts[chunk] * scale)
+            share = counts[chunk] * (factor * scale)
+            if wanted[2]: d_bias = added(d_bias, some, share[:, 0])
+            if not wanted[1]: continue
+            if len(hidden) > chunk_size: d_weight = added(d_weight, some, h * share)
+            else: d_weight = torch.mm(some.T, h * share, out=None if head is weight else head)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.factor, ctx.rows, ctx.dtypes = factor, len(weight), (hidden.dtype, weight.dtype)
-        return loss
+        return torch.as_tensor(loss)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, from_above):
-        d_hidden, d_weight = ctx.saved_tensors
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
         if d_hidden is not None: d_hidden = scaled(d_hidden, from_above).to(ctx.dtypes[0])
-        if d_weight is not None:  # the slice is scaled, not the other way round: autograd adds to no view in place
-            d_weight = scaled(d_weight[:ctx.rows], from_above / ctx.factor).to(ctx.dtypes[1])
-        return d_hidden, d_weight, *[None] * 5
+        def summed(g):  # the slice is scaled, not the other way round: autograd adds to no view in place
+            return None if g is None else scaled(g[:ctx.rows], from_above / ctx.factor).to(ctx.dtypes[1])
+        return d_hidden, summed(d_weight), summed(d_bias), *[None] * 7
+
+# %% ../../nbs/model/21_loss.ipynb #21c5000d
+def those_that_count(rows, labels, ignore_index):
+    "`rows` and `labels` without those that do not count, if that costs no wait."
+    counted = labels != ignore_index
+    if type(labels) is not torch.Tensor or labels.device.type != "cpu" or not counted.any(): return rows, labels
+    return rows[counted], labels[counted]
 
 # %% ../../nbs/model/21_loss.ipynb #4c0fadd6
 def linear_cross_entropy(
@@ -100,7 +117,10 @@ def linear_cross_entropy(
     weight,  # (vocabulary, width): the output layer, tied to the embedding or not
     labels,  # (...): the token that each hidden state should predict
     *,
-    chunk_size: int = CHUNK_SIZE,  # rows at a time
+    bias=None,  # (vocabulary,)
+    scale: float = 1.,  # of the logits, bias and all
+    softcap: float | None = None,  # logits z become softcap * tanh(z / softcap)
+    chunk_size: int | None = None,  # rows at a time; None: 1024, fewer where the vocabulary has more than 65,536
     ignore_index: int = -100,  # the label of what does not count
     reduction: str = "mean",  # over the labels that count, or "sum"
     multiple: int = 1,  # for the products the weight is padded to a multiple of so many rows
@@ -109,13 +129,14 @@ def linear_cross_entropy(
 
     Under autocast the products are in its precision; the loss is a scalar in fp32 (fp64 for fp64). ValueError for
     shapes that do not fit and for options; torch's own error for a label out of range."""
+    if chunk_size is None: chunk_size = min(CHUNK_SIZE, max(1, CHUNK_SIZE * 65_536 // len(weight)))
     check_number("chunk_size", chunk_size, minimum=1)
     check_choice("reduction", reduction, ("mean", "sum"))
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels have the shape {tuple(labels.shape)}, and hidden needs {tuple(hidden.shape[:-1])}.")
-    kind, labels = hidden.device.type, labels.reshape(-1)
+    kind, total = hidden.device.type, (labels != ignore_index).sum()
+    rows, labels = those_that_count(hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), ignore_index)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    with torch.autocast(kind, enabled=False):
-        loss = LinearCrossEntropy.apply(rows, weight, labels, dtype, chunk_size, ignore_index, multiple)
-    return loss / (labels != ignore_index).sum() if reduction == "mean" else loss
+    options = dtype, chunk_size, ignore_index, multiple, scale, softcap
+    with torch.autocast(kind, enabled=False): loss = LinearCrossEntropy.apply(rows, weight, bias, labels, *options)
+    return loss / total if reduction == "mean" else loss
