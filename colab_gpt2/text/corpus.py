@@ -17,7 +17,8 @@ from ..errors import Sentence, about
 from ..reporting import Bars, reporting, silent
 from ..runtime import cache_folder, check_mounted
 from .downloads import USER_AGENT, download, split_of, unzip
-from .reading import SPLITS, check_text, cut_text, find_texts, join, is_plain
+from .reading import SPLITS, check_text, cut_text, find_texts, holds_chats, is_plain, join
+from .splitting import split_chats
 
 # %% ../../nbs/text/11_corpus.ipynb #ab03214b
 TITLE = re.compile(r" = (?!=)(.*[^= ]) = ?\n?")
@@ -84,7 +85,8 @@ def cached(folder, name, source, make, published=()):
     with atomic(folder, folder=True) as stage:
         made = {split: check_text(path) for split, path in make(stage).items()}
         for path in made.values():
-            if not (published or is_plain(path)): os.replace(join([path], stage/"copy"), path)
+            if published or path.suffix == ".jsonl" or is_plain(path): continue
+            os.replace(join([path], stage/"copy"), path)
         corpus = measure(name, made, source)
         wrong = ", ".join(split for split in published if corpus.sha256.get(split) != published[split])
         if wrong: raise ConnectionError(f"sent a text that is not the published one (SHA-256 of {wrong})")
@@ -224,6 +226,9 @@ def own_corpus(files, path, source, root, reading=(None, "error"), asked=None):
     name = home(path).resolve().stem if os.path.exists(home(path)) else "texts"
     if all(len(paths) == 1 and is_plain(paths[0]) for paths in files.values()):
         return measure(name, {split: path for split, (path,) in files.items()}, source)
+    if holds_chats(sum(files.values(), [])):
+        def share_out(stage): return split_chats(files, stage, reading[1])[0]
+        return made(name, files, source, root, share_out, ("chats", reading[1]))
     def make(stage):
         for split, paths in files.items():
             with about(*[asked[split]] if asked else ()): join(paths, stage/f"{split}.txt", *reading)
@@ -235,6 +240,7 @@ def load_text(path, root, reading=(None, "error")):
     "The Corpus of the texts that `find_texts` finds, cut in three."
     paths = find_texts(path)
     source = f"{len(paths)} files of {path}" if paths[1:] else path
+    if holds_chats(paths): return own_corpus({"": paths}, path, source, root, reading)
     one = own_corpus({"train": paths}, path, source, root, reading)
     corpus = made(one.name, {"": [one.train]}, source, root, lambda stage: cut_text(one.train, stage, source))
     shares = (f"{100 * size / one.bytes['train']:.0f}" for size in corpus.bytes.values())
@@ -305,7 +311,7 @@ def noted(corpus):
     if held < 1000:  # some 250 tokens
         warnings.warn(Sentence("The held-out text of {name} has only {held} bytes: its perplexity says little. "
                                "Give a longer text or {eval_file}.", name=corpus.name, held=held))
-    for split in corpus.bytes:
+    for split in () if any(path.suffix == ".jsonl" for path in map(corpus.path, corpus.bytes)) else corpus.bytes:
         with open(corpus.path(split), "rb") as f: start = f.read(4000)
         marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', start) and "JSON or HTML"
         if kind := marked or is_table(start) and "a table (CSV)":

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_splitting.ipynb #70d8776a
-import codecs, contextlib, hashlib, os
+import codecs, contextlib, hashlib, json, os
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from pathlib import Path
 from ..core import Record, check_space
 from ..errors import about
 from ..reporting import silent
-from .reading import END, SPLITS, cut_text
+from .reading import END, SPLITS, cut_text, read_rows
 
 # %% ../../nbs/text/10_splitting.ipynb #c2b2bbb1
 @dataclass(frozen=True)
@@ -157,3 +157,37 @@ def drop_duplicates(files, folder, report=silent):
         files[split] = folder/f"{split}.txt"
         found.write([files[split]] * DROPPED)
     return files, reading_of(read.values(), files)
+
+# %% ../../nbs/text/10_splitting.ipynb #10c00002
+def shared_out(numbers) -> tuple:
+    "(side, rule) of the hashes `numbers`: a dict; few are parted by their order, so that some are held out."
+    sides = {number: side_of(number) for number in numbers}
+    shares = [[*sides.values()].count(side) / max(1, len(sides)) for side in range(DROPPED)]
+    if all(abs(share - wanted) <= 0.05 for share, wanted in zip(shares, (0.8, 0.1, 0.1))):
+        return sides, f"each of {len(sides):,} conversations by its hash"
+    order = sorted(sides)
+    return ({number: (n >= int(0.8 * len(order))) + (n >= int(0.9 * len(order))) for n, number in enumerate(order)},
+            f"by their order: {len(order):,} conversations give no fair shares")
+
+# %% ../../nbs/text/10_splitting.ipynb #10c00004
+def split_chats(files, folder, on_bad_lines="error", report=silent):
+    """Write each conversation of the tables `files` (split -> paths; "" for any) once, into a .jsonl file for its split
+    in `folder`: (split -> path, Reading). What is held out is not trained on."""
+    known, skipped, total, sizes = {}, Counter(), 0, array("Q")
+    with open(folder/"all.jsonl", "w", encoding="utf-8") as every:
+        for split in sorted(files, key=[*reversed(SPLITS), ""].index):
+            for total, row in enumerate(read_rows(files[split], on_bad_lines, report, skipped), total + 1):
+                line = json.dumps({name: value for name, value in row.values.items() if value is not None}) + "\n"
+                number = int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "big")
+                if number in known: continue
+                known[number] = SPLITS.index(split) if split else None
+                sizes.append(every.write(line))
+    sides, rule = (known, "as they are") if "" not in files else shared_out(known)
+    made = {side: folder/f"{SPLITS[side]}.jsonl" for side in sorted({*sides.values()})}
+    with contextlib.ExitStack() as stack, open(folder/"all.jsonl", encoding="utf-8") as every:
+        out = {side: stack.enter_context(open(path, "w", encoding="utf-8")) for side, path in made.items()}
+        for line, number in zip(every, known): out[sides[number]].write(line)
+    (folder/"all.jsonl").unlink()
+    made = {SPLITS[side]: path for side, path in made.items()}
+    shares = {split: path.stat().st_size / max(1, sum(sizes)) for split, path in made.items()}
+    return made, Reading(len(known), total - len(known), sum(sizes), max(sizes), shares, rule, dict(skipped))
