@@ -283,7 +283,7 @@ GOES_WITH = dict(model=("block_size", "learning_rate", "logging_steps", "max_new
 def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."
     from colab_gpt2.runtime import find_device
-    from colab_gpt2.text.corpus import hub_trouble
+    from colab_gpt2.text.hub import hub_trouble
     small = replace(DEMO, output_dir=FinetuneConfig().output_dir, logging_steps=2)  # fifty points of a curve
     start = "so this starts with the small embedded model on Python's documentation"
     if find_device()[0] == "cpu": return small, f"There is no GPU here, {start}: a minute or two instead of days."

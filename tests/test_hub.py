@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import huggingface_hub, pytest
 
-from colab_gpt2.text.corpus import WIKITEXT, hub_trouble
 from colab_gpt2.model.loading import TINY
+from colab_gpt2.text.corpus import WIKITEXT
+from colab_gpt2.text.hub import hub_trouble
 from helpers.colab_stub import stub
 from helpers.servers import Hub
 

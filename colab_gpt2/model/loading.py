@@ -21,7 +21,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 import colab_gpt2
 from ..core import Record, home, human_bytes, nearest, weight_files
 from ..runtime import cache_folder, check_mounted, memory, out_of_memory
-from ..text.corpus import hub_trouble
+from ..text.hub import hub_trouble
 
 # %% ../../nbs/model/20_loading.ipynb #8c79dab5
 def gpt2_parameters(layers, width, context, vocabulary, inner=None, tied=True) -> int:

@@ -6,17 +6,16 @@
 __all__ = ['TITLE', 'Corpus', 'load_corpus']
 
 # %% ../../nbs/text/11_corpus.ipynb #0d91dce1
-import errno, hashlib, json, logging, os, platform, re, textwrap, warnings
+import hashlib, json, logging, os, platform, re, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import requests
-
 from ..core import Record, atomic, home, human_bytes, nearest, sha256_of
 from ..errors import Sentence, about
-from ..reporting import Bars, reporting, silent
+from ..reporting import reporting, silent
 from ..runtime import cache_folder, check_mounted
-from .downloads import USER_AGENT, download, split_of, unzip
+from .downloads import download, split_of, unzip
+from .hub import from_hub, write_rows
 from .reading import SPLITS, check_text, cut_text, find_texts, holds_chats, is_plain, join
 from .splitting import split_chats
 
@@ -94,44 +93,6 @@ def cached(folder, name, source, make, published=()):
         manifest = dict(name=name, source=corpus.source, files=files, sha256=corpus.sha256)
         (stage/"corpus.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return replace(corpus, **{split: folder/file for split, file in files.items()})
-
-# %% ../../nbs/text/11_corpus.ipynb #b0309112
-def write_rows(rows, path):
-    "Write the `text` of `rows`, a Dataset (it may be streamed), as lines of the file `path`."
-    with open(path, "w", encoding="utf-8", newline="") as f:
-        for batch in rows.iter(batch_size=1000):
-            for text in batch["text"]: f.write(text if text.endswith("\n") else (text or " ") + "\n")
-    return path
-
-# %% ../../nbs/text/11_corpus.ipynb #2ad8d266
-def hub_trouble() -> str:
-    "Why the Hub (or HF_ENDPOINT) cannot be used now; '' if it can."
-    from huggingface_hub import constants, get_token
-    if constants.HF_HUB_OFFLINE: return "gave no answer"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        get_token()  # asks Colab for its secret, once: without it all that is public can be had, so no word of that
-    try: answer = requests.head(constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
-    except requests.RequestException: return "gave no answer"
-    busy = answer.status_code == 429 or answer.status_code >= 500
-    return f"answers {answer.status_code} {answer.reason}".rstrip() if busy else ""
-
-# %% ../../nbs/text/11_corpus.ipynb #0f39d948
-def from_hub(repository, name, folder, report=silent):
-    "The splits of a dataset on the Hub as files in `folder`: split -> path; ConnectionError if that fails."
-    if trouble := hub_trouble(): raise ConnectionError(trouble)
-    import datasets
-    check_mounted(datasets.config.HF_DATASETS_CACHE)
-    noisy = not isinstance(report, Bars) and not datasets.are_progress_bars_disabled()
-    if noisy: datasets.disable_progress_bars()  # its own
-    try:
-        rows = datasets.load_dataset(repository, name)
-        return {split: write_rows(rows[split], folder/f"{split}.txt") for split in SPLITS}
-    except Exception as e:  # of any kind: datasets has many libraries under it
-        if getattr(e, "errno", None) == errno.ENOSPC: raise
-        raise ConnectionError("answered with " + textwrap.shorten(f"{type(e).__name__}: {e}", 300)) from e
-    finally:
-        if noisy: datasets.enable_progress_bars()
 
 # %% ../../nbs/text/11_corpus.ipynb #f140c2f0
 @dataclass(frozen=True)

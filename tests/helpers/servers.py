@@ -87,6 +87,7 @@ class Hub(Server):
         super().__init__()
         self.repos, self.large, self.private = {}, {}, True  # large: SHA-256 -> the bytes that were uploaded
         self.refusals = {}  # beginning of a path -> the status that it gets: '/' is a Hub that is down
+        self.gated = set()  # names of repositories that ask for a login
 
     def add(self, kind, name, files):
         "Serve `files` (path -> bytes) as the repository `name` of `kind` ('models' or 'datasets')."
@@ -95,7 +96,8 @@ class Hub(Server):
     def answer(self, request, path, body):
         refused = next((status for start, status in self.refusals.items() if path.startswith(start)), None)
         if refused: return send(request, refused)
-        call = r"(?:/(revision|tree|paths-info|refs)(?:/([^/]+)(?:/(.*))?)?)?"
+        if any(f"/{name}/" in path for name in self.gated): return self.missing(request, "GatedRepo", 401)
+        call = r"(?:/(revision|tree|paths-info|refs|auth-check)(?:/([^/]+)(?:/(.*))?)?)?"
         found = request.command != "PUT" and re.fullmatch(rf"/api/(models|datasets)/([^/]+(?:/[^/]+)??){call}", path)
         if found: return self.api(request, body, *found.groups())
         if request.command in ("POST", "PUT") and (answer := self.written(path, body)) is not None:
@@ -104,8 +106,8 @@ class Hub(Server):
         if found: return self.resolve(request, "datasets" if found[1] else "models", *found.groups()[1:])
         send(request, 200 if path == "/" else 404)
 
-    def missing(self, request, code):
-        send(request, 404, b'{"error":"not found"}', X_Error_Code=code, X_Error_Message=code,
+    def missing(self, request, code, status=404):
+        send(request, status, b'{"error":"not found"}', X_Error_Code=code, X_Error_Message=code,
              Content_Type="application/json")
 
     def commit(self, files):
