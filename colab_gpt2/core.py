@@ -146,13 +146,13 @@ def discard(path):
 def replace(source, path):
     "Move the file `source` to `path`. A former file on a Drive is discarded."
     if not (os.path.isfile(path) and drive_top(path)): return os.replace(source, path)
-    former = Path(source).with_suffix(".former.part")
+    former = Path(f"{source}.former")
     os.replace(path, former)
     try: os.replace(source, path)
     except BaseException:
         os.replace(former, path)
         raise
-    discard(former)
+    with contextlib.suppress(FileNotFoundError): discard(former)  # another process may have moved it back
 
 # %% ../nbs/00_core.ipynb #50e3506a
 def current_umask():
@@ -196,16 +196,25 @@ def leftovers(folder, living=False) -> list[Path]:
     def alive(number, path):  # one that began a minute after `path` has the number by chance; Drive has its own clock
         try: return psutil.Process(number).create_time() < path.stat().st_mtime + 60
         except psutil.NoSuchProcess: return False
-        except FileNotFoundError: return True  # another process has just finished it, or has tidied up too
+        except (psutil.Error, FileNotFoundError): return True  # another's, or another process has tidied up just now
     named = ((path, re.fullmatch(r"\..+\.(\d+)\.\w{8}\.part", path.name)) for path in Path(folder).glob(".*.part"))
     dead = (path for path, found in named if found and (living or not alive(int(found[1]), path)))
     return [path for path in dead if path.is_dir() and not path.is_symlink()]
+
+def tidy(folder, name=""):
+    "Discard what killed processes left in `folder`, of the file `name` only, once what they had moved aside is back."
+    for left in leftovers(folder):
+        if name and not left.name.startswith(f".{name}."): continue
+        with contextlib.suppress(OSError):  # another process may tidy up too
+            for former in left.glob("*.former"):
+                if not os.path.lexists(place := Path(folder, former.stem)): former.rename(place)
+            discard(left)
 
 # %% ../nbs/00_core.ipynb #57e51458
 @contextlib.contextmanager
 def scratch(folder, name):
     "A temporary folder in `folder` (None: the system's place for them); what is `name` in it at the end is discarded."
-    for old in leftovers(tempfile.gettempdir()) if folder is None else (): shutil.rmtree(old, ignore_errors=True)
+    if not (folder and drive_top(folder)): tidy(folder or tempfile.gettempdir(), folder and name)
     options = dict(prefix=f".{name}.{os.getpid()}.", suffix=".part", ignore_cleanup_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, **options) as temporary:  # an error that led here says more
         try: yield Path(temporary)

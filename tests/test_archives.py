@@ -109,6 +109,13 @@ def test_leftovers_of_a_killed_save_are_not_packed(archive, model, tmp_path, che
     assert again.files == ("config.json", "model.safetensors") and again.sha256 == archive.sha256
 
 
+def test_what_a_killed_packing_left_goes_with_the_next(archive, model, tmp_path):
+    (left := tmp_path/".b.tar.gz.999999999.abcdefgh.part").mkdir()
+    (left/"b.tar.gz").write_text("half")
+    archive_model(model, tmp_path/"b.tar.gz", progress=False)
+    assert not left.exists()
+
+
 def test_half_written_model_is_not_packed(model, tmp_path):
     os.truncate(model/"model.safetensors", 1000)
     with pytest.raises(ValueError, match="model.safetensors is truncated or corrupted"):

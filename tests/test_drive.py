@@ -293,6 +293,13 @@ drive.copy_verified({str(archive.path)!r}, {str(tmp_path/'drive')!r}, progress=F
     assert sha256_of(tmp_path/"drive/gpt2-tuned.tar.gz") == archive.sha256
 
 
+def test_a_file_that_had_made_way_when_a_process_was_killed_is_put_back(colab, archive, my_drive):
+    (my_drive/".a.tar.gz.host-1-2.part.former").write_text("old")  # between the two renames
+    with colab.faults(truncated=0), pytest.raises(OSError):
+        copy_verified(archive.path, my_drive/"a.tar.gz", progress=False)
+    assert tree(my_drive) == {"a.tar.gz": b"old"}
+
+
 def test_interrupted_in_the_middle(archive, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr("colab_gpt2.core.sha256_of", interrupt)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import atomic, checksums, retried, scratch
+from ..core import atomic, checksums, leftovers, retried, scratch, tidy
 from ..errors import Sentence, errno_of, explained, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.loading import lost_weight, quiet
@@ -119,6 +119,13 @@ def find_checkpoints(output_dir) -> list[Path]:
     return [path for path in list_checkpoints(output_dir) if read_manifest(path)]
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
+def recover(output_dir):
+    "Tidy up after a killed process. A complete checkpoint that it was about to put into its place goes there."
+    found = (path for left in leftovers(output_dir) for path in left.glob("checkpoint-*") if read_manifest(path))
+    for path in sorted(found, key=lambda path: read_manifest(path)["saved"], reverse=True):
+        if not os.path.lexists(place := Path(output_dir, path.name)): path.rename(place)
+    tidy(output_dir)
+
 def remove_checkpoint(path):
     "Delete a checkpoint; of a link only the link: what it leads to may be needed elsewhere."
     path = Path(path)
