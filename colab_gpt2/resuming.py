@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/62_resuming.ipynb #62aa0003
-import os, tempfile, warnings, zlib
+import os, re, tempfile, warnings, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,8 @@ def asked(config) -> dict:
 # %% ../nbs/62_resuming.ipynb #62aa0009
 def checksum_of(model, config) -> str:
     "Of the weights that a run starts from: 8 hex digits; rows that are made for another tokenizer do not count."
-    floats = {name: value for name, value in model.config.to_dict().items() if isinstance(value, float)}  # dropout
+    used = re.compile("drop|eps|theta|scal|cap|clip|alpha|factor|multiplier")  # not what another version may add
+    floats = {name: v for name, v in model.config.to_dict().items() if isinstance(v, float) and used.search(name)}
     crc, rows = zlib.crc32(str(sorted(floats.items())).encode()), model.get_input_embeddings().num_embeddings
     for name, p in model.named_parameters():
         crc = zlib.crc32(f"{name} {tuple(p.shape)}".encode(), crc)
@@ -83,6 +84,9 @@ def differences_told(then, now, names=None) -> Sentence:
         values |= {f"then_{i}": pair[0], f"now_{i}": pair[1]}
         if name == "text": told.append("the text is another one")
         elif name == "tokenizer": told.append("the {tokenizer} gives other tokens")
+        elif name == "keep_attention_dropout":
+            word = {True: "kept", False: "dropped"}
+            told.append(f"attention's dropout was {word[pair[0]]}, now it is {word[pair[1]]} ({{tune}}, {{{name}}})")
         elif pair[0] == pair[1]: told.append("the weights of {model} {now_%d} are others" % i)
         else: told.append("{%s} was {then_%d}, now it is {now_%d}" % (name.replace("weights", "model"), i, i))
     return Sentence("; ".join(told), **values)
@@ -173,6 +177,7 @@ def refuse(other, now, output_dir):
     fixed = differences(other.run, now, FIXED)
     what = f"step {other.step}" if other.files is None else "the model"
     onward = ONWARD % str(output_dir).translate({ord("{"): "?", ord("}"): "?"})  # a value in a template has no braces
+    if not find_checkpoints(output_dir): onward = OTHER_TEXT.replace(" on this text", " further")
     told, way = differences_told(other.run, now), onward if not fixed else OTHER_TEXT if "text" in fixed else RESTORE
     place = Path(output_dir) if Path(output_dir, "config.json").exists() else other.path  # finished, or not
     raise FileExistsError(Sentence(OTHER + way, path=output_dir, place=place, differences=told, what=what))
@@ -206,6 +211,9 @@ def check_free(config, now):
     if own and own.files: return
     others = [each for each in found if differences(each.run, now) and not (own and each.saved <= own.saved)]
     source = home(config.resume).resolve()  # if it is in this folder, what is there is no other's
+    told = read_result(folder)  # of a run that ended while its model was saved, or evaluated
+    if told and "files" not in told and differences(told["fingerprint"], now) and list(folder.glob("*.safetensors")):
+        others.append(Found(folder, told["fingerprint"], files={}))
     if others and (config.resume == "auto" or folder.resolve() not in (source, source.parent)):
         refuse(others[0], now, folder)
     if not found and (left := strangers(folder)):

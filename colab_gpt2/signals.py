@@ -18,7 +18,7 @@ OUT_OF_TIME = 75  # sysexits.h: a temporary failure, try again
 class Interrupted(KeyboardInterrupt):
     "A run was stopped. `saved` says what is on the disk, `code` is a shell's exit code, the message also what to do."
     def __init__(self, saved, code=128 + signal.SIGINT, advice=""):
-        super().__init__(Sentence("{saved}{advice}", saved=saved, advice=advice and f" {advice}"))
+        super().__init__(Sentence("{saved} {advice}" if advice else "{saved}", saved=saved, advice=advice))
         self.saved, self.code, self.advice = saved, int(code), advice
 
 # %% ../nbs/02_signals.ipynb #02aa0009

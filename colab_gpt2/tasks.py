@@ -193,9 +193,10 @@ def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     "`path` of the copy on the Drive, or None and `why`; `failed` if there is a Drive, and no copy on it."
     if drive is None and not in_colab():
         return dict(path=None, why="this is not Colab, and no folder was given in place of a Drive", failed=False)
-    try: return dict(path=str(save(archive, folder, drive=drive, progress=progress).path), why=None, failed=False)
+    try: copy = save(archive, folder, drive=drive, progress=progress)
     except NotImplementedError as e: return dict(path=None, why=Sentence("{why}", why=e), failed=False)  # no Drive
     except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=True)
+    return dict(path=str(copy.path), why=None, failed=False, note=copy.note)
 
 # %% ../nbs/64_tasks.ipynb #5ea28b06
 def place_for(path, folder) -> Path:
@@ -226,6 +227,7 @@ class RunResult(Record):
     def _rows(self):
         archive = f"{self.archive.path}, {human_bytes(self.archive.bytes)}, sha256 {self.archive.sha256}"
         drive = self.drive["path"] or f"not saved: {self.drive['why']}"
+        if note := self.drive.get("note"): drive += f". {note}"
         return [*self.finetuned._rows(), ("archive", archive), ("Drive", drive)]
 
 # %% ../nbs/64_tasks.ipynb #c9bdf74a
@@ -243,7 +245,7 @@ def run(
     what is left of it."""
     from colab_gpt2.training import finetune
     started, config = time.perf_counter(), changed(config, **changes)
-    again = config.overwrite_output_dir or config.resume not in ("auto", "never")
+    again = config.overwrite_output_dir
     there = open_drive(drive) if drive is not None or in_colab() else None
     elsewhere = there and not home(config.output_dir).resolve().is_relative_to(there.resolve())
     if drive is not None and config.mirror == "auto" and elsewhere:
@@ -257,7 +259,7 @@ def run(
     if not again: path = place_for(path, finetuned.output_dir)
     try:
         packed = archive(finetuned.output_dir, path, overwrite=True, progress=progress)
-        saved = save_or_say_why(packed.path, drive_folder, drive, progress)
+        saved = save_or_say_why(packed, drive_folder, drive, progress)
     except KeyboardInterrupt as e:
         told = f"Stopped after the training; the model is saved in {finetuned.output_dir}."
         raise Interrupted(told, getattr(e, "code", 130), "Run the same again to archive it.") from None

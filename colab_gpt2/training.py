@@ -13,11 +13,10 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
-from .core import Record, atomic, check_space, discard, drive_top, home, human_bytes, human_time, leftovers
-from .core import retried
+from .core import Record, atomic, check_space, drive_top, home, human_bytes, human_time, retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
-from .engine.checkpoints import find_checkpoints, list_files, remove_checkpoint, save_model, sealed
-from .engine.guards import Diverged, StopOnInterrupt, TimeLimit, limits_of, skipped_steps, warn_of_idle
+from .engine.checkpoints import find_checkpoints, list_files, recover, remove_checkpoint, save_model, sealed
+from .engine.guards import Diverged, StopOnDivergence, StopOnInterrupt, TimeLimit, limits_of, skipped_steps, warn_of_idle
 from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, make_trainer, training_arguments
@@ -37,6 +36,7 @@ from .resuming import SAME, source_of, where_to_resume
 from .runtime import Runtime, disk, out_of_memory
 from .signals import Interrupted
 from .storage.mirror import open_mirror, other_runs
+from .storage.targets import FINISHED
 
 # %% ../nbs/63_training.ipynb #c92355ae
 def check_sources(config):
@@ -64,7 +64,8 @@ def check_run(config) -> FinetuneConfig:
 # %% ../nbs/63_training.ipynb #abcd4ba2
 RISEN = ("The perplexity has risen from {before:.2f} to {after:.2f}: lower {learning_rate}, or train fewer "
          "{num_train_epochs}.")
-NO_STEP = ("no step was left: to train further, raise {num_train_epochs} or {max_steps}, and set {resume} to {path}")
+NO_STEP = "no step was left: to train further, raise {num_train_epochs} or {max_steps}, and set {resume} to {path}"
+NO_MORE = "no step was left: to train further, set {model} to {path}, and {output_dir} to a new folder"
 
 # %% ../nbs/63_training.ipynb #4bab8d55
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class FinetuneResult(Record):
     def _rows(self): return rows_of(self)
 
 # %% ../nbs/63_training.ipynb #4bab8d56
+def no_step(path): return Sentence(NO_STEP if find_checkpoints(path) else NO_MORE, path=path)
+
 def rows_of(result) -> list:
     "The (label, text) pairs of a FinetuneResult's table."
     after, speed = result.perplexity_after, result.tokens_per_second
@@ -110,7 +113,7 @@ def rows_of(result) -> list:
              result.risen or f"{result.perplexity_before.value:.2f} → {after.value:.2f}"),
             ("steps", f"{result.steps} ({result.epochs:.2f} epochs)"),
             ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
-            *([("trained", Sentence(NO_STEP, path=result.output_dir))] if result.repeated or not speed else []),
+            *([("trained", no_step(result.output_dir))] if result.repeated or not speed else []),
             ("time", human_time(result.seconds)), ("saved in", result.output_dir),
             *((f"sample {when}", sample) for when, sample in result.samples.items())]
 
@@ -197,10 +200,11 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the wrapper computes in half precision
     step, steps = trainer.state.global_step, trainer.state.max_steps
     saved = output_dir/f"checkpoint-{step}"
-    if trainer.stop.asked and step < steps and saved in find_checkpoints(output_dir):
+    if trainer.stop.asked and step < steps:
+        if saved not in find_checkpoints(output_dir): raise trainer.stop.interrupted()
         told = Sentence("Stopped at step {step} of {steps}{why}; saved in {saved}.",
                         step=step, steps=steps, why=trainer.stop.why, saved=saved)
-        raise Interrupted(told, trainer.stop.code, "Run the same again to resume.")
+        raise Interrupted(told, trainer.stop.code, trainer.onward)
     return plan
 
 # %% ../nbs/63_training.ipynb #c146a1a6
@@ -256,12 +260,17 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
         warnings.warn(Sentence(WENT_BACK, why=why, place=found.path.name if found else "its beginning"), stacklevel=2)
 
 # %% ../nbs/63_training.ipynb #e9a40a5a
+AGAIN_WITHOUT = "Run it again without {overwrite_output_dir=True} to resume."
+
 def ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown):
     "A trainer whose checkpoints are of the `run`, with `factor` times its learning rate."
     with about("trainer_args") if config.trainer_args else contextlib.nullcontext():
         trainer = make_trainer(config, model, prepared.tokenizer, prepared.train, plan, callbacks, shown)
     trainer.identity, trainer.rate_factor = run, factor
+    trainer.onward = Sentence(AGAIN_WITHOUT if config.overwrite_output_dir else "Run the same again to resume.")
     trainer.args.learning_rate *= factor
+    for guard in trainer.callback_handler.callbacks:
+        if isinstance(guard, StopOnDivergence): guard.factor = factor
     return trainer
 
 # %% ../nbs/63_training.ipynb #e9a40a5b
@@ -314,8 +323,9 @@ def look_for(config, prepared, report) -> tuple:
     known = {name: value for name, value in run.items() if name != "model"}
     mirror = open_mirror(config, known, planned(), prepared.runtime)
     entry = None if config.resume == "never" or found and found.files else mirror.newest()
-    if entry and (not found or entry.step > found.step) and mirror.restore(entry, config.output_dir, report):
-        found = where_to_resume(config, run)
+    if entry and (not found or entry.step > found.step):
+        if entry.name == FINISHED: write_result(config.output_dir, dict(fingerprint=run))  # whose files will come
+        if mirror.restore(entry, config.output_dir, report): found = where_to_resume(config, run)
     if not found and config.resume not in ("auto", "never"): found = source_of(config, run)
     for folder, entry in [] if found else other_runs(mirror.target):  # settings are lost with a session
         told, name = differences_told(entry.manifest["run"], run), folder.name[:-9]
@@ -358,8 +368,11 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
     model, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
     tell(callbacks, "on_stage", SAVING)
+    known = read_result(place)  # what is in the folder is as it says, unless somebody has changed it since
+    ours = None if config.overwrite_output_dir or known and "files" not in known else known.get("files", {})
     write_result(place, dict(fingerprint=run))
-    with in_one_line(place): files = retried(lambda: save_model(model, prepared.tokenizer, place), may_pass, attempts=6)
+    def save(): return save_model(model, prepared.tokenizer, place, ours)
+    with in_one_line(place): files = retried(save, may_pass, attempts=6)
     tell(callbacks, "on_stage", AFTER)
     after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks)
     result = FinetuneResult(
@@ -387,7 +400,7 @@ def finetune(
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]
     with stop.listening(), only_run(config.output_dir), reporting(progress) as shown:
         report = all_told(shown, callbacks)
-        for left in leftovers(config.output_dir): discard(left)
+        recover(config.output_dir)
         check_free(config, asked(config))  # what differs is said before anything slow
         tell(callbacks, "on_stage", LOADING, stop=stop)
         config = replace(config, prompt=(prepared := prepare(config, report)).prompt)

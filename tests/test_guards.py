@@ -100,9 +100,12 @@ def test_a_checkpoint_comes_by_the_clock_after_a_resume_too(clock):
         saves.on_step_end(None, state, control)
         return control.should_save
     assert [step(seconds) for seconds in (100, 199, 1)] == [False, False, True]
-    clock.now += 60  # it takes a minute to save
+    clock.now += 60  # it takes a minute to save: the next one is complete five minutes after this one was begun
     saves.on_save(None, state, control)
-    assert [step(seconds) for seconds in (299, 2)] == [False, True]
+    assert [step(seconds) for seconds in (179, 1)] == [False, True]
+    clock.now += 600  # longer than the interval: half of that is left to training
+    saves.on_save(None, state, control)
+    assert [step(seconds) for seconds in (149, 1)] == [False, True]
 
 
 def run_of(limit, clock, seconds=(10,), saving=0., steps=10):

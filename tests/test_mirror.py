@@ -1,5 +1,5 @@
 "The mirror: what a Drive does to it, what a lost session leaves, and what a new machine finds."
-import dataclasses, functools, json, os, signal, threading, time, warnings
+import dataclasses, functools, json, os, shutil, signal, threading, time, warnings
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -633,6 +633,27 @@ def die_while_copying(folder, mirror, count):
         return copy_once(source, destination, report)
     targets.copy_once = counted
     return train(folder, mirror)
+
+
+class DieAtRename(Listener):
+    "Kills its process when a file of this name is moved into place."
+    def __init__(self, name): self.name = name
+
+    def on_stage(self, stage, **facts):
+        def replace(source, path, real=os.replace):
+            if Path(path).name == self.name: os.kill(os.getpid(), signal.SIGKILL)
+            real(source, path)
+        os.replace = replace
+
+
+def test_a_model_that_was_half_restored_is_restored_by_the_same_again(job, tmp_path):
+    disk, first, second = tmp_path/"disk", new_machine(tmp_path, "first"), new_machine(tmp_path, "second")
+    forked(train, job.folder, disk, cwd=first)
+    for path in disk.glob("*/checkpoint-*"): shutil.rmtree(path)
+    assert forked(train, job.folder, disk, DieAtRename("model.safetensors"), cwd=second).returncode == -signal.SIGKILL
+    assert (second/"out/config.json").exists() and not (second/"out/model.safetensors").exists()
+    again = forked(train, job.folder, disk, cwd=second).result
+    assert again["repeated"] and (second/"out"/"model.safetensors").read_bytes() == job.weights
 
 
 def test_a_machine_that_is_lost_while_it_copies_leaves_the_older_checkpoint(job, tmp_path):

@@ -10,7 +10,7 @@ from transformers import GPT2Config, TrainerCallback
 
 from colab_gpt2 import finetune
 from colab_gpt2.core import sha256_of
-from colab_gpt2.engine.callbacks import Listener
+from colab_gpt2.engine.callbacks import AFTER, Listener
 from colab_gpt2.errors import fields_of
 from colab_gpt2.model.loading import load_tokenizer, new_model
 
@@ -49,6 +49,15 @@ class Dies(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         random.random(), np.random.rand(), torch.rand(3)
         if state.global_step == self.step: raise RuntimeError("killed")
+
+
+class Asks(Listener):
+    "Asks the run to stop after a step, as a signal does."
+    stop = None
+    def __init__(self, step): self.step = step
+    def on_stage(self, stage, stop=None, **facts): self.stop = stop or self.stop
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step: self.stop.ask()
 
 
 def killed(run, folder, step, **changes):
@@ -273,6 +282,43 @@ def test_a_run_that_diverges_goes_back_once_with_half_the_rate(run, tmp_path, st
                for p in (tmp_path/"out").glob("checkpoint-*")}
     assert factors == {n: 1. if n <= begun[-1] else 0.5 for n in (5, 10, 12)}
     assert all(value.isfinite().all() for value in load_file(tmp_path/"out"/"model.safetensors").values())
+
+
+def test_what_to_do_after_a_stop_is_another_thing_with_overwrite(run, tmp_path):
+    without = r"Run it again without overwrite_output_dir=True to resume\."
+    for overwrite, advice in (True, without), (False, "Run the same again to resume"):
+        with pytest.raises(KeyboardInterrupt, match=rf"saved in \S+checkpoint-\d+\. {advice}"):
+            run(tmp_path/"out", callbacks=[Asks(3 if overwrite else 8)], overwrite_output_dir=overwrite)
+
+
+def test_a_run_whose_source_is_in_its_folder_keeps_it(run, tmp_path):
+    killed(run, out := tmp_path/"out", 5, save_steps=4)
+    source = str(out/"checkpoint-4")
+    again = run(out, model=source, resume=source, num_train_epochs=3, save_steps=2, learning_rate=1e-4)
+    assert again.steps == 18 and sorted(os.listdir(out))[:3] == ["checkpoint-16", "checkpoint-18", "checkpoint-4"]
+
+
+def test_a_file_that_somebody_has_changed_is_kept_beside_the_model(run, plain, tmp_path):
+    "A finished model whose weights were edited, and files that were there before the model of a run that is resumed."
+    result, folder = plain()
+    for out in tmp_path/"edited", tmp_path/"resumed":
+        shutil.copytree(folder, out)
+        (out/"model.safetensors").write_bytes(b"mine")
+    (out/"finetune.json").unlink()
+    for out in tmp_path/"edited", tmp_path/"resumed":
+        with pytest.warns(UserWarning, match=r"is kept as .*model.safetensors.before\."): again = run(out)
+        assert (out/"model.safetensors.before").read_bytes() == b"mine" and not (out/"config.json.before").exists()
+        assert sha256_of(out/"model.safetensors") == again.files["model.safetensors"]
+
+
+def test_a_model_whose_run_was_killed_before_its_evaluation_is_not_overwritten_by_another(run, tmp_path):
+    class Ends(Listener):
+        def on_stage(self, stage, **facts):
+            if stage == AFTER: raise RuntimeError("killed")
+    with pytest.raises(RuntimeError, match="killed"): run(out := tmp_path/"out", callbacks=[Ends()], save_steps=-1)
+    before = sha256_of(out/"model.safetensors")
+    with pytest.raises(FileExistsError, match="holds the model of another run: seed was 42, now"): run(out, seed=7)
+    assert sha256_of(out/"model.safetensors") == before
 
 
 def test_a_continued_run_that_diverges_goes_back_to_where_it_continued_from(run, plain, tmp_path):

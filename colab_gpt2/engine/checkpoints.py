@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #ccc53ae6
-import contextlib, errno, hashlib, json, os, shutil, time, warnings
+import contextlib, errno, hashlib, itertools, json, os, shutil, time, warnings
 from pathlib import Path
 
 import torch
@@ -41,15 +41,27 @@ def list_files(folder) -> dict:
     "Name to bytes of the files in `folder`, without the manifest."
     return {f.name: f.stat().st_size for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != MANIFEST}
 
+# %% ../../nbs/engine/41_checkpoints.ipynb #41aa5a01
+def keep_others(folder, new, ours):
+    "Rename files in `folder` that `new` (name to SHA-256) would replace and that are not as in `ours`; with a warning."
+    there = [name for name in new if Path(folder, name).is_file()]
+    for name, digest in checksums(folder, there).items():
+        if digest in (new[name], ours.get(name)): continue
+        kept = next(p for n in itertools.count() if not (p := Path(folder, f"{name}.before{n or ''}")).exists())
+        Path(folder, name).rename(kept)
+        warnings.warn(f"{Path(folder, name)} was changed since a run wrote it, or is no run's: it is kept as {kept}.")
+
 # %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
-def save_model(model, tokenizer, output_dir) -> dict:
-    "Write weights, config and tokenizer; on an error `output_dir` stays as it was. -> name to SHA-256 of the files."
+def save_model(model, tokenizer, output_dir, ours=None) -> dict:
+    """Write weights, config and tokenizer; on an error `output_dir` stays as it was. -> name to SHA-256 of the files.
+    Given `ours` (such a dict), a file that is there and is neither one of these nor a new one becomes NAME.before."""
     check_finite(model)
     set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
     with atomic(output_dir, folder=True) as folder:
         with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
         sums = checksums(folder, list_files(folder))
+        if ours is not None: keep_others(output_dir, sums, ours)
     return sums
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #cde56d37
@@ -118,7 +130,7 @@ def find_checkpoints(output_dir) -> list[Path]:
     "The complete ones, oldest first."
     return [path for path in list_checkpoints(output_dir) if read_manifest(path)]
 
-# %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
+# %% ../../nbs/engine/41_checkpoints.ipynb #41aa5a05
 def recover(output_dir):
     "Tidy up after a killed process. A complete checkpoint that it was about to put into its place goes there."
     found = (path for left in leftovers(output_dir) for path in left.glob("checkpoint-*") if read_manifest(path))
@@ -126,6 +138,7 @@ def recover(output_dir):
         if not os.path.lexists(place := Path(output_dir, path.name)): path.rename(place)
     tidy(output_dir)
 
+# %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
 def remove_checkpoint(path):
     "Delete a checkpoint; of a link only the link: what it leads to may be needed elsewhere."
     path = Path(path)

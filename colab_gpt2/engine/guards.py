@@ -24,16 +24,19 @@ from ..signals import OUT_OF_TIME, Interrupted, catching, leave_dead_terminal, s
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0006
 class SaveByTime(TrainerCallback):
-    "A checkpoint every so many `minutes`, and at a third, at two thirds and at the end of a run."
+    """A checkpoint every so many `minutes`, and at a third, at two thirds and at the end of a run. It begins sooner by
+    what the last one took, so that it is complete in time; half of the time at least is left to training."""
     def __init__(self, minutes): self.seconds = 60 * minutes
 
-    def on_train_begin(self, args, state, control, **kwargs): self.saved = time.monotonic()
+    def on_train_begin(self, args, state, control, **kwargs): self.due = time.monotonic() + self.seconds
 
     def on_step_end(self, args, state, control, **kwargs):
-        thirds = [math.ceil(state.max_steps * part / 3) for part in (1, 2, 3)]
-        if state.global_step in thirds or time.monotonic() - self.saved >= self.seconds: control.should_save = True
+        self.now, thirds = time.monotonic(), [math.ceil(state.max_steps * part / 3) for part in (1, 2, 3)]
+        if state.global_step in thirds or self.now >= self.due: control.should_save = True
 
-    def on_save(self, args, state, control, **kwargs): self.saved = time.monotonic()
+    def on_save(self, args, state, control, **kwargs):
+        begun, now = self.now, time.monotonic()
+        self.due = max(begun + self.seconds - (now - begun), now + self.seconds / 2)
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0009
 class Asked(Listener):
@@ -171,7 +174,7 @@ class StopOnDivergence(TrainerCallback):
     """`Diverged` when the loss or a weight is NaN or infinite, the loss has exploded, or fp16's gradients are infinite
     whatever the scale. The loss is looked at when it is logged, the weights before each checkpoint and at the end: at
     each step it would wait for the device. `usual`: a rate at which such models train; `batches`: of the text."""
-    again = "{overwrite_output_dir=True}"  # how to start again
+    again, factor = "{overwrite_output_dir=True}", 1.  # how to start again; of the learning rate that was asked for
 
     def __init__(self, usual, batches=()): self.usual, self.batches, self.bound, self.seen = usual, batches, math.inf, 0
 
@@ -203,8 +206,8 @@ class StopOnDivergence(TrainerCallback):
             self.lost(args, state, f"The loss {what} {{loss:.4g}} by step {{step}}", loss=loss)
 
     def lost(self, args, state, what, try_first="", **values):
-        rate = f"{min(self.usual, args.learning_rate / 10):.1g}"
-        raise Diverged(what, rate, args.learning_rate, try_first, self.again, step=state.global_step, **values)
+        rate, asked = f"{min(self.usual, args.learning_rate / 10):.1g}", args.learning_rate / self.factor
+        raise Diverged(what, rate, asked, try_first, self.again, step=state.global_step, **values)
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0018
 def skipped_steps(optimizer, steps) -> int:

@@ -108,7 +108,7 @@ class SettingsOfNow(MicroBatchTrainer):
 class BlockTrainer(SettingsOfNow):
     "Checkpoints that are complete or absent, of a run that they name."
     aside, identity, rate_factor, checkpoints_to_keep = None, {}, 1., None
-    in_use = set  # in_use(): checkpoints that a mirror copies now
+    in_use, sources = set, ()  # in_use(): checkpoints that a mirror copies now; paths that the run began from
     _tr_loss, _globalstep_last_logged = torch.zeros(()), 0  # of the stock Trainer, which sets them in `train`
 
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
@@ -121,7 +121,7 @@ class BlockTrainer(SettingsOfNow):
         def own(path):  # what another run has left goes first, and what is beyond this step: that was skipped
             return (told := read_manifest(path))["run"] == self.identity and told["step"] <= self.state.global_step
         for path in sorted(find_checkpoints(self.args.output_dir), key=own)[:-self.checkpoints_to_keep]:
-            if path not in self.in_use(): remove_checkpoint(path)
+            if path not in self.in_use() and path.resolve() not in self.sources: remove_checkpoint(path)
 
     def save_once(self, model, trial):
         with new_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}") as folder:
@@ -246,6 +246,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     for mirror in callbacks:
         if hasattr(mirror, "in_use"): trainer.in_use, bar.status = mirror.in_use, mirror.status
     trainer.recipe, trainer.micro_batch = recipe, recipe.micro_batch
+    trainer.sources = [Path(p).resolve() for p in (config.model, config.tokenizer, config.resume) if p]
     trainer.checkpoints_to_keep = config.save_total_limit
     if recipe.gradient_checkpointing:  # keep half-precision copies of the current layer only
         trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)

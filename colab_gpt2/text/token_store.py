@@ -6,14 +6,14 @@
 __all__ = ['Blocks', 'tokenize_file', 'tokenize_corpus']
 
 # %% ../../nbs/text/13_token_store.ipynb #ecb6a9b6
-import codecs, contextlib, functools, io, json, mmap, os, shutil, warnings
+import codecs, contextlib, functools, io, json, mmap, os, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np, torch
 from filelock import FileLock
 
-from ..core import Record, atomic, human_bytes, leftovers, sha256_of
+from ..core import Record, atomic, human_bytes, sha256_of, tidy
 from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
@@ -157,7 +157,7 @@ def write_tokens(path, file, encoder, report=silent):
     try:
         file.ids.parent.mkdir(parents=True, exist_ok=True)
         with sole_owner(file.ids.with_suffix(".lock")):
-            for old in leftovers(file.ids.parent): shutil.rmtree(old, ignore_errors=True)
+            tidy(file.ids.parent)
             return file.counts() or write_part(path, file, encoder, report)  # another process may have written them
     except OSError as e:
         said = f"The tokens of {path} could not be written to {file.ids.parent}: {e.strerror or e}."
