@@ -258,6 +258,7 @@ def generate(
     samples: option(int, "how many", min=1) = 1,
     stop: option(list[str] | None, "end before this text; may be repeated") = None,
     include_prompt: option(bool, "print the prompt before the text") = True,
+    chat: option(bool, "answer the prompt, a question, by the chat template; without the prompt", "--chat") = False,
     as_json=False,
 ):
     "Generate text from a prompt."
@@ -266,14 +267,17 @@ def generate(
     if prompt is None: prompt = tasks.prompt_of(config.model)
     with bad_usage():
         check_request(prompt, config.max_new_tokens, seed, samples)
-        options |= dict(prompt=prompt, stop=stop_strings(stop), **sampling.to_dict())
+        options |= dict(prompt=prompt, chat=chat, stop=stop_strings(stop), **sampling.to_dict())
     if as_json or samples != 1:
         made = generate(config.model, samples=samples, seed=seed, **options)
-        return dict(samples=made) if as_json else made if include_prompt else [sample.text for sample in made]
+        if as_json: return dict(samples=made)
+        return made if include_prompt and not chat else [sample.text.lstrip(" " * chat) for sample in made]
     if seed is None:
         seed = random.randrange(2**31)
         typer.echo(f"note: seed {seed}", err=True)
-    return itertools.chain([prompt] * include_prompt, stream(config.model, seed=seed, **options))
+    pieces = stream(config.model, seed=seed, **options)
+    return (piece.lstrip(" ") if n == 0 else piece for n, piece in enumerate(pieces)) if chat else itertools.chain(
+        [prompt] * include_prompt, pieces)
 
 # %% ../nbs/65_cli.ipynb #2e818088
 @command("--folder gpt2-tuned")

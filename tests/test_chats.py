@@ -4,14 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, TrainingArguments, default_data_collator
 
 import colab_gpt2
-from colab_gpt2 import encode_chat, generate, tokenize_chats
+from colab_gpt2 import encode_chat, generate, tokenize_chats, tune_model
+from colab_gpt2.engine.trainer import BlockTrainer
 from colab_gpt2.errors import fields_of
 from colab_gpt2.model.fitting import end_ids
 from colab_gpt2.model.loading import new_model
-from colab_gpt2.text.chats import give_template, notes_on
+from colab_gpt2.preparing import keeps_apart
+from colab_gpt2.text.chats import code, give_template, notes_on
 
 TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
 WORDS = ["The", "tide", "潮水", "día", "🦖🦖", "`def f(x):\n    return x`", "...", "Zoë\n\n", " - one\n - two ", "<b>", "\t&", "is"]
@@ -76,3 +78,132 @@ def test_templates_that_mark_no_answer_give_the_masks_of_those_that_trl_marks(to
     other.chat_template = template
     rows = [dict(messages=conversation(n, system=name != "gemma")) for n in range(50)]
     assert labels_of_ours(other, rows) == labels_of_trl(other, rows, assistant_only=True)
+
+
+def spoken(question, answer): return [dict(role="user", content=question), dict(role="assistant", content=answer)]
+
+
+def write_rows(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chats(tokenizer, tmp_path):
+    "Blocks of conversations of several lengths."
+    rows = [dict(messages=spoken("Is it? " * (n % 7 + 1), "It is. " * (n % 5 + 1)) * (n % 3 + 1)) for n in range(60)]
+    return tokenize_chats(write_rows(tmp_path/"a.jsonl", rows), tokenizer, 128, cache_dir=tmp_path, progress=False)
+
+
+SHAPES = dict(
+    gpt2=GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=256, vocab_size=8192, attn_pdrop=0., resid_pdrop=0.,
+                    embd_pdrop=0., bos_token_id=0, eos_token_id=0),
+    llama=LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=8192))
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_a_conversation_in_a_block_is_learnt_as_if_it_stood_alone(chats, architecture):
+    model = new_model(SHAPES[architecture], seed=0)
+    assert keeps_apart(model)
+    tune_model(model)
+    model.train()
+    number = max(range(len(chats)), key=lambda i: len(chats.packed[i]))
+    block, alone = {name: value[None] for name, value in chats[number].items()}, []
+    for start, n in chats.pieces[chats.packed[number]]:
+        coded = torch.from_numpy(chats.coded[start:start + n].astype(np.int64))[None]
+        ids, labels = coded >> 2, torch.where(coded % 2 > 0, coded >> 2, -100)
+        alone.append(model(input_ids=ids, labels=labels).loss * (labels >= 0).sum())
+    assert len(alone) > 2
+    together = model(**block).loss * (block["labels"] >= 0).sum()
+    assert torch.allclose(together, sum(alone), rtol=1e-5)
+    del block["position_ids"]
+    assert not torch.allclose(model(**block).loss, together / (block["labels"] >= 0).sum(), rtol=1e-5)
+
+
+def test_only_the_places_before_an_answers_tokens_have_a_gradient(chats):
+    model, block = new_model(SHAPES["llama"], seed=0), {name: value[None] for name, value in chats[0].items()}
+    labels, logits = block.pop("labels"), model(**block).logits
+    logits.retain_grad()
+    model.loss_function(logits=logits, labels=labels, vocab_size=8192).backward()
+    learns = logits.grad.abs().sum(-1)[0] > 0
+    assert torch.equal(learns, torch.nn.functional.pad(labels[0, 1:], (0, 1), value=-100) >= 0)
+    assert 0 < learns.sum() < len(learns) * 0.8
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_of_conversations_add_up_to_the_mean_over_all_answers(chats, tmp_path, micro_batch):
+    def gradient(size):
+        trainer = BlockTrainer(new_model(SHAPES["gpt2"], seed=0), train_dataset=chats, data_collator=default_data_collator,
+                               args=TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
+        trainer.micro_batch, trainer.current_gradient_accumulation_steps = size, 1
+        loss = trainer.training_step(trainer.model, default_data_collator([chats[i] for i in range(4)]))
+        return torch.cat([loss.reshape(1), *(p.grad.flatten() for p in trainer.model.parameters())])
+    parts, whole = gradient(micro_batch), gradient(4)
+    assert (parts - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_what_is_longer_than_a_block_is_cut_and_counted(tokenizer, tmp_path):
+    rows = [dict(messages=spoken("Why? " * 10, "So. " * 90)), dict(messages=spoken("Why? " * 90, "So.")),
+            *(dict(messages=spoken(f"Is it {n}?", "It is.")) for n in range(5))]
+    chats = tokenize_chats(write_rows(tmp_path/"a.jsonl", rows), tokenizer, 64, split="train", cache_dir=tmp_path,
+                           progress=False)
+    assert len(chats.spans) == 7 and len(chats.pieces) == 6 and chats.pieces[:, 1].max() == 64
+    [note] = notes_on(chats)
+    assert note == ("train: 2 of 7 conversations are longer than block_size 64: their ends are left out, and 1 of them "
+                    "altogether, whose answers begin there.") and fields_of(note) == ("block_size",)
+    placed = [n for block in chats.packed for n in block]
+    assert sorted(placed) == list(range(6))  # each once
+    for i in range(len(chats)): assert (chats[i]["labels"] >= 0).any() and len(chats[i]["input_ids"]) == 64
+
+
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + \
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+ASKED = spoken("Is it?", "It is.")
+
+
+BAD = [
+    (dict(messages=ASKED[:1]), "it has no answer", None),
+    (dict(messages=[]), "it has no answer", None),
+    (dict(prompt=ASKED[:1], completion=[]), "it has no answer", None),
+    (dict(messages=spoken("Is it?", " \n")), "an answer is empty", None),
+    (dict(prompt="Is it?", completion=""), "an answer is empty", None),
+    (dict(messages=spoken("Is it?", [dict(type="text", text="")])), "an answer is empty", None),
+    (dict(messages=spoken([dict(type="image_url", image_url="a.png")], "It is.")), "a part of type 'image_url'", None),
+    (dict(messages=spoken(["Is it?"], "It is.")), "a part of type 'str'", None),
+    (dict(messages=spoken(None, "It is.")), "no content that is a text", None),
+    (dict(messages=spoken(7, "It is.")), "no content that is a text", None),
+    (dict(messages=["Is it?", "It is."]), "a message has no role", None),
+    (dict(messages=[dict(content="Is it?")]), "a message has no role", None),
+    (dict(messages="Is it?"), "it has no messages", None),
+    (dict(prompt="Is it?", completion=ASKED[1:]), "both texts or both messages", None),
+    (dict(prompt=ASKED[:1]), "both texts or both messages", None),
+    (dict(question="Is it?", answer="It is."), "it has no messages", None),
+    (["Is it?", "It is."], "it is no object", None),
+    (dict(messages=[*ASKED, dict(role="system", content="Be brief.")]), "one is system", None),
+    (dict(messages=[dict(role="critic", content="Bad."), *ASKED]), "one is critic", None),
+    (dict(messages=[dict(role="system", content="Be brief."), *ASKED]), "System role not supported", REFUSING),
+    (dict(messages=ASKED), "division by zero", "{{ 1 / 0 }}"),
+    (dict(messages=ASKED), "Encountered unknown tag", "{% nonsense %}"),
+    (dict(messages=ASKED), "no answer", "{{ 'Hello' }}")]
+
+
+@pytest.mark.parametrize("row, said, template", BAD)
+def test_what_cannot_be_learnt_says_why(tokenizer, row, said, template):
+    other = copy.copy(tokenizer)
+    if template: other.chat_template = template
+    with pytest.raises(ValueError, match=re.escape(said)) as caught: code(other, row)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_learnt_is_told_with_its_line_or_left_out_and_counted(tokenizer, tmp_path):
+    options, bad = dict(cache_dir=tmp_path, progress=False), [row for row, _, template in BAD if not template]
+    path = write_rows(tmp_path/"a.jsonl", [dict(messages=ASKED), *bad])
+    with pytest.raises(ValueError, match="a.jsonl, line 2: it has no answer") as caught:
+        tokenize_chats(path, tokenizer, 64, **options)
+    assert "\n" not in str(caught.value) and fields_of(caught.value) == ("on_bad_lines",)
+    chats = tokenize_chats(path, tokenizer, 64, on_bad_lines="skip", **options)
+    assert len(chats.spans) == 1 and sum(chats.left_out.values()) == len(bad)
+    assert f"{chats.left_out['it has no answer']} conversations are left out: it has no answer." in str(notes_on(chats))
+    write_rows(path, bad)
+    with pytest.raises(ValueError, match="a.jsonl has no conversation that can be learnt: it has no answer; "):
+        tokenize_chats(path, tokenizer, 64, on_bad_lines="skip", **options)
