@@ -39,8 +39,7 @@ def blocks_of(config, corpus, name, tokenizer, context, report, **options) -> Bl
     "The split `name`, in blocks that fit a model's `context`; a .jsonl file has conversations."
     path, tokenize = corpus.path(name), tokenize_file
     if path.suffix == ".jsonl":
-        bad = getattr(config, "on_bad_lines", "error")
-        tokenize, options = tokenize_chats, dict(split=options["split"], on_bad_lines=bad)
+        tokenize, options = tokenize_chats, dict(split=options["split"], on_bad_lines=config.on_bad_lines)
     return tokenize(path, tokenizer, pick_block_size(config, context), cache_dir=config.cache_dir, progress=report,
                     sha256=corpus.sha256[name], **options)
 

@@ -16,7 +16,7 @@ from colab_gpt2.preparing import keeps_apart
 from colab_gpt2.text.chats import code, give_template, notes_on
 
 TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
-WORDS = ["The", "tide", "潮水", "día", "🦖🦖", "`def f(x):\n    return x`", "...", "Zoë\n\n", " - one\n - two ", "<b>", "\t&", "is"]
+WORDS = "The tide 潮水 día 🦖🦖 <b> is ...".split() + ["`def f(x):\n    return x`", "Zoë\n\n", " - one\n - two ", "\t&"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def conversation(number, system=True):
     def said(): return draw.choice(["Yes", "No.", "🦖"]) + " ".join(draw.choices(WORDS, k=draw.randint(1, most)))
     most = 800 if number % 40 == 7 else 30
     first = [dict(role="system", content=draw.choice(["", "Be brief."]))] * (system and draw.random() < 0.5)
-    return first + [dict(role=role, content=said()) for _ in range(draw.randint(1, 4)) for role in ("user", "assistant")]
+    return first + [dict(role=role, content=said()) for role in ("user", "assistant") * draw.randint(1, 4)]
 
 
 def labels_of_trl(tokenizer, rows, assistant_only):
@@ -98,7 +98,8 @@ def chats(tokenizer, tmp_path):
 SHAPES = dict(
     gpt2=GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=256, vocab_size=8192, attn_pdrop=0., resid_pdrop=0.,
                     embd_pdrop=0., bos_token_id=0, eos_token_id=0),
-    llama=LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=8192))
+    llama=LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                      vocab_size=8192))
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
@@ -133,7 +134,7 @@ def test_only_the_places_before_an_answers_tokens_have_a_gradient(chats):
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_of_conversations_add_up_to_the_mean_over_all_answers(chats, tmp_path, micro_batch):
     def gradient(size):
-        trainer = BlockTrainer(new_model(SHAPES["gpt2"], seed=0), train_dataset=chats, data_collator=default_data_collator,
+        trainer = BlockTrainer(new_model(SHAPES["gpt2"], seed=0), train_dataset=chats,
                                args=TrainingArguments(tmp_path, use_cpu=True, report_to="none"))
         trainer.micro_batch, trainer.current_gradient_accumulation_steps = size, 1
         loss = trainer.training_step(trainer.model, default_data_collator([chats[i] for i in range(4)]))
