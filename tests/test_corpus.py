@@ -236,17 +236,21 @@ NEAR = {  # texts -> what begins the validation text
 }
 
 
+def documents(text): return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
+
+
 @pytest.mark.parametrize("shape", NEAR)
 def test_every_shape_of_text_is_cut_near_80_10_10(load, tmp_path, shape):
     text, beginning = NEAR[shape]
     (tmp_path/"mine.txt").write_text(text, encoding="utf-8")
     corpus = load(tmp_path/"mine.txt")
     parts = [corpus.path(split).read_text(encoding="utf-8") for split in SPLITS]
-    assert "".join(parts) == text
+    if corpus.report.rule.startswith("cut"): assert "".join(parts) == text
+    else: assert sorted(sum(map(documents, parts), [])) == sorted(documents(text))
     size = len(text.rstrip().encode())
     ends = [corpus.bytes["train"] / size, (corpus.bytes["train"] + corpus.bytes["validation"]) / size]
     assert 0.75 <= ends[0] <= 0.85 and 0.85 <= ends[1] <= 0.95
-    for part in parts[1:]: assert re.match(beginning, part), part[:40]
+    for part in parts[1:]: assert re.match(beginning, part.lstrip("\n")), part[:40]
 
 
 @pytest.mark.parametrize("unit", ["🌊", "é", "a tide. ", "潮水。", "It ebbs\n\n", "A tide<|endoftext|>", " \n\n\n x"])
@@ -288,6 +292,90 @@ def test_line_ends_of_every_system_are_read_as_one(load, tmp_path, ends):
     (tmp_path/"set"/"train.txt").write_bytes(other.encode())
     for name in ("set", "set.zip"): assert load(tmp_path/name).sha256 == {"train": sha256_of(tmp_path/"a.txt")}
     assert (tmp_path/"b.txt").read_bytes() == ("\ufeff" + other).encode()
+
+
+# ---- documents
+
+def tide(day): return f"The tide of day {day}\n\ncame at {day % 12} o'clock and went out again.\n"
+
+
+def parts(corpus): return {split: documents(corpus.path(split).read_text()) for split in corpus.bytes}
+
+
+def test_a_document_never_changes_sides_when_the_data_grows(load, tmp_path):
+    sides = {}
+    for n in (400, 500, 900):  # in another order, and in files of another kind
+        days = [tide(day) for day in range(n)][::-1 if n == 500 else 1]
+        if n == 900: (tmp_path/"a.jsonl").write_text("\n".join(json.dumps(dict(text=day)) for day in days))
+        else: (tmp_path/"a.txt").write_text("<|endoftext|>".join(days))
+        corpus = load(tmp_path/("a.jsonl" if n == 900 else "a.txt"))
+        assert corpus.report.documents == n and corpus.report.rule == f"each of {n} documents by its hash"
+        now = {day: split for split, days in parts(corpus).items() for day in days}
+        assert len(now) == n and sides.items() <= now.items()
+        sides = now
+
+
+def test_exact_duplicates_are_dropped_and_counted(load, tmp_path):
+    days = [tide(day % 300) + "\n" * (day // 300) for day in range(400)]  # but for white space around them
+    (tmp_path/"a.txt").write_text("<|endoftext|>".join(days))
+    corpus = load(tmp_path/"a.txt")
+    assert (corpus.report.documents, corpus.report.duplicates) == (300, 100)
+    assert sorted(sum(parts(corpus).values(), [])) == sorted({tide(day).strip() for day in range(300)})
+    assert corpus.report.characters == sum(len(tide(day)) for day in range(300))
+    assert load(tmp_path/"a.txt") == corpus and "100 duplicates were dropped" in corpus._repr_html_()
+
+
+def test_duplicates_of_a_few_documents_are_dropped_before_they_are_cut(load, tmp_path):
+    (tmp_path/"poems").mkdir()
+    for i in range(4): (tmp_path/"poems"/f"{i}.txt").write_text(f"Poem {i % 3}\n" * 9)
+    corpus = load(tmp_path/"poems")
+    assert (corpus.report.documents, corpus.report.duplicates) == (3, 1)
+    assert corpus.report.rule == "cut by the place: 3 documents give no fair shares"
+    assert "".join(corpus.path(s).read_text() for s in SPLITS).count("Poem 0") == 9
+
+
+def test_what_is_held_out_is_not_trained_on(load, tmp_path):
+    (tmp_path/"a.txt").write_text("<|endoftext|>".join(map(tide, range(50))))
+    (tmp_path/"b.txt").write_text("<|endoftext|>".join(map(tide, range(40, 60))))
+    corpus = load(train_file=tmp_path/"a.txt", eval_file=tmp_path/"b.txt")
+    assert [len(days) for days in parts(corpus).values()] == [40, 20] and corpus.report.duplicates == 10
+    assert corpus.report.rule == "as they are" and not {*parts(corpus)["train"]} & {*parts(corpus)["validation"]}
+    with pytest.warns(UserWarning, match="hold the same text"):
+        same = load(train_file=tmp_path/"a.txt", eval_file=tmp_path/"a.txt")
+    assert same.train.read_bytes() == same.validation.read_bytes() == (tmp_path/"a.txt").read_bytes()
+
+
+def test_documents_of_very_unequal_lengths_are_cut_by_the_place(load, tmp_path):
+    (tmp_path/"a.txt").write_text("<|endoftext|>".join([tide(0) * 900, *map(tide, range(1, 99)), tide(100) * 900]))
+    corpus = load(tmp_path/"a.txt")
+    assert corpus.report.rule == "cut by the place: 100 documents give no fair shares"
+    assert 0.79 < corpus.report.shares["train"] < 0.81 and re.search(", cut 80/10/10$", corpus.source)
+    assert corpus.report.longest == 900 * len(tide(100))
+
+
+def test_the_report_says_what_was_read(load, tmp_path):
+    (tmp_path/"set").mkdir()
+    (tmp_path/"set"/"a.txt").write_bytes("ebb\r\nund Flut, größer".encode("utf-16"))
+    rows = [json.dumps(dict(text=text)) for text in ("It flows.", "", "It ebbs. " * 99)]
+    (tmp_path/"set"/"b.jsonl").write_text("\n".join(rows) + '\n{"te')
+    with pytest.warns(UserWarning): corpus = load(train_file=tmp_path/"set", on_bad_lines="skip")
+    report = corpus.report
+    assert (report.documents, report.longest) == (3, 9 * 99) and report.skipped == {"empty": 1, "bad lines": 1}
+    assert report.line_ends == {"Windows": 1, "Unix": 1} and report.encodings == {"utf-16": 1, "utf-8": 1}
+    assert abs(sum(report.shares.values()) - 1) < 1e-9
+    for said in ("bad lines: 1", "Windows: 1", "utf-16: 1"): assert said in corpus._repr_html_()
+    assert Corpus.from_dict(json.loads(json.dumps(corpus.to_dict()))) == corpus
+
+
+def test_a_corpus_of_older_rules_is_made_again(load, tmp_path, monkeypatch):
+    (tmp_path/"a.txt").write_text("<|endoftext|>".join(map(tide, range(400))))
+    new = load(tmp_path/"a.txt")
+    monkeypatch.setattr("colab_gpt2.text.corpus.RULES", 1)
+    assert load(tmp_path/"a.txt").train.parent != new.train.parent
+    manifest = new.train.parent/"corpus.json"
+    known = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({name: value for name, value in known.items() if name != "report"}))
+    assert recall(new.train.parent) is None
 
 
 # ---- folders and patterns
@@ -361,7 +449,7 @@ def test_documents_stay_complete_in_a_folder_of_many(load, tmp_path):
     corpus = load(tmp_path/"many")
     parts = [corpus.path(split).read_text() for split in SPLITS]
     assert all(part.startswith("Story ") for part in parts) and sum(p.count("Story") for p in parts) == 200
-    assert corpus.source.endswith("cut 80/10/10")
+    assert re.search(r", split by document (7|8)\d/\d+/\d+$", corpus.source)
 
 
 # ---- what is no text

@@ -7,6 +7,7 @@ __all__ = ['TITLE', 'Corpus', 'load_corpus']
 
 # %% ../../nbs/text/11_corpus.ipynb #0d91dce1
 import hashlib, json, logging, os, platform, re, warnings
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from ..reporting import reporting, silent
 from ..runtime import cache_folder, check_mounted
 from .downloads import download, split_of, unzip
 from .hub import from_hub, write_rows
-from .reading import SPLITS, check_text, cut_text, find_texts, holds_chats, is_plain, join
-from .splitting import split_chats
+from .reading import SPLITS, check_text, find_texts, holds_chats, is_plain, join
+from .splitting import (Documents, Reading, documents_of, drop_duplicates, reading_of, split_chats,
+                                       split_text, told)
 
 # %% ../../nbs/text/11_corpus.ipynb #ab03214b
 TITLE = re.compile(r" = (?!=)(.*[^= ]) = ?\n?")
@@ -32,6 +34,7 @@ class Corpus(Record):
     source: str  # what answered: a URL, a repository of the Hub, a file
     sha256: dict  # split -> hex
     bytes: dict  # split -> size
+    report: Reading | None = None  # what was read
 
     def path(self, split):
         "The file of `split`; ValueError if this corpus has none."
@@ -49,7 +52,7 @@ class Corpus(Record):
 
     def _rows(self):
         files = [(split, f"{self.path(split)} ({human_bytes(size)})") for split, size in self.bytes.items()]
-        return [("name", self.name), ("source", self.source), *files]
+        return [("name", self.name), ("source", self.source), *files, *(self.report._rows() if self.report else ())]
 
 # %% ../../nbs/text/11_corpus.ipynb #37a54cfa
 def measure(name, files, source):
@@ -68,13 +71,13 @@ def recall(folder):
     try:
         known = json.loads((folder/"corpus.json").read_text(encoding="utf-8"))
         corpus = measure(known["name"], {s: folder/file for s, file in known["files"].items()}, known["source"])
-        return corpus if corpus.sha256 == known["sha256"] else None
+        return replace(corpus, report=Reading.from_dict(known["report"])) if corpus.sha256 == known["sha256"] else None
     except (OSError, ValueError, KeyError): return None  # never kept, or damaged since
 
 # %% ../../nbs/text/11_corpus.ipynb #56532823
 def cached(folder, name, source, make, published=()):
-    """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path.
-    ConnectionError if one has not the SHA-256 that is `published` for its split."""
+    """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path, maybe with
+    their Reading. ConnectionError if one has not the SHA-256 that is `published` for its split."""
     if known := recall(folder): return replace(known, source=str(source))
     if folder.exists(): log.warning("%s is damaged; it is fetched or made again", folder)
     try: folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,15 +85,17 @@ def cached(folder, name, source, make, published=()):
         raise OSError(Sentence("{folder} cannot be made: {why}. Give another {cache_dir}.",
                                folder=folder.parent, why=e.strerror)) from e
     with atomic(folder, folder=True) as stage:
-        made = {split: check_text(path) for split, path in make(stage).items()}
-        for path in made.values():
+        made, read = made if isinstance(made := make(stage), tuple) else (made, None)
+        for path in map(check_text, made.values()):
             if published or path.suffix == ".jsonl" or is_plain(path): continue
             os.replace(join([path], stage/"copy"), path)
-        corpus = measure(name, made, source)
+        if published: read = reading_of(made, {split: Documents(path, set()) for split, path in made.items()})
+        if not read: made, read = drop_duplicates(made, stage)
+        corpus = replace(measure(name, made, source), report=read)
         wrong = ", ".join(split for split in published if corpus.sha256.get(split) != published[split])
         if wrong: raise ConnectionError(f"sent a text that is not the published one (SHA-256 of {wrong})")
         files = {split: path.name for split, path in made.items()}
-        manifest = dict(name=name, source=corpus.source, files=files, sha256=corpus.sha256)
+        manifest = dict(name=name, source=corpus.source, files=files, sha256=corpus.sha256, report=read.to_dict())
         (stage/"corpus.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return replace(corpus, **{split: folder/file for split, file in files.items()})
 
@@ -175,37 +180,53 @@ def python_docs(folder):
     return files
 
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
+RULES = 2  # 1: every text was cut by the place, and duplicates were kept
+
 def made(name, files, source, root, make, options=()):
     "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, from the cache if it is there."
-    known = repr([(split, *map(sha256_of, paths)) for split, paths in files.items()]) + str(options or "")
+    known = repr([RULES, options, *((split, *map(sha256_of, paths)) for split, paths in files.items())])
     return cached(root/f"{name[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:16]}", name, source, make)
 
+# %% ../../nbs/text/11_corpus.ipynb #aea58f43
+def name_of(path): return home(path).resolve().stem if os.path.exists(home(path)) else "texts"
+
 # %% ../../nbs/text/11_corpus.ipynb #7031da04
-def own_corpus(files, path, source, root, reading=(None, "error"), asked=None):
-    """The Corpus of own texts (split -> paths): where they are, or copies by `join`, with its options `reading`; what
-    is wrong with a split is about the field that `asked` has for it."""
-    name = home(path).resolve().stem if os.path.exists(home(path)) else "texts"
+def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, report=silent):
+    """The Corpus of own texts (split -> paths): where they are, or copies without duplicates by `join` with its options
+    `reading`; what is wrong with a split is about the field that `asked` has for it."""
     if all(len(paths) == 1 and is_plain(paths[0]) for paths in files.values()):
-        return measure(name, {split: path for split, (path,) in files.items()}, source)
+        there = {split: path for split, (path,) in files.items()}
+        read = documents_of(there, report)
+        if not any(found.duplicates for found in read.values()):
+            return replace(measure(name_of(path), there, source), report=reading_of(there, read))
     if holds_chats(sum(files.values(), [])):
-        def share_out(stage): return split_chats(files, stage, reading[1])[0]
-        return made(name, files, source, root, share_out, ("chats", reading[1]))
+        def share_out(stage): return split_chats(files, stage, reading[1], report)
+        return made(name_of(path), files, source, root, share_out, ("chats", reading[1]))
     def make(stage):
+        facts, copies = Counter(), {}
         for split, paths in files.items():
-            with about(*[asked[split]] if asked else ()): join(paths, stage/f"{split}.txt", *reading)
-        return {split: stage/f"{split}.txt" for split in files}
-    return made(name, files, source, root, make, reading)
+            with about(*[asked[split]] if asked else ()):
+                copies[split] = join(paths, stage/f"{split}.txt", *reading, report, facts)
+        copies, read = drop_duplicates(copies, stage, report)
+        return copies, told(read, facts)
+    return made(name_of(path), files, source, root, make, reading)
 
 # %% ../../nbs/text/11_corpus.ipynb #3aacaf4d
-def load_text(path, root, reading=(None, "error")):
-    "The Corpus of the texts that `find_texts` finds, cut in three."
-    paths = find_texts(path)
+def load_text(path, root, reading=(None, "error"), report=silent):
+    "The Corpus of the texts that `find_texts` finds, in three parts."
+    paths, facts = find_texts(path), Counter()
     source = f"{len(paths)} files of {path}" if paths[1:] else path
-    if holds_chats(paths): return own_corpus({"": paths}, path, source, root, reading)
-    one = own_corpus({"train": paths}, path, source, root, reading)
-    corpus = made(one.name, {"": [one.train]}, source, root, lambda stage: cut_text(one.train, stage, source))
-    shares = (f"{100 * size / one.bytes['train']:.0f}" for size in corpus.bytes.values())
-    return replace(corpus, source=f"{source}, cut {'/'.join(shares)}")
+    if holds_chats(paths): return own_corpus({"": paths}, path, source, root, reading, report=report)
+    def make(stage):
+        if one := not paths[1:] and is_plain(paths[0]): text = paths[0]
+        else: text = join(paths, stage/"all.txt", *reading, report, facts)
+        files, read = split_text(text, stage, source, report)
+        if not one: text.unlink()
+        return files, told(read, facts)
+    corpus = made(name_of(path), {"": paths}, source, root, make, reading)
+    shares = "/".join(f"{100 * share:.0f}" for share in corpus.report.shares.values())
+    cut = "cut" if corpus.report.rule.startswith("cut") else "split by document"
+    return replace(corpus, source=f"{source}, {cut} {shares}")
 
 # %% ../../nbs/text/11_corpus.ipynb #93663525
 def from_parquet(files, folder):
@@ -234,24 +255,24 @@ def load_path(path, root, report=silent, reading=(None, "error")):
     if path.suffix.lower() == ".zip" and os.path.isfile(path):
         return made(path.stem, {"": [path]}, path, root, lambda stage: unzip(path, stage, report))
     for place in (path, *sorted(p for p in path.iterdir() if p.is_dir())) if os.path.isdir(path) else ():
-        if found := splits_in(place): return own_corpus(found, path, place, root, reading)
+        if found := splits_in(place): return own_corpus(found, path, place, root, reading, report=report)
         if rows := {split: paths for split in SPLITS if (paths := sorted(place.glob(f"{split}-*.parquet")))}:
             return made(path.resolve().name, rows, place, root, lambda stage: from_parquet(rows, stage))
-    return load_text(path, root, reading)
+    return load_text(path, root, reading, report)
 
 # %% ../../nbs/text/11_corpus.ipynb #8a161211
 FILES = "train_file", "eval_file"
 
-def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error")):
+def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error"), report=silent):
     "The Corpus of your files; a single `train_file` is cut in three if `hold_out`."
     if train_file and not eval_file and hold_out:
-        with about("train_file"): return load_path(home(train_file), root, reading=reading)
+        with about("train_file"): return load_path(home(train_file), root, report, reading)
     files, asked, given = {}, dict(zip(SPLITS, FILES)), dict(zip(FILES, (train_file, eval_file)))
     for split, (name, path) in zip(SPLITS, given.items()):
         with about(name):
             if path: files[split] = find_texts(path)
     source = ", ".join(str(p) for p in given.values() if p)
-    corpus = own_corpus(files, train_file or eval_file, source, root, reading, asked)
+    corpus = own_corpus(files, train_file or eval_file, source, root, reading, asked, report)
     if len({*corpus.sha256.values()}) < len(files):
         said = "{train_file} and {eval_file} hold the same text, {path}: perplexity will say nothing about new text."
         warnings.warn(Sentence(said, path=train_file), stacklevel=3)
@@ -302,7 +323,9 @@ def load_corpus(
     ConnectionError if no source of a published corpus has the right files and the cache does not either."""
     root = cache_folder(cache_dir)/"corpora"
     reading = dataset_text_field, on_bad_lines
-    if train_file or eval_file: return noted(load_files(train_file, eval_file, root, hold_out, reading))
+    if train_file or eval_file:
+        with reporting(progress) as report:
+            return noted(load_files(train_file, eval_file, root, hold_out, reading, report))
     with reporting(progress) as report, about("dataset"):
         if name in sources: return fetch(name, sources[name], root, report)
         if name == PYTHON_DOCS:

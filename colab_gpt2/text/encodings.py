@@ -91,8 +91,11 @@ def broken_off(source):
     except OSError as e: raise type(e)(f"{name} cannot be read: {e.strerror}.") from e
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00015
+ENDS = {"\n": "Unix", "\r\n": "Windows", "\r": "old Mac"}
+
 class Source:
-    "The characters of the file `path`, with the line ends of Unix; `line` is the number of the last line."
+    """The characters of the file `path`, with the line ends of Unix; `line` is the number of the last line. `skipped`
+    counts the file's encoding and line ends as well, under pairs."""
     def __init__(self, path, on_bad_lines="error", report=silent, skipped=None):
         self.path, self.line, self.start, self.report = path, 0, b"", report
         self.faults = Faults(called(path), on_bad_lines, skipped)
@@ -122,6 +125,9 @@ class Source:
                 if wrong := bad_character(line): self.bad(line, wrong[1])
                 else: yield line
         self.tell()
+        ends = self.text.newlines or ()
+        for end in ends if isinstance(ends, tuple) else (ends,): self.faults.skipped["line ends", ENDS[end]] += 1
+        self.faults.skipped["encoding", self.encoding] += 1
 
     def bad(self, line, what):
         name = "" if self.faults.skip or self.encoding[:5] != "utf-8" else named_encoding(

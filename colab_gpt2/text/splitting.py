@@ -9,7 +9,7 @@ __all__ = []
 import codecs, contextlib, hashlib, json, os
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import Record, check_space
@@ -119,15 +119,22 @@ class Documents:
                     file.write((b"" if inside or not file.tell() else MARK) + part)
                 n, inside = n + ended, not ended
 
-# %% ../../nbs/text/10_splitting.ipynb #78474ce2
-def reading_of(read, files, rule="as they are") -> Reading:
-    "The Reading of several Documents, of which the `files` of the splits came by a `rule`."
+# %% ../../nbs/text/10_splitting.ipynb #915d3223
+def reading_of(files, read, rule="as they are") -> Reading:
+    "The Reading of the Documents `read` (split -> Documents, or one for all), of which the `files` came by a `rule`."
     sizes = {split: os.path.getsize(path) for split, path in files.items()}
     shares = {split: size / max(1, sum(sizes.values())) for split, size in sizes.items()}
-    sums = (sum(getattr(found, name) for found in read) for name in ("kept", "duplicates", "characters"))
-    return Reading(*sums, max(found.longest for found in read), shares, rule)
+    sums = (sum(getattr(found, name) for found in read.values()) for name in ("kept", "duplicates", "characters"))
+    return Reading(*sums, max(found.longest for found in read.values()), shares, rule)
 
-# %% ../../nbs/text/10_splitting.ipynb #a2c022f1
+# %% ../../nbs/text/10_splitting.ipynb #9f8ee233
+def told(read, facts):
+    "The Reading `read` with what `read_documents` has counted in `facts`."
+    def of(kind): return {key[1]: n for key, n in facts.items() if key[0] == kind}
+    skipped = {key: n for key, n in facts.items() if isinstance(key, str)}
+    return replace(read, skipped=skipped, encodings=of("encoding"), line_ends=of("line ends"))
+
+# %% ../../nbs/text/10_splitting.ipynb #dc018f20
 def split_text(path, folder, named, report=silent):
     "Copy the text `path`, which errors call `named`, into a file for each split in `folder`: (split -> path, Reading)."
     with about("cache_dir"): check_space(folder, 2 * path.stat().st_size, f"Cutting {named} in three")
@@ -141,22 +148,27 @@ def split_text(path, folder, named, report=silent):
         if read.duplicates: read.write([source := folder/"once.txt"] * DROPPED)
         cut_text(source, folder, named)
         if source != path: source.unlink()
-    return files, reading_of([read], files, rule)
+    return files, reading_of(files, {"": read}, rule)
 
-# %% ../../nbs/text/10_splitting.ipynb #b71df99c
-def drop_duplicates(files, folder, report=silent):
-    "The `files` (split -> path), of those with duplicates copies in `folder`; and the Reading of all."
+# %% ../../nbs/text/10_splitting.ipynb #e4ac181e
+def documents_of(files, report=silent) -> dict:
+    "split -> Documents of the `files` (split -> path)."
     known, read = set(), {}
-    for split in reversed(SPLITS):
-        if split not in files: continue
-        found = read[split] = Documents(files[split], known, report)
-        if not found.kept: read[split] = Documents(files[split], set(), report)  # the same text twice
-    files = dict(files)
+    for split in reversed([split for split in SPLITS if split in files]):
+        read[split] = Documents(files[split], known, report)
+        if not read[split].kept: read[split] = Documents(files[split], set(), report)  # the same text twice
+    return read
+
+# %% ../../nbs/text/10_splitting.ipynb #5cebaeae
+def drop_duplicates(files, folder, report=silent):
+    "The `files` (split -> path), in place of those with duplicates others in `folder`; and the Reading of all."
+    read, files = documents_of(files, report), dict(files)
     for split, found in read.items():
         if not found.duplicates: continue
+        found.write([folder/"once"] * DROPPED)
         files[split] = folder/f"{split}.txt"
-        found.write([files[split]] * DROPPED)
-    return files, reading_of(read.values(), files)
+        os.replace(folder/"once", files[split])
+    return files, reading_of(files, read)
 
 # %% ../../nbs/text/10_splitting.ipynb #10c00002
 def shared_out(numbers) -> tuple:
@@ -190,4 +202,5 @@ def split_chats(files, folder, on_bad_lines="error", report=silent):
     (folder/"all.jsonl").unlink()
     made = {SPLITS[side]: path for side, path in made.items()}
     shares = {split: path.stat().st_size / max(1, sum(sizes)) for split, path in made.items()}
-    return made, Reading(len(known), total - len(known), sum(sizes), max(sizes), shares, rule, dict(skipped))
+    read = Reading(len(known), total - len(known), sum(sizes), max(sizes), shares, rule)
+    return made, told(read, skipped)
