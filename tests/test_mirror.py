@@ -636,12 +636,12 @@ def die_while_copying(folder, mirror, count):
 
 
 class DieAtRename(Listener):
-    "Kills its process when a file of this name is moved into place."
+    "Kills its process when a file of this name is moved into the output folder."
     def __init__(self, name): self.name = name
 
     def on_stage(self, stage, **facts):
         def replace(source, path, real=os.replace):
-            if Path(path).name == self.name: os.kill(os.getpid(), signal.SIGKILL)
+            if Path(path).name == self.name and ".part" not in str(path): os.kill(os.getpid(), signal.SIGKILL)
             real(source, path)
         os.replace = replace
 
