@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/62_resuming.ipynb #62aa0003
 import os, re, tempfile, warnings, zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .config import pick_learning_rate
@@ -115,6 +115,7 @@ class Found(Record):
     saved: str = ""  # when, UTC
     rate_factor: float = 1.  # of the learning rate, after a divergence
     files: dict | None = None  # of a finished model: name to SHA-256
+    how: dict = field(default_factory=dict)  # it was computed: micro_batch and precision
 
     def damage(self, report=None) -> str:
         "What is wrong with it, or ''. All of it is read."
@@ -142,7 +143,8 @@ def found_in(folder) -> list:
     if "files" in told: found = [Found(folder, told["fingerprint"], told["steps"], told["steps"], files=told["files"])]
     for path in reversed(find_checkpoints(folder)):
         manifest = check_complete(path)
-        found.append(Found(path, *(manifest[name] for name in ("run", "step", "steps", "saved", "rate_factor"))))
+        facts = (manifest[name] for name in ("run", "step", "steps", "saved", "rate_factor"))
+        found.append(Found(path, *facts, how=manifest.get("how", {})))
     return found
 
 # %% ../nbs/62_resuming.ipynb #62aa0025

@@ -351,13 +351,30 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     return result
 
 # %% ../nbs/63_training.ipynb #ffe78b38
+OTHER_SUMS = ("This run was computed {was} before, and is {now} now: it ends with weights that are equal up to rounding "
+              "only.")
+
+def as_before(config, prepared, plan, found) -> Plan:
+    "`plan`, with the micro-batch of the session before where that is left open and fits; a warning where it differs."
+    micro, recipe, steps = found.how.get("micro_batch"), plan.recipe, plan.steps
+    if micro and micro != recipe.micro_batch and not (config.per_device_train_batch_size or
+                                                      config.gradient_accumulation_steps):
+        same = replace(follow(config, found), per_device_train_batch_size=micro)
+        then = plan_run(prepared.model, prepared.train, prepared.runtime, same)
+        if then.fits: plan, recipe = replace(then, steps=steps), then.recipe
+    def told(precision, blocks): return f"in {precision} with micro-batches of {blocks}"
+    was, now = told(found.how.get("precision"), micro), told(recipe.precision, recipe.micro_batch)
+    if micro and was != now: warnings.warn(Sentence(OTHER_SUMS, was=was, now=now), stacklevel=4)
+    return plan
+
 RESUMING = "Resuming at step {step} of {steps}.{since}"
 
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
     "What is left of a run, from the evaluation before it to the one after it."
     report, place = all_told(shown, callbacks), config.output_dir
     plan = plan_training(follow(config, found), prepared.model, prepared.train, prepared.runtime)
-    if found and not differences(found.run, run): plan = replace(plan, steps=min(plan.steps, found.steps))
+    if found and not differences(found.run, run):
+        plan = as_before(config, prepared, replace(plan, steps=min(plan.steps, found.steps)), found)
     warn_of_few_steps(config, prepared.train)
     check_room(config, plan, prepared.tokenizer)
     training_arguments(config, plan)  # what it refuses is said before anything slow

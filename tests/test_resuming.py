@@ -95,9 +95,24 @@ def test_a_machine_with_less_memory_goes_on_with_smaller_micro_batches(run, plai
     changes = dict(keep_attention_dropout=False, tune=True, trainer_args={}, model=no_dropout(run, tmp_path))
     result, folder = plain(**changes)
     killed(run, tmp_path/"out", 6, save_steps=5, **changes)
-    again = run(tmp_path/"out", per_device_train_batch_size=2, **changes)
+    told = "was computed in fp32 with micro-batches of 8 before, and is in fp32 with micro-batches of 2 now"
+    with pytest.warns(UserWarning, match=told):
+        again = run(tmp_path/"out", per_device_train_batch_size=2, **changes)
     assert again.resumed_from.endswith("checkpoint-5") and again.plan.recipe.micro_batch == 2
     assert [e["loss"] for e in again.losses] == pytest.approx([e["loss"] for e in result.losses], rel=1e-4)
+
+
+def test_what_a_session_before_could_hold_at_once_is_held_again(run, plain, tmp_path, monkeypatch):
+    "The plan of another hour, with less free memory, would divide a step in another way: other sums, other weights."
+    result, folder = plain()
+    killed(run, tmp_path/"out", 6, save_steps=5)
+    from colab_gpt2 import training
+    def smaller(model, blocks, runtime, config, real=training.plan_run):
+        plan = real(model, blocks, runtime, config)
+        return plan if config.per_device_train_batch_size else plan.with_micro_batch(2, "less memory")
+    monkeypatch.setattr(training, "plan_run", smaller)
+    again = run(tmp_path/"out", callbacks=[Dies()])
+    assert again.plan.recipe.micro_batch == 8 and (again.losses, again.files) == (result.losses, result.files)
 
 
 def no_dropout(run, folder):

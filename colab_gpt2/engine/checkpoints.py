@@ -83,12 +83,12 @@ def is_sealed(path) -> bool:
     except (OSError, ValueError): return False
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
-def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0):
+def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, **how):
     """List the files of a complete checkpoint, with the fingerprint of its `run` (names to plain values), its `step` of
-    how many `steps`, and by what the run's learning rate is multiplied since it diverged."""
+    how many `steps`, by what the run's learning rate is multiplied since it diverged, and `how` it is computed."""
     files, now = list_files(folder), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = dict(files=files, sha256=checksums(folder, files), run=run, step=step, steps=steps, saved=now,
-                 rate_factor=rate_factor)
+                 rate_factor=rate_factor, how=how)
     Path(folder, MANIFEST).write_text(sealed(facts))
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a80

@@ -131,7 +131,8 @@ class BlockTrainer(SettingsOfNow):
                 with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
             finally: self.aside = None
-            write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps, self.rate_factor)
+            how = dict(micro_batch=self.micro_batch, precision=self.recipe and self.recipe.precision)
+            write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps, self.rate_factor, **how)
 
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b5
 REFUSED_ARGS = dict(
