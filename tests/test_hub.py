@@ -283,3 +283,67 @@ def test_colabs_secret_is_asked_for_once_and_not_missed(stub, monkeypatch, secre
             warnings.simplefilter("error")
             assert [hub_trouble(), hub_trouble(), huggingface_hub.get_token()] == ["", "", None]
         assert [kind for kind, _ in stub.requests].count("GetSecret") == 1
+
+
+# ---- any other data set
+
+CARD = """---
+configs:
+- config_name: {0}
+  data_files:
+  - {{split: train, path: a/train.jsonl}}
+  - {{split: dev, path: a/dev.jsonl}}
+- config_name: large
+  data_files: b/train.jsonl
+---
+"""
+ROWS = {split: "".join(json.dumps({"id": i, "story": f"Story {i} of {split}."}) + "\n" for i in range(3))
+        for split in ("train", "dev")}
+FILES = {f"a/{split}.jsonl": text.encode() for split, text in ROWS.items()} | {"b/train.jsonl": b'{"text": "It ebbs."}'}
+HUB_ALONE = "import datasets; from colab_gpt2.text.hub import hub_documents, open_hub, pick_splits"
+READ = """
+def read(name, config=None, field=None, **options):
+    splits = open_hub(name, config)
+    return {ours: [d.text for d in hub_documents(splits[theirs], name, field)]
+            for ours, theirs in pick_splits([*splits], **options).items()}
+"""
+
+
+def test_a_data_set_is_read_by_configuration_split_and_column(hub, ask):
+    hub.add("datasets", "me/tides", {"README.md": CARD.format("small").encode(), **FILES})
+    code = READ + """
+result["small"], result["large"] = read("me/tides", "small"), read("me/tides", "large")
+result["other"] = read("me/tides", "small", train_split="dev", test_split="train")
+wrong = dict(none={}, near=dict(config="smal"), split=dict(config="small", train_split="trian"),
+             test=dict(config="small", test_split="test"), field=dict(config="small", field="stroy"))
+result |= {name: failing(read, "me/tides", **options) for name, options in wrong.items()}
+"""
+    told = ask(code, imports=HUB_ALONE)
+    train, dev = ([f"Story {i} of {split}." for i in range(3)] for split in ("train", "dev"))
+    assert (told["small"], told["large"]) == ({"train": train, "validation": dev}, {"train": ["It ebbs."]})
+    assert told["other"] == {"train": dev, "test": train}
+    assert told["none"] == "ValueError: me/tides has configurations: choose small or large by dataset_config."
+    assert told["near"] == "ValueError: dataset_config is 'smal'. Did you mean 'small'?"
+    assert told["split"] == "ValueError: dataset_train_split is 'trian'. Did you mean 'train'?"
+    assert told["test"] == "ValueError: dataset_test_split is 'test'. Known: train, dev."
+    assert told["field"].endswith("it has id (numbers), story (text). Did you mean 'story'?")
+
+
+REFUSED = {
+    "me/gone": "FileNotFoundError: There is no file me/gone here and no data set of this name on the Hub. ",
+    "me/gated": "PermissionError: me/gated asks for a login: accept its terms on https://huggingface.co/datasets/",
+    "me/script": "ValueError: me/script is a script, which the library datasets no longer runs.",
+    "me/empty": "ConnectionError: me/empty on the Hub cannot be read: EmptyDatasetError: ",
+    "me/numbers": "ValueError: me/numbers has no column with text; it has n (numbers)",
+    "me/broken": "ConnectionError: me/broken on the Hub cannot be read: ArrowInvalid"}
+
+
+def test_what_cannot_be_had_of_the_hub_is_told_in_a_line(hub, ask):
+    for name, content in {"gated": {}, "script": {"script.py": b""}, "empty": {"README.md": b"Tides"},
+                          "numbers": {"train.jsonl": b'{"n": 1}'}, "broken": {"train.parquet": b"PAR1"}}.items():
+        hub.add("datasets", f"me/{name}", content)
+    hub.gated = {"me/gated"}
+    told = ask(READ + f"result |= {{name: failing(read, name) for name in {[*REFUSED]}}}", imports=HUB_ALONE)
+    for name, said in REFUSED.items(): assert told[name].startswith(said) and "\n" not in told[name], told[name]
+    closed = ask(READ + "result['said'] = failing(read, 'me/tides')", endpoint=CLOSED, imports=HUB_ALONE)["said"]
+    assert closed.startswith("ConnectionError: The Hub gave no answer, and me/tides is not in the cache.")

@@ -104,7 +104,7 @@ class Source:
         self.tell()
 
     def __enter__(self):
-        with broken_off(self): self.start += self.data.read(1 << 16)
+        with contextlib.suppress(OSError, EOFError, zlib.error): self.start = self.data.read1(1 << 16)
         self.data.seek(0)
         self.encoding = encoding_of(self.start)
         self.text = io.TextIOWrapper(self.data, self.encoding, errors="surrogateescape")

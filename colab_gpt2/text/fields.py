@@ -37,10 +37,10 @@ def kind_of(values) -> str:
     "What the `values` of a column are: 'text', 'words' (not a sentence among them), 'numbers', 'lists', … or 'empty'."
     known = [v for v in values if v is not None and v != ""]
     if not known: return "empty"
-    for other in (v for v in known if not isinstance(v, str)):
-        return "numbers" if isinstance(other, (int, float)) else "lists" if isinstance(other, list) else "no text"
-    if any(map(WORDS.search, known)): return "text"
-    return "numbers" if all(re.fullmatch(r"[-+.,\d\s%eE]*\d[-+.,\d\s%eE]*", v) for v in known) else "words"
+    texts = [v for v in known if isinstance(v, str)]
+    if any(map(WORDS.search, texts)): return "text"
+    if texts: return "numbers" if all(re.fullmatch(r"[-+.,\d\s%eE]*\d[-+.,\d\s%eE]*", v) for v in texts) else "words"
+    return "numbers" if isinstance(known[0], (int, float)) else "lists" if isinstance(known[0], list) else "no text"
 
 # %% ../../nbs/text/10_fields.ipynb #10f0000e
 def pick_field(rows, wanted, called) -> str:
@@ -56,9 +56,10 @@ def pick_field(rows, wanted, called) -> str:
         if kinds[wanted] in ("text", "words", "empty"): return wanted
         raise ValueError(Sentence("{dataset_text_field} is {wanted!r}, which holds {kind} in {called}; it has {there}.",
                                   kind=kinds[wanted], **said))
-    texts = [name for name in columns if kinds[name] == "text"] or [n for n in columns if kinds[n] == "words"]
-    named = [name for known in NAMES for name in texts if name.strip().lower() == known]
-    if named or len(texts) == 1: return (named or texts)[0]
+    words = [name for name in columns if kinds[name] in ("text", "words")]
+    named = [name for known in NAMES for name in words if name.strip().lower() == known]
+    texts = named[:1] or [name for name in words if kinds[name] == "text"] or words
+    if len(texts) == 1: return texts[0]
     told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
     if not texts: told = "{called} has no column with text; it has {there}."
     raise ValueError(Sentence(told, n=len(texts), **said))

@@ -49,6 +49,16 @@ def text_documents(source, longest=LONGEST):
             held = held[-kept:]
     if begun or held.strip(): yield Document(held, name)
 
+# %% ../../nbs/text/10_formats.ipynb #10a00107
+def write_documents(documents, target):
+    "Write Documents to the file `target`, with END between two; -> `target`."
+    more = True
+    with open(target, "w", encoding="utf-8", newline="") as f:
+        for document in documents:
+            f.write(END * (not more) + document.text)
+            more = document.more
+    return target
+
 # %% ../../nbs/text/10_formats.ipynb #10a00009
 def dialect_of(start) -> dict:
     "How the CSV that begins with the text `start` divides its columns, in `csv.reader`'s terms."

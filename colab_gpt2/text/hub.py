@@ -85,7 +85,8 @@ def why_not(repository, config, error) -> Exception:
     try:
         HfApi().auth_check(repository, repo_type="dataset")
         script = f"{repository.split('/')[1]}.py" in HfApi().list_repo_files(repository, repo_type="dataset")
-        if not script: check_choice("dataset_config", config, datasets.get_dataset_config_names(repository))
+        configs = [] if script else datasets.get_dataset_config_names(repository)
+        if config: check_choice("dataset_config", config, configs)
     except errors.GatedRepoError:
         return PermissionError(Sentence("{repository} asks for a login: accept its terms on "
                                         "https://huggingface.co/datasets/{repository}, and {login}.", **told))
@@ -93,10 +94,12 @@ def why_not(repository, config, error) -> Exception:
         return FileNotFoundError(Sentence("There is no file {repository} here and no data set of this name on the Hub. "
                                           "If it is private, {login}.", **told))
     except ValueError as e: return e
-    except Exception: script = False  # then the first error has to do
-    if not script: return ConnectionError(Sentence("{repository} on the Hub cannot be read: {error}.", **told))
-    return ValueError(Sentence("{repository} is a script, and the library datasets no longer runs scripts. Choose a data "
-                               "set of files.", **told))
+    except Exception: configs, script = (), False  # then the first error has to do
+    said = "{repository} on the Hub cannot be read: {error}."
+    if script: said = "{repository} is a script, which the library datasets no longer runs. Choose a data set of files."
+    elif not config and configs[1:]: said = "{repository} has configurations: choose {configs} by {dataset_config}."
+    else: return ConnectionError(Sentence(said, **told))
+    return ValueError(Sentence(said, configs=" or ".join(configs), **told))
 
 # %% ../../nbs/text/10_hub.ipynb #10c00016
 def open_hub(repository, config=None, report=silent) -> dict:
@@ -130,6 +133,7 @@ def hub_rows(rows, called, report=silent):
 
 def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None):
     "Yield the Documents of a split, as `read_documents` does those of files."
+    if rows.features: rows = rows.decode(False)  # of images
     first = [row.values for row in itertools.islice(hub_rows(rows, called), 100)]
     if not first: raise ValueError(f"{called} has no rows.")
     column, faults = pick_field(first, field, called), Faults(called, on_bad_lines, skipped)

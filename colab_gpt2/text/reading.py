@@ -14,7 +14,7 @@ from ..errors import Sentence, about
 from ..reporting import silent
 from .encodings import Source, called
 from .fields import documents, is_chat, pick_field
-from .formats import END, READERS, is_table, rows_of, suffix_of, text_documents
+from .formats import END, READERS, is_table, rows_of, suffix_of, text_documents, write_documents
 
 # %% ../../nbs/text/10_reading.ipynb #610cb670
 TEXTS = "txt", "md", "text"
@@ -134,12 +134,7 @@ def holds_chats(paths) -> bool:
 def join(paths, target, *options):
     "Write the documents of `paths` to the file `target`, END between two; `options` are those of `read_documents`."
     with about("cache_dir"): check_space(target, sum(p.stat().st_size for p in paths), f"A copy of {called(paths[0])}")
-    more = True
-    with open(target, "w", encoding="utf-8", newline="") as f:
-        for document in read_documents(paths, *options):
-            f.write(END * (not more) + document.text)
-            more = document.more
-    return target
+    return write_documents(read_documents(paths, *options), target)
 
 # %% ../../nbs/text/10_reading.ipynb #5d1b20c5
 BLANK = r"(?<=\n)[^\S\n]*\n"  # a blank line
