@@ -363,7 +363,7 @@ def plan_run(
     if config.eval_stride:
         check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True,
                      hint="It can be at most the block size, or tokens would be left out.")
-    text = TextSize(blocks.tokens, size, getattr(blocks, "source", TextSize.source))
+    text = TextSize(getattr(blocks, "room", blocks.tokens), size, getattr(blocks, "source", TextSize.source))
     return make_plan(Planner(shape, text, runtime, config))
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42c

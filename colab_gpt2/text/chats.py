@@ -161,6 +161,8 @@ class Conversations(Blocks):
 
     coded = functools.cached_property(Blocks.stream.func)  # 4 × id + 2 where a conversation begins + 1 where it counts
     stream = property(lambda self: self.coded >> 2)  # all ids
+    room = property(lambda self: len(self) * self.block_size)  # tokens of all blocks, what fills them up included
+    source = "conversations that share blocks"
 
     @functools.cached_property
     def spans(self) -> np.ndarray:
@@ -187,11 +189,7 @@ class Conversations(Blocks):
         if self.apart: block["position_ids"] = places - np.maximum.accumulate(np.where(coded & 2, places, 0))
         return {name: torch.from_numpy(value) for name, value in block.items()}
 
-    def _rows(self):
-        filled = self.pieces[:, 1].sum() / max(1, len(self) * self.block_size)
-        blocks = f"{len(self):,} of {self.block_size} tokens, {filled:.0%} full"
-        return [("split", self.split or "–"), ("conversations", f"{len(self.spans):,}"), ("blocks", blocks),
-                ("answers", f"{self.answers:,} of {self.tokens:,} tokens"), *(("note", n) for n in notes_on(self))]
+    def _rows(self): return rows_told(self)
 
 # %% ../../nbs/text/14_chats.ipynb #14c0001e
 LONG = ("{split}: {cut:,} of {all:,} conversations are longer than {block_size} {size}: their ends are left out, and "
@@ -206,6 +204,11 @@ def notes_on(chats) -> list:
     told = [LONG] * (cut > 0) + [SEEN] * (not chats.apart and len(chats) < len(chats.pieces))
     out = [Sentence(LEFT_OUT, split=chats.split, n=n, why=why) for why, n in chats.left_out.items()]
     return [*(Sentence(each, **facts) for each in told), *out]
+def rows_told(chats) -> list:
+    "The (label, text) pairs of the table of `chats`."
+    blocks = f"{len(chats):,} of {chats.block_size} tokens, {chats.pieces[:, 1].sum() / chats.room:.0%} full"
+    return [("split", chats.split or "–"), ("conversations", f"{len(chats.spans):,}"), ("blocks", blocks),
+            ("answers", f"{chats.answers:,} of {chats.tokens:,} tokens"), *(("note", n) for n in notes_on(chats))]
 
 # %% ../../nbs/text/14_chats.ipynb #14c00022
 def code(tokenizer, row) -> np.ndarray:
