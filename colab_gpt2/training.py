@@ -315,17 +315,20 @@ def follow(config, found) -> FinetuneConfig:
     return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
 
 # %% ../nbs/63_training.ipynb #ffe78b32
-def look_for(config, prepared, report) -> tuple:
-    "(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror; what identifies the run)"
+def look_for(config, prepared, report, opened) -> tuple:
+    """(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror, which the ExitStack
+    `opened` closes; what identifies the run)"""
     run = identify(config, prepared.train, checksum_of(prepared.model, config))
     def planned(): return plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
     known = {name: value for name, value in run.items() if name != "model"}
     mirror = open_mirror(config, known, planned(), prepared.runtime)
+    opened.callback(mirror.close, seconds=10)
     entry = None if config.resume == "never" or found and found.files else mirror.newest()
     if entry and (not found or entry.step > found.step):
         if entry.name == FINISHED: write_result(config.output_dir, dict(fingerprint=run))  # whose files will come
-        if mirror.restore(entry, config.output_dir, report): found = where_to_resume(config, run)
+        above = found.step if found else -1
+        if mirror.restore(entry, config.output_dir, report, above): found = where_to_resume(config, run)
     if not found and config.resume not in ("auto", "never"): found = source_of(config, run)
     for folder, entry in [] if found else other_runs(mirror.target):  # settings are lost with a session
         told, name = differences_told(entry.manifest["run"], run), folder.name[:-9]
@@ -415,13 +418,13 @@ def finetune(
     started, config = time.monotonic(), check_run(changed(config, **changes))
     stop = StopOnInterrupt(config.output_dir)
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]
-    with stop.listening(), only_run(config.output_dir), reporting(progress) as shown:
+    with stop.listening(), only_run(config.output_dir), reporting(progress) as shown, contextlib.ExitStack() as opened:
         report = all_told(shown, callbacks)
         recover(config.output_dir)
         check_free(config, asked(config))  # what differs is said before anything slow
         tell(callbacks, "on_stage", LOADING, stop=stop)
         config = replace(config, prompt=(prepared := prepare(config, report)).prompt)
-        found, mirror, run = look_for(config, prepared, report)
+        found, mirror, run = look_for(config, prepared, report, opened)
         try:
             if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)
             else: result = train(config, prepared, found, run, mirror, callbacks, shown, started)

@@ -11,11 +11,13 @@ from colab_gpt2 import FinetuneConfig, finetune, mount_drive
 from colab_gpt2.core import sha256_of
 from colab_gpt2.engine.callbacks import Listener
 from colab_gpt2.engine.guards import StopOnInterrupt
+from colab_gpt2.engine.lock import this_run
 from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest, sealed
 from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
-from colab_gpt2.storage.mirror import FINISHED, FULL, HEARTBEAT, OFF, WEIGHTS, heartbeat, open_mirror
+from colab_gpt2.storage.heartbeat import heartbeat
+from colab_gpt2.storage.mirror import FINISHED, FULL, OFF, WEIGHTS, open_mirror
 from colab_gpt2.storage import targets
 from colab_gpt2.storage.targets import FolderTarget
 from helpers.toys import newest
@@ -31,8 +33,10 @@ SMALL = SimpleNamespace(parameters=1000, recipe=Recipe(1, 64))  # a checkpoint o
 @pytest.fixture(autouse=True)
 def nobody_waits(monkeypatch):
     "Passing errors are retried without a pause."
-    for module in ("colab_gpt2.storage.targets", "colab_gpt2.storage.mirror"):
-        monkeypatch.setattr(f"{module}.retried", functools.partial(room.retried, wait=0))
+    retried = functools.partial(room.retried, wait=0)
+    for module in ("targets", "heartbeat", "mirror"): monkeypatch.setattr(f"colab_gpt2.storage.{module}.retried", retried)
+    yield
+    while OPENED: OPENED.pop().pulse.end(20)
 
 
 @pytest.fixture
@@ -59,11 +63,14 @@ def my_drive(colab, monkeypatch):
     return mount_drive(colab.mountpoint)
 
 
+OPENED = []  # by a test, at whose end nothing is written any more
+
 def opened(output, *, runtime=COLAB, **changes):
     "With room for one complete checkpoint and one that arrives."
     config = FinetuneConfig(output_dir=str(output), **changes)
     mirror = open_mirror(config, dict(seed=config.seed), SMALL, runtime)
     mirror.kept = 1
+    if mirror.target: OPENED.append(mirror)
     return mirror
 
 
@@ -71,6 +78,9 @@ def copy(mirror, path):
     "Offer `path`, and wait until the thread has dealt with it."
     mirror.offer(path)
     while mirror.in_use(): time.sleep(0.002)
+
+
+def names(mirror): return [name for name in mirror.target.names() if not name.startswith("heartbeat")]
 
 
 def held(folder): return sorted(path.parent.name for path in Path(folder).rglob("whole.json"))
@@ -106,7 +116,7 @@ def test_a_fault_of_the_drive_is_told_and_the_next_checkpoint_tries_again(colab,
     copy(mirror, checkpoint(300))
     assert mirror.status().startswith("Drive: checkpoint-300, ") and told(mirror.close) == []
     assert held(colab.backing) == ["checkpoint-300"]
-    assert not list(colab.backing.rglob("*.part")) and not list(colab.backing.rglob(HEARTBEAT))
+    assert not list(colab.backing.rglob("*.part")) and not list(colab.backing.rglob("heartbeat*"))
 
 
 @pytest.mark.parametrize("fault", ["io_error", "disconnected"])
@@ -248,6 +258,53 @@ def test_what_a_lost_session_left_incomplete_is_not_resumed_and_is_removed(my_dr
     mirror.close()
 
 
+def test_what_is_out_of_sight_for_a_moment_stays_until_a_newer_one_is_complete(tmp_path, output, checkpoint,
+                                                                              monkeypatch, full):
+    "A mount that says for a while that manifests, or files, are not there."
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.kept = 2
+    for step in 100, 200: copy(mirror, checkpoint(step))
+    def blind(self, name): raise FileNotFoundError(name)
+    for blinded, full[0] in (("read", "optimizer.pt"), ("sizes", None)):
+        with monkeypatch.context() as patched:
+            patched.setattr(FolderTarget, blinded, blind)
+            copy(mirror, checkpoint(300 if full[0] else 400))
+    assert held(tmp_path/"disk") == ["checkpoint-100", "checkpoint-200", "checkpoint-400"]
+    (mirror.target.folder/"checkpoint-200"/"optimizer.pt").unlink()
+    new = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    copy(new, checkpoint(500))
+    assert held(tmp_path/"disk") == ["checkpoint-500"]
+
+
+def test_a_copy_without_its_files_is_no_spare(tmp_path, output, checkpoint):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.kept = 2
+    for step in 100, 200: copy(mirror, checkpoint(step))
+    mirror.close()
+    (mirror.target.folder/"checkpoint-200"/"model.safetensors").write_bytes(b"")
+    new = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    new.kept = 2
+    copy(new, checkpoint(300))
+    assert held(tmp_path/"disk") == ["checkpoint-100", "checkpoint-300"]
+
+
+def test_saves_in_quick_succession_leave_a_copy_that_a_drive_has_had_time_to_upload(tmp_path, output, checkpoint):
+    "And of the young ones the one that will be the next."
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.kept = 2
+    copy(mirror, checkpoint(100))
+    def later(minutes): mirror.there = {name: when - 60 * minutes for name, when in mirror.there.items()}
+    later(4)
+    for step in 101, 102: copy(mirror, checkpoint(step))
+    assert held(tmp_path/"disk") == ["checkpoint-100", "checkpoint-102"]
+    mirror.kept = 3
+    for step in 103, 104: copy(mirror, checkpoint(step))
+    assert held(tmp_path/"disk") == ["checkpoint-100", "checkpoint-102", "checkpoint-104"]
+    later(4)
+    copy(mirror, checkpoint(105))
+    assert held(tmp_path/"disk") == ["checkpoint-104", "checkpoint-105"]
+
+
 # ---- room
 
 @pytest.mark.parametrize("quota, kind, line", [
@@ -265,6 +322,39 @@ def test_room_is_told_before_the_run(colab, my_drive, output, checkpoint, quota,
     if kind != WEIGHTS: return
     with pytest.warns(UserWarning, match="has only the weights of step 100, which cannot be resumed"):
         assert mirror.newest() is None and not list(colab.backing.rglob("optimizer.pt"))
+
+
+@pytest.fixture
+def free(monkeypatch):
+    "So many bytes are free on the mirror's disk, but for what is deleted meanwhile."
+    left, discard = [10**6], targets.discard
+    def discarded(path):
+        left[0] += sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else 0
+        discard(path)
+    monkeypatch.setattr(targets, "discard", discarded)
+    monkeypatch.setattr(FolderTarget, "free", lambda self: left[0])
+    monkeypatch.setattr(targets, "check_space", lambda path, needed, what: 0 if left[0] >= needed else 1 / 0)
+    return left
+
+
+def test_where_room_is_short_the_oldest_goes_before_the_new_one_comes(tmp_path, output, checkpoint, monkeypatch, free):
+    "The newest stays until then. With one copy, and no room for another, it is said that nothing will be copied."
+    monkeypatch.setattr(room, "forecast_bytes", lambda plan: (3009, 1000, 1000))
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.kept = 3
+    for step in 100, 200: copy(mirror, checkpoint(step))
+    free[0] = 2000
+    (new := opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))).kept = 3
+    assert new.told.startswith("Each new checkpoint, about 3.0 kB, is copied")
+    with monkeypatch.context() as patched:
+        patched.setattr(new, "replaced_by", lambda *args: set())
+        copy(new, checkpoint(400))
+    assert held(tmp_path/"disk") == ["checkpoint-200", "checkpoint-400"] and new.error is None
+    new.kept = 1
+    copy(new, checkpoint(500))
+    free[0] = 900
+    assert "nothing is copied" in opened(output, runtime=HERE, mirror=str(tmp_path/"disk")).told
+    assert held(tmp_path/"disk") == ["checkpoint-500"]
 
 
 def test_adapters_need_room_for_adapters():
@@ -296,6 +386,24 @@ def test_a_full_drive_is_still_resumed_from(colab, my_drive, output, checkpoint)
     assert "nothing is copied" in mirror.told and mirror.newest().name == "checkpoint-100"
 
 
+def test_a_disk_that_is_not_mounted_is_noticed(tmp_path, output, checkpoint):
+    "Before the run a folder that is new is said; in its middle nothing is copied to this machine's disk."
+    options = dict(runtime=HERE, mirror=str(tmp_path/"usb"))
+    copy(mirror := opened(output, **options), checkpoint(100))
+    assert f"{tmp_path/'usb'} is new: if a disk is to be mounted there, stop" in mirror.told
+    assert "is new" not in opened(output, **options).told
+    (tmp_path/"usb").rename(tmp_path/"unplugged")
+    for there in False, True:
+        if there: (tmp_path/"usb").mkdir()  # where it was mounted
+        copy(mirror, checkpoint(200 + there))
+        assert "failed (No such device)" in mirror.status() and held(tmp_path/"usb") == []
+    assert "its disk has gone" not in mirror.status() and "disk" in room.reason(mirror.error[1])
+    (tmp_path/"usb").rmdir()
+    (tmp_path/"unplugged").rename(tmp_path/"usb")
+    copy(mirror, checkpoint(300))
+    assert held(tmp_path/"usb") == ["checkpoint-300"]
+
+
 def test_an_output_folder_on_the_drive_needs_no_mirror(my_drive):
     assert opened(my_drive/"gpt2-tuned").target is None
 
@@ -314,17 +422,86 @@ def another(**changes): return {**heartbeat(120), "machine": "vm-1", "boot": "",
 
 def test_two_machines_do_not_train_one_run(tmp_path, output, checkpoint):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
-    mirror.target.write(HEARTBEAT, json.dumps(another(process=4711)))
+    mirror.target.write("heartbeat.json", json.dumps(another(process=4711)))
     with pytest.raises(BlockingIOError, match="by process 4711 on vm-1: at step 120 .* ago.*mirror='off'"):
         opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     opened(output, runtime=HERE, mirror=str(tmp_path/"disk"), seed=7)  # another run
 
 
+def elsewhere(monkeypatch, pulse):
+    "`pulse` is of another machine from here on."
+    monkeypatch.setattr(pulse, "who", {**pulse.who, "machine": "vm-1"})
+    pulse.write()
+
+
+def test_of_two_machines_that_begin_at_once_the_later_one_is_refused_or_copies_nothing(tmp_path, output, checkpoint,
+                                                                                       monkeypatch):
+    "It may not see the other until it trains, or has trained for a while. The earlier one goes on."
+    options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
+    first, second = opened(output, **options), opened(output, **options)
+    elsewhere(monkeypatch, first.pulse)
+    with pytest.raises(BlockingIOError, match="being trained now, by process .* on vm-1"):
+        second.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    copy(second, checkpoint(200))
+    assert "checkpoint-200 failed (This run is being trained now" in second.status() and names(second) == []
+    elsewhere(monkeypatch, second.pulse)
+    first.pulse.who["machine"] = this_run()["machine"]
+    first.on_train_begin(None, SimpleNamespace(global_step=0), None)
+    copy(first, checkpoint(100))
+    assert held(tmp_path/"disk") == ["checkpoint-100"] and first.error is None
+
+
+def test_a_run_can_be_seen_from_when_its_mirror_is_open_until_it_is_closed(tmp_path, output, monkeypatch):
+    "Loading, evaluating and probing come before the training."
+    options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
+    first = opened(output, **options)
+    elsewhere(monkeypatch, first.pulse)
+    with pytest.raises(BlockingIOError, match="by process .* on vm-1"): opened(output, **options)
+    assert [name for name in first.target.names() if name.startswith("heartbeat")] == [first.pulse.name]
+    first.close()
+    assert first.target.names() == []
+    opened(output, **options)
+
+
+def test_a_heartbeat_that_cannot_be_read_for_a_moment_counts(tmp_path, output, monkeypatch):
+    options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
+    first = opened(output, **options)
+    elsewhere(monkeypatch, first.pulse)
+    errors, read = [OSError(5, "Input/output error"), ""], FolderTarget.read
+    def fails(self, name):
+        if errors and isinstance(error := errors.pop(0), OSError): raise error
+        return read(self, name) if not errors else ""  # it is just being written
+    monkeypatch.setattr(FolderTarget, "read", fails)
+    with pytest.raises(BlockingIOError): opened(output, **options)
+
+
+def test_containers_of_one_host_are_told_apart(tmp_path, output):
+    "They know the same start of the machine, and each counts its processes from 1."
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    for changes in dict(machine="a"), dict(numbers="a"), dict(machine="a", process=999_999_999):
+        mirror.target.write("heartbeat.json", json.dumps({**heartbeat(120), **changes}))
+        with pytest.raises(BlockingIOError): opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+
+
+def test_another_machine_that_removes_what_is_on_its_way_leaves_the_older_one(tmp_path, output, checkpoint, monkeypatch):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    copy(mirror, checkpoint(100))
+    check_sizes = targets.check_sizes
+    def removed(*args):
+        check_sizes(*args)
+        mirror.target.remove(".new-checkpoint-200")
+    with monkeypatch.context() as patched:
+        patched.setattr(targets, "check_sizes", removed)
+        copy(mirror, checkpoint(200))
+    assert "checkpoint-200 failed" in mirror.status() and names(mirror) == held(tmp_path/"disk") == ["checkpoint-100"]
+
+
 def test_the_last_sign_of_a_lost_machine_is_told(tmp_path, output):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.close()
     assert mirror.before_end("2026-11-28T20:00:00Z") == ""
     ended = datetime(2026, 11, 28, 20, 2, 30, tzinfo=timezone.utc).timestamp()
-    mirror.target.write(HEARTBEAT, json.dumps(another(time=ended)))
+    mirror.target.write("heartbeat.json", json.dumps(another(time=ended)))
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     said = mirror.before_end("2026-11-28T20:00:00Z")
     assert said == "Your last session saved this 2 minutes before it ended." and mirror.before_end("") == ""
@@ -340,21 +517,24 @@ def test_a_long_name_of_an_output_folder_fits(tmp_path, checkpoint):
 @pytest.mark.parametrize("text", ["", "[]", "nonsense", '{"time": null}', '{"time": "yesterday", "machine": 3}'])
 def test_a_damaged_heartbeat_is_none(tmp_path, output, text):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
-    mirror.target.write(HEARTBEAT, text)
+    mirror.close()
+    mirror.target.write("heartbeat.json", text)
     assert opened(output, runtime=HERE, mirror=str(tmp_path/"disk")).lost is None
 
 
-def test_heartbeats_are_written_while_a_copy_is_on_its_way(tmp_path, output, checkpoint, monkeypatch):
+def test_heartbeats_are_written_while_a_copy_hangs(tmp_path, output, checkpoint, monkeypatch):
+    "A sync, or an upload to the Hub, may take longer than another machine waits for a sign of life."
+    monkeypatch.setattr(FolderTarget, "beats", 0.01)
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
-    seen, write = [], mirror.target.write
-    def written(name, text):
-        seen.append(json.loads(text)["step"])
-        write(name, text)
-    monkeypatch.setattr(mirror.target, "write", written)
-    mirror.target.beats, mirror.step = 0, 7
+    go_on, mirror.pulse.step = hanging(mirror, monkeypatch), 7
     mirror.offer(checkpoint(100))
+    file, until, seen = mirror.target.folder/mirror.pulse.name, time.monotonic() + 20, set()
+    while len(seen) < 3 and time.monotonic() < until:
+        if (text := file.read_text()) and json.loads(text)["step"] == 7: seen.add(text)
+    assert len(seen) == 3 and mirror.in_use()
+    go_on.set()
     mirror.close()
-    assert len(seen) > 4 and set(seen) == {7}
+    assert names(mirror) == mirror.target.names() == ["checkpoint-100"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json"])
@@ -372,8 +552,19 @@ def test_a_damaged_file_is_named_and_the_next_checkpoint_taken(tmp_path, output,
     with pytest.warns(UserWarning, match="checkpoint-200 in .* is skipped") as caught:
         restored = new.restore(new.newest(), tmp_path/"new machine"/"gpt2-tuned")
     assert restored.name == "checkpoint-100" and check_intact(restored) and len(caught) == 1
+    assert new.status().startswith("mirror: checkpoint-100, ")
     assert read_manifest(restored) == read_manifest(output/"checkpoint-100")
     if name != "whole.json": assert name in str(caught[0].message)
+
+
+def test_what_is_here_is_not_replaced_by_an_older_one(tmp_path, output, checkpoint):
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    mirror.kept = 3
+    for step in (100, 200, 300): copy(mirror, checkpoint(step))
+    (mirror.target.folder/"checkpoint-300"/"optimizer.pt").write_bytes(b"Moments")
+    with pytest.warns(UserWarning, match="checkpoint-300 in .* is skipped"):
+        assert mirror.restore(mirror.newest(), tmp_path/"new", above=200) is None
+    assert not (tmp_path/"new"/"checkpoint-200").exists()
 
 
 def test_where_nothing_is_intact_the_run_begins_again(tmp_path, output, checkpoint):
@@ -415,61 +606,69 @@ def test_a_finished_model_takes_the_place_of_the_checkpoints(tmp_path, output, c
     files = finish(output)
     (output/"notes.txt").write_text("of the user")
     copy(mirror, output)
-    assert mirror.target.names() == ["checkpoint-300", FINISHED, HEARTBEAT] and told(mirror.close) == []
+    assert names(mirror) == ["checkpoint-300", FINISHED] and told(mirror.close) == []
     new = opened(tmp_path/"new"/"gpt2-tuned", runtime=HERE, mirror=str(tmp_path/"disk"))
     assert new.restore(new.newest(), tmp_path/"new"/"gpt2-tuned") == tmp_path/"new"/"gpt2-tuned"
     assert tree(tmp_path/"new"/"gpt2-tuned") == files
     copy(new, tmp_path/"new"/"gpt2-tuned")
-    assert new.target.names() == [FINISHED, HEARTBEAT] and told(new.close) == []
+    assert names(new) == [FINISHED] and told(new.close) == []
 
 
-def test_a_session_that_ends_between_a_record_and_its_manifest_leaves_the_model(tmp_path, output, checkpoint):
+@pytest.fixture
+def full(monkeypatch):
+    "With `full[0]` set to a file's name, there is no room when that one is copied."
+    at, copy_once = [None], targets.copy_once
+    def copying(source, destination, report):
+        if source.name == at[0]: raise OSError(28, "No space left on device")
+        return copy_once(source, destination, report)
+    monkeypatch.setattr(targets, "copy_once", copying)
+    return at
+
+
+def test_a_finished_model_stays_until_its_successor_is_complete(tmp_path, output, checkpoint, full):
+    "Evaluated in another way, its record differs."
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     checkpoint(300)
     finish(output)
     copy(mirror, output)
-    mirror.target.write(f"{FINISHED}/finetune.json", newer := sealed(dict(steps=301)))
-    assert mirror.restore(mirror.newest(), tmp_path/"new") and (tmp_path/"new/finetune.json").read_text() == newer
-    mirror.target.write(f"{FINISHED}/finetune.json", newer[:-9])
-    with pytest.warns(UserWarning, match="finished .* is skipped: finetune.json is"):
-        assert mirror.restore(mirror.newest(), tmp_path/"new") is None
+    before = tree(mirror.target.path(FINISHED))
+    (output/"finetune.json").write_text(json.dumps(json.loads((output/"finetune.json").read_text()) | dict(steps=301)))
+    for full[0] in "model.safetensors", "finetune.json", "whole.json":
+        copy(mirror, output)
+        assert tree(mirror.target.path(FINISHED)) == before and names(mirror) == [FINISHED]
+    full[0] = None
+    copy(mirror, output)
+    assert json.loads(mirror.target.read(f"{FINISHED}/finetune.json"))["steps"] == 301 and names(mirror) == [FINISHED]
 
 
-def test_a_finished_model_stays_while_only_its_record_is_copied_again(tmp_path, output, checkpoint, monkeypatch):
-    "Evaluated in another way, only finetune.json differs. A copy that fails leaves what was complete."
+def test_a_copy_of_the_same_name_that_fails_leaves_what_was_there(tmp_path, output, checkpoint, full):
+    "As where a run begins again and reaches the step of the copy: the status is true."
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
-    checkpoint(300)
-    finish(output)
-    copy(mirror, output)
-    result = json.loads((output/"finetune.json").read_text())
-    (output/"finetune.json").write_text(json.dumps(result | dict(steps=301)))
-    copied, copy_once = [], targets.copy_once
-    def fails(source, destination, report):
-        copied.append(source.name)
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(targets, "copy_once", fails)
-    copy(mirror, output)
-    assert copied == ["finetune.json"] and held(tmp_path/"disk") == [FINISHED]
-    there = {path.name for path in mirror.target.path(FINISHED).iterdir()}
-    assert there == {"whole.json", *mirror.newest().manifest["files"]}
-    monkeypatch.setattr(targets, "copy_once", copy_once)
-    copy(mirror, output)
-    assert json.loads(mirror.target.read(f"{FINISHED}/finetune.json"))["steps"] == 301
+    copy(mirror, path := checkpoint(300))
+    before = tree(mirror.target.path("checkpoint-300"))
+    (path/"model.safetensors").write_bytes(b"301" * 1000)
+    write_manifest(path, {})
+    full[0] = "optimizer.pt"
+    copy(mirror, path)
+    assert tree(mirror.target.path("checkpoint-300")) == before and names(mirror) == ["checkpoint-300"]
+    assert "checkpoint-300 failed (No space" in mirror.status() and "; checkpoint-300, 0 seconds ago" in mirror.status()
+    full[0] = None
+    copy(mirror, path)
+    assert mirror.newest().manifest == read_manifest(path) and mirror.error is None
 
 
-def test_a_checkpoint_that_is_half_replaced_counts_as_none(tmp_path, output, checkpoint, monkeypatch):
+def test_a_session_that_ends_while_a_complete_copy_takes_its_place_loses_none(tmp_path, output, checkpoint, monkeypatch):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     copy(mirror, path := checkpoint(300))
     (path/"model.safetensors").write_bytes(b"301" * 1000)
-    (path/"optimizer.pt").write_bytes(b"other moments")
     write_manifest(path, {})
-    copy_once = targets.copy_once
-    def fails(source, destination, report):
-        if source.name == "optimizer.pt": raise OSError(28, "No space left on device")
-        return copy_once(source, destination, report)
-    monkeypatch.setattr(targets, "copy_once", fails)
-    copy(mirror, path)
-    assert held(tmp_path/"disk") == [] and "checkpoint-300 failed" in mirror.status()
+    def ends(*args): raise OSError(5, "Input/output error")
+    with monkeypatch.context() as patched:
+        patched.setattr(targets.os, "rename", ends)
+        copy(mirror, path)
+        assert names(mirror) == [".new-checkpoint-300"] and "checkpoint-300 failed" in mirror.status()
+    new = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    assert new.newest().manifest == read_manifest(path) and names(new) == ["checkpoint-300"]
 
 
 def test_after_a_second_signal_no_copy_is_waited_for(colab, my_drive, output, checkpoint, monkeypatch):
@@ -496,7 +695,7 @@ def test_beginning_again_replaces_what_is_there_once_something_new_is_complete(t
     mirror.close()
     again = opened(output, overwrite_output_dir=True, **options)
     (output/"finetune.json").unlink()
-    assert again.newest() is None and again.target.names() == ["checkpoint-300", FINISHED]
+    assert again.newest() is None and names(again) == ["checkpoint-300", FINISHED]
     copy(again, checkpoint(100))
     assert held(tmp_path/"disk") == ["checkpoint-100"]
     again.close()
@@ -549,14 +748,43 @@ def test_the_hub_is_told_in_a_word_and_its_token_never(hub, output, checkpoint, 
                                                            *tree(output).values()])
 
 
-def test_a_public_repository_gets_no_checkpoints(hub, output, checkpoint):
+def test_a_repository_that_cannot_serve_is_refused_before_the_run(hub, output):
+    "A public one; and one that the user has already: what is replaced leaves its history, and all of that would go."
+    hub.add("models", "me/checkpoints", {".gitattributes": b"", "README.md": b"my work", "thesis.bin": b"..."})
+    with pytest.raises(ValueError, match="mirror hub:me/checkpoints has README.md, which is not of a run"):
+        opened(output, **ON_HUB)
     hub.private = False
-    mirror = opened(output, **ON_HUB)
-    copy(mirror, checkpoint(100))
-    assert "is public" in mirror.status() and hub.repos["models", "me/checkpoints"] == {}
-    with pytest.warns(UserWarning, match="Not copied to .*: checkpoint-100"): mirror.close()
+    with pytest.raises(ValueError, match="mirror hub:me/checkpoints is public"): opened(output, **ON_HUB)
     with pytest.raises(ValueError, match="mirror is 'hub:checkpoints'; a repository is given as hub:USER/NAME"):
         opened(output, runtime=HERE, mirror="hub:checkpoints")
+    assert len(hub.repos["models", "me/checkpoints"]) == 3
+
+
+def test_what_is_put_into_the_repository_in_mid_run_keeps_its_history(hub, output, checkpoint):
+    mirror = opened(output, **ON_HUB)
+    copy(mirror, checkpoint(100))
+    hub.repos["models", "me/checkpoints"]["README.md"] = b"my work"
+    copy(mirror, checkpoint(200))
+    assert names(mirror) == ["checkpoint-200"] and not any("squash" in path for path in hub.paths("POST"))
+
+
+@pytest.mark.parametrize("account, who", [(None, "you are not signed in"), ("someone", "you are signed in as someone")])
+def test_who_is_not_signed_in_is_told_so_and_not_that_nothing_is_there(hub, output, checkpoint, account, who):
+    first = opened(output, **ON_HUB)
+    copy(first, checkpoint(100))
+    first.close()
+    hub.account = account
+    if account: hub.repos.clear()  # a stranger is told 'not found'
+    mirror = opened(output, **ON_HUB)
+    assert mirror.told.startswith("Nothing can be copied to hub:me/checkpoints now") and who in mirror.told
+    with pytest.warns(UserWarning, match=f"Nothing is resumed from hub:me/checkpoints.*{who}"):
+        assert mirror.newest() is None
+
+
+def test_a_repository_of_an_organisation_is_made_too(hub, output, checkpoint):
+    mirror = opened(output, runtime=HERE, mirror="hub:Our-Lab/checkpoints")
+    copy(mirror, checkpoint(100))
+    assert mirror.status().startswith("Hub: checkpoint-100, ")
 
 
 # ---- runs
@@ -703,4 +931,4 @@ def test_a_run_goes_on_whatever_the_drive_does(colab, my_drive, job, tmp_path, m
         assert (f"checkpoint-{step} failed" in status) == (step not in (9, 10, 11, 13))
     [said] = [text for text in result["told"] if "Drive" in text]
     assert said.startswith("Each new checkpoint, about ") and "is copied to the Drive during the training; " in said
-    assert held(colab.backing) in [[f"checkpoint-{n}", FINISHED] for n in (13, 14)]  # the model may overtake
+    assert held(colab.backing) == ["checkpoint-9", FINISHED]  # the first that arrived: Drive may have uploaded it

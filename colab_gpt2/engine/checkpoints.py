@@ -77,11 +77,6 @@ def unsealed(text, name=MANIFEST) -> dict:
         if (facts := json.loads(text)).pop("checksum") == _checksum(facts): return facts
     raise ValueError(f"{name} is corrupted")
 
-def is_sealed(path) -> bool:
-    "Whether the file `path` is `sealed`, and intact."
-    try: return bool(unsealed(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError): return False
-
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
 def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, **how):
     """List the files of a complete checkpoint, with the fingerprint of its `run` (names to plain values), its `step` of
@@ -98,11 +93,14 @@ def check_complete(folder) -> dict:
     try:
         with explained(f"Reading {path}"): text = retried(path.read_bytes, may_pass)
     except (FileNotFoundError, NotADirectoryError): raise ValueError(f"it has no {MANIFEST}") from None
-    manifest, there = unsealed(text), list_files(folder)
+    check_sizes(manifest := unsealed(text), list_files(folder))
+    return manifest
+
+def check_sizes(manifest, there):
+    "ValueError if a file of the `manifest` is not `there` (name to bytes) in full size."
     for name, size in manifest["files"].items():
         if name not in there: raise ValueError(f"{name} is missing")
         if there[name] != size: raise ValueError(f"{name} has {there[name]:,} of {size:,} bytes")
-    return manifest
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a81
 def check_intact(folder, report=None) -> dict:

@@ -6,18 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/storage/53_mirror.ipynb #069e0785
-import calendar, contextlib, errno, hashlib, json, math, os, re, sys, threading, time, warnings
+import contextlib, errno, hashlib, json, math, os, re, sys, threading, time, warnings
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from ..core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
-from ..engine.checkpoints import MANIFEST, list_files, new_checkpoint, read_manifest, sealed, is_sealed
-from ..engine.lock import is_running, this_run
+from ..engine.checkpoints import MANIFEST, list_files, new_checkpoint, read_manifest, sealed
 from ..errors import ADVICE, Sentence, about, errno_of, explained, may_pass, shortened
 from ..reporting import silent
 from ..runtime import drive_path, my_drive
-from .targets import FINISHED, NAMES, Entry, FolderTarget, HubTarget, read_entry
+from .heartbeat import Heartbeat, moment, spoken
+from .targets import FINISHED, NAMES, NEW, Entry, FolderTarget, HubTarget, complete_entry
 
 # %% ../../nbs/storage/53_mirror.ipynb #2f9face2
 NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin"
@@ -45,11 +45,12 @@ def forecast_bytes(plan) -> tuple:
 # %% ../../nbs/storage/53_mirror.ipynb #4b013e0a
 OFF, WEIGHTS, FULL = range(3)  # how much of a checkpoint is copied
 
-def what_fits(plan, free, held=0) -> tuple:
-    "(OFF, WEIGHTS or FULL, how many to keep) with `free` bytes, and `held` ones of this run that new ones replace."
+def what_fits(plan, free, held=0, spare=0) -> tuple:
+    """(OFF, WEIGHTS or FULL, how many to keep) with `free` bytes, and `held` ones of this run that new ones replace;
+    `spare` ones of them may go before a new one has arrived."""
     checkpoint, weights, _ = forecast_bytes(plan)  # the finished model has its own turn, and a warning if it fails
-    if free + held >= 2 * checkpoint: return FULL, 2 if free + held >= 3 * checkpoint else 1
-    return (WEIGHTS if free + held >= 2 * weights else OFF), 1
+    def fit(size): return max(0, min((free + held) / size - 1, 3)) if free + spare >= size else 0
+    return (FULL, int(fit(checkpoint))) if fit(checkpoint) >= 1 else (WEIGHTS if fit(weights) >= 1 else OFF, 1)
 
 # %% ../../nbs/storage/53_mirror.ipynb #4c337429
 TOLD = {
@@ -65,33 +66,6 @@ def fit_told(plan, free, kind, where) -> Sentence:
     room = f"; {human_bytes(free)} are free there" if free < math.inf else ""
     return Sentence(TOLD[kind], checkpoint=checkpoint, weights=weights, free=human_bytes(free), where=where, room=room)
 
-# %% ../../nbs/storage/53_mirror.ipynb #dac2c670
-def moment(saved) -> int:
-    "The time in a manifest, as `time.time` has it."
-    return calendar.timegm(time.strptime(saved, "%Y-%m-%dT%H:%M:%SZ"))
-
-def spoken(seconds) -> str:
-    "A time as it is said: '2 minutes'."
-    for unit, length in dict(hour=3600, minute=60, second=1).items():
-        if (n := int(seconds // length)) or length == 1: return f"{n} {unit}{'s' * (n != 1)}"
-
-# %% ../../nbs/storage/53_mirror.ipynb #bd73d4e0
-HEARTBEAT = "heartbeat.json"
-
-def heartbeat(step) -> dict:
-    "Who trains, and how far it is."
-    return this_run() | dict(time=time.time(), step=step)
-
-def check_alone(last, target):
-    "BlockingIOError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
-    own, due = heartbeat(0), min(last["time"] + target.beats, time.time())
-    if all(last[name] == own[name] for name in ("boot", "process")) or not is_running(last, due, False): return
-    told = ("This run is being trained now, by process {process} on {machine}: at step {step} {age} ago. Two would "
-            "spoil each other's copies in {where}. Stop the other one, or wait {wait} if it was lost; for a run of its "
-            "own set {mirror=off}.")
-    age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120 + 59)  # in whole minutes
-    raise BlockingIOError(Sentence(told, **{**last, "age": age}, where=target.called, wait=wait))
-
 # %% ../../nbs/storage/53_mirror.ipynb #9df8c2fc
 def reason(error) -> str:
     "What happened, and what to do."
@@ -103,6 +77,11 @@ def short(error) -> str:
     return "not mounted" if number == errno.ENOTCONN else os.strerror(number) if number else shortened(str(error), 60)
 
 class Damaged(Exception): "Files of an entry are missing or have changed."
+
+def since(entry) -> float:
+    "When it was saved, by time.monotonic; long ago where that is not known."
+    saved = entry.manifest.get("saved")
+    return time.monotonic() - max(0, time.time() - moment(saved)) if saved else -math.inf
 
 # %% ../../nbs/storage/53_mirror.ipynb #b6c49de0
 def tell_of_weights(target, entry):
@@ -116,15 +95,25 @@ class Stored:
     "What a `target` holds of one run. `afresh`: what earlier sessions left is not resumed, but replaced."
     def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
         self.target, self.kind, self.kept, self.afresh = target, kind, kept, afresh
-        self.skipped, self.damaged, self.mine = set(), set(), set()  # names of entries
+        self.skipped, self.damaged, self.mine, self.seen = set(), set(), set(), set()  # names of entries
+        self.there = {}  # name to the time since which the target has it, by time.monotonic; replaced, never changed
 
     def entries(self) -> tuple:
-        "(complete entries, newest first; names of the others)"
-        complete, others = [], []
-        for name in filter(NAMES.fullmatch, retried(self.target.names, may_pass)):
-            try: complete.append(read_entry(name, retried(lambda: self.target.read(f"{name}/{MANIFEST}"), may_pass)))
-            except (FileNotFoundError, NotADirectoryError, ValueError): others.append(name)
+        "(complete entries, newest first; names of the others, and what is wrong with them)"
+        complete, others = [], {}
+        for name in retried(self.target.names, may_pass):
+            if not NAMES.fullmatch(name.removeprefix(NEW)): continue
+            try: complete.append(complete_entry(self.target, name))
+            except ValueError as e: others[name] = e
+        self.seen |= {entry.name for entry in complete}
+        self.there = {e.name: self.there.get(e.name, since(e)) for e in complete if e.name not in self.skipped}
         return sorted(complete, key=lambda entry: entry.step, reverse=True), others
+
+    @property
+    def here(self):
+        "(name of the last that has arrived, since when); None without, or where it is not known."
+        name, when = max(self.there.items(), key=lambda item: item[1], default=("", -math.inf))
+        return (name, when) if when > -math.inf else None
 
     def newest(self) -> Entry | None:
         "What to resume, or the finished model; with a warning for what is there and cannot be used."
@@ -132,13 +121,15 @@ class Stored:
         try: complete, others = self.entries()
         except OSError as e:
             return warnings.warn(f"Nothing is resumed from {self.target.called}, which cannot be read: {reason(e)}")
-        for name in set(others) - self.skipped: self.skip(name, "it is incomplete")
+        for name in others.keys() - self.skipped:
+            if NAMES.fullmatch(name): self.skip(name, others[name])
         there = [entry for entry in complete if entry.name not in self.skipped]
         if there and all(entry.name.startswith("weights") for entry in there): tell_of_weights(self.target, there[0])
         return next((entry for entry in there if not entry.name.startswith("weights")), None)
 
     def skip(self, name, why):
         self.skipped.add(name)
+        self.there = {each: when for each, when in self.there.items() if each != name}
         warnings.warn(f"{name} in {self.target.called} is skipped: {why}.", stacklevel=4)
 
     def fetch(self, entry, output_dir, report) -> Path:
@@ -147,8 +138,7 @@ class Stored:
         place = output_dir if entry.name == FINISHED else output_dir/entry.name
         with atomic(place, folder=True) if entry.name == FINISHED else new_checkpoint(place) as folder:
             def told(what, done, total): report(f"Restoring {entry.name}: {what}", done, total)
-            damaged = self.target.fetch(entry, folder, told)  # a session may end between a record and the manifest
-            if damaged := [name for name in damaged if not is_sealed(folder/name)]: raise Damaged(", ".join(damaged))
+            if damaged := self.target.fetch(entry, folder, told): raise Damaged(", ".join(damaged))
             if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
         return place
 
@@ -168,9 +158,9 @@ def other_runs(target) -> list:
 # %% ../../nbs/storage/53_mirror.ipynb #1cc3f64b
 class Kept(Stored):
     "Restores entries, and replaces them."
-    def restore(self, entry, output_dir, report=silent) -> Path | None:
-        "Fetch `entry`, or the newest below it that is intact, into the output folder; None where none is."
-        while entry:
+    def restore(self, entry, output_dir, report=silent, above=-1) -> Path | None:
+        "Fetch `entry`, or the newest below it that is intact, of a step `above`, into the output folder; None without."
+        while entry and entry.step > above:
             try: return self.fetch(entry, Path(output_dir), report)
             except Damaged as e:
                 self.damaged.add(entry.name)
@@ -181,17 +171,39 @@ class Kept(Stored):
                 self.skip(entry.name, reason(e))
             entry = self.newest()
 
+    def remove(self, name):
+        self.target.remove(name)
+        self.there = {each: when for each, when in self.there.items() if each != name}
+
     def put(self, path, report) -> Entry:
         "Copy a checkpoint, or a finished run, unless it is there; then remove what it replaces."
+        self.target.recover()
         entry, (complete, others) = entry_of(path, self.kind == WEIGHTS), self.entries()
-        for name in others: self.target.remove(name)  # of a lost session, or of an attempt that failed
-        if entry.name in self.damaged: self.target.remove(entry.name)
-        if entry not in complete or entry.name in self.damaged: self.target.put(entry, path, report)
+        if entry not in complete or entry.name in self.damaged:
+            self.make_room(entry, complete, others)
+            self.target.put(entry, path, report)
+            self.there = {**self.there, entry.name: time.monotonic()}
         self.mine.add(entry.name)
-        self.damaged.discard(entry.name)
+        self.seen.add(entry.name)
+        for names in self.damaged, self.skipped: names.discard(entry.name)
         with contextlib.suppress(OSError):  # the next one tries again
-            for name in self.replaced_by(entry, complete): self.target.remove(name)
+            for name in self.replaced_by(entry, complete) | others.keys() - self.seen: self.remove(name)
         return entry
+
+    def may_go(self, complete) -> list:
+        "Of complete entries, newest first, all but the newest that can be resumed; the oldest first."
+        usable = [e for e in complete if e.name not in self.damaged and not e.name.startswith("weights")]
+        return [e for e in reversed(complete) if e not in (usable or complete)[:1]]
+
+    def make_room(self, entry, complete, others):
+        "Where `entry` does not fit beside all that is there, what is of no use goes now, and then the oldest."
+        if self.target.free() >= entry.bytes: return
+        for name in [name for name in others if name not in self.seen]: self.remove(name)
+        lack = entry.bytes - self.target.free()
+        for old in self.may_go(complete):
+            if lack <= 0: return
+            self.remove(old.name)
+            lack -= old.bytes
 
     def replaced_by(self, entry, complete) -> set:
         "The names of what may go now."
@@ -200,13 +212,19 @@ class Kept(Stored):
         older = [e for e in others if e.step < entry.step and e.name.startswith(kinds)]
         former = [e for e in others if self.afresh and e.name not in self.mine]
         kept = self.kept - 1 if entry.name != FINISHED else entry not in complete  # Drive may upload the model late
-        return {e.name for e in older[kept:] + former} | self.damaged
+        return {e.name for e in older + former} - self.spares(older, former, kept) | self.damaged
+
+    def spares(self, older, former, kept) -> set:
+        "Of `older`, newest first, what a Drive has had the time to upload, and what will be uploaded next."
+        names = [e.name for e in older if e not in former and e.name not in self.damaged]
+        young = [n for n in names if self.there.get(n, -math.inf) > time.monotonic() - self.target.uploads]
+        return {*[*[n for n in names if n not in young][:1], *young[-1:]][:kept]}
 
 # %% ../../nbs/storage/53_mirror.ipynb #b33b5364
 class Newest:
-    "A daemon thread that calls `work(item)` with the newest item, and `beat()` every so many seconds in between."
-    def __init__(self, work, beat, seconds):
-        self.work, self.beat, self.seconds = work, beat, seconds
+    "A daemon thread that calls `work(item)` with the newest item."
+    def __init__(self, work):
+        self.work = work
         self.current = self.pending = self.thread = None
         self.ending, self.changed = False, threading.Condition()
 
@@ -221,19 +239,16 @@ class Newest:
 
     def next(self):
         with self.changed:
-            self.changed.wait_for(lambda: self.pending or self.ending, self.seconds)
+            self.changed.wait_for(lambda: self.pending or self.ending)
             self.current, self.pending = self.pending, None
             return self.current
 
     def run(self):
         with contextlib.suppress(OSError):  # on Linux this is the thread's own priority: the training goes first
             if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, 0, 10)
-        while True:
-            self.beat()
-            if item := self.next():
-                self.work(item)
-                self.set(current=None)
-            elif self.ending: return self.beat(last=True)
+        while item := self.next():
+            self.work(item)
+            self.set(current=None)
 
     def items(self) -> list:
         "What it works on, and what is next."
@@ -249,8 +264,8 @@ class Copying(Kept):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.step, self.error, self.here, self.beaten, self.stopped = 0, None, None, -math.inf, False
-        self.queue = Newest(self.work, self.beat, getattr(self.target, "beats", 30))
+        self.error, self.stopped, self.queue = None, False, Newest(self.work)
+        self.pulse = self.target and Heartbeat(self.target)
         self.began(1)
 
     def began(self, size):  # each byte is written, and read back
@@ -258,24 +273,18 @@ class Copying(Kept):
 
     def share(self): return min(1, (self.before + self.done) / self.total)
 
-    def beat(self, last=False):
-        "A heartbeat, unless one is recent; none after the `last`. A Drive that fails is heard of when it is copied to."
-        if self.stopped or not last and time.monotonic() - self.beaten < self.target.beats: return
-        self.beaten = time.monotonic()
-        with contextlib.suppress(Exception):
-            self.target.remove(HEARTBEAT) if last else self.target.write(HEARTBEAT, json.dumps(heartbeat(self.step)))
-
     def report(self, what, done, total):
         if self.stopped: raise Stopped("nobody waited for it")
         if what != self.what: self.what, self.before = what, self.before + self.done
         self.done, self.moved = done, time.monotonic()
-        self.beat()
 
     def work(self, path):
         begun = time.monotonic()
         try:
             self.began(sum(list_files(path).values()))
-            self.here, self.error = (self.put(path, self.report).name, time.monotonic()), None
+            self.pulse.look()
+            self.put(path, self.report)
+            self.error = None
             self.took = time.monotonic() - begun
         except Exception as e: self.error = path, e  # whatever it is, the training goes on
 
@@ -310,9 +319,14 @@ class Mirror(Copying, TrainerCallback):
     "Copies each new checkpoint to the `target`; without one it does nothing. `told` says what is copied where."
     told, lost = "", None  # the last heartbeat of a session that was lost
 
-    def on_train_begin(self, args, state, control, **kwargs): self.start()
+    def on_train_begin(self, args, state, control, **kwargs):
+        "Minutes after it was opened: another machine that began in the same moment can be seen now."
+        try: self.pulse and self.pulse.look()
+        except OSError as e:  # what fails on a Drive is heard of when it is copied to
+            if isinstance(e, BlockingIOError): raise
 
-    def on_step_end(self, args, state, control, **kwargs): self.step = state.global_step
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.pulse: self.pulse.step = state.global_step
 
     def on_save(self, args, state, control, **kwargs):
         self.offer(Path(args.output_dir)/f"checkpoint-{state.global_step}")
@@ -342,7 +356,10 @@ class Mirror(Copying, TrainerCallback):
 
     def close(self, report=silent, seconds=600, still=None):
         "Wait for what is still on its way, and say in a warning what did not arrive."
-        if self.queue.thread and not self.stopped: wait_for(self, report, seconds, still or self.target.still)
+        try:
+            if self.queue.thread and not self.stopped: wait_for(self, report, seconds, still or self.target.still)
+        finally:
+            if self.pulse: self.pulse.end(min(seconds, 10))
 
     def before_end(self, saved) -> str:
         "How long before its end the last session saved what has this time in its manifest; '' where unknown."
@@ -381,26 +398,22 @@ def run_name(output_dir, fingerprint) -> str:
     digest = hashlib.sha256(json.dumps(plain(fingerprint), sort_keys=True).encode()).hexdigest()
     return f"{Path(output_dir).absolute().name[:60]}-{digest[:8]}"  # a name has 255 bytes at most
 
-# %% ../../nbs/storage/53_mirror.ipynb #9f01981b
-def last_heartbeat(target):
-    "Of a session that trained this run and did not end it; None without one."
-    try:
-        own, found = heartbeat(0), json.loads(target.read(HEARTBEAT))
-        return {name: type(value)(found.get(name, value)) for name, value in own.items()}
-    except (OSError, ValueError, TypeError, AttributeError): return None  # none, or a damaged one
-
 # %% ../../nbs/storage/53_mirror.ipynb #46d12443
-def fit(mirror, plan) -> Mirror:
-    "Decide by the room on the target what is copied of a run; `told` says it."
+def fit(mirror, plan, failed=None) -> Mirror:
+    "Decide by the room on the target what is copied of a run; `told` says it, or what has `failed` there already."
     target = mirror.target
-    try: (complete, _), free = mirror.entries(), retried(target.free, may_pass)
+    try:
+        with contextlib.suppress(OSError): target.recover()
+        (complete, _), free = mirror.entries(), retried(target.free, may_pass)
+        spare = sum(entry.bytes for entry in mirror.may_go(complete))
+        kind, kept = what_fits(plan, free, sum(entry.bytes for entry in complete), spare)
+        if failed and kind != OFF: raise failed
     except OSError as e:
         mirror.told = f"Nothing can be copied to {target.called} now; each new checkpoint tries again: {reason(e)}"
         return mirror
-    mirror.kind, mirror.kept = what_fits(plan, free, sum(entry.bytes for entry in complete))
-    mirror.told = fit_told(plan, free, mirror.kind, target.called)
-    for entry in [entry for entry in complete if "saved" in entry.manifest][:1]:
-        mirror.here = entry.name, time.monotonic() - max(0, time.time() - moment(entry.manifest["saved"]))
+    mirror.kind, mirror.kept, told = kind, kept, fit_told(plan, free, kind, target.called)
+    mirror.told = Sentence("{told} {top} is new: if a disk is to be mounted there, stop, and mount it first.",
+                           told=told, top=target.root) if target.new else told
     return mirror
 
 # %% ../../nbs/storage/53_mirror.ipynb #ea0de90a
@@ -415,6 +428,10 @@ def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
         kind = HubTarget if isinstance(top, str) else FolderTarget
         target = kind(top, run_name(config.output_dir, fingerprint))
     mirror = Mirror(target, afresh=config.overwrite_output_dir)
-    mirror.lost = last_heartbeat(target)
-    if mirror.lost: check_alone(mirror.lost, target)
-    return fit(mirror, plan)
+    try: mirror.lost, failed = mirror.pulse.begin(), None
+    except BlockingIOError: raise
+    except OSError as e: failed = e
+    try: return fit(mirror, plan, failed)
+    except BaseException:
+        mirror.close(seconds=0)
+        raise

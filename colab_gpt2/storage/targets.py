@@ -10,15 +10,15 @@ import contextlib, errno, hashlib, math, os, re, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ..core import DRIVES, Record, atomic, check_space, discard, existing, retried, sha256_of
-from ..engine.checkpoints import MANIFEST, sealed, unsealed
-from ..errors import may_pass
+from ..core import DRIVES, Record, check_space, discard, existing, retried, sha256_of
+from ..engine.checkpoints import MANIFEST, check_sizes, list_files, sealed, unsealed
+from ..errors import Sentence, may_pass
 from ..reporting import counter
 from ..runtime import is_folder
 from .drive import copy_once
 
 # %% ../../nbs/storage/52_targets.ipynb #1ba41620
-FINISHED, NAMES = "finished", re.compile(r"(checkpoint|weights)-(\d+)|finished")
+FINISHED, NAMES, NEW = "finished", re.compile(r"(checkpoint|weights)-(\d+)|finished"), ".new-"
 
 @dataclass(frozen=True)
 class Entry(Record):
@@ -39,6 +39,15 @@ def read_entry(name, text) -> Entry:
     if all(PureWindowsPath(file).name == file for file in manifest["sha256"]): return Entry(name, manifest)
     raise ValueError(f"{MANIFEST} names files outside its folder")
 
+# %% ../../nbs/storage/52_targets.ipynb #e426eb34
+def complete_entry(target, name) -> Entry:
+    "The entry `name` of a target; ValueError if it is not complete, and why."
+    try:
+        entry = read_entry(name, retried(lambda: target.read(f"{name}/{MANIFEST}"), may_pass))
+        check_sizes(entry.manifest, retried(lambda: target.sizes(name), may_pass))
+    except (FileNotFoundError, NotADirectoryError): raise ValueError("it is incomplete") from None
+    return entry
+
 # %% ../../nbs/storage/52_targets.ipynb #72dad1c9
 def damaged_in_transit(entry, source, place, report) -> list:
     "Copy the files of `entry`; -> the names of those that are missing in `source`, or have another digest there."
@@ -49,55 +58,51 @@ def damaged_in_transit(entry, source, place, report) -> list:
             return False
     return [name for name, digest in entry.manifest["sha256"].items() if not intact(name, digest)]
 
-# %% ../../nbs/storage/52_targets.ipynb #22209a1d
-def complete_in(place) -> dict:
-    "Name to digest of what is in the folder `place` already, by its manifest."
-    try: return read_entry(place.name, (place/MANIFEST).read_text(encoding="utf-8")).manifest["sha256"]
-    except (FileNotFoundError, ValueError): return {}
-
 # %% ../../nbs/storage/52_targets.ipynb #10f70ef5
-def put_folder(entry, source, place, report):
-    "Copy the files of `entry` that `place` lacks from the folder `source`, and then the manifest."
-    there, new = complete_in(place), entry.manifest["sha256"]
-    new = {name: digest for name, digest in new.items() if there.get(name) != digest}
-    check_space(place, sum(entry.manifest["files"][name] for name in new), f"Copying {entry.name}")
-    if there and new.keys() - {"finetune.json"}:  # between two states a folder is neither: only a record may differ
-        discard(place/MANIFEST)
-        there = {}
-    try:
-        if damaged := damaged_in_transit(Entry(entry.name, dict(sha256=new)), source, place, report):
-            raise OSError(f"{source} is damaged on this machine ({', '.join(damaged)})")
-        retried(lambda: write_atomic(place/MANIFEST, sealed(entry.manifest)), may_pass)
-    except OSError:
-        with contextlib.suppress(OSError):  # a mount that has gone cannot delete either
-            if not there: discard(place)
-        raise
-
-def write_atomic(path, text):
-    with atomic(path) as file: file.write_text(text, encoding="utf-8")
+def copy_entry(entry, source, place, report):
+    "Copy the files of `entry` from the folder `source` into `place`, which is empty, and then the manifest."
+    check_space(place, entry.bytes, f"Copying {entry.name}")
+    if damaged := damaged_in_transit(entry, source, place, report):
+        raise OSError(f"{source} is damaged on this machine ({', '.join(damaged)})")
+    try: check_sizes(entry.manifest, list_files(place))
+    except ValueError as e: raise OSError(f"{entry.name} did not arrive in {place.parent}: {e}") from None
+    with tempfile.TemporaryDirectory() as here:
+        Path(here, MANIFEST).write_text(sealed(entry.manifest), encoding="utf-8")
+        retried(lambda: copy_once(Path(here, MANIFEST), place/MANIFEST, None), may_pass)
 
 # %% ../../nbs/storage/52_targets.ipynb #3734f1bc
 class FolderTarget:
     "The folder `run` in `top`. OSError where the disk or the Drive fails."
     beats, still = 30, 60  # seconds between two heartbeats; and without progress, after which a copy is given up
+    uploads = 180  # seconds after which a Drive, or another program, may be expected to have uploaded a copy
+    mark = None  # a file that was written: on another disk it is missing
 
     def __init__(self, top, run):
         top = Path(os.path.abspath(top))
-        drive = next((folder for folder in (*reversed(top.parents), top) if folder.name in DRIVES), None)
-        self.root, self.folder = drive or top, top/run
-        self.called, self.label = ("the Drive", "Drive") if drive else (str(top), "mirror")
-        self.lost = errno.ENOTCONN if drive else errno.ENOENT
-        if not drive: os.makedirs(top, exist_ok=True)
+        self.drive = next((folder for folder in (*reversed(top.parents), top) if folder.name in DRIVES), None)
+        self.root, self.folder, self.new = self.drive or top, top/run, not (self.drive or top.exists())
+        self.called, self.label = ("the Drive", "Drive") if self.drive else (str(top), "mirror")
+        self.lost = errno.ENOTCONN if self.drive else errno.ENODEV
+        if not self.drive:
+            os.makedirs(top, exist_ok=True)
+            self.disk = os.stat(top)
 
     def path(self, *names) -> Path:
-        if is_folder(self.root): return self.folder.joinpath(*names)
+        if is_folder(self.root) and (self.drive or self.same_disk()): return self.folder.joinpath(*names)
         raise OSError(self.lost, os.strerror(self.lost), str(self.root))
+
+    def same_disk(self):
+        now = os.stat(self.root)  # a disk that is mounted again may have another number
+        if not os.path.samestat(now, self.disk) and self.mark and self.mark.exists(): self.disk = now
+        return os.path.samestat(now, self.disk)
 
     def free(self): return shutil.disk_usage(existing(self.path())).free
 
     def names(self): return sorted(os.listdir(self.path())) if is_folder(self.path()) else []
 
     def read(self, name): return self.path(name).read_text(encoding="utf-8")
+
+    def sizes(self, name): return list_files(self.path(name))
 
     def made(self, *names) -> Path:
         "A folder, made below the root: never the root, which would take the place of a Drive that is not mounted."
@@ -106,7 +111,8 @@ class FolderTarget:
         return place
 
     def write(self, name, text):  # in place: a small file that is replaced often would fill the Drive's trash
-        (self.made()/name).write_text(text, encoding="utf-8")
+        (path := self.made()/name).write_text(text, encoding="utf-8")
+        self.mark = path
 
     def remove(self, name):
         "The manifest first: what an interruption leaves is incomplete."
@@ -114,10 +120,24 @@ class FolderTarget:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError): discard(path)
 
     def put(self, entry, source, report):
-        try: put_folder(entry, Path(source), self.made(entry.name), report)
-        except FileNotFoundError:
-            self.path()  # has the Drive's mount gone?
+        "Beside what is there of this name, whose place it takes when it is complete."
+        self.remove(NEW + entry.name)
+        try: copy_entry(entry, Path(source), self.made(NEW + entry.name), report)
+        except BaseException as e:
+            with contextlib.suppress(OSError): self.remove(NEW + entry.name)  # it takes room
+            if isinstance(e, FileNotFoundError): self.path()  # has the mount gone?
             raise
+        self.settle(entry.name)
+
+    def settle(self, name):
+        self.remove(name)
+        os.rename(self.path(NEW + name), self.path(name))
+
+    def recover(self):
+        "What was complete when a session ended, before it had its place, takes it now."
+        for name in self.names():
+            with contextlib.suppress(ValueError):
+                if name.startswith(NEW) and complete_entry(self, name): self.settle(name.removeprefix(NEW))
 
     def fetch(self, entry, folder, report) -> list:
         "Copy the entry's files into `folder`; -> the names of those that are damaged or missing."
@@ -127,6 +147,7 @@ class FolderTarget:
 class HubTarget:
     "The folder `run` of the private repository `name`. OSError where the Hub, or the way to it, fails."
     beats, still = 600, 3600  # seconds: a heartbeat is a commit; an upload does not tell of its progress
+    uploads, new = 0, False  # an entry is there when it has been uploaded
 
     def __init__(self, name, run):
         from huggingface_hub import HfApi, utils
@@ -137,16 +158,38 @@ class HubTarget:
     def ask(self, action):
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
         try: return action()
-        except (EntryNotFoundError, RepositoryNotFoundError): raise FileNotFoundError(f"not in {self.called}") from None
+        except (EntryNotFoundError, RepositoryNotFoundError) as e:
+            if isinstance(e, RepositoryNotFoundError): self.check_account()
+            raise FileNotFoundError(f"not in {self.called}") from None
         except Exception as e:  # of the Hub, or of a connection
             status = getattr(getattr(e, "response", None), "status_code", "no answer")
             raise OSError(f"{self.called} failed ({type(e).__name__}, {status})") from None
 
+    def check_account(self):
+        "OSError unless the owner of the repository is signed in."
+        try: names = [(me := self.api.whoami())["name"], *(each["name"] for each in me.get("orgs", ()))]
+        except Exception: names = []
+        if self.repo.partition("/")[0].lower() in map(str.lower, names): return
+        who = f"signed in as {names[0]}" if names else "not signed in"
+        raise OSError(f"{self.called} cannot be seen: you are {who}; run huggingface_hub.login(), or set HF_TOKEN")
+
     def free(self): return math.inf
 
     def names(self):
-        try: return self.ask(lambda: [Path(e.path).name for e in self.api.list_repo_tree(self.repo, self.run)])
+        try: return list(self.sizes())
         except FileNotFoundError: return []
+
+    def sizes(self, name=""):
+        "Name to bytes of what is in the folder `name`, None for a folder."
+        def look(): return [*self.api.list_repo_tree(self.repo, f"{self.run}/{name}".rstrip("/"))]
+        return {Path(each.path).name: getattr(each, "size", None) for each in self.ask(look)}
+
+    def recover(self): pass  # a commit is made or not made
+
+    def foreign(self) -> list:
+        "What is in the repository beside runs."
+        paths = [each.path for each in self.ask(lambda: [*self.api.list_repo_tree(self.repo)])]
+        return [path for path in paths if path != ".gitattributes" and not re.fullmatch(r".+-[0-9a-f]{8}", path)]
 
     def download(self, name, folder) -> Path:
         options = dict(local_dir=folder, force_download=True)
@@ -159,7 +202,7 @@ class HubTarget:
 
     def remove(self, name):
         with contextlib.suppress(FileNotFoundError): self.commit(f"Remove {name}", {name: None})
-        self.ask(lambda: self.api.super_squash_history(self.repo))
+        if not self.foreign(): self.ask(lambda: self.api.super_squash_history(self.repo))
 
     def commit(self, told, files):
         commit_files(self, told, {f"{self.run}/{name}": file for name, file in files.items()})
@@ -175,7 +218,12 @@ def commit_files(target, told, files):
     if not target.made:
         target.ask(lambda: target.api.create_repo(target.repo, private=True, exist_ok=True))
         if not target.ask(lambda: target.api.repo_info(target.repo)).private:
-            raise OSError(f"{target.called} is public; checkpoints are kept in private repositories only")
+            told = "{mirror} {name} is public; checkpoints are kept in private repositories only."
+            raise ValueError(Sentence(told, name=target.called))
+        if other := target.foreign():
+            told = ("{mirror} {name} has {file}, which is not of a run. Checkpoints need a repository of their own, since "
+                    "what they replace leaves its history: name one that is new.")
+            raise ValueError(Sentence(told, name=target.called, file=other[0]))
         target.made = True
     def operation(path, file):
         if file is None: return CommitOperationDelete(path, is_folder=not path.endswith(".json"))

@@ -86,6 +86,7 @@ class Hub(Server):
     def __init__(self):
         super().__init__()
         self.repos, self.large, self.private = {}, {}, True  # large: SHA-256 -> the bytes that were uploaded
+        self.account = "me"  # whose token is sent; None: nobody's, who sees no private repository
         self.refusals = {}  # beginning of a path -> the status that it gets: '/' is a Hub that is down
         self.gated = set()  # names of repositories that ask for a login
 
@@ -96,6 +97,9 @@ class Hub(Server):
     def answer(self, request, path, body):
         refused = next((status for start, status in self.refusals.items() if path.startswith(start)), None)
         if refused: return send(request, refused)
+        if path == "/api/whoami-v2":
+            known = json.dumps(dict(type="user", name=self.account, orgs=[dict(name="our-lab")])).encode()
+            return send(request, 200, known, Content_Type="application/json") if self.account else send(request, 401)
         if any(f"/{name}/" in path for name in self.gated): return self.missing(request, "GatedRepo", 401)
         call = r"(?:/(revision|tree|paths-info|refs|auth-check)(?:/([^/]+)(?:/(.*))?)?)?"
         found = request.command != "PUT" and re.fullmatch(rf"/api/(models|datasets)/([^/]+(?:/[^/]+)??){call}", path)
@@ -115,11 +119,13 @@ class Hub(Server):
 
     def api(self, request, body, kind, name, call, revision, folder):
         files = self.repos.get((kind, name))
-        if files is None: return self.missing(request, "RepoNotFound")
+        if files is None or not self.account and kind == "models": return self.missing(request, "RepoNotFound")
         commit = self.commit(files)
         if revision not in (None, "main", commit): return self.missing(request, "RevisionNotFound")
         if call == "tree":
-            reply = self.entries(files, [p for p in self.tree(files) if p.startswith(f"{folder}/" if folder else "")])
+            below, deep = f"{folder}/" if folder else "", "recursive=true" in request.path.lower()
+            paths = [p for p in self.tree(files) if p.startswith(below) and (deep or "/" not in p[len(below):])]
+            reply = self.entries(files, paths)
         elif call == "paths-info":
             reply = self.entries(files, [p for p in asked_paths(body) if p in self.tree(files)])
         elif call == "refs":
