@@ -19,7 +19,7 @@ from .evaluation import evaluation_mode
 from .model.fitting import add_rows, check_match, keep_rope, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, model_context
 from .model.tune import return_freed_memory
-from .planning.plan import check_packages, count_steps, pick_run_precision
+from .planning.plan import check_packages, count_steps, effective_batch, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
 from .text.chats import Conversations, first_question, notes_on, tokenize_chats
@@ -58,6 +58,16 @@ def warn_of_few_steps(config, blocks):
     if config.max_steps > 0 or steps >= 100: return
     told = "{steps} in all; 100 or more are needed to be noticed: set {max_steps=100}, or more {num_train_epochs}."
     warnings.warn(Sentence(told, steps=f"{steps} step{'s' * (steps > 1)}"), stacklevel=2)
+
+# %% ../nbs/62_preparing.ipynb #308bd869
+def warn_of_few_tokens(config, blocks, parameters):
+    "A text that is much smaller than the model and read again and again is learned by heart."
+    epochs = count_steps(config, len(blocks)) * effective_batch(config) / len(blocks)
+    if epochs < 10 or blocks.tokens > parameters: return
+    told = ("{tokens:,} tokens are read {epochs:.0f} times by a model of {parameters:,} parameters: it will learn this "
+            "by heart. Give a longer text, or fewer {%s}.")
+    told %= "max_steps" if config.max_steps > 0 else "num_train_epochs"
+    warnings.warn(Sentence(told, tokens=blocks.tokens, epochs=epochs, parameters=parameters), stacklevel=2)
 
 # %% ../nbs/62_preparing.ipynb #5d7e8e53
 def training_blocks(config, corpus, tokenizer, context, report=silent, notes=True) -> Blocks:

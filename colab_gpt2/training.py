@@ -28,7 +28,7 @@ from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, out_of_memory_told, plan_run
-from .preparing import prepare, release_memory, starting_model, warn_of_few_steps
+from .preparing import prepare, release_memory, starting_model, warn_of_few_steps, warn_of_few_tokens
 from .reporting import reporting, silent
 from .resuming import ELSEWHERE, RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen
 from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
@@ -379,6 +379,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     if found and not differences(found.run, run):
         plan = as_before(config, prepared, replace(plan, steps=min(plan.steps, found.steps)), found)
     warn_of_few_steps(config, prepared.train)
+    warn_of_few_tokens(config, prepared.train, prepared.model.num_parameters())
     check_room(config, plan, prepared.tokenizer)
     training_arguments(config, plan)  # what it refuses is said before anything slow
     since = mirror.before_end(found.saved) if found else ""

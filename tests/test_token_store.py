@@ -1,6 +1,7 @@
 "Ids on the disk are those of the text, memory stays flat, and a file is complete, or as it was, or resumed."
 import errno, functools, hashlib, importlib, itertools, json, os, random, resource, signal, subprocess, sys, time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 import colab_gpt2
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.errors import fields_of
-from colab_gpt2.preparing import prepare, warn_of_few_steps
+from colab_gpt2.preparing import prepare, warn_of_few_steps, warn_of_few_tokens
 from colab_gpt2.text import token_store
 from colab_gpt2.text.corpus import load_corpus
 from colab_gpt2.text.token_store import tokenize_corpus, tokenize_file
@@ -424,6 +425,19 @@ def test_a_short_text_is_trained_on_to_its_end(tmp_path, lines):
     train = prepare(config, held_out=False).train
     with pytest.warns(UserWarning, match="steps in all; 100 or more"): warn_of_few_steps(config, train)
     assert len(train) * train.block_size > 0.95 * train.tokens and train.block_size <= 512
+
+def test_a_text_that_will_be_learned_by_heart_is_noted(tmp_path):
+    config = run_of(tmp_path, FIFTY, num_train_epochs=200)
+    train = prepare(config, held_out=False).train
+    with pytest.warns(UserWarning, match="times by a model of 6,967,296 parameters: it will learn this by heart") as caught:
+        warn_of_few_tokens(config, train, 6_967_296)
+    assert fields_of(caught[0].message) == ("num_train_epochs",)
+    with pytest.warns(UserWarning, match="or fewer max_steps"):
+        warn_of_few_tokens(replace(config, max_steps=900), train, 6_967_296)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_few_tokens(config, train, 100)  # parameters
+        warn_of_few_tokens(replace(config, num_train_epochs=4), train, 6_967_296)
 
 def test_few_steps_are_noted_where_they_were_not_asked_for(tmp_path):
     config = run_of(tmp_path, FIFTY)

@@ -43,6 +43,7 @@ class Preview(Record):
             if blocks := self.blocks.get(split):
                 parts[1:1] = [f"{blocks.tokens:,} tokens", f"{len(blocks):,} blocks of {blocks.block_size}"]
             rows.append((split.capitalize(), ", ".join(parts)))
+        if corpus.report: rows += [(label.capitalize(), said) for label, said in corpus.report._rows()]
         more = " …" if self.articles > len(titles) else ""
         if titles: rows.append(("Articles", f"{self.articles:,}: {', '.join(titles)}{more}"))
         return rows
