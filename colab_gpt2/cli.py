@@ -310,6 +310,21 @@ def restore(
     "Fetch an archive from the Drive, verify and unpack it."
     return tasks.restore(name, folder, drive=drive)
 
+# %% ../nbs/65_cli.ipynb #64c1a001
+Run = Annotated[str, typer.Argument(help="a run's output folder, or its archive")]
+
+@command("gpt2-tuned by-hand")
+def compare(
+    run_a: Run,
+    run_b: Run,
+    prompt: option(str | None, "both models continue this now (default: the samples of the runs are shown)") = None,
+    seed: option(int | None, "the same seed gives the same text", min=0) = None,
+    max_new_tokens: option(int | None, "length in tokens", min=1) = None,
+):
+    "Show two runs side by side."
+    from colab_gpt2.two_runs import compare
+    return compare(run_a, run_b, prompt=prompt, seed=seed, max_new_tokens=max_new_tokens)
+
 # %% ../nbs/65_cli.ipynb #1ecae43c
 @command("--model gpt2 --json", FinetuneConfig())
 def run(

@@ -205,7 +205,7 @@ def place_for(path, folder) -> Path:
     ours = run_in(folder).get("fingerprint", {})
     def same(there):
         theirs = run_in(there).get("fingerprint")
-        return isinstance(theirs, dict) and theirs and not differences(theirs, ours)
+        return isinstance(theirs, dict) and theirs and ours and not differences(theirs, ours)
     place = free_name(path, same)
     told = f"{path} holds another run and stays; this one is packed into {place}."
     if place != path: warnings.warn(told, stacklevel=3)

@@ -270,7 +270,7 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     assert panel.error is None and (Path(quick.output_dir)/"checkpoint-5").is_dir()
     assert panel.start().resumed_from.endswith("checkpoint-5") and "<b>Done</b>" in panel.progress.value
     capfd.readouterr()
-    assert panel.start().steps == 12 and panel.said.startswith("This model is finished already")
+    assert panel.start().steps == 12 and panel.said.startswith("Shown as it ended")
     assert capfd.readouterr() == ("", "")
 
 
@@ -381,7 +381,7 @@ def test_run_all_again_shows_the_finished_run(quick, tmp_path, monkeypatch):
         return panels, before, [panel.start() for panel in panels]
     (first, *_), _, (result, sides, saved) = run_all()
     panels, before, (again, *after) = run_all()
-    assert "finished already" in before and panels[0].said.startswith("This model is finished already")
+    assert "finished already" in before and panels[0].said.startswith("Shown as it ended")
     assert (again.perplexity_after, panels[0].drawn) == (result.perplexity_after, first.drawn)
     assert panels[0].live.samples == first.live.samples and panels[0].live.losses == first.live.losses
     assert after[0] == sides and after[1].copy.sha256 == saved.copy.sha256

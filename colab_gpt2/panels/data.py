@@ -22,6 +22,7 @@ from .panel import Panel, Stoppable, button, row, take_values, wide
 from .snippets import differing
 from ..reporting import silent
 from ..tasks import fetch_for, tokenizer_for_plan
+from ..storage.drive import free_name
 from ..text.corpus import PYTHON_DOCS, SPLITS, Corpus, check_text
 from ..text.token_store import tokenize_corpus
 
@@ -93,7 +94,8 @@ def upload_button(text, receive):
 # %% ../../nbs/panels/76_data.ipynb #781b1998
 def keep_upload(name, content, folder=UPLOADS) -> str:
     "The path of an uploaded text, kept in `folder`. ValueError if it is no text."
-    path = Path(folder)/name
+    def same(there): return there.is_file() and there.read_bytes() == content
+    path = free_name(Path(folder)/name, same)  # a run that learns from the first of that name can be resumed
     with atomic(path) as temporary:
         temporary.write_bytes(content)
         try: check_text(temporary)

@@ -21,7 +21,7 @@ from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row, wide
 from ..runtime import disk, in_colab
 from ..storage.archives import Archive, archive_model
 from ..storage.drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
-from ..tasks import archive_name, run_in
+from ..tasks import archive_name, place_for, run_in
 
 # %% ../../nbs/panels/80_drive.ipynb #58028c8e
 @dataclass(frozen=True)
@@ -156,18 +156,16 @@ class DriveView(DriveSource):
 
 # %% ../../nbs/panels/80_drive.ipynb #6d91b7c3
 def is_own(path, model, packed) -> bool:
-    "Whether the archive `path` is as it was `packed` here (path -> SHA-256), or holds a run in the folder `model`."
+    "Whether the archive `path` is as it was `packed` here from `model`: (path, model) -> SHA-256."
     path = Path(path)
-    if path.is_file() and sha256_of(path) == packed.get(path): return True
-    config = run_in(path).get("config")
-    return isinstance(config, dict) and Path(config.get("output_dir", "")) == Path(model)
+    return path.is_file() and sha256_of(path) == packed.get((path, model))
 
 # %% ../../nbs/panels/80_drive.ipynb #bc64d123
 class DrivePanel(DriveView):
     "The Drive: `config` is a DriveConfig, `result` a Saved. The model is that of the FinetunePanel `before`."
     title = "5. Save to Drive"
     lead = "When a Colab session ends, its files are deleted; what is on the Drive stays."
-    packed = {}  # path -> SHA-256 of archives made by any panel: Run all makes new ones
+    packed = {}  # (path, model) -> SHA-256 of archives made by any panel: Run all makes new ones
 
     def mount(self):
         "-> the folder of the Drive, mounted again if it has gone. In Colab, call it in a cell."
@@ -197,9 +195,11 @@ class DrivePanel(DriveView):
         self.view.value, config, report = "", self.config, self.report
         if config.model == self.earlier: self.note(EARLIER)
         drive, over = self.look(), config.overwrite
-        own = is_own(config.archive_path, config.model, self.packed)
-        packed = archive_model(config.model, config.archive_path, overwrite=over or own, progress=report)
-        self.packed[packed.path] = packed.sha256  # if the copying fails, the next attempt replaces it
+        path, over_here = Path(config.archive_path), over or is_own(config.archive_path, config.model, self.packed)
+        if not over_here and run_in(path):
+            path, over_here = place_for(path, config.model), True
+        packed = archive_model(config.model, path, overwrite=over_here, progress=report)
+        self.packed[packed.path, config.model] = packed.sha256  # if the copying fails, the next attempt replaces it
         saved = Saved(packed, save_to_drive(packed, config.folder, drive=drive, overwrite=over, progress=report))
         self.view.value = describe_saved(saved)
         self.keep(self.view.value)

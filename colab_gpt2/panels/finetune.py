@@ -284,7 +284,7 @@ class FinetunePanel(Trained):
         self.live.end("Done")
 
     def describe(self, result):
-        how = "This model is finished already" if result.repeated else f"Done in {human_time(result.seconds)}"
+        how = "Shown as it ended" if result.repeated else f"Done in {human_time(result.seconds)}"
         values = f"{result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}"
         return f"{how}: perplexity {values}, saved in {result.output_dir}."
 

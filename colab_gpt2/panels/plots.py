@@ -18,7 +18,7 @@ class Line:
     label: str
     points: tuple  # of (x, y)
     dashes: str = ""  # of SVG's stroke-dasharray; "" is solid
-    marker: str = ""  # "circle" or "diamond" on every point; "" for none
+    marker: str = ""  # "circle", "diamond" or "ring" on every point; "" for none
     color: str = "currentColor"
 
 # %% ../../nbs/panels/70_plots.ipynb #5f82205b
@@ -77,7 +77,8 @@ def thinned(points, most=200) -> list:
 
 # %% ../../nbs/panels/70_plots.ipynb #da904faf
 _MARKERS = {"": "", "circle": "<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>",
-            "diamond": "<path d='M{x:.1f} {y:.1f}m0 -5l5 5l-5 5l-5 -5z'/>"}
+            "diamond": "<path d='M{x:.1f} {y:.1f}m0 -5l5 5l-5 5l-5 -5z'/>",
+            "ring": "<circle cx='{x:.1f}' cy='{y:.1f}' r='9' fill='none' stroke-width='2'/>"}
 
 def draw_line(line, x_axis, y_axis) -> str:
     "The SVG of a line and its markers."
@@ -97,7 +98,7 @@ def draw_text(x, y, words, anchor="start", style="") -> str:
 def draw_values(lines, x_axis, y_axis, height=14) -> str:
     "The SVG of the lines' last values, at least `height` pixels apart."
     drawn, above = "", -math.inf
-    for x, y in sorted((line.points[-1] for line in lines), key=lambda point: -point[1]):
+    for x, y in sorted({line.points[-1] for line in lines}, key=lambda point: -point[1]):
         above = max(y_axis.at(y), above + height)
         drawn += draw_text(x_axis.at(x) + 8, above + 4, short(y), style="font-weight='600'")
     return drawn
@@ -129,8 +130,9 @@ def draw_legend(lines, left, y) -> str:
 # %% ../../nbs/panels/70_plots.ipynb #fa18cf50
 def describe_lines(title, lines) -> str:
     "The chart in words, for those who cannot see it."
-    def ends(points): return f"from {short(points[0][1])} to {short(points[-1][1])}"
-    return " ".join([f"{title}.", *(f"{line.label}: {ends(line.points)}." for line in lines)])
+    ends = {line.label: dict.fromkeys(short(y) for _, y in (line.points[0], line.points[-1])) for line in lines}
+    said = (f"{label}: {'from ' * (len(values) > 1)}{' to '.join(values)}." for label, values in ends.items())
+    return " ".join([f"{title}.", *said])
 
 # %% ../../nbs/panels/70_plots.ipynb #40fc6051
 def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=460, height=240) -> str:

@@ -113,7 +113,7 @@ def test_run_all_again(ran):
     before = archive.read_bytes()
     ran.run_all()
     ran.wait_until_run(100)
-    assert said(ran.panel(TRAINING)).startswith("✓ This model is finished already")
+    assert said(ran.panel(TRAINING)).startswith("✓ Shown as it ended")
     ran.picture("again", ran.panel(TRAINING))
     assert said(ran.panel(WRITING)).startswith("✓ Done") and said(ran.panel(DRIVE)).startswith("✓ Saved")
     assert [path.read_bytes() for path in archive.parent.glob("*.tar.gz")] == [before]
