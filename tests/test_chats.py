@@ -1,16 +1,17 @@
 "Of a conversation the answers are learnt, as TRL counts them; no conversation sees another; what is left out is said."
-import copy, json, random, re, warnings
+import copy, json, random, re, signal, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, TrainingArguments, default_data_collator
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, TrainerCallback, TrainingArguments
+from transformers import default_data_collator
 
 import colab_gpt2
-from colab_gpt2 import encode_chat, generate, tokenize_chats, tune_model
+from colab_gpt2 import encode_chat, finetune, generate, load_corpus, tokenize_chats, tune_model
 from colab_gpt2.engine.trainer import BlockTrainer
 from colab_gpt2.errors import fields_of
-from colab_gpt2.model.fitting import end_ids
+from colab_gpt2.model.fitting import add_rows, end_ids, set_ids
 from colab_gpt2.model.loading import new_model
 from colab_gpt2.preparing import keeps_apart
 from colab_gpt2.text.chats import code, give_template, notes_on
@@ -208,3 +209,83 @@ def test_what_cannot_be_learnt_is_told_with_its_line_or_left_out_and_counted(tok
     write_rows(path, bad)
     with pytest.raises(ValueError, match="a.jsonl has no conversation that can be learnt: it has no answer; "):
         tokenize_chats(path, tokenizer, 64, on_bad_lines="skip", **options)
+
+
+ANIMALS = "lobster crab whale gull seal cod heron otter eel squid".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with a toy model and conversations that it can learn."
+    folder = tmp_path_factory.mktemp("chats")
+    toy = GPT2Config(n_layer=1, n_embd=64, n_head=2, n_positions=128, vocab_size=8192, bos_token_id=0, eos_token_id=0)
+    new_model(toy, seed=0).save_pretrained(folder/"toy")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder/"toy")
+    write_rows(folder/"chats.jsonl", [dict(messages=spoken(f"What is the {ANIMALS[n % 10]} of day {n}?", "It is wet."))
+                                      for n in range(300)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    def run(name, **changes):
+        options = dict(model=str(place/"toy"), train_file=str(place/"chats.jsonl"), effective_batch_size=4,
+                       max_steps=30, learning_rate=5e-3, max_new_tokens=12, precision="fp32", cache_dir=str(place/"cache"),
+                       output_dir=str(place/name), progress=False, resume="auto", save_steps=-1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return finetune(**{**options, **changes})
+    return run
+
+
+def test_answers_are_learnt_and_end(run, place, shell):
+    result = run("out", learning_rate=1e-2, max_steps=60)
+    assert result.losses[-1]["loss"] < result.losses[0]["loss"] / 10
+    asked, before, after = result.config.prompt, result.samples["before"], result.samples["after"]
+    assert asked.startswith("What is the ") and after.prompt == f"User: {asked}\nAssistant:" == before.prompt
+    assert (after.text, after.stopped) == (" It is wet.", "end") and before.text != after.text
+    tokenizer = AutoTokenizer.from_pretrained(place/"out")
+    assert "Assistant:" in tokenizer.chat_template  # saved with the model
+    more = [*spoken("Is it?", "No."), dict(role="user", content="What is the eel?")]
+    [sample] = generate(str(place/"out"), more, chat=True, top_k=1, progress=False)
+    assert sample.prompt.startswith("User: Is it?\nAssistant: No.<|endoftext|>\nUser: What is the eel?\nAssistant:")
+    assert (sample.text, sample.stopped) == (" It is wet.", "end")
+    words = "--chat", "--prompt", "What is the eel?", "--top-k", 1
+    said = shell("colab-gpt2", "generate", "--model", place/"out", *words)
+    assert said.stdout == "It is wet.\n", said.stderr
+
+
+def test_a_run_on_conversations_resumes_to_the_same_weights(run, place):
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4: signal.raise_signal(signal.SIGINT)
+    first = run("one", max_steps=9)
+    with pytest.raises(KeyboardInterrupt): run("two", max_steps=9, callbacks=[Stop()])
+    resumed = run("two", max_steps=9)
+    assert resumed.resumed_from and resumed.files == first.files
+    write_rows(place/"others.jsonl", [dict(messages=spoken(f"Is it {n}?", "It is.")) for n in range(99)])
+    with pytest.raises(FileExistsError, match="the text is another one"):
+        run("two", max_steps=9, train_file=str(place/"others.jsonl"))
+
+
+@pytest.mark.filterwarnings("ignore:The held-out text")
+def test_a_table_of_texts_stays_a_text(tmp_path):
+    texts = write_rows(tmp_path/"texts.jsonl", [dict(text=f"The tide of day {n}.", source="x") for n in range(300)])
+    corpus = load_corpus(train_file=texts, cache_dir=tmp_path, progress=False, dataset_text_field="text")
+    assert {corpus.path(split).suffix for split in corpus.bytes} == {".txt"}
+    chats = write_rows(tmp_path/"chats.jsonl", [dict(prompt=f"Is it {n}?", completion="It is.") for n in range(300)])
+    corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False)
+    assert {corpus.path(split).suffix for split in corpus.bytes} == {".jsonl"} and len(corpus.bytes) == 3
+
+
+def test_what_ends_an_answer_in_a_template_ends_a_text_and_is_saved(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens(dict(additional_special_tokens=["<|im_start|>", "<|im_end|>"]))
+    other.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    model = new_model(SHAPES["gpt2"], seed=0)
+    assert end_ids(model, other) == {0, other.convert_tokens_to_ids("<|im_end|>")}
+    set_ids(model, other)
+    assert model.generation_config.eos_token_id == 0  # there is no row for the other yet
+    add_rows(model, len(other))
+    set_ids(model, other)
+    assert model.generation_config.eos_token_id == [0, other.convert_tokens_to_ids("<|im_end|>")]
