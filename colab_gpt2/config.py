@@ -102,9 +102,29 @@ class MethodFields(StepFields):
     keep_attention_dropout: bool = value(
         False, "keep the dropout inside attention that the model's config has; it is slow")
 
+# %% ../nbs/04_config.ipynb #04b00002
+@dataclass(frozen=True)
+class EvaluationFields(MethodFields):
+    "What is evaluated on the way and at the end, and what that decides."
+    eval_steps: int | None = value(
+        None, "steps between two evaluations during the training (default: planned, a tenth of the work at most; "
+        "-1: none)", label="Evaluate every", minimum=-1)
+    early_stopping_patience: int | None = value(
+        None, "stop when the held-out perplexity has not fallen in so many evaluations (default: on texts of less than "
+        "a million tokens, as planned; 0: never)", label="Patience", minimum=0)
+    load_best_model_at_end: bool = value(
+        True, "save the weights with the lowest held-out perplexity; off: the last ones", label="Keep the best")
+    eval_split: str = value("test", "split to evaluate on", choices=("test", "validation"), label="Evaluation split")
+    eval_stride: int | None = value(
+        None, "tokens that perplexity's window moves by (default: half of it)", label="Stride", minimum=1)
+    prompt: str | None = value(
+        None, "the text that the samples before and after continue (default: the first line of the held-out text; "
+        "with WikiText, a title)", lines=3)
+    max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1, maximum=10**7)
+
 # %% ../nbs/04_config.ipynb #3ddc969c
 @dataclass(frozen=True)
-class FinetuneConfig(MethodFields):
+class FinetuneConfig(EvaluationFields):
     "Everything that a fine-tuning run depends on. ValueError for a bad value names field, value and rule."
     seed: int = value(42, "the same seed gives the same weights on the same machine", minimum=0, maximum=2**32 - 1)
     logging_steps: int = value(10, "steps between two entries of the loss", label="Log every", minimum=1)
@@ -114,13 +134,6 @@ class FinetuneConfig(MethodFields):
     save_minutes: float = value(
         5.0, "minutes between two checkpoints, unless {save_steps} is set; there are at least three in a run", above=0)
     save_total_limit: int | None = value(2, "how many checkpoints to keep", label="Checkpoints kept", minimum=1)
-    eval_split: str = value("test", "split to evaluate on", choices=("test", "validation"), label="Evaluation split")
-    eval_stride: int | None = value(
-        None, "tokens that perplexity's window moves by (default: half of it)", label="Stride", minimum=1)
-    prompt: str | None = value(
-        None, "the text that the samples before and after continue (default: the first line of the held-out text; "
-        "with WikiText, a title)", lines=3)
-    max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1, maximum=10**7)
     from_scratch: bool = value(False, "start from random weights of the model's shape")
     tokenizer: str | None = value(None, "another tokenizer than the model's own: a name or a folder", path=True)
     resume: str = value(
@@ -181,12 +194,15 @@ def check_batch(config):
 def check_config(config):
     "ValueError for the first value that no run could use, alone or with others."
     for f in fields(config): check_value(f, getattr(config, f.name))
-    for name in ("max_steps", "save_steps"):
+    for name in ("max_steps", "save_steps", "eval_steps"):
         if getattr(config, name) == 0:
             raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1."))
     if config.resume not in ("auto", "never") and config.overwrite_output_dir:
         told = "{resume} {path} and {overwrite_output_dir} exclude each other: choose one."
         raise ValueError(Sentence(told, path=config.resume))
+    if config.early_stopping_patience and config.eval_steps == -1:
+        told = "{early_stopping_patience} is {n}, but {eval_steps=-1} evaluates nothing on the way; change one of them."
+        raise ValueError(Sentence(told, n=config.early_stopping_patience))
     expand_paths(config)
     if config.cache_dir and not (there := existing(config.cache_dir)).is_dir():
         raise ValueError(Sentence("{cache_dir} is in {there}, which is a file; give a folder.", there=there))

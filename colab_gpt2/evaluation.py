@@ -49,6 +49,7 @@ class Perplexity(Record):
     bytes: int
     nats: float  # of all these tokens together
     precision: str = "fp32"  # of the computation
+    chose: bool = False  # this text has chosen the weights: of a text that has not, the figure would be a little higher
 
     @property
     def count(self) -> int: return getattr(self, f"{self.unit}s")
@@ -65,6 +66,7 @@ class Perplexity(Record):
 
     def __str__(self):
         where = f"{self.split or 'unnamed'} split, stride {self.stride}, context {self.context}"
+        if self.chose: where += "; it also chose the weights"
         return f"{shown(self)} per {self.unit} ({where})"
 
     def _rows(self):
@@ -80,6 +82,12 @@ def windows(tokens, context, stride):
         if scored := end - max(done, start + 1): yield start, end, scored
         if end == tokens: return
 
+# %% ../nbs/60_evaluation.ipynb #60e50011
+def spread(items, most=None) -> list:
+    "`most` of the `items`, evenly over all of them; all if there are no more."
+    items, most = list(items), most or math.inf
+    return items if len(items) <= most else [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
+
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
 def logits_batch(scored, length, vocabulary, gpu) -> int:
     "How many windows of `length` tokens make a batch, by bytes of fp32 logits and by tokens."
@@ -87,9 +95,8 @@ def logits_batch(scored, length, vocabulary, gpu) -> int:
     return max(1, min(logits // (4 * scored * vocabulary), inputs // length))
 
 # %% ../nbs/60_evaluation.ipynb #8c694693
-def batches(stream, context, stride, size):
-    "Yield (ids, scored) for at most `size` windows: inputs and targets in one, (batch, length)."
-    found = windows(len(stream), context, stride)
+def batches(stream, found, size):
+    "Yield (ids, scored) for at most `size` of the windows `found`: inputs and targets in one, (batch, length)."
     for (_, scored), group in itertools.groupby(found, key=lambda w: (w[1] - w[0], w[2])):
         while some := list(itertools.islice(group, size)):
             yield torch.from_numpy(np.stack([stream[s:e] for s, e, _ in some]).astype(np.int64)), scored
@@ -144,6 +151,7 @@ def perplexity(
     stride: int = None,  # tokens between windows: smaller is slower and more exact; default context // 2
     context: int = None,  # tokens that the model sees at a time; default the block size, or the model's own
     batch_size: int = None,  # windows at a time; default `logits_batch`
+    most: int = None,  # windows, evenly over the text, for an estimate of its nats; default all
     device=None,  # moves the model there
     precision: str = "fp32",  # "bf16" or "fp16": autocast, for a GPU
     progress=True,  # a bar on stderr; or a function of (what, done, total), in tokens
@@ -153,24 +161,25 @@ def perplexity(
     stride, context = check_measure(model, blocks, stride, context)
     if batch_size is not None: check_number("batch_size", batch_size, 1, integer=True)
     check_choice("precision", precision, DTYPES)
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    tokens, total = blocks.tokens - 1, sum(scored for *_, scored in windows(blocks.tokens, context, stride))
+    device = torch.device(device or next(model.parameters()).device)
+    found = spread(windows(blocks.tokens, context, stride), most)
+    tokens, total = blocks.tokens - 1, sum(scored for *_, scored in found)
     vocabulary, length, nats = model.get_input_embeddings().weight.shape[0], min(context, blocks.tokens), 0
     logits = stride if keeps_logits(model) else length  # the first window may score more: alone
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     with evaluation_mode(model.to(device)), torch.inference_mode(), autocast, reporting(progress) as report:
         add = counter(report, f"Perplexity of {blocks.split or 'the text'}", total)
-        for ids, scored in batches(blocks.stream, context, stride, size):
+        for ids, scored in batches(blocks.stream, found, size):
             nats += score(model, ids.to(device), scored)
             if not math.isfinite(nats):
                 why, named = why_lost(model, precision), blocks.split or "unnamed"
-                told = "The model's loss on the {text} text is {nats}: " + why.template
-                raise RuntimeError(Sentence(told, text=named, nats=nats, **why.values))
+                told = "The model's loss on the {text} text is {nats}: "
+                raise RuntimeError(Sentence(told + why.template, text=named, nats=nats, **why.values))
             add(len(ids) * scored)
-    found = Perplexity(math.nan, "token", split=blocks.split, stride=stride, context=context, tokens=tokens,
-                       words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)
-    return found.per("token")
+    result = Perplexity(math.nan, "token", split=blocks.split, stride=stride, context=context, tokens=tokens,
+                        words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)
+    return result.per("token")
 
 # %% ../nbs/60_evaluation.ipynb #e8dac32c
 @dataclass(frozen=True)

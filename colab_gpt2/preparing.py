@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/62_preparing.ipynb #0994f430
-import gc, re, warnings
+import gc, math, re, tempfile, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PROMPT, TEXT, pick_block_size
+from .core import check_space, drive_top
+from .engine.checkpoints import find_checkpoints, list_files
 from .errors import Sentence
 from .evaluation import evaluation_mode
-from .model.fitting import add_rows, check_match, keep_rope, set_ids
+from .model.fitting import add_rows, check_match, keep_rope, save_tokenizer, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, model_context
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, count_steps, effective_batch, pick_run_precision
@@ -86,6 +88,35 @@ def held_out_blocks(config, corpus, tokenizer, context, report=silent, **options
     split = pick_split(corpus, config.eval_split)
     label = Path(config.eval_file).name if config.eval_file else split
     return blocks_of(config, corpus, split, tokenizer, context, report, split=label, **options)
+
+# %% ../nbs/62_preparing.ipynb #62b00002
+def choosing_blocks(config, corpus, held_out, *given) -> Blocks | None:
+    "What the best weights are chosen on; None where nothing is, with a warning if the text is too short."
+    if config.eval_steps == -1: return None
+    again = config.eval_split == "validation" or not (corpus.validation and corpus.test)
+    blocks = held_out if again else held_out_blocks(replace(config, eval_split="validation"), corpus, *given)
+    if blocks.tokens > 1: return blocks
+    if config.early_stopping_patience:
+        told = "{early_stopping_patience} needs evaluations; the {split} text has 1 token: give a longer {eval_file}."
+        raise ValueError(Sentence(told, split=blocks.split))
+    warnings.warn(f"The {blocks.split} text has 1 token: no step is chosen on it, and the last weights are kept.")
+
+# %% ../nbs/62_preparing.ipynb #c8c5462d
+def check_room(config, plan, tokenizer=None):
+    """OSError without room for what a run adds: the checkpoints that are kept and, before the oldest goes, another, or
+    the model. A checkpoint has weights and AdamW's two moments, in fp32, and the best weights, which also lie beside
+    them; one of adapters is small. The tokenizer is in each. What goes to a Drive is first on this machine's disk."""
+    every = config.save_steps or math.ceil(plan.steps / 3)
+    full, best = plan.recipe.method != "lora", config.load_best_model_at_end and config.eval_steps != -1
+    made = math.ceil(plan.steps / every) if every > 0 else 1
+    kept = min(made, config.save_total_limit or made)
+    more, each = kept - len(find_checkpoints(config.output_dir)), (12 + 4 * best) * full
+    with tempfile.TemporaryDirectory() as d:
+        if tokenizer: save_tokenizer(tokenizer, Path(d))
+        files = sum(list_files(d).values())
+    last = plan.parameters * (max(each * (made > kept), 4) + 4 * best * full) + files
+    check_space(config.output_dir, max(last + more * (plan.parameters * each + files), last), "The run")
+    if drive_top(config.output_dir): check_space(tempfile.gettempdir(), last, "A copy to the Drive")
 
 # %% ../nbs/62_preparing.ipynb #14c3ad4e
 def pick_prompt(config, corpus) -> str:
@@ -159,6 +190,7 @@ class Prepared:
     model: PreTrainedModel  # on the runtime's device
     train: Blocks | None  # None if it was not asked for
     held_out: Blocks | None
+    choosing: Blocks | None  # what steps are chosen on: another held-out text where there is one
     dataset: str  # the name of the text
     prompt: str  # of the samples
 
@@ -180,8 +212,10 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     train = fitted(training_blocks(*given, notes=False), model) if train else None
     prompt = pick_prompt(config, corpus) if held_out else PROMPT
     held_out = fitted(held_out_blocks(*given, notes=train is None), model) if held_out else None
+    choosing = choosing_blocks(config, corpus, held_out, *given[2:]) if train and held_out else None
+    if choosing is not held_out: choosing = fitted(choosing, model)
     rows = model.get_input_embeddings().num_embeddings
-    for blocks in (train, held_out):
+    for blocks in (train, held_out, choosing):
         if blocks is not None: check_ids(blocks.stream, rows, tokenizer, "The {split} text", split=blocks.split)
     return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name, train=train,
-                    held_out=held_out, prompt=prompt)
+                    held_out=held_out, choosing=choosing, prompt=prompt)

@@ -14,6 +14,7 @@ from .config import pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
 from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints
 from .engine.checkpoints import read_manifest, unsealed
+from .engine.choosing import BEST
 from .engine.lock import LOCK
 from .errors import Sentence, may_pass
 from .planning.plan import effective_batch
@@ -25,13 +26,16 @@ def asked(config) -> dict:
     rank = config.lora_rank if config.method == "lora" else None
     epochs = None if config.max_steps > 0 else float(config.num_train_epochs)
     dropout = config.keep_attention_dropout or not config.tune
+    def planned(name): return "planned" if getattr(config, name) is None else getattr(config, name)
     return dict(
         block_size=config.block_size, effective_batch_size=effective_batch(config), seed=config.seed,
         method=None if config.method == "auto" else config.method, lora_rank=rank, optim=config.optim,
         num_train_epochs=epochs, max_steps=config.max_steps, lr_scheduler_type=config.lr_scheduler_type,
         learning_rate=config.learning_rate and float(config.learning_rate), warmup_steps=float(config.warmup_steps),
         weight_decay=float(config.weight_decay), max_grad_norm=float(config.max_grad_norm),
-        keep_attention_dropout=dropout, trainer_args=plain(config.trainer_args))
+        eval_steps=planned("eval_steps"), early_stopping_patience=planned("early_stopping_patience"),
+        load_best_model_at_end=config.load_best_model_at_end, keep_attention_dropout=dropout,
+        trainer_args=plain(config.trainer_args))
 
 # %% ../nbs/62_resuming.ipynb #62aa0009
 def checksum_of(model, config) -> str:
@@ -52,9 +56,11 @@ def inherited(config) -> dict:
     return {name: told["run"][name] for name in ("model", "weights") if name in told["run"]}
 
 # %% ../nbs/62_resuming.ipynb #62aa0011
-def identify(config, blocks, weights) -> dict:
-    "`asked`, and what is learnt (text and tokens) from where (`weights`, a checksum; the model's name is for people)."
-    known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{zlib.crc32(blocks.stream):08x}")
+def identify(config, blocks, weights, choosing=None) -> dict:
+    """`asked`, and what is learnt (text and tokens) from where (`weights`, a checksum; the model's name is for people).
+    `choosing`: the Blocks that steps are chosen on."""
+    known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{zlib.crc32(blocks.stream):08x}",
+                 held_out=choosing and choosing.sha256)
     return {**asked(config), **known, **inherited(config), "block_size": blocks.block_size}
 
 # %% ../nbs/62_resuming.ipynb #62aa0911
@@ -83,6 +89,7 @@ def differences_told(then, now, names=None) -> Sentence:
         if name == "weights": pair = then.get("model"), now.get("model")
         values |= {f"then_{i}": pair[0], f"now_{i}": pair[1]}
         if name == "text": told.append("the text is another one")
+        elif name == "held_out": told.append("the held-out text is another one")
         elif name == "tokenizer": told.append("the {tokenizer} gives other tokens")
         elif name == "keep_attention_dropout":
             word = {True: "kept", False: "dropped"}
@@ -151,7 +158,7 @@ def found_in(folder) -> list:
 def strangers(folder) -> list:
     "Names in a folder that no run of ours has left there: neither checkpoints, nor leftovers, nor a lock."
     folder = Path(folder)
-    ours = {LOCK, RESULT, "runs", *(path.name for path in folder.glob("checkpoint-*"))}
+    ours = {LOCK, RESULT, BEST, "runs", *(path.name for path in folder.glob("checkpoint-*"))}
     if not folder.is_dir() or read_result(folder): return []
     return sorted({path.name for path in {*folder.iterdir()} - {*leftovers(folder, living=True)}} - ours)
 

@@ -13,22 +13,24 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
-from .core import Record, atomic, check_space, drive_top, home, human_bytes, human_time, retried
+from .core import Record, atomic, drive_top, home, human_bytes, human_time, retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
-from .engine.checkpoints import find_checkpoints, list_files, recover, remove_checkpoint, save_model, sealed
-from .engine.guards import Diverged, StopOnDivergence, StopOnInterrupt, TimeLimit, limits_of, skipped_steps, warn_of_idle
+from .engine.checkpoints import find_checkpoints, recover, remove_checkpoint, save_model, sealed
+from .engine.choosing import BEST, Chooser, Work, finish
+from .engine.guards import Diverged, StopOnDivergence, StopOnInterrupt, TimeLimit, limits_of, skipped_steps
+from .engine.guards import warn_of_idle
 from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, make_trainer, training_arguments
 from .errors import Sentence, about, errno_of, explained, may_pass
-from .evaluation import Perplexity, perplexity
+from .evaluation import Perplexity, check_measure, perplexity, windows
 from .generation import Sample, generate
-from .model.fitting import save_tokenizer
 from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, out_of_memory_told, plan_run
-from .preparing import prepare, release_memory, starting_model, warn_of_few_steps, warn_of_few_tokens
+from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
+from .preparing import warn_of_few_tokens
 from .reporting import reporting, silent
 from .resuming import ELSEWHERE, RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen
 from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
@@ -91,6 +93,9 @@ class FinetuneResult(Record):
     fingerprint: dict = field(default_factory=dict)  # what decided the weights
     evaluated: dict = field(default_factory=dict)  # what decided perplexities and samples
     files: dict = field(default_factory=dict)  # of the model: name to SHA-256
+    best_step: int | None = None  # the step of the lowest perplexity; None where nothing was evaluated on the way
+    evaluations: tuple[tuple[int, float], ...] = ()  # (step, perplexity) of the text that chose
+    stopped: str = ""  # why the training ended before its last step
     repeated: bool = False  # an earlier call has finished this run, and nothing was trained now
 
     @property
@@ -100,6 +105,14 @@ class FinetuneResult(Record):
         return "" if after <= before else Sentence(RISEN, before=before, after=after)
 
     def _rows(self): return rows_of(self)
+
+# %% ../nbs/63_training.ipynb #4bab8d57
+def chosen_rows(result) -> list:
+    "Which step's weights are kept, and why the training ended early, if it did."
+    known, kept = dict(result.evaluations), result.config.load_best_model_at_end
+    found = f"step {result.best_step}, held-out perplexity {known.get(result.best_step, 0):.2f}"
+    if not kept: found += f"; the weights of step {result.steps} are kept"
+    return [*([("best", found)] if known else []), *([("ended", result.stopped)] if result.stopped else [])]
 
 # %% ../nbs/63_training.ipynb #4bab8d56
 def no_step(path): return Sentence(NO_STEP if find_checkpoints(path) else NO_MORE, path=path)
@@ -111,7 +124,7 @@ def rows_of(result) -> list:
             ("text", f"{result.dataset}, {result.train_tokens:,} tokens"),
             (f"perplexity per {after.unit}, {after.split}, stride {after.stride}, context {after.context}",
              result.risen or f"{result.perplexity_before.value:.2f} → {after.value:.2f}"),
-            ("steps", f"{result.steps} ({result.epochs:.2f} epochs)"),
+            ("steps", f"{result.steps} ({result.epochs:.2f} epochs)"), *chosen_rows(result),
             ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
             *([("trained", no_step(result.output_dir))] if result.repeated or not speed else []),
             ("time", human_time(result.seconds)), ("saved in", result.output_dir),
@@ -140,28 +153,13 @@ def in_one_line(output_dir, recipe=None):
 
 # %% ../nbs/63_training.ipynb #eafea48d
 def load_finished(trainer, checkpoint, steps) -> bool:
-    "Load a `checkpoint` that is at the last of `steps`, if it is: the Trainer would take one more."
+    "Load a `checkpoint` at which training ended, if it did, by the last of `steps` or before: the Trainer would go on."
     state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
-    if state.global_step < steps: return False
+    if trainer.chooser: trainer.chooser.follow(state)
+    if state.global_step < steps and not (trainer.chooser and trainer.chooser.over): return False
     with quiet(): trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
     return True
-
-# %% ../nbs/63_training.ipynb #c8c5462d
-def check_room(config, plan, tokenizer=None):
-    """OSError without room for what a run adds: the checkpoints that are kept and, before the oldest goes, another, or
-    the model. A checkpoint has weights and AdamW's two moments, in fp32; one of adapters is small. The tokenizer is in
-    each. What goes to a Drive is written to this machine's disk first."""
-    every = config.save_steps or math.ceil(plan.steps / 3)
-    made = math.ceil(plan.steps / every) if every > 0 else 1
-    kept = min(made, config.save_total_limit or made)
-    more, each = kept - len(find_checkpoints(config.output_dir)), 0 if plan.recipe.method == "lora" else 12
-    with tempfile.TemporaryDirectory() as d:
-        if tokenizer: save_tokenizer(tokenizer, Path(d))
-        files = sum(list_files(d).values())
-    last = plan.parameters * max(each * (made > kept), 4) + files
-    check_space(config.output_dir, max(last + more * (plan.parameters * each + files), last), "The run")
-    if drive_top(config.output_dir): check_space(tempfile.gettempdir(), last, "A copy to the Drive")
 
 # %% ../nbs/63_training.ipynb #21f15d23
 def within_time(trainer, plan) -> Plan:
@@ -177,6 +175,7 @@ def within_time(trainer, plan) -> Plan:
 # %% ../nbs/63_training.ipynb #21f15d24
 def train_model(trainer, plan, resumed_from=None) -> Plan:
     "Train the trainer's model in place; -> the plan as carried out. `Interrupted` if it was stopped before its end."
+    if trainer.chooser: trainer.chooser.begin(plan.steps, resumed_from)
     if resumed_from and load_finished(trainer, resumed_from, plan.steps): return plan
     if trainer.args.device.type == "cpu": keep_freed_memory()
     listeners, output_dir = trainer.callback_handler.callbacks, Path(trainer.args.output_dir)
@@ -186,6 +185,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
         if not resumed_from: plan = within_time(trainer, plan)
         else: trainer.args.max_steps = plan.steps  # fewer than the settings say, if its first session shortened it
+        if trainer.chooser: plan = replace(plan, reasons=(*plan.reasons, *trainer.chooser.begin(plan.steps).reasons))
         warn_of_idle(plan)
         mirror = next((c for c in listeners if hasattr(c, "in_use")), None)
         tell(listeners, "on_stage", TRAINING, plan=plan, mirror=mirror)
@@ -226,10 +226,11 @@ def all_told(shown, callbacks):
     return report
 
 # %% ../nbs/63_training.ipynb #e9a40a53
-def evaluate_and_sample(config, prepared, model, precision, report, callbacks=()) -> tuple:
-    "(Perplexity of the held-out text, a Sample)."
+def evaluate_and_sample(config, prepared, model, precision, report, callbacks=(), chose=False) -> tuple:
+    "(Perplexity of the held-out text, which may have chosen the weights, a Sample)."
     with in_one_line(config.output_dir):
         found = perplexity(model, prepared.held_out, stride=config.eval_stride, precision=precision, progress=report)
+        found = replace(found, chose=chose and prepared.choosing is prepared.held_out)
         [sample] = generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed,
                             chat=getattr(prepared.held_out, "templated", 0) > 0,
                             max_new_tokens=config.max_new_tokens, progress=report)
@@ -259,13 +260,31 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
         factor, model = 0.5, starting_model(config, prepared.tokenizer).to(prepared.runtime.device)
         warnings.warn(Sentence(WENT_BACK, why=why, place=found.path.name if found else "its beginning"), stacklevel=2)
 
+# %% ../nbs/63_training.ipynb #e9a40a5c
+def make_chooser(config, prepared, plan, callbacks) -> list:
+    "A Chooser of the best weights, if there is a text to choose on."
+    if not (text := prepared.choosing): return []
+    stride, context = check_measure(prepared.model, text)
+    train, found = prepared.train, windows(text.tokens, context, stride)
+    work = Work(steps=plan.steps, step_tokens=min(plan.blocks_per_step, len(train)) * train.block_size,
+                text_tokens=train.tokens, windows=len([*found]), context=context, stride=stride, split=text.split,
+                method=plan.recipe.method)
+    def measure(model, most, report):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        try: return perplexity(inner, text, most=most, precision=plan.recipe.precision, progress=report).value
+        except RuntimeError as e:
+            if out_of_memory(e): raise
+            return math.nan  # the loss is not finite
+    return [Chooser(config, work, measure, text.sha256, callbacks)]
+
 # %% ../nbs/63_training.ipynb #e9a40a5a
 AGAIN_WITHOUT = "Run it again without {overwrite_output_dir=True} to resume."
 
 def ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown):
     "A trainer whose checkpoints are of the `run`, with `factor` times its learning rate."
+    own = make_chooser(config, prepared, plan, callbacks)
     with about("trainer_args") if config.trainer_args else contextlib.nullcontext():
-        trainer = make_trainer(config, model, prepared.tokenizer, prepared.train, plan, callbacks, shown)
+        trainer = make_trainer(config, model, prepared.tokenizer, prepared.train, plan, [*callbacks, *own], shown)
     trainer.identity, trainer.rate_factor = run, factor
     trainer.onward = Sentence(AGAIN_WITHOUT if config.overwrite_output_dir else "Run the same again to resume.")
     trainer.args.learning_rate *= factor
@@ -279,11 +298,14 @@ def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tup
     trainer, plan = train_or_go_back(config, prepared, plan, found, run, callbacks, shown)
     model, state, speed = trainer.model, trainer.state, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step)
     losses = [dict(step=entry["step"], loss=entry["loss"]) for entry in state.log_history if "loss" in entry]
+    with in_one_line(config.output_dir, plan.recipe):
+        chosen = finish(trainer.chooser, state, model) if trainer.chooser else {}
     del trainer
     if plan.recipe.method == "lora":
         model = merge_adapters(model, lambda: starting_model(config, prepared.tokenizer)).to(prepared.runtime.device)
     release_memory()
-    facts = dict(steps=state.global_step, epochs=state.epoch or 0., tokens_per_second=speed, losses=losses)
+    facts = dict(steps=state.global_step, epochs=state.epoch or 0., tokens_per_second=speed, losses=losses,
+                 **chosen)
     return model, plan, facts
 
 # %% ../nbs/63_training.ipynb #ffe78b36
@@ -318,7 +340,7 @@ def follow(config, found) -> FinetuneConfig:
 def look_for(config, prepared, report, opened) -> tuple:
     """(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror, which the ExitStack
     `opened` closes; what identifies the run)"""
-    run = identify(config, prepared.train, checksum_of(prepared.model, config))
+    run = identify(config, prepared.train, checksum_of(prepared.model, config), prepared.choosing)
     def planned(): return plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
     known = {name: value for name, value in run.items() if name != "model"}
@@ -348,6 +370,7 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     for each in prepared.model, model:
         measured.append(evaluate_and_sample(config, prepared, each, result.plan.recipe.precision, report, callbacks))
     (before, first), (after, second) = measured
+    if result.best_step is not None and prepared.choosing is prepared.held_out: after = replace(after, chose=True)
     result = replace(result, perplexity_before=before, perplexity_after=after, evaluated=now,
                      samples=dict(before=first, after=second))
     write_result(config.output_dir, replace(result, repeated=False).to_dict())
@@ -395,7 +418,8 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     def save(): return save_model(model, prepared.tokenizer, place, ours)
     with in_one_line(place): files = retried(save, may_pass, attempts=6)
     tell(callbacks, "on_stage", AFTER)
-    after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks)
+    chose = facts.get("best_step") is not None and config.load_best_model_at_end
+    after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks, chose)
     result = FinetuneResult(
         model=config.model, parameters=model.num_parameters(), dataset=prepared.dataset, plan=plan, config=config,
         train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0], **facts,
@@ -403,6 +427,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
         resumed_from=found and str(found.path), seconds=time.monotonic() - started, fingerprint=run,
         evaluated=evaluation_of(config, prepared))
     write_result(place, result.to_dict())
+    Path(place, BEST).unlink(missing_ok=True)
     return result
 
 # %% ../nbs/63_training.ipynb #ffe78b2c

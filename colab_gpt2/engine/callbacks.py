@@ -81,6 +81,10 @@ class Listener(TrainerCallback):
     def on_measured(self, perplexity, sample):
         "The Perplexity of the held-out text and a Sample, before the training or after it."
 
+    def on_evaluated(self, step, perplexity, best_step):
+        """The perplexity, per token, of the text that chooses after a step of the training, and the step of the lowest
+        so far. A run that resumes, or goes back after a divergence, tells all that it has measured again."""
+
 # %% ../../nbs/engine/40_callbacks.ipynb #47b8015d
 def tell(callbacks, event, *args, **kwargs):
     "Call the method `event` of each Listener among `callbacks`."

@@ -108,6 +108,7 @@ class SettingsOfNow(MicroBatchTrainer):
 class BlockTrainer(SettingsOfNow):
     "Checkpoints that are complete or absent, of a run that they name."
     aside, identity, rate_factor, checkpoints_to_keep = None, {}, 1., None
+    chooser = None  # has the best weights, see `choosing`
     in_use, sources = set, ()  # in_use(): checkpoints that a mirror copies now; paths that the run began from
     _tr_loss, _globalstep_last_logged = torch.zeros(()), 0  # of the stock Trainer, which sets them in `train`
 
@@ -130,6 +131,7 @@ class BlockTrainer(SettingsOfNow):
             try:
                 with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
+                if self.chooser: self.chooser.put_into(folder, self.state.global_step)
             finally: self.aside = None
             how = dict(micro_batch=self.micro_batch, precision=self.recipe and self.recipe.precision)
             write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps, self.rate_factor, **how)
@@ -139,8 +141,7 @@ REFUSED_ARGS = dict(
     auto_find_batch_size="it would change the batch of a step; the plan divides a step as memory allows",
     save_only_model="without the optimizer's state a run cannot be resumed; the finished model is saved without it",
     push_to_hub="checkpoints stay here; afterwards, AutoModelForCausalLM.from_pretrained(output_dir).push_to_hub(name)",
-    **dict.fromkeys(["eval_strategy", "eval_on_start", "load_best_model_at_end"],
-                    "perplexity is evaluated before and after the training; evaluate during it in a callback"),
+    **dict.fromkeys(["eval_strategy", "eval_on_start"], Sentence("set {eval_steps} instead")),
     **dict.fromkeys(["bf16", "fp16", "use_cpu", "save_strategy", "disable_tqdm", "resume_from_checkpoint"],
                     "the run sets it itself"),
     **{f.name: Sentence(f"set {{{f.name}}} instead") for f in fields(FinetuneConfig)})
@@ -244,6 +245,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
                            callbacks=[*own, *callbacks, guard, bar])  # the guard sees what is to be saved
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
+    if own := [c for c in callbacks if hasattr(c, "put_into")]: [trainer.chooser], own[0].stop = own, stop
     for mirror in callbacks:
         if hasattr(mirror, "in_use"): trainer.in_use, bar.status = mirror.in_use, mirror.status
     trainer.recipe, trainer.micro_batch = recipe, recipe.micro_batch
