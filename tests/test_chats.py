@@ -276,6 +276,8 @@ def test_a_table_of_texts_stays_a_text(tmp_path):
     chats = write_rows(tmp_path/"chats.jsonl", [dict(prompt=f"Is it {n}?", completion="It is.") for n in range(300)])
     corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False)
     assert {corpus.path(split).suffix for split in corpus.bytes} == {".jsonl"} and len(corpus.bytes) == 3
+    corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False, dataset_text_field="completion")
+    assert {corpus.path(split).suffix for split in corpus.bytes} == {".txt"}  # as was asked for
 
 
 def test_what_ends_an_answer_in_a_template_ends_a_text_and_is_saved(tokenizer):

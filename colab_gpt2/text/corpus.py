@@ -199,7 +199,7 @@ def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, r
         read = documents_of(there, report)
         if not any(found.duplicates for found in read.values()):
             return replace(measure(name_of(path), there, source), report=reading_of(there, read))
-    if holds_chats(sum(files.values(), [])):
+    if reading[0] is None and holds_chats(sum(files.values(), [])):
         def share_out(stage): return split_chats(files, stage, reading[1], report)
         return made(name_of(path), files, source, root, share_out, ("chats", reading[1]))
     def make(stage):
@@ -216,7 +216,8 @@ def load_text(path, root, reading=(None, "error"), report=silent):
     "The Corpus of the texts that `find_texts` finds, in three parts."
     paths, facts = find_texts(path), Counter()
     source = f"{len(paths)} files of {path}" if paths[1:] else path
-    if holds_chats(paths): return own_corpus({"": paths}, path, source, root, reading, report=report)
+    chats = reading[0] is None and holds_chats(paths)
+    if chats: return own_corpus({"": paths}, path, source, root, reading, report=report)
     def make(stage):
         if one := not paths[1:] and is_plain(paths[0]): text = paths[0]
         else: text = join(paths, stage/"all.txt", *reading, report, facts)
