@@ -329,6 +329,36 @@ result |= {name: failing(read, "me/tides", **options) for name, options in wrong
     assert told["field"].endswith("it has id (numbers), story (text). Did you mean 'story'?")
 
 
+CORPORA = """
+def corpus(name, **options):
+    found = load_corpus(name, progress=False, **options)
+    return {split: found.path(split).read_text() for split in found.bytes} | dict(source=found.source)
+result["small"] = corpus("me/tides", dataset_config="small")
+result["large"] = corpus("hf://datasets/me/many")
+result["lines"] = corpus("me/wikitext", dataset_config="wikitext-2-raw-v1")
+result["chats"] = corpus("me/chats")
+"""
+
+
+def test_a_data_set_of_the_hub_is_a_corpus_that_stays(hub, ask):
+    hub.add("datasets", "me/tides", {"README.md": CARD.format("small").encode(), **FILES})
+    rows = "\n".join(json.dumps({"text": f"The tide of day {n} came in."}) for n in [*range(300), *range(9)])
+    hub.add("datasets", "me/many", {"train.jsonl": rows.encode()})
+    hub.add("datasets", "me/wikitext", dataset(LINES))
+    chat = [{"prompt": f"Day {n}?", "completion": "It ebbs."} for n in range(100)]
+    hub.add("datasets", "me/chats", {"train.jsonl": "\n".join(map(json.dumps, chat)).encode()})
+    told = ask(CORPORA)
+    assert told["small"]["train"] == "<|endoftext|>".join(f"Story {i} of train." for i in range(3))
+    assert told["small"]["source"] == "hf://datasets/me/tides" and "test" not in told["small"]
+    texts = {split: told["large"][split].split("<|endoftext|>") for split in TEXTS}
+    assert sorted(sum(texts.values(), [])) == sorted(f"The tide of day {n} came in." for n in range(300))
+    assert 200 < len(texts["train"]) < 260
+    assert {split: told["lines"][split] for split in TEXTS} == TEXTS
+    assert sorted(json.loads(line)["prompt"] for split in TEXTS for line in told["chats"][split].splitlines()) == sorted(
+        row["prompt"] for row in chat)
+    assert {**ask(CORPORA, endpoint=CLOSED), "stderr": ""} == {**told, "stderr": ""}  # from the cache
+
+
 REFUSED = {
     "me/gone": "FileNotFoundError: There is no file me/gone here and no data set of this name on the Hub. ",
     "me/gated": "PermissionError: me/gated asks for a login: accept its terms on https://huggingface.co/datasets/",

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_hub.ipynb #10c00003
-import contextlib, errno, itertools, os, re, textwrap, warnings
+import contextlib, errno, itertools, json, os, re, textwrap, warnings
 from pathlib import Path
 
 import requests
@@ -16,15 +16,20 @@ from ..reporting import Bars, counter, silent
 from ..runtime import check_mounted
 from .downloads import USER_AGENT, split_of
 from .encodings import Faults
-from .fields import Row, documents, pick_field
-from .formats import READERS, suffix_of
+from .fields import Row, documents, is_chat, pick_field
+from .formats import READERS, suffix_of, write_documents
 
 # %% ../../nbs/text/10_hub.ipynb #b0309112
-def write_rows(rows, path):
-    "Write the `text` of `rows`, a Dataset (it may be streamed), as lines of the file `path`."
+TITLE = re.compile(r" = (?!=)(.*[^= ]) = ?\n?")
+
+def is_wikitext(rows) -> bool:
+    "Whether the texts of the first `rows` (dicts) are lines of articles with titles: WikiText's."
+    return any(TITLE.fullmatch(values.get("text") or "") for values in rows)
+
+def write_lines(texts, path):
+    "Write `texts`, the rows of WikiText, as lines of the file `path`."
     with open(path, "w", encoding="utf-8", newline="") as f:
-        for batch in rows.iter(batch_size=1000):
-            for text in batch["text"]: f.write(text if text.endswith("\n") else (text or " ") + "\n")
+        for text in texts: f.write(text if text.endswith("\n") else (text or " ") + "\n")
     return path
 
 # %% ../../nbs/text/10_hub.ipynb #2ad8d266
@@ -62,7 +67,8 @@ def from_hub(repository, name, folder, report=silent):
     if trouble := hub_trouble(): raise ConnectionError(trouble)
     try:
         with quietly(report) as datasets: rows = datasets.load_dataset(repository, name)
-        return {split: write_rows(rows[split], folder/f"{split}.txt") for split in rows}
+        def texts(split): return (text for batch in rows[split].iter(1000) for text in batch["text"])
+        return {split: write_lines(texts(split), folder/f"{split}.txt") for split in rows}
     except Exception as e:  # of any kind: datasets has many libraries under it
         if getattr(e, "errno", None) == errno.ENOSPC: raise
         raise ConnectionError("answered with " + said_of(e)) from e
@@ -131,11 +137,25 @@ def hub_rows(rows, called, report=silent):
         if n % 100 == 0: add(100)
         yield Row(values, f"row {n}")
 
+def first_of(rows, called) -> list:
+    "The values of the first rows; ValueError if there are none."
+    found = [row.values for row in itertools.islice(hub_rows(rows, called), 100)]
+    if not found: raise ValueError(f"{called} has no rows.")
+    return found
+
 def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None):
     "Yield the Documents of a split, as `read_documents` does those of files."
-    if rows.features: rows = rows.decode(False)  # of images
-    first = [row.values for row in itertools.islice(hub_rows(rows, called), 100)]
-    if not first: raise ValueError(f"{called} has no rows.")
-    column, faults = pick_field(first, field, called), Faults(called, on_bad_lines, skipped)
+    column = pick_field(first_of(rows, called), field, called)
+    faults = Faults(called, on_bad_lines, skipped)
     yield from documents(hub_rows(rows.select_columns([column]), called, report), column, faults)
     faults.tell()
+
+# %% ../../nbs/text/10_hub.ipynb #10c00022
+def write_split(rows, called, path, *options):
+    "Write the rows of a split to the file `path`, with the suffix that it needs; `options` are those of `read_documents`."
+    first = first_of(rows, called)
+    if is_wikitext(first): return write_lines((row.values["text"] for row in hub_rows(rows, called)), path)
+    if not is_chat(first[0]): return write_documents(hub_documents(rows, called, *options), path)
+    with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as f:
+        for row in hub_rows(rows, called): f.write(json.dumps(row.values, default=str) + "\n")
+    return path.with_suffix(".jsonl")
