@@ -59,11 +59,13 @@ NEAR, FAR = 2. ** -10, 2. ** 20  # powers of two: a product with a scale is exac
 
 @contextlib.contextmanager
 def undisturbed(model):
-    "Inside, `model` trains; afterwards its mode is as it was, and torch's random state too."
-    modes = [(module, module.training) for module in model.modules()]
+    "Inside, `model` trains, and no token is padding; then its mode is as it was, and torch's random state too."
+    modes, config = [(module, module.training) for module in model.modules()], model.config
+    pad, config.pad_token_id = getattr(config, "pad_token_id", None), None  # else a model may look for it, and warn
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
         try: yield model.train()
         finally:
+            config.pad_token_id = pad
             for module, training in modes: module.training = training
 
 # %% ../../nbs/model/22_heads.ipynb #a21h0014

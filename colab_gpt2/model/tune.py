@@ -15,6 +15,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .heads import Head, hidden_states, output_head
+from .layers import keep_less
 
 # %% ../../nbs/model/22_tune.ipynb #1ccb7ea6
 def use_fused_gelu(model) -> int:
@@ -85,6 +86,7 @@ def tune_model(
         model.forward = types.MethodType(forward, model)
     changed = [CHUNKED if head else OWN_LOSS]
     if use_fused_gelu(model): changed.append("GELU is one fused operation.")
+    if keep_less(model): changed.append("Norms and gated layers keep less for the backward pass.")
     if not keep_attention_dropout and drop_attention_dropout(model):
         changed.append("Attention has no dropout, and so its fastest kernel.")
     return tuple(changed)
