@@ -147,18 +147,19 @@ def fetch(name, published, root, report=silent):
         "a folder or zip in WikiText's layout, or {train_file}.", name=name, answers="; ".join(answers)))
 
 # %% ../../nbs/text/11_corpus.ipynb #ad556e5e
+MARKED = re.compile(r"^(?:\*|\d+\.) |\"([^\"]+)\"|\*+([^*\s][^*]*)\*+")  # of a list, as code, emphasised
+SENTENCE = re.compile(r"(?!.*\w\()\(?[A-Z][^\"*<>=|_\\{}^~@#$%&+`\x7f-\U0010ffff]{30,}[.:]\)?")  # no call, no operator
+
 def to_wikitext(topic):
-    "The paragraphs of a reST `topic` as WikiText's lines."
-    code, topic = False, re.sub(r"(\w-)\n +(?=\w)|(\w-)\n(?=\w)", r"\1\2", topic)  # a word broken at its hyphen
-    for paragraph in re.split(r"\n\s*\n", topic.strip("\n")):
-        if set(paragraph) == {"="}: continue  # a rule
-        lines = paragraph.splitlines()
-        depth = len(lines) == 2 and re.fullmatch(r"([*=\-~])\1+", lines[1]) and "*=-~".index(lines[1][0]) + 1
-        indented = lines[0].startswith("   ")
-        if depth: yield f" {'= ' * depth}{lines[0].strip()}{' =' * depth} \n"
-        elif code and indented: yield "".join(f" {line.rstrip()} \n" for line in lines)
-        else: yield f" {' '.join(paragraph.split())} \n"
-        code = paragraph.endswith(":") and paragraph.strip() not in ("Note:", "Warning:") or code and indented
+    "The title of a reST `topic`, and the plain sentences of each of its paragraphs, as WikiText's lines."
+    topic = topic.translate(str.maketrans("“”‘’–—", "\"\"''--"))
+    topic = re.sub(r"(\w-)\n *(?=\w)", r"\1", topic)  # a word broken at its hyphen
+    parts = re.split(r"\n\s*\n|\n[*=~-]{3,}\n", topic.strip("\n"))
+    title, *paragraphs = (MARKED.sub(r"\1\2", " ".join(part.split())) for part in parts)
+    yield f" = {title} = \n"
+    for paragraph in paragraphs:
+        plain = filter(SENTENCE.fullmatch, re.split(r"(?<=[.:]) (?=\(?[A-Z])", paragraph))
+        if said := " ".join(plain): yield f" {said} \n"
 
 # %% ../../nbs/text/11_corpus.ipynb #4e5488b2
 PYTHON_DOCS = "python-docs"
@@ -174,9 +175,8 @@ def python_docs(folder):
             for name in parts[split]:
                 title, *body = to_wikitext(topics[name])
                 body = [p for p in dict.fromkeys(body) if p not in seen]
-                prose = [p for p in body if not p.startswith(" = ")]
-                seen.update(prose)  # a heading may come again
-                if prose: f.write("".join(f" \n{p}" for p in (title, *body)))
+                seen.update(body)
+                if body: f.write("".join(f" \n{p}" for p in (title, *body)))
     return files
 
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
@@ -351,7 +351,7 @@ def load_corpus(
         if name in sources: return fetch(name, sources[name], root, report)
         if name == PYTHON_DOCS:
             source = f"the language reference of Python {platform.python_version()}"
-            return cached(root/f"{name}-{platform.python_version()}", name, source, python_docs)
+            return cached(root/f"{name}-{platform.python_version()}-prose", name, source, python_docs)
         if repository := hub_name(name):
             names = dataset_train_split, dataset_test_split
             return noted(load_hub(repository, root, dataset_config, names, reading, report))
