@@ -102,7 +102,7 @@ def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
     panel.values.set(model="gpt2")
     assert "no GPU" not in panel.text.value and "no GPU" not in colab_gpt2.FinetunePanel(model="gpt2").text.value
     monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cuda", ""))
-    monkeypatch.setattr("colab_gpt2.text.corpus.hub_trouble", lambda: "gave no answer")
+    monkeypatch.setattr("colab_gpt2.text.hub.hub_trouble", lambda: "gave no answer")
     text = colab_gpt2.DataPanel()
     assert "The Hub gave no answer" in text.said
     with monkeypatch.context() as here:
@@ -111,7 +111,7 @@ def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
         assert text.error is None
         training = colab_gpt2.FinetunePanel(text)
         assert "The Hub gave no answer" in training.text.value  # though the text's panel has said something else since
-    monkeypatch.setattr("colab_gpt2.text.corpus.hub_trouble", lambda: "")
+    monkeypatch.setattr("colab_gpt2.text.hub.hub_trouble", lambda: "")
     assert colab_gpt2.DataPanel().config == FinetuneConfig()
 
 

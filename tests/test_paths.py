@@ -126,7 +126,7 @@ def load_published(monkeypatch, **variables):
     for name, path in variables.items():
         place = datasets.config if name == "HF_DATASETS_CACHE" else huggingface_hub.constants
         with monkeypatch.context() as around:
-            for at in ("text.corpus", "model.loading"): around.setattr(f"colab_gpt2.{at}.hub_trouble", lambda: "")
+            for at in ("text.hub", "model.loading"): around.setattr(f"colab_gpt2.{at}.hub_trouble", lambda: "")
             around.setattr(place, name, str(path))
             if name == "HF_HOME": around.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "hub")
             load_corpus(cache_dir="cache") if place is datasets.config else load_config("owner/model")

@@ -236,7 +236,7 @@ def split_named(path):
     return split_of(re.sub(r"(-\d\S*)?\.\w+(\.gz)?$", ".txt", path.name) if is_table(path) else path.name)
 
 def splits_in(folder) -> dict:
-    "split -> paths, of a `folder` in WikiText's layout, or with a folder, a table or its parts for each; {} for any other."
+    "split -> paths, of a `folder` in WikiText's layout, or with a folder, a table or its parts for each; else {}."
     found = {split: [] for split in SPLITS}
     for path in sorted(folder.iterdir(), key=in_order):
         if split := split_named(path): found[split].append(path)
@@ -268,8 +268,10 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
     "The Corpus of a data set on the Hub. `names`: its splits to train and evaluate on, as `pick_splits` takes them."
     def make(stage):
         rows, facts = open_hub(repository, config, report), Counter()
-        files = {ours: write_split(rows[theirs], f"{repository} ({theirs})", stage/f"{ours}.txt", *reading, report, facts)
-                 for ours, theirs in pick_splits([*rows], *names).items()}
+        def write(ours, theirs):
+            path, called = stage/f"{ours}.txt", f"{repository} ({theirs})"
+            return write_split(rows[theirs], called, path, *reading, report, facts)
+        files = {ours: write(ours, theirs) for ours, theirs in pick_splits([*rows], *names).items()}
         if alone := len(files) == 1: files = {"": files["train"].rename(stage/f"whole{files['train'].suffix}")}
         if holds_chats([*files.values()]):
             made, read = split_chats({split: [path] for split, path in files.items()}, stage, reading[1], report)

@@ -69,14 +69,23 @@ class Faults:
             warnings.warn(f"{self.called}: {lines} left out; the first is {self.first}.", stacklevel=2)
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00012
-def bad_character(text):
-    "(place, what) of the first character of `text` that is none; None if all are."
-    if (zero := text.find("\0")) >= 0: return zero, "a zero byte, as in a binary file"
+def bad_character(text) -> str:
+    "What the first character of `text` is that is none; '' if all are."
+    if "\0" in text: return "a zero byte, as in a binary file"
     try: text.isascii() or text.encode()
     except UnicodeEncodeError as e:
         code = ord(text[e.start])
-        return e.start, f"the byte 0x{code - 0xdc00:02x}, which is not UTF-8" if 0xdc80 <= code <= 0xdcff else (
-            f"half of a character (U+{code:04X})")
+        if 0xdc80 <= code <= 0xdcff: return f"the byte 0x{code - 0xdc00:02x}, which is not UTF-8"
+        return f"half of a character (U+{code:04X})"
+    return ""
+
+# %% ../../nbs/text/10_encodings.ipynb #10e00113
+ENDS = {"\n": "Unix", "\r\n": "Windows", "\r": "old Mac"}
+
+def advice_on(line, text) -> str:
+    "What to do about a `line` that is not UTF-8; the open file `text` goes on after it."
+    name = named_encoding((line + text.read(1 << 14)).encode(errors="surrogateescape"))
+    return f"It seems to be {name}: convert it (iconv -f {name} -t utf-8)" if name else "Save it as UTF-8"
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00115
 @contextlib.contextmanager
@@ -91,8 +100,6 @@ def broken_off(source):
     except OSError as e: raise type(e)(f"{name} cannot be read: {e.strerror}.") from e
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00015
-ENDS = {"\n": "Unix", "\r\n": "Windows", "\r": "old Mac"}
-
 class Source:
     """The characters of the file `path`, with the line ends of Unix; `line` is the number of the last line. `skipped`
     counts the file's encoding and line ends as well, under pairs."""
@@ -122,18 +129,12 @@ class Source:
             while line := self.text.readline(limit):
                 self.line, begins = self.line + begins, line[-1] == "\n"
                 if not self.line % 1000: self.tell()
-                if wrong := bad_character(line): self.bad(line, wrong[1])
-                else: yield line
+                if not (wrong := bad_character(line)): yield line
+                else: self.faults.add(f"line {self.line}", wrong, "" if self.faults.skip else advice_on(line, self.text))
         self.tell()
         ends = self.text.newlines or ()
         for end in ends if isinstance(ends, tuple) else (ends,): self.faults.skipped["line ends", ENDS[end]] += 1
         self.faults.skipped["encoding", self.encoding] += 1
-
-    def bad(self, line, what):
-        name = "" if self.faults.skip or self.encoding[:5] != "utf-8" else named_encoding(
-            (line + self.text.read(1 << 14)).encode(errors="surrogateescape"))
-        advice = f"It seems to be {name}: convert it (iconv -f {name} -t utf-8)" if name else "Save it as UTF-8"
-        self.faults.add(f"line {self.line}", what, advice)
 
     def tell(self):
         self.report(f"Reading {called(self.path.name)}", self.raw.tell(), os.fstat(self.raw.fileno()).st_size)

@@ -70,7 +70,7 @@ def documents(rows, field, faults):
     for values, place in rows:
         text = values.get(field)
         if isinstance(text, str) and text and not text.isspace():
-            if wrong := bad_character(text): faults.add(place, f"{field!r} has {wrong[1]}")
+            if wrong := bad_character(text): faults.add(place, f"{field!r} has {wrong}")
             else: yield Document(text.replace("\r\n", "\n").replace("\r", "\n"), f"{faults.called}, {place}")
         elif text is None and field not in values: faults.add(place, f"there is no {field!r}")
         elif text is None or isinstance(text, str): faults.skipped["empty"] += 1

@@ -152,7 +152,7 @@ def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent,
 
 # %% ../../nbs/text/10_hub.ipynb #10c00022
 def write_split(rows, called, path, *options):
-    "Write the rows of a split to the file `path`, with the suffix that it needs; `options` are those of `read_documents`."
+    "Write a split to the file `path`, with the suffix that it needs; `options` are those of `hub_documents`."
     first = first_of(rows, called)
     if is_wikitext(first): return write_lines((row.values["text"] for row in hub_rows(rows, called)), path)
     if not is_chat(first[0]): return write_documents(hub_documents(rows, called, *options), path)

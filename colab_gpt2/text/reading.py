@@ -110,8 +110,8 @@ def find_texts(path) -> list:
 # %% ../../nbs/text/10_reading.ipynb #953966ac
 def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipped=None):
     """Yield the Documents of the texts and tables `paths`. `field`: the column of tables that holds the text; None: it
-    is found. `on_bad_lines`: 'error' or 'skip'; the Counter `skipped` is
-    told why rows were left out, and what `Source` tells it."""
+    is found. `on_bad_lines`: 'error' or 'skip'; the Counter `skipped` is told why rows were left out, and what `Source`
+    tells it."""
     for path in paths:
         column = is_table(path) and pick_field([row.values for row in itertools.islice(
             rows_in(path, on_bad_lines), 100)], field, called(path))
