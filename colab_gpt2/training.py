@@ -37,7 +37,8 @@ from .resuming import differences, differences_told, found_in, identify, newest_
 from .resuming import SAME, source_of, where_to_resume
 from .runtime import Runtime, disk, out_of_memory
 from .signals import Interrupted
-from .storage.mirror import open_mirror, other_runs
+from .storage.kept import other_runs
+from .storage.mirror import open_mirror
 from .storage.targets import FINISHED
 
 # %% ../nbs/63_training.ipynb #c92355ae

@@ -17,8 +17,9 @@ from colab_gpt2.engine.checkpoints import write_manifest
 from colab_gpt2.planning.memory import Recipe
 from colab_gpt2.storage import mirror as room
 from colab_gpt2.storage.heartbeat import heartbeat
-from colab_gpt2.storage.mirror import FINISHED, FULL, OFF, WEIGHTS, open_mirror
-from colab_gpt2.storage import targets
+from colab_gpt2.storage.kept import FINISHED, FULL, OFF, WEIGHTS, other_runs
+from colab_gpt2.storage.mirror import open_mirror
+from colab_gpt2.storage import kept, targets
 from colab_gpt2.storage.targets import FolderTarget
 from helpers.toys import newest
 from helpers.archives import tree
@@ -34,7 +35,8 @@ SMALL = SimpleNamespace(parameters=1000, recipe=Recipe(1, 64))  # a checkpoint o
 def nobody_waits(monkeypatch):
     "Passing errors are retried without a pause."
     retried = functools.partial(room.retried, wait=0)
-    for module in ("targets", "heartbeat", "mirror"): monkeypatch.setattr(f"colab_gpt2.storage.{module}.retried", retried)
+    for module in "targets", "heartbeat", "kept", "mirror":
+        monkeypatch.setattr(f"colab_gpt2.storage.{module}.retried", retried)
     yield
     while OPENED: OPENED.pop().pulse.end(20)
 
@@ -339,7 +341,7 @@ def free(monkeypatch):
 
 def test_where_room_is_short_the_oldest_goes_before_the_new_one_comes(tmp_path, output, checkpoint, monkeypatch, free):
     "The newest stays until then. With one copy, and no room for another, it is said that nothing will be copied."
-    monkeypatch.setattr(room, "forecast_bytes", lambda plan: (3009, 1000, 1000))
+    monkeypatch.setattr(kept, "forecast_bytes", lambda plan: (3009, 1000, 1000))
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     mirror.kept = 3
     for step in 100, 200: copy(mirror, checkpoint(step))
@@ -347,7 +349,7 @@ def test_where_room_is_short_the_oldest_goes_before_the_new_one_comes(tmp_path, 
     (new := opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))).kept = 3
     assert new.told.startswith("Each new checkpoint, about 3.0 kB, is copied")
     with monkeypatch.context() as patched:
-        patched.setattr(new, "replaced_by", lambda *args: set())
+        patched.setattr(kept, "replaced_by", lambda *args: set())
         copy(new, checkpoint(400))
     assert held(tmp_path/"disk") == ["checkpoint-200", "checkpoint-400"] and new.error is None
     new.kept = 1
@@ -360,8 +362,8 @@ def test_where_room_is_short_the_oldest_goes_before_the_new_one_comes(tmp_path, 
 def test_adapters_need_room_for_adapters():
     "The finished model, which is far larger, has its own turn."
     plan = SimpleNamespace(parameters=10**9, recipe=Recipe(1, 64, method="lora"))
-    checkpoint, _, model = room.forecast_bytes(plan)
-    assert room.what_fits(plan, 2 * checkpoint) == (FULL, 1) and 2 * checkpoint < model
+    checkpoint, _, model = kept.forecast_bytes(plan)
+    assert kept.what_fits(plan, 2 * checkpoint) == (FULL, 1) and 2 * checkpoint < model
 
 
 def test_what_the_drive_holds_is_told_before_the_first_copy_too(colab, my_drive, output, checkpoint):
@@ -372,9 +374,9 @@ def test_what_the_drive_holds_is_told_before_the_first_copy_too(colab, my_drive,
 def test_a_run_that_was_lost_with_its_settings_is_named(colab, my_drive, output, checkpoint):
     copy(first := opened(output), checkpoint(100))
     for other in opened(output, seed=7), opened(output.with_name("another-name")):
-        [(folder, entry)] = room.other_runs(other.target)
+        [(folder, entry)] = other_runs(other.target)
         assert (folder, entry.step) == (first.target.folder, 100)
-    assert room.other_runs(opened(output).target) == []
+    assert other_runs(opened(output).target) == []
     first.close()
 
 
@@ -483,7 +485,7 @@ def test_containers_of_one_host_are_told_apart(tmp_path, output):
         with pytest.raises(BlockingIOError): opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
 
 
-def test_another_machine_that_removes_what_is_on_its_way_leaves_the_older_one(tmp_path, output, checkpoint, monkeypatch):
+def test_another_machine_that_removes_what_is_on_its_way_leaves_the_older(tmp_path, output, checkpoint, monkeypatch):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     copy(mirror, checkpoint(100))
     check_sizes = targets.check_sizes
@@ -657,7 +659,7 @@ def test_a_copy_of_the_same_name_that_fails_leaves_what_was_there(tmp_path, outp
     assert mirror.newest().manifest == read_manifest(path) and mirror.error is None
 
 
-def test_a_session_that_ends_while_a_complete_copy_takes_its_place_loses_none(tmp_path, output, checkpoint, monkeypatch):
+def test_a_session_that_ends_while_a_copy_takes_its_place_loses_none(tmp_path, output, checkpoint, monkeypatch):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     copy(mirror, path := checkpoint(300))
     (path/"model.safetensors").write_bytes(b"301" * 1000)

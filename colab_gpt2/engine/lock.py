@@ -82,7 +82,7 @@ def take_lock(path):
     return file
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0013
-TAKEN = ("{output_dir} {folder} was taken over by another run, since this one had not touched its lock for two minutes. "
+TAKEN = ("{output_dir} {folder} was taken over by another run, as this one had not touched its lock for two minutes. "
          "End one of the two: they spoil each other's files.")
 
 @contextlib.contextmanager

@@ -6,219 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/storage/53_mirror.ipynb #069e0785
-import contextlib, errno, hashlib, json, math, os, re, sys, threading, time, warnings
+import contextlib, errno, hashlib, json, os, re, sys, threading, time, warnings
 from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..core import atomic, check_space, home, human_bytes, plain, retried, sha256_of
-from ..engine.checkpoints import MANIFEST, list_files, new_checkpoint, read_manifest, sealed
-from ..errors import ADVICE, Sentence, about, errno_of, explained, may_pass, shortened
+from ..core import home, plain, retried
+from ..engine.checkpoints import list_files
+from ..errors import Sentence, about, errno_of, explained, may_pass, shortened
 from ..reporting import silent
 from ..runtime import drive_path, my_drive
 from .heartbeat import Heartbeat, moment, spoken
-from .targets import FINISHED, NAMES, NEW, Entry, FolderTarget, HubTarget, complete_entry
-
-# %% ../../nbs/storage/53_mirror.ipynb #2f9face2
-NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin"
-
-def entry_of(path, weights_only=False) -> Entry:
-    "What to copy of `path`: a checkpoint, or the output folder of a finished run. OSError if it is incomplete."
-    told = path/"finetune.json"
-    if told.exists():
-        sums = {**(result := json.loads(told.read_text(encoding="utf-8")))["files"], told.name: sha256_of(told)}
-        manifest = dict(files={n: (path/n).stat().st_size for n in sums}, sha256=sums, run=result.get("fingerprint"))
-        return Entry(FINISHED, manifest)
-    if not (manifest := read_manifest(path)): raise OSError(f"{path} is incomplete")
-    if not weights_only: return Entry(path.name, manifest)
-    for field in ("files", "sha256"):
-        manifest[field] = {n: v for n, v in manifest[field].items() if not re.fullmatch(NOT_MODEL, n)}
-    return Entry(path.name.replace("checkpoint", "weights"), manifest)
-
-# %% ../../nbs/storage/53_mirror.ipynb #8b9899b1
-def forecast_bytes(plan) -> tuple:
-    "About how many bytes a checkpoint has, the weights in it, and the finished model."
-    model = 4 * plan.parameters
-    weights = round(model * .02 * plan.recipe.lora_rank / 16) if plan.recipe.lora else model
-    return (weights * 3 // 2 if "8bit" in plan.recipe.optimizer else weights * 3), weights, model
-
-# %% ../../nbs/storage/53_mirror.ipynb #4b013e0a
-OFF, WEIGHTS, FULL = range(3)  # how much of a checkpoint is copied
-
-def what_fits(plan, free, held=0, spare=0) -> tuple:
-    """(OFF, WEIGHTS or FULL, how many to keep) with `free` bytes, and `held` ones of this run that new ones replace;
-    `spare` ones of them may go before a new one has arrived."""
-    checkpoint, weights, _ = forecast_bytes(plan)  # the finished model has its own turn, and a warning if it fails
-    def fit(size): return max(0, min((free + held) / size - 1, 3)) if free + spare >= size else 0
-    return (FULL, int(fit(checkpoint))) if fit(checkpoint) >= 1 else (WEIGHTS if fit(weights) >= 1 else OFF, 1)
-
-# %% ../../nbs/storage/53_mirror.ipynb #4c337429
-TOLD = {
-    FULL: "Each new checkpoint, about {checkpoint}, is copied to {where} during the training{room}.",
-    WEIGHTS: "{free} are free on {where}, too little for two checkpoints of about {checkpoint}: only their weights are "
-             "copied. From them a lost session can be continued as from a model, but not resumed. To resume it, free "
-             "some space there, or set {mirror} to another folder.",
-    OFF: "{free} are free on {where}, too little for a checkpoint's weights of about {weights} and their successors: "
-         "nothing is copied, and a lost session is lost. Free some space there, or set {mirror} to another folder."}
-
-def fit_told(plan, free, kind, where) -> Sentence:
-    checkpoint, weights, _ = map(human_bytes, forecast_bytes(plan))
-    room = f"; {human_bytes(free)} are free there" if free < math.inf else ""
-    return Sentence(TOLD[kind], checkpoint=checkpoint, weights=weights, free=human_bytes(free), where=where, room=room)
-
-# %% ../../nbs/storage/53_mirror.ipynb #9df8c2fc
-def reason(error) -> str:
-    "What happened, and what to do."
-    return ADVICE.get(errno_of(error)) or str(error)
-
-def short(error) -> str:
-    "The same for a progress line."
-    number = errno_of(error)
-    return "not mounted" if number == errno.ENOTCONN else os.strerror(number) if number else shortened(str(error), 60)
-
-class Damaged(Exception): "Files of an entry are missing or have changed."
-
-def since(entry) -> float:
-    "When it was saved, by time.monotonic; long ago where that is not known."
-    saved = entry.manifest.get("saved")
-    return time.monotonic() - max(0, time.time() - moment(saved)) if saved else -math.inf
-
-# %% ../../nbs/storage/53_mirror.ipynb #b6c49de0
-def tell_of_weights(target, entry):
-    "A warning, where nothing else is there."
-    told = ("{where} has only the weights of step {step}, which cannot be resumed: the run begins again. To continue "
-            "from them instead, stop, and set {model} to the folder {name} there.")
-    warnings.warn(Sentence(told, where=target.called, step=entry.step, name=entry.name), stacklevel=4)
-
-# %% ../../nbs/storage/53_mirror.ipynb #3bdbb3a7
-class Stored:
-    "What a `target` holds of one run. `afresh`: what earlier sessions left is not resumed, but replaced."
-    def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
-        self.target, self.kind, self.kept, self.afresh = target, kind, kept, afresh
-        self.skipped, self.damaged, self.mine, self.seen = set(), set(), set(), set()  # names of entries
-        self.there = {}  # name to the time since which the target has it, by time.monotonic; replaced, never changed
-
-    def entries(self) -> tuple:
-        "(complete entries, newest first; names of the others, and what is wrong with them)"
-        complete, others = [], {}
-        for name in retried(self.target.names, may_pass):
-            if not NAMES.fullmatch(name.removeprefix(NEW)): continue
-            try: complete.append(complete_entry(self.target, name))
-            except ValueError as e: others[name] = e
-        self.seen |= {entry.name for entry in complete}
-        self.there = {e.name: self.there.get(e.name, since(e)) for e in complete if e.name not in self.skipped}
-        return sorted(complete, key=lambda entry: entry.step, reverse=True), others
-
-    @property
-    def here(self):
-        "(name of the last that has arrived, since when); None without, or where it is not known."
-        name, when = max(self.there.items(), key=lambda item: item[1], default=("", -math.inf))
-        return (name, when) if when > -math.inf else None
-
-    def newest(self) -> Entry | None:
-        "What to resume, or the finished model; with a warning for what is there and cannot be used."
-        if not self.target or self.afresh: return None
-        try: complete, others = self.entries()
-        except OSError as e:
-            return warnings.warn(f"Nothing is resumed from {self.target.called}, which cannot be read: {reason(e)}")
-        for name in others.keys() - self.skipped:
-            if NAMES.fullmatch(name): self.skip(name, others[name])
-        there = [entry for entry in complete if entry.name not in self.skipped]
-        if there and all(entry.name.startswith("weights") for entry in there): tell_of_weights(self.target, there[0])
-        return next((entry for entry in there if not entry.name.startswith("weights")), None)
-
-    def skip(self, name, why):
-        self.skipped.add(name)
-        self.there = {each: when for each, when in self.there.items() if each != name}
-        warnings.warn(f"{name} in {self.target.called} is skipped: {why}.", stacklevel=4)
-
-    def fetch(self, entry, output_dir, report) -> Path:
-        "Into the output folder; -> the checkpoint there, or the folder with the finished model."
-        check_space(output_dir, entry.bytes, f"Restoring {entry.name}")
-        place = output_dir if entry.name == FINISHED else output_dir/entry.name
-        with atomic(place, folder=True) if entry.name == FINISHED else new_checkpoint(place) as folder:
-            def told(what, done, total): report(f"Restoring {entry.name}: {what}", done, total)
-            if damaged := self.target.fetch(entry, folder, told): raise Damaged(", ".join(damaged))
-            if entry.name != FINISHED: (folder/MANIFEST).write_text(sealed(entry.manifest))
-        return place
-
-# %% ../../nbs/storage/53_mirror.ipynb #ab10cd6e
-def other_runs(target) -> list:
-    """(folder, newest checkpoint) of runs that are not finished: with an output folder of this name, or the same run
-    with another one."""
-    if not isinstance(target, FolderTarget): return []
-    top, own = target.folder.parent, target.folder.name
-    with contextlib.suppress(OSError):
-        names = [name for name in sorted(os.listdir(top)) if name != own and
-                 (name[-9:] == own[-9:] or re.fullmatch(re.escape(own[:-8]) + "[0-9a-f]{8}", name))]
-        found = [(top/n, Stored(FolderTarget(top, n)).entries()[0]) for n in names]
-        return [(folder, entries[0]) for folder, entries in found if entries and entries[0].name != FINISHED]
-    return []
-
-# %% ../../nbs/storage/53_mirror.ipynb #1cc3f64b
-class Kept(Stored):
-    "Restores entries, and replaces them."
-    def restore(self, entry, output_dir, report=silent, above=-1) -> Path | None:
-        "Fetch `entry`, or the newest below it that is intact, of a step `above`, into the output folder; None without."
-        while entry and entry.step > above:
-            try: return self.fetch(entry, Path(output_dir), report)
-            except Damaged as e:
-                self.damaged.add(entry.name)
-                self.skip(entry.name, f"{e} is missing or corrupted")
-            except OSError as e:
-                if errno_of(e) == errno.ENOSPC:  # of this machine
-                    with explained(f"Restoring {entry.name}"): raise
-                self.skip(entry.name, reason(e))
-            entry = self.newest()
-
-    def remove(self, name):
-        self.target.remove(name)
-        self.there = {each: when for each, when in self.there.items() if each != name}
-
-    def put(self, path, report) -> Entry:
-        "Copy a checkpoint, or a finished run, unless it is there; then remove what it replaces."
-        self.target.recover()
-        entry, (complete, others) = entry_of(path, self.kind == WEIGHTS), self.entries()
-        if entry not in complete or entry.name in self.damaged:
-            self.make_room(entry, complete, others)
-            self.target.put(entry, path, report)
-            self.there = {**self.there, entry.name: time.monotonic()}
-        self.mine.add(entry.name)
-        self.seen.add(entry.name)
-        for names in self.damaged, self.skipped: names.discard(entry.name)
-        with contextlib.suppress(OSError):  # the next one tries again
-            for name in self.replaced_by(entry, complete) | others.keys() - self.seen: self.remove(name)
-        return entry
-
-    def may_go(self, complete) -> list:
-        "Of complete entries, newest first, all but the newest that can be resumed; the oldest first."
-        usable = [e for e in complete if e.name not in self.damaged and not e.name.startswith("weights")]
-        return [e for e in reversed(complete) if e not in (usable or complete)[:1]]
-
-    def make_room(self, entry, complete, others):
-        "Where `entry` does not fit beside all that is there, what is of no use goes now, and then the oldest."
-        if self.target.free() >= entry.bytes: return
-        for name in [name for name in others if name not in self.seen]: self.remove(name)
-        lack = entry.bytes - self.target.free()
-        for old in self.may_go(complete):
-            if lack <= 0: return
-            self.remove(old.name)
-            lack -= old.bytes
-
-    def replaced_by(self, entry, complete) -> set:
-        "The names of what may go now."
-        others = [e for e in complete if e.name != entry.name]
-        kinds = "weights" if self.kind == WEIGHTS and entry.name != FINISHED else ""
-        older = [e for e in others if e.step < entry.step and e.name.startswith(kinds)]
-        former = [e for e in others if self.afresh and e.name not in self.mine]
-        kept = self.kept - 1 if entry.name != FINISHED else entry not in complete  # Drive may upload the model late
-        return {e.name for e in older + former} - self.spares(older, former, kept) | self.damaged
-
-    def spares(self, older, former, kept) -> set:
-        "Of `older`, newest first, what a Drive has had the time to upload, and what will be uploaded next."
-        names = [e.name for e in older if e not in former and e.name not in self.damaged]
-        young = [n for n in names if self.there.get(n, -math.inf) > time.monotonic() - self.target.uploads]
-        return {*[*[n for n in names if n not in young][:1], *young[-1:]][:kept]}
+from .kept import OFF, Kept, fit_told, reason, what_fits
+from .targets import NAMES, FolderTarget, HubTarget
 
 # %% ../../nbs/storage/53_mirror.ipynb #b33b5364
 class Newest:
@@ -256,6 +56,11 @@ class Newest:
 
 # %% ../../nbs/storage/53_mirror.ipynb #d69136e9
 class Stopped(Exception): "Nobody waits for the copy any more."
+
+def short(error) -> str:
+    "What happened, for a progress line."
+    number = errno_of(error)
+    return "not mounted" if number == errno.ENOTCONN else os.strerror(number) if number else shortened(str(error), 60)
 
 # %% ../../nbs/storage/53_mirror.ipynb #8a6c8b10
 class Copying(Kept):

@@ -71,8 +71,8 @@ def copy_entry(entry, source, place, report):
         retried(lambda: copy_once(Path(here, MANIFEST), place/MANIFEST, None), may_pass)
 
 # %% ../../nbs/storage/52_targets.ipynb #3734f1bc
-class FolderTarget:
-    "The folder `run` in `top`. OSError where the disk or the Drive fails."
+class Folder:
+    "The folder `run` in `top`. OSError where the disk or the Drive fails, or is another one."
     beats, still = 30, 60  # seconds between two heartbeats; and without progress, after which a copy is given up
     uploads = 180  # seconds after which a Drive, or another program, may be expected to have uploaded a copy
     mark = None  # a file that was written: on another disk it is missing
@@ -110,9 +110,12 @@ class FolderTarget:
         for part in self.path(*names).relative_to(place).parts: (place := place/part).mkdir(exist_ok=True)
         return place
 
+# %% ../../nbs/storage/52_targets.ipynb #cec3c406
+class FolderTarget(Folder):
+    "Holds entries in its folder."
     def write(self, name, text):  # in place: a small file that is replaced often would fill the Drive's trash
-        (path := self.made()/name).write_text(text, encoding="utf-8")
-        self.mark = path
+        (self.made()/name).write_text(text, encoding="utf-8")
+        self.mark = self.folder/name
 
     def remove(self, name):
         "The manifest first: what an interruption leaves is incomplete."
@@ -144,7 +147,7 @@ class FolderTarget:
         return damaged_in_transit(entry, self.path(entry.name), Path(folder), report)
 
 # %% ../../nbs/storage/52_targets.ipynb #496eae00
-class HubTarget:
+class Repository:
     "The folder `run` of the private repository `name`. OSError where the Hub, or the way to it, fails."
     beats, still = 600, 3600  # seconds: a heartbeat is a commit; an upload does not tell of its progress
     uploads, new = 0, False  # an entry is there when it has been uploaded
@@ -184,8 +187,6 @@ class HubTarget:
         def look(): return [*self.api.list_repo_tree(self.repo, f"{self.run}/{name}".rstrip("/"))]
         return {Path(each.path).name: getattr(each, "size", None) for each in self.ask(look)}
 
-    def recover(self): pass  # a commit is made or not made
-
     def foreign(self) -> list:
         "What is in the repository beside runs."
         paths = [each.path for each in self.ask(lambda: [*self.api.list_repo_tree(self.repo)])]
@@ -197,6 +198,11 @@ class HubTarget:
 
     def read(self, name):
         with tempfile.TemporaryDirectory() as here: return self.download(name, here).read_text(encoding="utf-8")
+
+# %% ../../nbs/storage/52_targets.ipynb #6cd0116c
+class HubTarget(Repository):
+    "Holds entries there."
+    def recover(self): pass  # a commit is made or not made
 
     def write(self, name, text): self.commit(name, {name: text.encode()})
 
@@ -221,7 +227,7 @@ def commit_files(target, told, files):
             told = "{mirror} {name} is public; checkpoints are kept in private repositories only."
             raise ValueError(Sentence(told, name=target.called))
         if other := target.foreign():
-            told = ("{mirror} {name} has {file}, which is not of a run. Checkpoints need a repository of their own, since "
+            told = ("{mirror} {name} has {file}, which is not of a run. Checkpoints need a repository of their own, as "
                     "what they replace leaves its history: name one that is new.")
             raise ValueError(Sentence(told, name=target.called, file=other[0]))
         target.made = True
