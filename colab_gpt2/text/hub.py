@@ -65,18 +65,19 @@ def quietly(report):
 def from_hub(repository, name, folder, report=silent):
     "The splits of a dataset on the Hub as files in `folder`: split -> path; ConnectionError if that fails."
     if trouble := hub_trouble(): raise ConnectionError(trouble)
-    try:
-        with quietly(report) as datasets: rows = datasets.load_dataset(repository, name)
-        def texts(split): return (text for batch in rows[split].iter(1000) for text in batch["text"])
-        return {split: write_lines(texts(split), folder/f"{split}.txt") for split in rows}
-    except Exception as e:  # of any kind: datasets has many libraries under it
-        if getattr(e, "errno", None) == errno.ENOSPC: raise
-        raise ConnectionError("answered with " + said_of(e)) from e
+    def texts(split): return (text for batch in rows[split].iter(1000) for text in batch["text"])
+    with quietly(report) as datasets:
+        try:
+            rows = datasets.load_dataset(repository, name)
+            return {split: write_lines(texts(split), folder/f"{split}.txt") for split in rows}
+        except Exception as e:  # of any kind: datasets has many libraries under it
+            if getattr(e, "errno", None) == errno.ENOSPC: raise
+            raise ConnectionError("answered with " + said_of(e)) from e
 
 # %% ../../nbs/text/10_hub.ipynb #10c00011
 def hub_name(name):
     "The repository that `name` stands for, as `USER/NAME` or `hf://datasets/USER/NAME`; None for a path."
-    found = re.fullmatch(r"(hf://datasets/)?(\w[\w.-]*/[\w.-]+)", str(name))
+    found = re.fullmatch(r"(hf://datasets/)?(\w[\w.-]{,95}/[\w.-]{,96})", str(name))
     is_file = not found or not found[1] and (os.path.exists(name) or suffix_of(name) in (*READERS, "txt", "md", "zip"))
     return None if is_file else found[2]
 
@@ -113,9 +114,9 @@ def open_hub(repository, config=None, report=silent) -> dict:
     if trouble := hub_trouble():
         raise ConnectionError(Sentence("The Hub {trouble}, and {repository} is not in the cache. Without a network "
                                        "{dataset=python-docs} works.", trouble=trouble, repository=repository))
-    try:
-        with quietly(report) as datasets: return dict(datasets.load_dataset(repository, config, streaming=True))
-    except Exception as e: raise why_not(repository, config, e) from e
+    with quietly(report) as datasets:
+        try: return dict(datasets.load_dataset(repository, config, streaming=True))
+        except Exception as e: raise why_not(repository, config, e) from e
 
 # %% ../../nbs/text/10_hub.ipynb #10c00019
 def pick_splits(names, train_split="train", test_split=None) -> dict:
