@@ -17,6 +17,7 @@ from .core import Record
 from .errors import Sentence, check_choice, check_number
 from .model.loading import DTYPES, keeps_logits, lost_weight, model_context
 from .reporting import counter, reporting
+from .text.chats import Conversations
 from .text.token_store import Blocks
 
 # %% ../nbs/60_evaluation.ipynb #02694b28
@@ -96,17 +97,41 @@ def logits_batch(scored, length, vocabulary, gpu) -> int:
 
 # %% ../nbs/60_evaluation.ipynb #8c694693
 def batches(stream, found, size):
-    "Yield (ids, scored) for at most `size` of the windows `found`: inputs and targets in one, (batch, length)."
+    "Yield (ids, labels) for at most `size` of the windows `found`: (batch, length), and the last, which are scored."
     for (_, scored), group in itertools.groupby(found, key=lambda w: (w[1] - w[0], w[2])):
         while some := list(itertools.islice(group, size)):
-            yield torch.from_numpy(np.stack([stream[s:e] for s, e, _ in some]).astype(np.int64)), scored
+            ids = torch.from_numpy(np.stack([stream[s:e] for s, e, _ in some]).astype(np.int64))
+            yield ids, ids[:, -scored:]
+
+# %% ../nbs/60_evaluation.ipynb #60c00002
+def answer_windows(chats, context) -> list:
+    "(start, end, scored) of each conversation, cut to the `context`: so many of its tokens count. The longest first."
+    pieces = replace(chats, block_size=context).pieces.tolist()
+    if not pieces: raise ValueError(Sentence("No answer of {text} begins within {n} tokens.", text=chats.split, n=context))
+    found = ((start, start + n, int((chats.coded[start:start + n] & 1).sum())) for start, n in pieces)
+    return sorted(found, key=lambda window: window[0] - window[1])
+
+def answer_batches(chats, found, size):
+    "As `batches`; labels are -100 for what does not count."
+    for at in range(0, len(found), size):
+        some = found[at:at + size]
+        codes = np.zeros((len(some), max(end - start for start, end, _ in some)), np.int64)
+        for row, (start, end, _) in zip(codes, some): row[:end - start] = chats.coded[start:end]
+        first = (codes & 1).any(0).argmax()
+        yield torch.from_numpy(codes >> 2), torch.from_numpy(np.where(codes & 1, codes >> 2, -100)[:, first:])
+
+# %% ../nbs/60_evaluation.ipynb #60c00004
+def windows_of(blocks, context, stride) -> list:
+    "What `perplexity` scores of `blocks`."
+    if isinstance(blocks, Conversations): return answer_windows(blocks, context)
+    return list(windows(blocks.tokens, context, stride))
 
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
-def score(model, ids, scored) -> float:
-    "The nats of the last `scored` of each of `ids` (batch, length), on the model's device."
-    keep = {"logits_to_keep": scored} if keeps_logits(model) else {}
-    logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -scored:]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, -scored:].flatten(), reduction="none")
+def score(model, ids, labels) -> float:
+    "The nats of `labels`, the last of each of `ids` (batch, length), on the model's device; none for -100."
+    keep = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
+    logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -labels.shape[1]:]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return losses.cpu().double().sum().item()
 
 # %% ../nbs/60_evaluation.ipynb #58eb07f1
@@ -124,6 +149,7 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
     limit, known = model_context(model), model.get_input_embeddings().weight.shape[0]
     if context is None: context = min(blocks.block_size, limit)
     check_number("context", context, 2, limit, integer=True, hint=f"The model's context is {limit} tokens.")
+    if isinstance(blocks, Conversations): stride = context  # each by itself
     if stride is None: stride = max(1, context // 2)
     check_number("stride", stride, 1, context, integer=True, hint="Beyond the context, tokens would be left out.")
     text = f"The {blocks.split or 'unnamed'} text"
@@ -162,22 +188,23 @@ def perplexity(
     if batch_size is not None: check_number("batch_size", batch_size, 1, integer=True)
     check_choice("precision", precision, DTYPES)
     device = torch.device(device or next(model.parameters()).device)
-    found = spread(windows(blocks.tokens, context, stride), most)
-    tokens, total = blocks.tokens - 1, sum(scored for *_, scored in found)
+    chat, found = isinstance(blocks, Conversations), spread(windows_of(blocks, context, stride), most)
+    tokens, total = blocks.answers if chat else blocks.tokens - 1, sum(scored for *_, scored in found)
     vocabulary, length, nats = model.get_input_embeddings().weight.shape[0], min(context, blocks.tokens), 0
-    logits = stride if keeps_logits(model) else length  # the first window may score more: alone
+    logits = stride if keeps_logits(model) and not chat else length  # the first window may score more: alone
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     with evaluation_mode(model.to(device)), torch.inference_mode(), autocast, reporting(progress) as report:
         add = counter(report, f"Perplexity of {blocks.split or 'the text'}", total)
-        for ids, scored in batches(blocks.stream, found, size):
-            nats += score(model, ids.to(device), scored)
+        for ids, labels in answer_batches(blocks, found, size) if chat else batches(blocks.stream, found, size):
+            nats += score(model, ids.to(device), labels.to(device))
             if not math.isfinite(nats):
                 why, named = why_lost(model, precision), blocks.split or "unnamed"
                 told = "The model's loss on the {text} text is {nats}: "
                 raise RuntimeError(Sentence(told + why.template, text=named, nats=nats, **why.values))
-            add(len(ids) * scored)
-    result = Perplexity(math.nan, "token", split=blocks.split, stride=stride, context=context, tokens=tokens,
+            add(int((labels >= 0).sum()))
+    split = f"answers of {blocks.split}".strip() if chat else blocks.split
+    result = Perplexity(math.nan, "token", split=split, stride=stride, context=context, tokens=tokens,
                         words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)
     return result.per("token")
 
@@ -225,5 +252,6 @@ def report_card(
     "`perplexity` at each of `strides`, per token, word and byte; per word only if white space parts words."
     _, context = check_measure(model, blocks, context=context)
     strides = dict.fromkeys(strides or (context, max(1, context // 2)))
+    if isinstance(blocks, Conversations): strides = [context]
     measured = [perplexity(model, blocks, stride=s, context=context, **options) for s in strides]
     return ReportCard(tuple(p.per(unit) for p in measured for unit in p.units))

@@ -59,7 +59,8 @@ def inherited(config) -> dict:
 def identify(config, blocks, weights, choosing=None) -> dict:
     """`asked`, and what is learnt (text and tokens) from where (`weights`, a checksum; the model's name is for people).
     `choosing`: the Blocks that steps are chosen on."""
-    known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{zlib.crc32(blocks.stream):08x}",
+    tokens = zlib.crc32(getattr(blocks, "coded", blocks.stream))  # of a conversation, with what counts
+    known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{tokens:08x}",
                  held_out=choosing and choosing.sha256)
     return {**asked(config), **known, **inherited(config), "block_size": blocks.block_size}
 

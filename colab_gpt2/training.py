@@ -23,7 +23,7 @@ from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, make_trainer, training_arguments
 from .errors import Sentence, about, errno_of, explained, may_pass
-from .evaluation import Perplexity, check_measure, perplexity, windows
+from .evaluation import Perplexity, check_measure, perplexity, windows_of
 from .generation import Sample, generate
 from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
@@ -39,6 +39,7 @@ from .runtime import Runtime, disk, out_of_memory
 from .signals import Interrupted
 from .storage.kept import other_runs
 from .storage.mirror import open_mirror
+from .text.chats import Conversations
 from .storage.targets import FINISHED
 
 # %% ../nbs/63_training.ipynb #c92355ae
@@ -266,10 +267,13 @@ def make_chooser(config, prepared, plan, callbacks) -> list:
     "A Chooser of the best weights, if there is a text to choose on."
     if not (text := prepared.choosing): return []
     stride, context = check_measure(prepared.model, text)
-    train, found = prepared.train, windows(text.tokens, context, stride)
+    train, found = prepared.train, windows_of(text, context, stride)
+    if isinstance(text, Conversations):  # of their own lengths
+        sizes = [(end - start, scored) for start, end, scored in found]
+        context, stride = (math.ceil(sum(some) / len(found)) for some in zip(*sizes))
     work = Work(steps=plan.steps, step_tokens=min(plan.blocks_per_step, len(train)) * train.block_size,
-                text_tokens=train.tokens, windows=len([*found]), context=context, stride=stride, split=text.split,
-                method=plan.recipe.method)
+                text_tokens=getattr(train, "room", train.tokens), windows=len(found), context=context, stride=stride,
+                split=text.split, method=plan.recipe.method)
     def measure(model, most, report):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         try: return perplexity(inner, text, most=most, precision=plan.recipe.precision, progress=report).value

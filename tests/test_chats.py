@@ -273,7 +273,7 @@ def test_a_table_of_texts_stays_a_text(tmp_path):
     texts = write_rows(tmp_path/"texts.jsonl", [dict(text=f"The tide of day {n}.", source="x") for n in range(300)])
     corpus = load_corpus(train_file=texts, cache_dir=tmp_path, progress=False, dataset_text_field="text")
     assert {corpus.path(split).suffix for split in corpus.bytes} == {".txt"}
-    chats = write_rows(tmp_path/"chats.jsonl", [dict(prompt=f"Is it {n}?", completion="It is.") for n in range(300)])
+    chats = write_rows(tmp_path/"chats.jsonl", [dict(prompt=f"Is it {n}?", completion=f"It is {n}.") for n in range(300)])
     corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False)
     assert {corpus.path(split).suffix for split in corpus.bytes} == {".jsonl"} and len(corpus.bytes) == 3
     corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False, dataset_text_field="completion")

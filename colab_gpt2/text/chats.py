@@ -195,6 +195,7 @@ class Conversations(Blocks):
 LONG = ("{split}: {cut:,} of {all:,} conversations are longer than {block_size} {size}: their ends are left out, and "
         "{lost:,} of them altogether, whose answers begin there.")
 SEEN = ("{split}: {model} takes no positions, so that in a block a conversation sees those before it, as texts do.")
+LATE = "{name}: no answer begins within {block_size} {size}. Choose a larger one, or shorter questions."
 LEFT_OUT = "{split}: {n:,} conversations are left out: {why}."
 
 def notes_on(chats) -> list:
@@ -292,4 +293,5 @@ def tokenize_chats(
                          vocabulary_size=encoder.vocabulary_size)
     why = "; ".join(made.left_out) or "it is empty"
     if not made.tokens: raise ValueError(f"{path.name} has no conversation that can be learnt: {why}.")
+    if not len(made.pieces): raise ValueError(Sentence(LATE, name=path.name, size=block_size))
     return made
