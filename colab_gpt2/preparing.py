@@ -64,7 +64,8 @@ def warn_of_few_steps(config, blocks):
 # %% ../nbs/62_preparing.ipynb #308bd869
 def warn_of_few_tokens(config, blocks, parameters):
     "A text that is much smaller than the model and read again and again is learned by heart."
-    epochs = count_steps(config, len(blocks)) * effective_batch(config) / len(blocks)
+    per_epoch = len(blocks) / min(len(blocks), effective_batch(config))
+    epochs = config.max_steps / per_epoch if config.max_steps > 0 else config.num_train_epochs
     if epochs < 10 or blocks.tokens > parameters: return
     told = ("{tokens:,} tokens are read {epochs:.0f} times by a model of {parameters:,} parameters: it will learn this "
             "by heart. Give a longer text, or fewer {%s}.")

@@ -377,3 +377,56 @@ def test_what_cannot_be_had_of_the_hub_is_told_in_a_line(hub, ask):
     for name, said in REFUSED.items(): assert told[name].startswith(said) and "\n" not in told[name], told[name]
     closed = ask(READ + "result['said'] = failing(read, 'me/tides')", endpoint=CLOSED, imports=HUB_ALONE)["said"]
     assert closed.startswith("ConnectionError: The Hub gave no answer, and me/tides is not in the cache.")
+
+
+# A disk that is too small for the text
+
+STREAMING = """
+import errno, itertools
+import colab_gpt2.text.corpus as corpora, colab_gpt2.text.streams as streams, colab_gpt2.text.token_store as store
+from colab_gpt2.model.loading import load_tokenizer
+def full(*given): raise OSError(errno.ENOSPC, "No space left on device")
+corpora.check_space, streams.HELD, store.EVERY = full, 2000, 1
+corpus, tiny = load_corpus("me/many", progress=False), load_tokenizer("tiny")
+result |= dict(train=corpus.train.name, rule=corpus.report.rule, bytes=corpus.bytes)
+result["held"] = {split: corpus.path(split).read_text() for split in SPLITS[1:]}
+def tokens(): return store.tokenize_file(corpus.train, tiny, 64, split="train", progress=False)
+passed, documents = [], streams.hub_documents
+def broken(*given):
+    for n, document in enumerate(documents(*given)):
+        if n == 1500: raise ConnectionError("me/many broke off after 1500 rows.")
+        yield document
+def counting(*given):
+    for document in documents(*given): passed.append(document); yield document
+streams.hub_documents = broken
+read = store.read_windows
+store.read_windows = lambda file, encode, before, size: read(file, encode, before, 4096)
+result["broken"] = failing(tokens)
+result["left"] = sorted(path.suffix for path in corpora.cache_folder(None).joinpath("tokens").iterdir())
+streams.hub_documents = counting
+blocks = tokens()
+whole = "<|endoftext|>".join(streams.Stream.from_dict(json.loads(corpus.train.read_text())).training([]))
+assert blocks.stream.tolist() == tiny(whole, verbose=False)["input_ids"] and blocks.bytes == len(whole.encode())
+result |= dict(text=whole, blocks=len(blocks))
+"""
+
+
+def test_a_data_set_that_the_disk_has_no_room_for_is_tokenised_from_the_hub(hub, ask, home):
+    days = [f"The tide of day {day} came at {day % 12} o'clock.\n" for day in range(3000)]
+    rows = "\n".join(json.dumps(dict(text=day)) for day in days + days[:9])
+    hub.add("datasets", "me/many", {"train.jsonl": rows.encode()})
+    told = ask(STREAMING)
+    assert told["train"] == "train.stream" and "read from the Hub as it is tokenised" in told["rule"]
+    assert told["broken"] == "ConnectionError: me/many broke off after 1500 rows."
+    assert told["left"] == [".journal", ".part"]  # what is tokenised stays
+    train, held = (text.split("<|endoftext|>") for text in (told["text"], "<|endoftext|>".join(told["held"].values())))
+    assert len(train) == len({*train}) and {*train}.isdisjoint(held) and 2300 < len(train) < 2500
+    assert all(2000 <= len(text) < 2100 for text in told["held"].values())
+    folder = home/"cache"/"colab_gpt2"
+    assert sum(path.stat().st_size for path in folder.joinpath("corpora").rglob("*")) < 40_000  # of 140 kB of text
+    again = ask("import colab_gpt2.text.token_store as store\n"
+                "from colab_gpt2.model.loading import load_tokenizer\n"
+                "corpus = load_corpus('me/many', progress=False)\n"
+                "blocks = store.tokenize_file(corpus.train, load_tokenizer('tiny'), 64, progress=False)\n"
+                "result['blocks'] = len(blocks)", endpoint=CLOSED)
+    assert again["blocks"] == told["blocks"]  # without a network

@@ -79,6 +79,13 @@ class Hasher:
         "None for white space alone."
         return None if self.space is None else int.from_bytes(self.digest.digest(), "big")
 
+# %% ../../nbs/text/10_splitting.ipynb #57ff36cd
+def number_of(*parts):
+    "The hash of a document in bytes, which may come in parts."
+    hasher = Hasher()
+    for part in parts: hasher.add(part)
+    return hasher.number
+
 # %% ../../nbs/text/10_splitting.ipynb #1f0c556f
 class Documents:
     """The documents of the text `path`: `sides` has the index of a split for each, or DROPPED for one that is blank, or

@@ -18,6 +18,7 @@ from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
 from .reading import check_text
+from .streams import SUFFIX, open_stream, size_of
 from .tokens import CONTEXT, Encoder, hurry, notes_on, opened, read_windows
 
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
@@ -115,7 +116,8 @@ def write_ids(pieces, encoder, out, counts, last=" ", before=-1):
 
 # %% ../../nbs/text/13_token_store.ipynb #33fab38d
 def open_text(path, start):
-    "The text file `path`, open `start` bytes after its byte order mark if it has one; and the CONTEXT before that."
+    "The text of `path`, open `start` bytes after its byte order mark if it has one; and the CONTEXT before that."
+    if path.suffix == SUFFIX: return open_stream(path, start, CONTEXT)
     file = open(path, "rb")
     mark = 3 if file.read(3) == codecs.BOM_UTF8 else 0
     file.seek(mark + max(0, start - 4 * CONTEXT))
@@ -129,20 +131,20 @@ LONG = 1 << 22  # bytes of a text for which a faster encoder is looked for
 def write_part(path, file, encoder, report=silent):
     "Tokenise `path` into the part of `file`, from where the journal stopped; returns the counts."
     counts = file.counts(complete=False) or dict(tokens=0, words=0, bytes=0)
-    what, size, due = f"Tokenising {path.name}", path.stat().st_size, counts["bytes"] + EVERY
+    what, size, due = f"Tokenising {path.name}", size_of(path), counts["bytes"] + EVERY
     text, before = open_text(path, counts["bytes"])
     try:
         with text, open(file.part, "ab") as out:
             out.truncate(counts["tokens"] * encoder.dtype.itemsize)
             given = (before[-1], np.memmap(file.part, encoder.dtype, "r")[-1]) if before else ()
-            report(what, counts["bytes"], size)
-            if size - counts["bytes"] > LONG: hurry(encoder)
+            report(what, counts["bytes"], size or None)
+            if not size or size - counts["bytes"] > LONG: hurry(encoder)
             windows = read_windows(text, encoder.encode, before, 1 << (20 if encoder.twin else 18))
             for counts in write_ids(windows, encoder, out, counts, *given):
                 if counts["bytes"] >= due:
                     file.note(file.journal, counts, out)
                     due = counts["bytes"] + EVERY
-                report(what, counts["bytes"], size)
+                report(what, counts["bytes"], size or None)
             file.note(file.record, counts, out)
         os.replace(file.part, file.ids)  # which is closed: Windows renames no open file
     except BaseException:
@@ -159,6 +161,7 @@ def write_tokens(path, file, encoder, report=silent):
         with sole_owner(file.ids.with_suffix(".lock")):
             tidy(file.ids.parent)
             return file.counts() or write_part(path, file, encoder, report)  # another process may have written them
+    except ConnectionError: raise  # of a Stream
     except OSError as e:
         said = f"The tokens of {path} could not be written to {file.ids.parent}: {e.strerror or e}."
         advice = "{said} Give another {cache_dir}."
