@@ -6,12 +6,12 @@
 __all__ = ['Corpus', 'load_corpus']
 
 # %% ../../nbs/text/11_corpus.ipynb #0d91dce1
-import hashlib, itertools, json, logging, os, platform, re, warnings
+import errno, hashlib, itertools, json, logging, os, platform, re, warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core import Record, atomic, home, human_bytes, nearest, sha256_of
+from ..core import Record, atomic, check_space, home, human_bytes, nearest, sha256_of
 from ..errors import Sentence, about
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
@@ -22,6 +22,7 @@ from .reading import (SPLITS, TEXTS, check_text, find_texts, holds_chats, in_ord
                                      read_rows)
 from .splitting import (Documents, Reading, documents_of, drop_duplicates, reading_of, split_chats,
                                        split_text, told)
+from .streams import HELD, SUFFIX, size_of, stream_hub
 
 # %% ../../nbs/text/11_corpus.ipynb #ab03214b
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def measure(name, files, source):
     files = {split: files[split] for split in SPLITS if split in files}
     return Corpus(name, **{split: files.get(split) for split in SPLITS}, source=str(source),
                   sha256={split: sha256_of(path) for split, path in files.items()},
-                  bytes={split: path.stat().st_size for split, path in files.items()})
+                  bytes={split: size_of(path) for split, path in files.items()})
 
 # %% ../../nbs/text/11_corpus.ipynb #978a42fa
 log = logging.getLogger(__name__)
@@ -264,14 +265,21 @@ def load_path(path, root, report=silent, reading=(None, "error")):
     return load_text(path, root, reading, report)
 
 # %% ../../nbs/text/11_corpus.ipynb #8a161208
+STREAMED = "the disk has no room for the rest, which is read from the Hub as it is tokenised"
+
 def load_hub(repository, root, config, names, reading=(None, "error"), report=silent):
-    "The Corpus of a data set on the Hub. `names`: its splits to train and evaluate on, as `pick_splits` takes them."
+    """The Corpus of a data set on the Hub. `names`: its splits to train and evaluate on, as `pick_splits` takes them.
+    What the disk has no room for is read by `stream_hub`."""
     def make(stage):
         rows, facts = open_hub(repository, config, report), Counter()
+        splits.update(pick_splits([*rows], *names))
+        known = rows[splits["train"]].info.splits or {}
+        size = sum(known[name].num_bytes for name in splits.values() if name in known)
+        check_space(stage, 3 * size, f"The text of {repository}")
         def write(ours, theirs):
             path, called = stage/f"{ours}.txt", f"{repository} ({theirs})"
             return write_split(rows[theirs], called, path, *reading, report, facts)
-        files = {ours: write(ours, theirs) for ours, theirs in pick_splits([*rows], *names).items()}
+        files = {ours: write(ours, theirs) for ours, theirs in splits.items()}
         if alone := len(files) == 1: files = {"": files["train"].rename(stage/f"whole{files['train'].suffix}")}
         if holds_chats([*files.values()]):
             made, read = split_chats({split: [path] for split, path in files.items()}, stage, reading[1], report)
@@ -279,9 +287,17 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
         else: made, read = drop_duplicates(files, stage, report)
         for path in {*files.values()} - {*made.values()}: path.unlink()
         return made, told(read, facts)
-    name, known = repository.split("/")[1], repr([RULES, repository, config, names, reading])
+    def streamed(stage):
+        files = stream_hub(repository, config, splits, *reading, RULES, stage, report)
+        held, read = drop_duplicates({split: path for split, path in files.items() if split != "train"}, stage)
+        return files | held, replace(read, rule=f"at most {human_bytes(HELD)} each; {STREAMED}")
+    name, known, splits = repository.split("/")[1], repr([RULES, repository, config, names, reading]), {}
     folder = root/f"{name[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-    return cached(folder, name, f"hf://datasets/{repository}", make)
+    source = f"hf://datasets/{repository}"
+    try: return cached(folder, name, source, make)
+    except OSError as e:
+        if e.errno != errno.ENOSPC or not splits: raise
+    return cached(folder, name, source, streamed)
 
 # %% ../../nbs/text/11_corpus.ipynb #8a161211
 FILES = "train_file", "eval_file"
@@ -316,8 +332,9 @@ def noted(corpus):
     if held < 1000:  # some 250 tokens
         warnings.warn(Sentence("The held-out text of {name} has only {held} bytes: its perplexity says little. "
                                "Give a longer text or {eval_file}.", name=corpus.name, held=held))
-    for split in () if any(path.suffix == ".jsonl" for path in map(corpus.path, corpus.bytes)) else corpus.bytes:
-        with open(corpus.path(split), "rb") as f: start = f.read(4000)
+    for path in map(corpus.path, corpus.bytes):
+        if path.suffix in (".jsonl", SUFFIX): continue
+        with open(path, "rb") as f: start = f.read(4000)
         marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', start) and "JSON or HTML"
         if kind := marked or looks_like_table(start) and "a table (CSV)":
             warnings.warn(f"{corpus.name} is {kind}, whose syntax will be learned, or measured.")

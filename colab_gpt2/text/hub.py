@@ -109,13 +109,13 @@ def why_not(repository, config, error) -> Exception:
     return ValueError(Sentence(said, configs=" or ".join(configs), **told))
 
 # %% ../../nbs/text/10_hub.ipynb #10c00016
-def open_hub(repository, config=None, report=silent) -> dict:
-    "The splits of a data set on the Hub: name -> its rows, which are streamed."
+def open_hub(repository, config=None, report=silent, revision=None) -> dict:
+    "The splits of a data set on the Hub, as it is or was at a `revision`: name -> its rows, which are streamed."
     if trouble := hub_trouble():
         raise ConnectionError(Sentence("The Hub {trouble}, and {repository} is not in the cache. Without a network "
                                        "{dataset=python-docs} works.", trouble=trouble, repository=repository))
     with quietly(report) as datasets:
-        try: return dict(datasets.load_dataset(repository, config, streaming=True))
+        try: return dict(datasets.load_dataset(repository, config, streaming=True, revision=revision))
         except Exception as e: raise why_not(repository, config, e) from e
 
 # %% ../../nbs/text/10_hub.ipynb #10c00019
