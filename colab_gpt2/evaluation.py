@@ -203,7 +203,7 @@ def perplexity(
                 told = "The model's loss on the {text} text is {nats}: "
                 raise RuntimeError(Sentence(told + why.template, text=named, nats=nats, **why.values))
             add(int((labels >= 0).sum()))
-    split = f"answers of {blocks.split}".strip() if chat else blocks.split
+    split = f"answers of {blocks.split or 'unnamed'}" if chat else blocks.split
     result = Perplexity(math.nan, "token", split=split, stride=stride, context=context, tokens=tokens,
                         words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)
     return result.per("token")

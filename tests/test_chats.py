@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, TrainerCallback
 from transformers import default_data_collator
 
 import colab_gpt2
-from colab_gpt2 import encode_chat, finetune, generate, load_corpus, tokenize_chats, tune_model
+from colab_gpt2 import encode_chat, finetune, generate, load_corpus, perplexity, report_card, tokenize_chats, tune_model
 from colab_gpt2.engine.trainer import BlockTrainer
 from colab_gpt2.errors import fields_of
 from colab_gpt2.model.fitting import add_rows, end_ids, set_ids
@@ -230,8 +230,8 @@ def place(tmp_path_factory):
 def run(place):
     def run(name, **changes):
         options = dict(model=str(place/"toy"), train_file=str(place/"chats.jsonl"), effective_batch_size=4,
-                       max_steps=30, learning_rate=5e-3, max_new_tokens=12, precision="fp32", cache_dir=str(place/"cache"),
-                       output_dir=str(place/name), progress=False, resume="auto", save_steps=-1)
+                       max_steps=30, learning_rate=5e-3, max_new_tokens=12, precision="fp32",
+                       cache_dir=str(place/"cache"), output_dir=str(place/name), progress=False, resume="auto", save_steps=-1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             return finetune(**{**options, **changes})
@@ -273,7 +273,8 @@ def test_a_table_of_texts_stays_a_text(tmp_path):
     texts = write_rows(tmp_path/"texts.jsonl", [dict(text=f"The tide of day {n}.", source="x") for n in range(300)])
     corpus = load_corpus(train_file=texts, cache_dir=tmp_path, progress=False, dataset_text_field="text")
     assert {corpus.path(split).suffix for split in corpus.bytes} == {".txt"}
-    chats = write_rows(tmp_path/"chats.jsonl", [dict(prompt=f"Is it {n}?", completion=f"It is {n}.") for n in range(300)])
+    rows = [dict(prompt=f"Is it {n}?", completion=f"It is {n}.") for n in range(300)]
+    chats = write_rows(tmp_path/"chats.jsonl", rows)
     corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False)
     assert {corpus.path(split).suffix for split in corpus.bytes} == {".jsonl"} and len(corpus.bytes) == 3
     corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False, dataset_text_field="completion")
@@ -291,3 +292,30 @@ def test_what_ends_an_answer_in_a_template_ends_a_text_and_is_saved(tokenizer):
     add_rows(model, len(other))
     set_ids(model, other)
     assert model.generation_config.eos_token_id == [0, other.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_perplexity_is_of_the_answers_each_conversation_by_itself(chats):
+    model = new_model(SHAPES["llama"], seed=0).eval()
+    nats, counts = 0., []
+    for start, n in chats.pieces:
+        codes = torch.from_numpy(chats.coded[start:start + n].astype(np.int64))
+        with torch.no_grad(): logs = model(input_ids=(codes >> 2)[None]).logits[0].log_softmax(-1)
+        places = [i for i in range(1, n) if codes[i] & 1]
+        nats -= sum(logs[i - 1, codes[i] >> 2].item() for i in places)
+        counts.append(len(places))
+    found = perplexity(model, chats, progress=False)
+    assert found.tokens == sum(counts) == chats.answers and found.nats == pytest.approx(nats, rel=1e-5)
+    assert str(found).endswith("per token (answers of unnamed split, stride 128, context 128)")
+    some = perplexity(model, chats, most=20, progress=False)  # evenly over the lengths
+    assert some.value == pytest.approx(found.value, rel=0.05)
+    card = report_card(model, chats, progress=False)
+    assert [(row.unit, row.count) for row in card.rows] == [("token", chats.answers), ("word", chats.words),
+                                                            ("byte", chats.bytes)]
+
+
+def test_a_saved_model_is_evaluated_on_its_answers(run, place, shell):
+    result = run("evaluated", max_steps=4)
+    said = shell("colab-gpt2", "evaluate", "--model", place/"evaluated", "--train-file", place/"chats.jsonl",
+                 "--cache-dir", place/"cache", "--precision", "fp32", "--json")
+    [row] = [row for row in json.loads(said.stdout)["rows"] if row["unit"] == "token"]
+    assert row["split"] == "answers of test" and row["value"] == pytest.approx(result.perplexity_after.value, rel=1e-4)
