@@ -121,6 +121,11 @@ class EvaluationFields(MethodFields):
         None, "the text that the samples before and after continue (default: the first line of the held-out text; "
         "with WikiText, a title)", lines=3)
     max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1, maximum=10**7)
+    temperature: float = value(1.0, "of the samples: below 1 safer, above 1 bolder", above=0)
+    top_k: int = value(50, "of the samples: keep the k most likely tokens; 0 keeps all", label="Top k", minimum=0)
+    top_p: float = value(
+        1.0, "of the samples: keep the smallest set of tokens with this probability", label="Top p", above=0, maximum=1)
+    repetition_penalty: float = value(1.0, "of the samples: above 1, tokens of the text become less likely", above=0)
 
 # %% ../nbs/04_config.ipynb #3ddc969c
 @dataclass(frozen=True)

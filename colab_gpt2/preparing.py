@@ -25,7 +25,7 @@ from .planning.plan import check_packages, count_steps, effective_batch, pick_ru
 from .reporting import silent
 from .runtime import Runtime, check_runtime
 from .text.chats import Conversations, first_question, notes_on, tokenize_chats
-from .text.corpus import WIKITEXT, load_corpus
+from .text.corpus import PYTHON_DOCS, WIKITEXT, load_corpus
 from .text.token_store import Blocks, check_trainable, tokenize_file
 from .text.tokens import check_ids
 
@@ -120,10 +120,12 @@ def check_room(config, plan, tokenizer=None):
     if drive_top(config.output_dir): check_space(tempfile.gettempdir(), last, "A copy to the Drive")
 
 # %% ../nbs/62_preparing.ipynb #14c3ad4e
+PROMPTS = {**dict.fromkeys(WIKITEXT, PROMPT), PYTHON_DOCS: " An exception"}  # a title, and a subject of many sentences
+
 def pick_prompt(config, corpus) -> str:
-    "`config`'s own, a title for WikiText, else the held-out text's first question, line, or words."
+    "`config`'s own, a beginning for a text that is known, else the held-out text's first question, line, or words."
     if config.prompt: return config.prompt
-    if config.dataset in WIKITEXT and not config.train_file: return PROMPT
+    if (known := PROMPTS.get(config.dataset)) and not config.train_file: return known
     if (path := corpus.path(pick_split(corpus, config.eval_split))).suffix == ".jsonl": return first_question(path)
     with open(path, encoding="utf-8-sig") as f: start = f.read(4000)
     line = next(filter(str.strip, re.split(r"(?<=\n)|<\|endoftext\|>", start)), PROMPT)

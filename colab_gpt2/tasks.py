@@ -267,8 +267,8 @@ def run(
 
 # %% ../nbs/64_tasks.ipynb #078e0c88
 DEMO = FinetuneConfig(
-    model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=2, block_size=256,
-    learning_rate=5e-4, max_new_tokens=60)
+    model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=5, block_size=256,
+    learning_rate=1e-3, max_new_tokens=80, temperature=0.6, top_k=20, repetition_penalty=1.1)
 
 # %% ../nbs/64_tasks.ipynb #5953484d
 def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> RunResult:
@@ -280,7 +280,8 @@ def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> Ru
     return run(config, callbacks=[*callbacks, *limit], **options)
 
 # %% ../nbs/64_tasks.ipynb #fd0a4950
-GOES_WITH = dict(model=("block_size", "learning_rate", "logging_steps", "max_new_tokens"))  # the demo's, for its model
+GOES_WITH = dict(model=(  # the demo's, for its model
+    "block_size", "learning_rate", "logging_steps", "max_new_tokens", "temperature", "top_k", "repetition_penalty"))
 
 def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."

@@ -7,7 +7,7 @@ __all__ = ['FinetuneResult', 'finetune']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
 import contextlib, errno, math, os, tempfile, time, warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
@@ -27,6 +27,7 @@ from .evaluation import Perplexity, check_measure, perplexity, windows_of
 from .generation import Sample, generate
 from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
+from .model.sampling import Sampling
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, out_of_memory_told, plan_run
 from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
@@ -228,6 +229,11 @@ def all_told(shown, callbacks):
     return report
 
 # %% ../nbs/63_training.ipynb #e9a40a53
+def sampling_of(config) -> Sampling:
+    "How a run's samples are drawn."
+    return Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
+
+# %% ../nbs/63_training.ipynb #68b339f9
 def evaluate_and_sample(config, prepared, model, precision, report, callbacks=(), chose=False) -> tuple:
     "(Perplexity of the held-out text, which may have chosen the weights, a Sample)."
     with in_one_line(config.output_dir):
@@ -235,7 +241,7 @@ def evaluate_and_sample(config, prepared, model, precision, report, callbacks=()
         found = replace(found, chose=chose and prepared.choosing is prepared.held_out)
         [sample] = generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed,
                             chat=getattr(prepared.held_out, "templated", 0) > 0,
-                            max_new_tokens=config.max_new_tokens, progress=report)
+                            max_new_tokens=config.max_new_tokens, progress=report, **sampling_of(config).to_dict())
     tell(callbacks, "on_measured", found, sample)
     return found, sample
 
@@ -316,8 +322,9 @@ def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tup
 # %% ../nbs/63_training.ipynb #ffe78b36
 def evaluation_of(config, prepared) -> dict:
     "What decides perplexities and samples, apart from the model."
+    drawn = {name: value for name, value in sampling_of(config).to_dict().items() if value != getattr(Sampling, name)}
     return dict(text=prepared.held_out.sha256, split=prepared.held_out.split, prompt=config.prompt, seed=config.seed,
-                eval_stride=config.eval_stride, max_new_tokens=config.max_new_tokens)
+                eval_stride=config.eval_stride, max_new_tokens=config.max_new_tokens, **drawn)
 
 # %% ../nbs/63_training.ipynb #7d3cd2aa
 def read_finished(output_dir) -> FinetuneResult | None:

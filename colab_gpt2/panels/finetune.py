@@ -99,6 +99,7 @@ def describe_result(result, samples) -> str:
     before, after = result.perplexity_before, result.perplexity_after
     speed = f", {result.tokens_per_second:,.0f} tokens a second" if result.tokens_per_second else ""
     resumed = f" It resumed from {escape(result.resumed_from)}." if result.resumed_from else ""
+    resumed += f" {escape(worded(result.stopped, labels_of(result.config)))}".rstrip()
     return (f"<p>Perplexity a {after.unit} on the {escape(after.split)} text, stride {after.stride}, context "
             f"{after.context}: <b>{before.value:,.2f} → {after.value:,.2f}</b>. "
             f"{escape(result.model)} on {escape(result.dataset)}, {result.steps:,} steps{speed}, "
@@ -278,6 +279,7 @@ class FinetunePanel(Trained):
 
     def take(self, result):
         "The run has ended, or had ended before: then it is shown as it was."
+        self.forecaster.keep(self.live.config, result.plan)
         if result.repeated:
             self.live.recall(result)
             self.leave(result.config)
@@ -286,7 +288,8 @@ class FinetunePanel(Trained):
     def describe(self, result):
         how = "Shown as it ended" if result.repeated else f"Done in {human_time(result.seconds)}"
         values = f"{result.perplexity_before.value:,.2f} → {result.perplexity_after.value:,.2f}"
-        return f"{how}: perplexity {values}, saved in {result.output_dir}."
+        why = worded(result.stopped, self.name_of)
+        return f"{how}: perplexity {values}, saved in {result.output_dir}. {why}".rstrip()
 
     def interrupted(self, error):
         if isinstance(error, Interrupted) and error.advice:  # it can be resumed

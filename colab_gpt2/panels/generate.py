@@ -12,7 +12,7 @@ from html import escape
 
 import ipywidgets as widgets
 
-from ..config import PROMPT, changed, expand_paths, value
+from ..config import changed, expand_paths, value
 from ..core import Record
 from ..errors import Sentence
 from ..generation import check_request, stream
@@ -31,21 +31,21 @@ class GenerateConfig(Sampling):
     "What to generate from, and how."
     model: str = value("gpt2-tuned", "the fine-tuned model: a folder, a name or a Hub id", path=True)
     compare_with: str | None = value(None, "the model to compare with, such as the one that was fine-tuned", path=True)
-    prompt: str = value(PROMPT, "the text to continue, exactly as typed", lines=3)
+    prompt: str | None = value(None, "the text to continue, exactly as typed; empty: that of the model's run", lines=3)
     max_new_tokens: int = value(250, "length in tokens", label="New tokens", min=10, max=1000, step=10)
     seed: int | None = value(42, "the same seed gives the same text; empty for a new one each time")
 
     def __post_init__(self):
-        for name in ("model", "prompt"):
-            if not getattr(self, name): raise ValueError(Sentence(f"{{{name}}} is empty; give a value."))
-        check_request(self.prompt, self.max_new_tokens, self.seed)
+        if not self.model: raise ValueError(Sentence("{model} is empty; give a value."))
+        check_request(self.prompt or "", self.max_new_tokens, self.seed)
         expand_paths(self)
         super().__post_init__()
 
     def sampling(self) -> dict: return {f.name: getattr(self, f.name) for f in fields(Sampling)}
 
     def options(self):
-        return dict(prompt=self.prompt, max_new_tokens=self.max_new_tokens, **self.sampling(), seed=self.seed)
+        prompt = self.prompt or prompt_of(self.model)
+        return dict(prompt=prompt, max_new_tokens=self.max_new_tokens, **self.sampling(), seed=self.seed)
 
     def models(self) -> dict:
         "before and after -> the model."
@@ -107,7 +107,7 @@ class Sources(Stoppable):
 
     def take(self, panel):
         "The models, and what was not typed here, from `panel`; a model not yet made is awaited."
-        config, shared = panel.saved or panel.config, ("prompt", "max_new_tokens", "seed")
+        config, shared = panel.saved or panel.config, ("prompt", "max_new_tokens", "seed", *self.config.sampling())
         made = dict(model=config.output_dir, compare_with=config.model)
         made |= {name: given for name in shared if (given := getattr(config, name)) is not None}
         self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}

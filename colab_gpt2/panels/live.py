@@ -18,14 +18,20 @@ from .plots import ACCENT, Line, line_chart
 from .pump import pump
 
 # %% ../../nbs/panels/77_live.ipynb #eda4f857
-def charts(losses, measured=(), steps=None) -> list:
-    "The SVGs of the `losses`, (step, nats a token), and the perplexities with those `measured`, (step, perplexity)."
-    ends = (0, steps) if steps else None
-    learnt = tuple((step, math.exp(loss)) for step, loss in losses if loss < 700)  # exp(710) is beyond a float
-    held_out = Line("held-out text", tuple(p for p in measured if math.isfinite(p[1])), dashes="5 4", marker="diamond")
-    def training(points): return Line("training text", tuple(points), color=ACCENT)
-    return [line_chart([training(losses)], "Loss (nats a token)", x_range=ends),
-            line_chart([training(learnt), held_out], "Perplexity (logarithmic)", x_range=ends, log=True)]
+READABLE = 8  # times the best perplexity: what is above is not drawn
+
+def charts(losses, measured=(), steps=None, best=None) -> list:
+    """The SVGs of the `losses`, (step, nats a token), and the perplexities with those `measured`, (step, perplexity);
+    the step `best` is marked."""
+    ends, measured = (0, steps) if steps else None, [point for point in measured if math.isfinite(point[1])]
+    learnt = [(step, math.exp(loss)) for step, loss in losses if loss < 700]  # exp(710) is beyond a float
+    found = [point for point in measured if point[0] == best]
+    top = READABLE * found[0][1] if found else math.inf
+    def line(label, points, **look): return Line(label, tuple(p for p in points if p[1] <= top), **look)
+    held_out = line("held-out text", measured, dashes="5 4", marker="diamond")
+    drawn = [line("training text", learnt, color=ACCENT), held_out, line(f"best: step {best}", found, marker="ring")]
+    return [line_chart([Line("training text", tuple(losses), color=ACCENT)], "Loss (nats a token)", x_range=ends),
+            line_chart(drawn, "Perplexity (logarithmic)", x_range=ends, log=True)]
 
 # %% ../../nbs/panels/77_live.ipynb #10bbcaec
 def bold(text) -> str:
@@ -53,7 +59,8 @@ class Course:
         self.stopping, self.plan, self.ended = False, None, ""  # or "Done", "Stopped", "Failed"
         self.step = self.first = self.steps = 0  # `first`: where this run began
         self.started = 0.  # by time.perf_counter
-        self.losses, self.measured = [], []  # (step, nats a token), (step, perplexity)
+        self.losses, self.measured = [], []  # (step, nats a token), (step, perplexity) before and after
+        self.evaluations, self.best = {}, None  # step -> perplexity, on the way
         self.samples, self.mirror = [], None  # (title, prompt, text); what copies checkpoints to the Drive
 
     def recall(self, result):
@@ -61,6 +68,7 @@ class Course:
         self.step = self.steps = result.steps
         self.losses = [(row["step"], row["loss"]) for row in result.losses]
         self.measured = [(0, result.perplexity_before.value), (result.steps, result.perplexity_after.value)]
+        self.evaluations, self.best = dict(result.evaluations), result.best_step
         self.samples = [(f"{when.capitalize()} the training", sample.prompt, sample.text)
                         for when, sample in result.samples.items()]
 
@@ -89,7 +97,7 @@ class Course:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         return " · ".join(parts)
 
-    def charts(self): return charts(self.losses, self.measured, self.steps)
+    def charts(self): return charts(self.losses, self.evaluations.items() or self.measured, self.steps, self.best)
 
     def parts(self):
         drawn = f"<div class='cg-columns'>{''.join(self.charts())}</div>" if self.losses else ""
@@ -172,9 +180,14 @@ class Live(Steered, Listener):
         self.samples.append((f"{when} the training", sample.prompt, sample.text))
         self.breathe(now=True)
 
+    def on_evaluated(self, step, perplexity, best_step):
+        self.evaluations[step], self.best = perplexity, best_step
+        self.breathe()
+
     def on_train_begin(self, args, state, control, **kwargs):
         self.losses = [(row["step"], row["loss"]) for row in state.log_history if "loss" in row]  # if it was resumed
         self.first = self.step = state.global_step
+        self.evaluations = {step: value for step, value in self.evaluations.items() if step <= self.step}
         self.steps, self.started = state.max_steps, time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
