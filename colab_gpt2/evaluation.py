@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .core import Record
 from .errors import Sentence, check_choice, check_number
+from .model.heads import hidden_states, output_head
 from .model.loading import DTYPES, keeps_logits, lost_weight, model_context
 from .reporting import counter, reporting
 from .text.chats import Conversations
@@ -91,9 +92,9 @@ def spread(items, most=None) -> list:
 
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
 def logits_batch(scored, length, vocabulary, gpu) -> int:
-    "How many windows of `length` tokens make a batch, by bytes of fp32 logits and by tokens."
+    "How many windows of `length` tokens make a batch, by bytes of fp32 logits (of the `scored`, maybe 0) and by tokens."
     logits, inputs = (1_000_000_000, 16_384) if gpu else (64_000_000, 4_096)
-    return max(1, min(logits // (4 * scored * vocabulary), inputs // length))
+    return max(1, min(logits // max(1, 4 * scored * vocabulary), inputs // length))
 
 # %% ../nbs/60_evaluation.ipynb #8c694693
 def batches(stream, found, size):
@@ -127,8 +128,12 @@ def windows_of(blocks, context, stride) -> list:
     return list(windows(blocks.tokens, context, stride))
 
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
-def score(model, ids, labels) -> float:
-    "The nats of `labels`, the last of each of `ids` (batch, length), on the model's device; none for -100."
+def score(model, ids, labels, head=None) -> float:
+    """The nats of `labels`, the last of each of `ids` (batch, length), on the model's device; none for -100. By the
+    model's Head, if it has one."""
+    if head:
+        hidden = hidden_states(model, ids[:, :-1])[:, -labels.shape[1]:]
+        return head.loss(hidden, labels, reduction="sum").item()
     keep = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
     logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -labels.shape[1]:]
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
@@ -191,13 +196,13 @@ def perplexity(
     chat, found = isinstance(blocks, Conversations), spread(windows_of(blocks, context, stride), most)
     tokens, total = blocks.answers if chat else blocks.tokens - 1, sum(scored for *_, scored in found)
     vocabulary, length, nats = model.get_input_embeddings().weight.shape[0], min(context, blocks.tokens), 0
-    logits = stride if keeps_logits(model) and not chat else length  # the first window may score more: alone
+    logits = 0 if (head := output_head(model.to(device))) else stride if keeps_logits(model) and not chat else length
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
-    with evaluation_mode(model.to(device)), torch.inference_mode(), autocast, reporting(progress) as report:
+    with evaluation_mode(model), torch.inference_mode(), autocast, reporting(progress) as report:
         add = counter(report, f"Perplexity of {blocks.split or 'the text'}", total)
         for ids, labels in answer_batches(blocks, found, size) if chat else batches(blocks.stream, found, size):
-            nats += score(model, ids.to(device), labels.to(device))
+            nats += score(model, ids.to(device), labels.to(device), head)
             if not math.isfinite(nats):
                 why, named = why_lost(model, precision), blocks.split or "unnamed"
                 told = "The model's loss on the {text} text is {nats}: "

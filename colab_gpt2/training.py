@@ -28,7 +28,7 @@ from .generation import Sample, generate
 from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
 from .model.sampling import Sampling
-from .model.tune import gradient_checkpointing, keep_freed_memory
+from .model.tune import gradient_checkpointing, keep_freed_memory, uncompiled
 from .planning.plan import Plan, out_of_memory_told, plan_run
 from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
 from .preparing import warn_of_few_tokens
@@ -281,12 +281,16 @@ def make_chooser(config, prepared, plan, callbacks) -> list:
                 text_tokens=getattr(train, "room", train.tokens), windows=len(found), context=context, stride=stride,
                 split=text.split, method=plan.recipe.method)
     def measure(model, most, report):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        try: return perplexity(inner, text, most=most, precision=plan.recipe.precision, progress=report).value
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
+        options = dict(most=most, precision=plan.recipe.precision, progress=report)
+        if chooser.trainer: options["batch_size"] = chooser.trainer.micro_batch  # less than a training step takes
+        try:
+            with uncompiled(): return perplexity(inner, text, **options).value
         except RuntimeError as e:
             if out_of_memory(e): raise
             return math.nan  # the loss is not finite
-    return [Chooser(config, work, measure, text.sha256, callbacks)]
+    chooser = Chooser(config, work, measure, text.sha256, callbacks)
+    return [chooser]
 
 # %% ../nbs/63_training.ipynb #e9a40a5a
 AGAIN_WITHOUT = "Run it again without {overwrite_output_dir=True} to resume."

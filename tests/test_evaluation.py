@@ -107,11 +107,16 @@ def test_a_model_without_logits_to_keep(small, make_blocks):
     stubborn, own = (perplexity(model, blocks, progress=False) for model in (Stubborn(small), small))
     assert stubborn.nats == pytest.approx(own.nats, rel=1e-6)
 
-def test_logits_stay_small(small, make_blocks, monkeypatch):
-    shapes = []
+def test_no_logits_are_in_memory(small, make_blocks, monkeypatch):
+    "By the model's Head at most a chunk; by the forward of a model without one what is scored."
+    shapes, blocks = [], make_blocks(np.zeros(60, int))
     hook = small.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    by_head = perplexity(small, blocks, stride=4, progress=False)
+    assert {shape[-1] for shape in shapes[1:]} == {1}  # the first is of three tokens, to know the Head
+    shapes.clear()
     monkeypatch.setattr("colab_gpt2.evaluation.logits_batch", lambda *args: 2)
-    perplexity(small, make_blocks(np.zeros(60, int)), stride=4, progress=False)
+    monkeypatch.setattr("colab_gpt2.evaluation.output_head", lambda model: None)
+    assert perplexity(small, blocks, stride=4, progress=False).nats == pytest.approx(by_head.nats, rel=1e-6)
     hook.remove()
     assert shapes[0] == (1, 15, 60) and {s[:2] for s in shapes[1:-1]} <= {(2, 4), (1, 4)}
 

@@ -142,7 +142,7 @@ def best_of(curve) -> tuple:
 class Course(Listener):
     """What a run has measured so far, in its checkpoints' state. `measure(model, windows, report)` -> a perplexity;
     `text`: a checksum of the held-out one; `listeners` hear of each measurement."""
-    stop = None  # a StopOnInterrupt
+    trainer = None  # whose `stop` says whether a run is to end
 
     def __init__(self, config, work, measure, text, listeners=()):
         self.config, self.work, self.measure, self.text = config, work, measure, text
@@ -191,7 +191,7 @@ class Chooser(Course):
         "Measure at this step, unless it was, or the run is asked to stop before its end."
         step = state.global_step
         def report(*told):
-            if self.stop.asked and step < state.max_steps: raise Unmeasured
+            if self.trainer.stop.asked and step < state.max_steps: raise Unmeasured
         if not step or step in dict(self.curve): return
         try:
             report()

@@ -99,12 +99,13 @@ class TimeLimit(Listener):
     def __init__(self, seconds, least=20, stop=None, why="", began=None):
         self.least, self.stop, self.why, self.mirror = least, stop, why, None
         self.since = time.monotonic() if began is None else began
-        self.end, self.measuring, self.step, self.saving = self.since + seconds, 0., 0., 0.  # the last three: seconds
+        self.end = self.since + seconds
+        self.measuring = self.step = self.saving = self.evaluating = 0.  # seconds
 
     def on_stage(self, stage, plan=None, mirror=None, **facts):
         now, self.mirror = time.monotonic(), mirror or self.mirror
         if stage == PROBING: self.measuring = now - self.since  # as long as it will take after the training
-        if stage == TRAINING: self.saving = (12 if plan.recipe.method == "full" else 1) * plan.parameters / 50e6
+        if stage == TRAINING: self.saving = (16 if plan.recipe.method == "full" else 1) * plan.parameters / 50e6
         self.since = now
 
     def shorten(self, plan):
@@ -124,12 +125,16 @@ class TimeLimit(Listener):
         self.step = max(0.9 * self.step, time.monotonic() - self.since)  # the first may compile
         self.since = time.monotonic()
         left, steps = state.max_steps - state.global_step, state.global_step - self.first
-        kept_back = self.step + 2 * self.saving + 2 * getattr(self.mirror, "took", 0)  # a copy may be under way
+        kept_back = self.step + self.evaluating + 2 * self.saving + 2 * getattr(self.mirror, "took", 0)  # a copy may be under way
         if not (self.stop and left) or self.since + kept_back < self.end: return
         control.should_training_stop = control.should_save = True
         rest = math.ceil(left / steps)
         more = f"the rest takes about {rest} more session{'s' * (rest > 1)}"
         self.stop.ask(OUT_OF_TIME, Sentence(" {why}, and {more}", why=self.why, more=more))
+
+    def on_evaluated(self, *told):
+        before, self.since = self.since, time.monotonic()
+        self.evaluating = self.since - before
 
     def on_save(self, args, state, control, **kwargs): self.saving = time.monotonic() - self.since
 

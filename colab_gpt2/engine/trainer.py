@@ -245,7 +245,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
                            callbacks=[*own, *callbacks, guard, bar])  # the guard sees what is to be saved
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
-    if own := [c for c in callbacks if hasattr(c, "put_into")]: [trainer.chooser], own[0].stop = own, stop
+    if own := [c for c in callbacks if hasattr(c, "put_into")]: [trainer.chooser], own[0].trainer = own, trainer
     for mirror in callbacks:
         if hasattr(mirror, "in_use"): trainer.in_use, bar.status = mirror.in_use, mirror.status
     trainer.recipe, trainer.micro_batch = recipe, recipe.micro_batch
