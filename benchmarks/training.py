@@ -1,4 +1,4 @@
-"""How fast does GPT-2 learn, and in how much memory? Ours against three peers:
+"""How fast does GPT-2, or with --size smollm2-135m a Llama, learn, and in how much memory? Ours against three peers:
 
 tutorial        what the command of 2020 maps to: the stock Trainer's defaults, fp32, one block at a time
 stock           the stock Trainer in the device's best half precision, with as many blocks a step as ours, in the
@@ -92,13 +92,13 @@ def against_tutorial(options, results, goal) -> list:
                    row("peak memory of training one block a step", memory, "ours-single")]
 
 
-def against_stock(options, results, peer, goal, faster) -> list:
-    """The rows for one stock Trainer; `goal` is the target of our side that is compared with it, None for the slower
-    Trainer."""
+def against_stock(options, results, peer, goal, faster, memory=None) -> list:
+    """The rows for one stock Trainer; `goal` is the target of our side that is compared with it, `memory` that of its
+    peak, None for the slower Trainer."""
     aims = {"ours-compiled" if options.device == "cuda" and "ours-compiled" in results else "ours": goal}
     def row(figure, field, ours="ours", **target): return compare(figure, results, field, peer, ours, **target)
     rows = [row("training, tokens/s", "tokens_per_second", target=aims.get("ours")),
-            row("peak memory of training", memory_field(options))]
+            row("peak memory of training", memory_field(options), target=memory)]
     if faster and "ours-single" in results:
         rows.append(row("training one block a step, tokens/s", "tokens_per_second", "ours-single"))
     if "ours-compiled" in results:
@@ -120,13 +120,16 @@ def utilisation(results, goal) -> list:
 
 def rows_of(options, results) -> list:
     "The comparisons with all peers that ran."
-    def goal(figure, peer): return target(figure, peer, options.device) if options.size == STANDARD else None
+    of = "" if options.size == STANDARD else f", {options.size}"
+    def goal(figure, peer): return target(figure + of, peer, options.device)
     if "ours" not in results: return []
     rows = against_tutorial(options, results, goal) if "tutorial" in results else []
     stock = sorted(set(results) & set(COMPILED), key=lambda label: speed(results, label), reverse=True)
     for label in stock:
-        faster, aim = label == stock[0], goal("training, tokens/s", "faster stock Trainer")
-        rows += against_stock(options, results, label, aim if faster else None, faster)
+        names = ("training, tokens/s", "peak memory of training")
+        faster = label == stock[0]
+        aim, memory = (goal(name, "faster stock Trainer") if faster else None for name in names)
+        rows += against_stock(options, results, label, aim, faster, memory)
     return rows + (utilisation(results, goal) if results["ours"][0]["mfu"] else [])
 
 
@@ -149,7 +152,8 @@ def main():
     commands, failed = {label: command(label) for label in dict.fromkeys([*options.sides, "ours"])}, {}
     micro = {label: dict(chosen=n, tried=tried) for label, (n, tried) in chosen.items()}
     def report_all(results):
-        report("training", results, rows_of(options, results), commands=commands, device=options.device,
+        question = f"training {options.size}" if options.size == "smollm2-135m" else "training"
+        report(question, results, rows_of(options, results), commands=commands, device=options.device,
                folder=options.results, micro_batches=micro, failed=failed)
     alternate(commands, options.rounds, env=dict.fromkeys(commands, env), failed=failed, each_round=report_all)
     if failed: sys.exit(f"Failed: {', '.join(failed)}")
