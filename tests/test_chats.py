@@ -205,7 +205,8 @@ def test_what_cannot_be_learnt_is_told_with_its_line_or_left_out_and_counted(tok
     assert "\n" not in str(caught.value) and fields_of(caught.value) == ("on_bad_lines",)
     chats = tokenize_chats(path, tokenizer, 64, on_bad_lines="skip", **options)
     assert len(chats.spans) == 1 and sum(chats.left_out.values()) == len(bad)
-    assert f"{chats.left_out['it has no answer']} conversations are left out: it has no answer." in str(notes_on(chats))
+    told = f"{chats.left_out['it has no answer']} of {len(bad) + 1} conversations are left out: it has no answer."
+    assert told in str(notes_on(chats))
     write_rows(path, bad)
     with pytest.raises(ValueError, match="a.jsonl has no conversation that can be learnt: it has no answer; "):
         tokenize_chats(path, tokenizer, 64, on_bad_lines="skip", **options)
@@ -231,7 +232,7 @@ def run(place):
     def run(name, **changes):
         options = dict(model=str(place/"toy"), train_file=str(place/"chats.jsonl"), effective_batch_size=4,
                        max_steps=30, learning_rate=5e-3, max_new_tokens=12, precision="fp32",
-                       cache_dir=str(place/"cache"), output_dir=str(place/name), progress=False, resume="auto", save_steps=-1)
+                       cache_dir=str(place/"cache"), output_dir=str(place/name), progress=False, save_steps=-1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             return finetune(**{**options, **changes})
@@ -277,6 +278,9 @@ def test_a_table_of_texts_stays_a_text(tmp_path):
     chats = write_rows(tmp_path/"chats.jsonl", rows)
     corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False)
     assert {corpus.path(split).suffix for split in corpus.bytes} == {".jsonl"} and len(corpus.bytes) == 3
+    with pytest.raises(ValueError, match="One of train_file and eval_file holds conversations, one texts.") as caught:
+        load_corpus(train_file=chats, eval_file=texts, cache_dir=tmp_path, progress=False)
+    assert fields_of(caught.value) == ("train_file", "eval_file")
     corpus = load_corpus(train_file=chats, cache_dir=tmp_path, progress=False, dataset_text_field="completion")
     assert {corpus.path(split).suffix for split in corpus.bytes} == {".txt"}  # as was asked for
 
@@ -311,6 +315,15 @@ def test_perplexity_is_of_the_answers_each_conversation_by_itself(chats):
     card = report_card(model, chats, progress=False)
     assert [(row.unit, row.count) for row in card.rows] == [("token", chats.answers), ("word", chats.words),
                                                             ("byte", chats.bytes)]
+
+
+@pytest.mark.parametrize("prompt, completion, notes", [
+    ("Is it? ", "It is.", 0), ("Is it?", "\nIt is.", 0), ("Is it?", "It is.", 1)])
+def test_texts_are_learnt_as_they_stand_and_their_joint_is_told(tokenizer, tmp_path, prompt, completion, notes):
+    path = write_rows(tmp_path/"a.jsonl", [dict(prompt=prompt, completion=completion)])
+    chats = tokenize_chats(path, tokenizer, 64, split="train", cache_dir=tmp_path, progress=False)
+    assert tokenizer.decode(chats.stream) == prompt + completion + "<|endoftext|>" and not chats.templated
+    assert ["1 prompts meet their completions without a space" in note for note in notes_on(chats)] == [True] * notes
 
 
 def test_a_saved_model_is_evaluated_on_its_answers(run, place, shell):

@@ -157,6 +157,7 @@ class Conversations(Blocks):
     answers: int = 0  # tokens that count; `tokens` are all
     left_out: dict = field(default_factory=dict)  # why -> how many rows
     templated: int = 0  # conversations of messages; the others are texts
+    glued: int = 0  # prompts and completions that meet without a space
     apart: bool = True  # the model keeps apart what is in a block, by `position_ids`
 
     coded = functools.cached_property(Blocks.stream.func)  # 4 × id + 2 where a conversation begins + 1 where it counts
@@ -196,14 +197,19 @@ LONG = ("{split}: {cut:,} of {all:,} conversations are longer than {block_size} 
         "{lost:,} of them altogether, whose answers begin there.")
 SEEN = ("{split}: {model} takes no positions, so that in a block a conversation sees those before it, as texts do.")
 LATE = "{name}: no answer begins within {block_size} {size}. Choose a larger one, or shorter questions."
-LEFT_OUT = "{split}: {n:,} conversations are left out: {why}."
+LEFT_OUT = "{split}: {n:,} of {rows:,} conversations are left out: {why}."
+GLUED = ("{split}: {glued:,} prompts meet their completions without a space, and are learnt so. Given as messages, "
+         "they would stand in the chat template.")
 
 def notes_on(chats) -> list:
     "Sentences on what of `chats` is left out, and on what is not kept apart."
     cut, lost = int((chats.spans[:, 1] > chats.block_size).sum()), len(chats.spans) - len(chats.pieces)
-    facts = dict(split=chats.split, all=len(chats.spans), cut=cut, lost=lost, size=chats.block_size)
-    told = [LONG] * (cut > 0) + [SEEN] * (not chats.apart and len(chats) < len(chats.pieces))
-    out = [Sentence(LEFT_OUT, split=chats.split, n=n, why=why) for why, n in chats.left_out.items()]
+    facts = dict(split=chats.split, all=len(chats.spans), cut=cut, lost=lost, size=chats.block_size,
+                 glued=chats.glued)
+    seen = not chats.apart and len(chats) < len(chats.pieces)
+    told = [LONG] * (cut > 0) + [SEEN] * seen + [GLUED] * (chats.glued > 0)
+    rows = len(chats.spans) + sum(chats.left_out.values())
+    out = [Sentence(LEFT_OUT, split=chats.split, n=n, rows=rows, why=why) for why, n in chats.left_out.items()]
     return [*(Sentence(each, **facts) for each in told), *out]
 def rows_told(chats) -> list:
     "The (label, text) pairs of the table of `chats`."
@@ -253,14 +259,16 @@ def first_question(path) -> str:
 def write_chats(path, file, tokenizer, on_bad_lines, report=silent) -> dict:
     "The counts of `file`, written from the .jsonl file `path` by one process at a time."
     file.ids.parent.mkdir(parents=True, exist_ok=True)
-    counts, left_out = collections.Counter(tokens=0, answers=0, words=0, bytes=0, templated=0), collections.Counter()
+    counts = collections.Counter(tokens=0, answers=0, words=0, bytes=0, templated=0, glued=0)
+    left_out = collections.Counter()
     with sole_owner(file.ids.with_suffix(".lock")):
         if known := file.counts(): return known  # another process may have written them
         with open(file.part, "wb") as out:
             for row, codes in coded_rows(path, tokenizer, on_bad_lines, left_out, report):
                 out.write(codes.tobytes())
-                answers = parts_of(row)[1]
+                prompt, answers = parts_of(row)
                 counts["templated"] += (chat := not isinstance(answers, str))
+                counts["glued"] += not (chat or not prompt or prompt[-1].isspace() or answers[0].isspace())
                 answers = [m["content"] for m in answers if m["role"] == "assistant"] if chat else [answers]
                 counts.update(tokens=len(codes), answers=int((codes & 1).sum()),
                               words=sum(len(a.split()) for a in answers), bytes=sum(len(a.encode()) for a in answers))

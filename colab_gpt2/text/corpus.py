@@ -200,7 +200,9 @@ def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, r
         read = documents_of(there, report)
         if not any(found.duplicates for found in read.values()):
             return replace(measure(name_of(path), there, source), report=reading_of(there, read))
-    if reading[0] is None and holds_chats(sum(files.values(), [])):
+    kinds = {reading[0] is None and holds_chats(paths) for paths in files.values()}
+    if len(kinds) > 1: raise ValueError(Sentence("One of {train_file} and {eval_file} holds conversations, one texts."))
+    if kinds == {True}:
         def share_out(stage): return split_chats(files, stage, reading[1], report)
         return made(name_of(path), files, source, root, share_out, ("chats", reading[1]))
     def make(stage):

@@ -185,7 +185,8 @@ def shared_out(numbers) -> tuple:
     if all(abs(share - wanted) <= 0.05 for share, wanted in zip(shares, (0.8, 0.1, 0.1))):
         return sides, f"each of {len(sides):,} conversations by its hash"
     order = sorted(sides)
-    return ({number: (n >= int(0.8 * len(order))) + (n >= int(0.9 * len(order))) for n, number in enumerate(order)},
+    first, second = max(1, int(0.8 * len(order))), max(1, int(0.9 * len(order)))
+    return ({number: (n >= first) + (n >= second) for n, number in enumerate(order)},
             f"by their order: {len(order):,} conversations give no fair shares")
 
 # %% ../../nbs/text/10_splitting.ipynb #10c00004
