@@ -48,6 +48,15 @@ def check_alone(last, target):
     age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120 + 59)  # in whole minutes
     raise BlockingIOError(Sentence(told, **{**last, "age": age}, where=target.called, wait=wait))
 
+# %% ../../nbs/storage/53_heartbeat.ipynb #5bfa2cc9
+def heartbeats(target) -> dict:
+    "File name to heartbeat of each session in `target`, None for a damaged one."
+    def read(name):
+        def passes(e): return may_pass(e) or isinstance(e, ValueError)  # while it is written it may be empty
+        try: return retried(lambda: read_heartbeat(target.read(name)), passes)
+        except (FileNotFoundError, ValueError): return None
+    return {name: read(name) for name in retried(target.names, may_pass) if HEARTBEAT.fullmatch(name)}
+
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be000d
 class Heartbeat:
     "Of this process, for one run in a `target`; a thread of its own writes it, since a copy may hang."
@@ -56,19 +65,11 @@ class Heartbeat:
         self.name, self.ended = f"heartbeat-{secrets.token_hex(4)}.json", threading.Event()
         self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
 
-    def others(self) -> dict:
-        "File name to heartbeat of each other session, None for a damaged one."
-        def read(name):
-            def passes(e): return may_pass(e) or isinstance(e, ValueError)  # while it is written it may be empty
-            try: return retried(lambda: read_heartbeat(self.target.read(name)), passes)
-            except (FileNotFoundError, ValueError): return None
-        names = retried(self.target.names, may_pass)
-        return {name: read(name) for name in names if HEARTBEAT.fullmatch(name) and name != self.name}
-
     def look(self, first=False) -> dict:
-        "`others`; BlockingIOError if one trains this run and began earlier than this, or, at the `first` look, at all."
+        "Those of others; BlockingIOError if one trains and began earlier than this, or, at the `first` look, at all."
         def began(each): return each["since"], each["machine"], each["process"]
-        for other in (others := self.others()).values():
+        others = {name: each for name, each in heartbeats(self.target).items() if name != self.name}
+        for other in others.values():
             if other and (first or began(other) < began(self.who)): check_alone(other, self.target)
         return others
 

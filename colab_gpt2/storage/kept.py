@@ -104,8 +104,8 @@ class Stored:
     @property
     def here(self):
         "(name of the last that has arrived, since when); None without, or where it is not known."
-        name, when = max(self.there.items(), key=lambda item: item[1], default=("", -math.inf))
-        return (name, when) if when > -math.inf else None
+        known = [(when, name) for name, when in self.there.items() if when > -math.inf]
+        return max(known)[::-1] if known else None
 
     def newest(self) -> Entry | None:
         "What to resume, or the finished model; with a warning for what is there and cannot be used."

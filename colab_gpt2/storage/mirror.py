@@ -83,6 +83,16 @@ class Copying(Kept):
         if what != self.what: self.what, self.before = what, self.before + self.done
         self.done, self.moved = done, time.monotonic()
 
+    def status(self) -> str:
+        "What the target holds, and how old it is, in a short phrase; '' without a target."
+        current, error, here, said = self.queue.current, self.error, self.here, []  # the thread changes them
+        if not self.target: return ""
+        if self.kind == OFF: said.append("no room")
+        if current: said.append(f"copying {current.name} ({self.share():.0%})")
+        elif error: said.append(f"{error[0].name} failed ({short(error[1])})")
+        if here: said.append(f"{here[0]}, {spoken(time.monotonic() - here[1])} ago")
+        return f"{self.target.label}: {'; '.join(said) or 'nothing yet'}"
+
     def work(self, path):
         begun = time.monotonic()
         try:
@@ -148,16 +158,6 @@ class Mirror(Copying, TrainerCallback):
     def in_use(self) -> list:
         "Paths that must not be deleted now."
         return self.queue.items()
-
-    def status(self) -> str:
-        "What the target holds, and how old it is, in a short phrase; '' without a target."
-        current, error, here, said = self.queue.current, self.error, self.here, []  # the thread changes them
-        if not self.target: return ""
-        if self.kind == OFF: said.append("no room")
-        if current: said.append(f"copying {current.name} ({self.share():.0%})")
-        elif error: said.append(f"{error[0].name} failed ({short(error[1])})")
-        if here: said.append(f"{here[0]}, {spoken(time.monotonic() - here[1])} ago")
-        return f"{self.target.label}: {'; '.join(said) or 'nothing yet'}"
 
     def close(self, report=silent, seconds=600, still=None):
         "Wait for what is still on its way, and say in a warning what did not arrive."

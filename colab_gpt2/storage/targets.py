@@ -187,6 +187,9 @@ class Repository:
         def look(): return [*self.api.list_repo_tree(self.repo, f"{self.run}/{name}".rstrip("/"))]
         return {Path(each.path).name: getattr(each, "size", None) for each in self.ask(look)}
 
+# %% ../../nbs/storage/52_targets.ipynb #6cd0116c
+class HubTarget(Repository):
+    "Holds entries there."
     def foreign(self) -> list:
         "What is in the repository beside runs."
         paths = [each.path for each in self.ask(lambda: [*self.api.list_repo_tree(self.repo)])]
@@ -199,9 +202,6 @@ class Repository:
     def read(self, name):
         with tempfile.TemporaryDirectory() as here: return self.download(name, here).read_text(encoding="utf-8")
 
-# %% ../../nbs/storage/52_targets.ipynb #6cd0116c
-class HubTarget(Repository):
-    "Holds entries there."
     def recover(self): pass  # a commit is made or not made
 
     def write(self, name, text): self.commit(name, {name: text.encode()})
