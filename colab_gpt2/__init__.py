@@ -23,11 +23,13 @@ _MODULES = {
     "signals": "Interrupted",
     "training": "FinetuneResult finetune",
     "tasks": "RunResult check fetch plan evaluate archive save restore ask_for_drive run demo bench",
+    "two_runs": "Comparison compare",
     "panels.runtime": "RuntimePanel",
     "panels.data": "DataPanel",
     "panels.finetune": "FinetunePanel",
     "panels.generate": "GeneratePanel",
     "panels.drive": "DrivePanel",
+    "panels.compare": "ComparePanel",
     "panels.app": "app",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

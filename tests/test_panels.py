@@ -374,7 +374,7 @@ def test_run_all_again_shows_the_finished_run(quick, tmp_path, monkeypatch):
     "As after a restart of the kernel: nothing is trained, and every step does what it did before."
     monkeypatch.chdir(tmp_path)
     def run_all():
-        training = colab_gpt2.FinetunePanel(quick)
+        training = colab_gpt2.FinetunePanel(quick, eval_steps=4)
         panels = training, colab_gpt2.GeneratePanel(training), colab_gpt2.DrivePanel(training, drive="mine")
         before = training.plan.value
         monkeypatch.setattr(colab_gpt2.DrivePanel, "packed", {})  # which the kernel has forgotten
@@ -383,6 +383,8 @@ def test_run_all_again_shows_the_finished_run(quick, tmp_path, monkeypatch):
     panels, before, (again, *after) = run_all()
     assert "finished already" in before and panels[0].said.startswith("Shown as it ended")
     assert (again.perplexity_after, panels[0].drawn) == (result.perplexity_after, first.drawn)
+    assert f"best: step {result.best_step}: " in first.drawn and len(result.evaluations) == 3
+    for panel in (first, panels[0]): assert "evaluated every 4 steps" in panel.plan.value  # in the reasons
     assert panels[0].live.samples == first.live.samples and panels[0].live.losses == first.live.losses
     assert after[0] == sides and after[1].copy.sha256 == saved.copy.sha256
     assert [panel.error for panel in panels] == [None] * 3 and not any(panel.notes for panel in panels)

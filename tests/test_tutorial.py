@@ -49,7 +49,7 @@ def test_links_follow_the_settings(tmp_path, shell):
 
 
 def test_it_is_small_and_carries_nothing_of_a_machine(notebook):
-    assert PATH.stat().st_size < 60_000
+    assert PATH.stat().st_size < 40_000
     assert "widgets" not in notebook.metadata
     panels = [c for c in notebook.cells if c.cell_type == "code" and "Panel(" in c.source]
     # or Notebook 7 squeezes a tall output into a box
@@ -58,8 +58,8 @@ def test_it_is_small_and_carries_nothing_of_a_machine(notebook):
 
 
 def test_each_step_is_a_short_cell_with_python_beneath(notebook):
-    "The cells of installing and of the Drive, then five with a panel; directly beneath each a fold."
-    code = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code"]
+    "The cells of installing and of the Drive, then five with a panel, directly beneath each a fold; then one's own text."
+    *code, _, _, _, _ = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code"]
     panels = [re.findall(r"(\w+)Panel", notebook.cells[i].source)[0] for i in code[2:]]
     assert panels == ["Runtime", "Data", "Finetune", "Generate", "Drive"]
     assert max(len(notebook.cells[i].source.splitlines()) for i in code) <= 6
@@ -72,6 +72,24 @@ def test_the_minutes_in_its_table_are_forecasts(notebook, gpu):
     told = {model: int(minutes) for model, minutes in re.findall(r"(gpt2[\w-]*)(?: by LoRA,)? (\d+) min", row)}
     models = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     assert told == {model: round(plan(model=model, gpu=gpu, progress=False).seconds / 60) for model in models}
+
+
+def test_ones_own_text_from_a_table_to_a_sample(notebook, offline, monkeypatch, tmp_path):
+    "Four cells, which do nothing before a file is named; the samples begin with a line of its held-out part."
+    monkeypatch.chdir(tmp_path)
+    poems = [f"The tide of day {i}\ncame in at {i % 12} o'clock,\nand went out again." for i in range(200)]
+    lines = ["".join(f'"{poem}",{i}\n' for i, poem in enumerate(poems))]
+    (tmp_path/"my.csv").write_text("".join(["text,number\n", *lines]))
+    cells, shown = [c.source for c in notebook.cells if c.cell_type == "code"][-4:], []
+    for mine in ("", "my.csv"):
+        cells[0] = re.sub('(?<=mine = )".*?"', json.dumps(mine), cells[0])
+        cells[2] = cells[2].replace("train_file=mine,", "train_file=mine, max_steps=2, block_size=32, max_new_tokens=4,")
+        names = {"display": lambda *each: shown.extend(each)}
+        for cell in cells: exec(compile(cell, "a cell", "exec"), names)
+        assert bool(shown) == bool(mine)
+    corpus, result, *samples = shown
+    assert {sample.prompt for sample in samples} == {corpus.path("test").read_text().splitlines(True)[0]}
+    assert samples[0].prompt.startswith("The tide of day") and result.output_dir == "my-model"
 
 
 def folded(source):

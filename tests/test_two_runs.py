@@ -1,0 +1,74 @@
+"Two runs side by side on the command line and in the panel: what there is of them, and what is refused in one line."
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from colab_gpt2 import ComparePanel, compare
+from colab_gpt2.cli import app
+
+MEASURED = dict(unit="token", split="test", stride=32, context=64, tokens=900, words=700, bytes=4000)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch):
+    "Call `colab-gpt2` in an empty folder."
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(app, words)
+
+
+def leave_run(name, nats=3000., **told):
+    "A folder with what a finished run tells of itself, and no weights."
+    Path(name).mkdir()
+    told = dict(config=dict(learning_rate=None, seed=42, train_file="a.txt"), steps=40, output_dir=name,
+                losses=[dict(step=1, loss=6.), dict(step=40, loss=nats / 900)], fingerprint=dict(text="5e1f", seed=42),
+                evaluated=dict(text="f00d", prompt="The tide", seed=42, max_new_tokens=4), perplexity_after=dict(
+                    MEASURED, value=2.718281828 ** (nats / 900), nats=nats)) | told
+    Path(name, "finetune.json").write_text(json.dumps(told))
+
+
+def test_two_runs_are_a_table_and_one_json_object(cli):
+    leave_run("a")
+    leave_run("b", 2700., fingerprint=dict(text="5e1f", seed=7, learning_rate=5e-4))
+    table = cli("compare", "a", "b").stdout
+    for words in ("a | b", "42 | 7", "28.03 | 20.09 (× 0.717)"): assert words in table, table
+    told = json.loads(cli("compare", "a", "b", "--json").stdout)
+    assert told["settings"] == dict(seed=[42, 7], learning_rate=[None, 5e-4])
+    assert [run["name"] for run in told["runs"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize("other, said", [
+    ("nowhere", "nowhere holds no finished run; give a run's output folder"), (".", ". holds no finished run"),
+    ("text.txt", "text.txt holds no finished run"), ("a", "a and a are the same run"),
+    ("copy", "a and copy are the same run"), ("begun", "begun holds no finished run")])
+def test_what_is_no_second_run_is_told_in_one_line(cli, other, said):
+    leave_run("a")
+    leave_run("copy")
+    Path("text.txt").write_text("no run")
+    Path("begun").mkdir()
+    Path("begun/finetune.json").write_text(json.dumps(dict(fingerprint=dict(seed=42))))  # its model is on its way
+    ran = cli("compare", "a", other)
+    assert (ran.exit_code, ran.stdout.strip()) == (1, "") and ran.stderr.count("\n") == 1 and said in ran.stderr
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(evaluated=dict(text="another", prompt="The tide")), "The held-out texts are different"),
+    (dict(fingerprint=dict(text="another")), "The training texts are different"),
+    (dict(perplexity_after=dict(MEASURED, value=2., nats=9., stride=64)), "another stride are not comparable"),
+    (dict(losses=[], perplexity_after=None), "old has no curve: a run of an older version."),
+    (dict(losses=None, perplexity_after=dict(value=3.)), "old has no perplexity to compare.")])
+def test_what_is_not_comparable_is_said(cli, changes, said):
+    leave_run("a")
+    leave_run("old", **changes)
+    assert said in " ".join(compare("a", "old", progress=False).notes)
+    panel = ComparePanel(run_a="a", run_b="old")
+    assert panel.start() and said in panel.view.value and panel.view.value.count("<svg") == 2
+
+
+def test_a_tokenizer_of_another_kind_is_compared_by_the_word(cli):
+    leave_run("a")
+    leave_run("b", fingerprint=dict(text="5e1f", tokenizer="0"), perplexity_after=dict(
+        MEASURED, value=9., nats=2700., tokens=1234))
+    compared = compare("a", "b", progress=False)
+    assert [p.unit for p in compared.card.rows] == ["word", "byte"] and "another count" in " ".join(compared.notes)
