@@ -183,8 +183,14 @@ def watch_of(value, given):
     every = check_number(name, given.get(name, 500), minimum=1, integer=True)
     return {"watch_every": every}, f"perplexity is shown every {every} steps"
 
-# %% ../../nbs/legacy/90_flags.ipynb #1a32ff8b
-BEST = "the last model is saved; leave it out, and choose a checkpoint by --eval_all_checkpoints."
+# %% ../../nbs/legacy/90_flags.ipynb #1a32ff8d
+def best_of(value, given):
+    "Evaluated as `watch_of` shows it; after every epoch is as planned."
+    every = watch_of(given.get("evaluation_strategy", True), given)[0].get("watch_every")
+    if every is None: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
+    return {"eval_steps": every or None, "early_stopping_patience": 0}, "the weights with the lowest perplexity are saved"
+
+# %% ../../nbs/legacy/90_flags.ipynb #e08e0c75
 JOURNAL = dict(
     logging_steps=kept("logging_steps"),
     logging_first_step=ignored(bool, "the first step is always logged"),
@@ -196,9 +202,9 @@ JOURNAL = dict(
     eval_steps=ignored(int, "it counts only with --evaluate_during_training"),
     save_steps=kept("save_steps", -1),
     save_total_limit=kept("save_total_limit", None),
-    load_best_model_at_end=refused(bool, BEST),
-    metric_for_best_model=ignored(str, "it belongs to --load_best_model_at_end"),
-    greater_is_better=ignored(bool, "it belongs to --load_best_model_at_end"))
+    load_best_model_at_end=needs("do_train", Flag(bool, best_of, "save the weights with the lowest perplexity")),
+    metric_for_best_model=ignored(str, "the best has the lowest perplexity"),
+    greater_is_better=ignored(bool, "the best has the lowest perplexity"))
 
 # %% ../../nbs/legacy/90_flags.ipynb #2a442cd8
 def half_of(value, given):

@@ -48,7 +48,8 @@ def check_given(given):
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #fc829b81
 PATH = re.compile("_(dir|files?|path)$|^(config|tokenizer)_name$")  # flags whose value may begin with ~
-DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_total_limit=None, max_new_tokens=1)
+DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_total_limit=None, max_new_tokens=1,
+                eval_steps=-1)  # the last weights are saved
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #00c8e68b
 def translate(given) -> Job:
@@ -68,7 +69,7 @@ def translate(given) -> Job:
     own = {f.name: changes.pop(f.name) for f in fields(Job) if f.name in changes}
     config = FinetuneConfig(**changes, trainer_args=trainer_args)
     if "do_train" in given:
-        left = DEFAULTS.keys() - {*given, "max_new_tokens"}
+        left = DEFAULTS.keys() - {*given, "max_new_tokens", "eval_steps"}
         then = [f"{n}={v}" for n, v in DEFAULTS.items() if n in left and v == getattr(config, n)]
         said.append(f"not given: {', '.join(then)} as in 2020, anything else as today")
     return Job(config=config, train="do_train" in given, evaluate="do_eval" in given, said=tuple(said), **own)
