@@ -195,7 +195,8 @@ def perplexity(
     device = torch.device(device or next(model.parameters()).device)
     chat, found = isinstance(blocks, Conversations), spread(windows_of(blocks, context, stride), most)
     tokens, total = blocks.answers if chat else blocks.tokens - 1, sum(scored for *_, scored in found)
-    vocabulary, length, nats = model.get_input_embeddings().weight.shape[0], min(context, blocks.tokens), 0
+    vocabulary, nats = model.get_input_embeddings().weight.shape[0], 0
+    length = max(end - start for start, end, _ in found)
     logits = 0 if (head := output_head(model.to(device))) else stride if keeps_logits(model) and not chat else length
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
