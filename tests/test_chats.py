@@ -326,6 +326,11 @@ def test_texts_are_learnt_as_they_stand_and_their_joint_is_told(tokenizer, tmp_p
     assert ["1 prompts meet their completions without a space" in note for note in notes_on(chats)] == [True] * notes
 
 
+def test_an_answer_as_it_was_generated_is_written_as_any_other(tokenizer):
+    one, other = (encode_chat(tokenizer, dict(messages=spoken("Is it?", answer))) for answer in ("It is.", " It is."))
+    assert one == other
+
+
 def test_a_saved_model_is_evaluated_on_its_answers(run, place, shell):
     result = run("evaluated", max_steps=4)
     said = shell("colab-gpt2", "evaluate", "--model", place/"evaluated", "--train-file", place/"chats.jsonl",

@@ -24,7 +24,9 @@ TEMPLATE = """\
 {%- for message in messages %}
     {%- if message.role == "assistant" %}
         {{- "Assistant:" }}
-        {%- generation %}{{- " " + message.content + eos_token }}{%- endgeneration %}
+        {%- generation %}
+            {{- "" if message.content[:1] == " " else " " }}{{- message.content + eos_token }}
+        {%- endgeneration %}
         {{- "\\n" }}
     {%- elif message.role == "user" or message.role == "system" and loop.first %}
         {%- if message.content or message.role == "user" %}
