@@ -27,7 +27,7 @@ _MODULES = {
     "panels.runtime": "RuntimePanel",
     "panels.data": "DataPanel",
     "panels.finetune": "FinetunePanel",
-    "panels.generate": "GeneratePanel",
+    "panels.generate": "ChatPanel GeneratePanel",
     "panels.drive": "DrivePanel",
     "panels.compare": "ComparePanel",
     "panels.app": "app",

@@ -16,7 +16,7 @@ from .compare import ComparePanel
 from .data import DataPanel
 from .drive import DriveConfig, DrivePanel
 from .finetune import FinetunePanel
-from .generate import GenerateConfig, GeneratePanel
+from .generate import ChatPanel, GenerateConfig, GeneratePanel
 from .panel import Shown
 from .runtime import RuntimePanel
 
@@ -34,7 +34,7 @@ def divide(values) -> tuple:
 # %% ../../nbs/panels/81_app.ipynb #fc4a695f
 class App(Shown):
     """The panels `runtime`, `data`, `finetune`, `generate`, `drive`, whose work `start()` does in this order, and
-    `compare`, which needs a second run."""
+    `compare`, which needs a second run, and `chat`, which needs a person."""
     title = "colab-gpt2"
 
     def __init__(self, **values):
@@ -43,8 +43,8 @@ class App(Shown):
         self.runtime, self.data = RuntimePanel(), DataPanel(**tuning)
         self.finetune = FinetunePanel(self.data)
         self.generate, self.drive = GeneratePanel(self.finetune, **generating), DrivePanel(self.finetune, **driving)
-        self.compare = ComparePanel(self.finetune)
-        self.panels = self.runtime, self.data, self.finetune, self.generate, self.drive, self.compare
+        self.compare, self.chat = ComparePanel(self.finetune), ChatPanel(self.finetune)
+        self.panels = (self.runtime, self.data, self.finetune, self.generate, self.drive, self.compare, self.chat)
         self.box = widgets.Tab(children=[panel.box for panel in self.panels])
         for i, panel in enumerate(self.panels): self.box.set_title(i, panel.title)
 
@@ -56,7 +56,7 @@ class App(Shown):
 
     def start(self):
         "-> the FinetuneResult, or None: it ends at the first panel that fails or is stopped."
-        for i, panel in enumerate(self.panels[:-1]):
+        for i, panel in enumerate(self.panels[:5]):
             self.box.selected_index = i
             if panel.start() is None: return None
         return self.result
