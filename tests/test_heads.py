@@ -10,11 +10,13 @@ from transformers import (
     MistralConfig, MixtralConfig, OPTConfig, PhiConfig, Qwen2Config, Qwen3Config, SmolLM3Config, StableLmConfig,
     XLMConfig)
 
+from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.model.heads import hidden_states, output_head
 from colab_gpt2.model.loading import new_model
 from colab_gpt2.model.lora import add_adapters
 from colab_gpt2.model.loss import linear_cross_entropy
 from colab_gpt2.model.tune import CHUNKED, OWN_LOSS, gradient_checkpointing, tune_model
+from colab_gpt2.planning.plan import TextSize, named_runtime, plan_run
 
 SIZE = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -120,9 +122,10 @@ def test_adapters_on_the_output_layer_itself():
         assert_same(ours, gradients(peft.get_peft_model(stock, settings).train(), *text()))
 
 
-@pytest.mark.parametrize("config", [
-    MixtralConfig(**PAIRS, num_local_experts=2, output_router_logits=True),
-    XLMConfig(vocab_size=97, emb_dim=32, n_layers=1, n_heads=2, max_position_embeddings=32)], ids=["experts", "xlm"])
+BALANCED = MixtralConfig(**PAIRS, num_local_experts=2, output_router_logits=True)
+XLM = XLMConfig(vocab_size=97, emb_dim=32, n_layers=1, n_heads=2, max_position_embeddings=32, causal=True)
+
+@pytest.mark.parametrize("config", [BALANCED, XLM], ids=["experts", "xlm"])
 def test_a_model_with_another_loss_keeps_it(config):
     stock, tuned, changed = pair(config)
     assert changed[0] == OWN_LOSS and output_head(stock) is None
@@ -225,3 +228,13 @@ def test_rows_that_do_not_count_are_not_multiplied():
             return operation(*args, **(kwargs or {}))
     with Rows(): linear_cross_entropy(hidden, weight, labels)
     assert seen == [5]
+
+
+@pytest.mark.parametrize("config, told", [
+    (CONFIGS["llama"], CHUNKED), (CONFIGS["bloom"], CHUNKED),
+    (BALANCED, "Whether the loss is computed in chunks shows when the model is loaded.")],
+    ids=["llama", "bloom", "experts"])
+def test_the_plan_says_how_the_loss_is_computed(config, told):
+    text, cpu = TextSize(10_000, 16, "made up"), named_runtime("CPU")
+    assert plan_run(config, text, cpu).reasons[-1] == told
+    assert plan_run(config, text, cpu, FinetuneConfig(tune=False)).reasons[-1] != told

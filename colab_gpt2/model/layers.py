@@ -72,7 +72,7 @@ def gemma_norm_forward(self, hidden):
 # %% ../../nbs/model/22_layers.ipynb #a22l0015
 def small_copy(module):
     "A module with the forward of `module`, but other weights, which are 6 × 6 where it has layers."
-    small, random = copy.copy(module), torch.Generator().manual_seed(0)
+    small, random = copy.copy(module), torch.Generator("cpu").manual_seed(0)
     def rand(*shape): return nn.Parameter(torch.randn(shape, generator=random, device="cpu"))
     small._parameters = {name: rand(*weight.shape) for name, weight in module._parameters.items()}
     small._modules = dict(module._modules)
@@ -85,7 +85,7 @@ def small_copy(module):
 # %% ../../nbs/model/22_layers.ipynb #a22l0016
 def does_the_same(module, forward) -> bool:
     "Whether `forward` gives the value and the gradients of the module's own."
-    small, random = small_copy(module), torch.Generator().manual_seed(1)
+    small, random = small_copy(module), torch.Generator("cpu").manual_seed(1)
     width, answers = next(small.parameters()).shape[-1], []
     x = torch.randn(2, 3, width, generator=random, device="cpu").requires_grad_()
     try:

@@ -76,21 +76,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         counts = (labels != ignore_index)[:, None]
         targets, counts = labels[:, None].where(counts, 0), counts.to(dtype)
         head, d_weight, d_bias = padded(weight, dtype, multiple), None, None
-        if bias is not None: bias = padded(bias[:, None], dtype, multiple)[:, 0]
         logits, loss = head.new_empty(rows, len(head)), 0.
         d_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             h, some = hidden[chunk].to(dtype), logits[:len(hidden[chunk])]
-            if bias is None: some.addmm_(h, head.T, beta=0, alpha=scale)
-            else: torch.addmm(bias, h, head.T, beta=scale, alpha=scale, out=some)
+            some.addmm_(h, head.T, beta=0, alpha=scale)
+            if bias is not None: some[:, :len(weight)] += bias.to(dtype) * scale
             loss += (chunk_loss(some, len(weight), targets[chunk], any(wanted), softcap) * counts[chunk]).sum()
             if wanted[0]: torch.mm(some, head, out=d_hidden[chunk]).mul_(counts[chunk] * scale)
             share = counts[chunk] * (factor * scale)
             if wanted[2]: d_bias = added(d_bias, some, share[:, 0])
-            if not wanted[1]: continue
-            if len(hidden) > chunk_size: d_weight = added(d_weight, some, h * share)
-            else: d_weight = torch.mm(some.T, h * share, out=None if head is weight else head)
+            if wanted[1] and len(hidden) > chunk_size: d_weight = added(d_weight, some, h * share)
+            elif wanted[1]: d_weight = torch.mm(some.T, h * share, out=None if head is weight else head)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.factor, ctx.rows, ctx.dtypes = factor, len(weight), (hidden.dtype, weight.dtype)
         return torch.as_tensor(loss)

@@ -10,12 +10,13 @@ import contextlib, ctypes, functools, sys, types
 
 import torch
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .heads import Head, hidden_states, output_head
+from .heads import Head, hidden_states, output_form, output_head
 from .layers import keep_less
+from .loading import quiet
 
 # %% ../../nbs/model/22_tune.ipynb #1ccb7ea6
 def use_fused_gelu(model) -> int:
@@ -72,6 +73,15 @@ def training_forward(stock, scale, softcap):
 # %% ../../nbs/model/22_tune.ipynb #22a5000f
 CHUNKED = "The loss is computed in chunks, without logits in memory."
 OWN_LOSS = "The model computes its own loss, with all logits in memory: it is not that of one linear output layer."
+
+def loss_told(model) -> str:
+    "How the loss of a model, or of the one that a config describes, is computed; the config is enough for most."
+    config = getattr(model, "config", model)
+    with contextlib.suppress(Exception):  # some layers need numbers to run
+        with quiet(), torch.device("meta"): nowhere = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return CHUNKED if output_form(nowhere) else OWN_LOSS
+    if model is config: return "Whether the loss is computed in chunks shows when the model is loaded."
+    return CHUNKED if output_head(model) else OWN_LOSS
 
 # %% ../../nbs/model/22_tune.ipynb #d55743d9
 def tune_model(

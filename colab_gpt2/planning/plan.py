@@ -364,7 +364,10 @@ def plan_run(
         check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True,
                      hint="It can be at most the block size, or tokens would be left out.")
     text = TextSize(getattr(blocks, "room", blocks.tokens), size, getattr(blocks, "source", TextSize.source))
-    return make_plan(Planner(shape, text, runtime, config))
+    plan = make_plan(Planner(shape, text, runtime, config))
+    if shape.gpt2 or shape is model or not config.tune: return plan
+    from colab_gpt2.model.tune import loss_told
+    return replace(plan, reasons=(*plan.reasons, loss_told(model)))
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42c
 def smaller_micro_batch(model, recipe: Recipe) -> int | None:
