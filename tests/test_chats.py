@@ -337,3 +337,18 @@ def test_a_saved_model_is_evaluated_on_its_answers(run, place, shell):
                  "--cache-dir", place/"cache", "--precision", "fp32", "--json")
     [row] = [row for row in json.loads(said.stdout)["rows"] if row["unit"] == "token"]
     assert row["split"] == "answers of test" and row["value"] == pytest.approx(result.perplexity_after.value, rel=1e-4)
+
+
+def test_a_file_of_conversations_is_complete_or_absent(tokenizer, tmp_path):
+    path, kept = write_rows(tmp_path/"a.jsonl", [dict(messages=ASKED)] * 3), tmp_path/"tokens"
+    def full(what, done, total):
+        if done: raise OSError(28, "No space left on device")
+    said = "could not be written .* No space left on device. Give another cache_dir."
+    with pytest.raises(OSError, match=said) as caught:
+        tokenize_chats(path, tokenizer, 64, cache_dir=tmp_path, progress=full)
+    assert caught.value.errno == 28 and not any(kept.iterdir())
+    chats = tokenize_chats(path, tokenizer, 64, cache_dir=tmp_path, progress=False)
+    written = chats.coded.tolist()
+    chats.path.write_bytes(chats.path.read_bytes()[:-4])  # cut off since
+    again = tokenize_chats(path, tokenizer, 64, cache_dir=tmp_path, progress=False)
+    assert again.coded.tolist() == written and {f.suffix for f in kept.iterdir()} == {".error", ".json"}

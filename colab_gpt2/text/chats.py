@@ -16,7 +16,7 @@ from ..core import human_bytes, sha256_of
 from ..errors import Sentence, check_number
 from ..reporting import counter, reporting, silent
 from ..runtime import cache_folder
-from .token_store import Blocks, TokenFile, sole_owner
+from .token_store import Blocks, TokenFile, write_tokens
 from .tokens import Encoder, opening_ids
 
 # %% ../../nbs/text/14_chats.ipynb #14c00005
@@ -258,13 +258,11 @@ def first_question(path) -> str:
     return ""
 
 # %% ../../nbs/text/14_chats.ipynb #14c00026
-def write_chats(path, file, tokenizer, on_bad_lines, report=silent) -> dict:
-    "The counts of `file`, written from the .jsonl file `path` by one process at a time."
-    file.ids.parent.mkdir(parents=True, exist_ok=True)
+def write_chats(path, file, tokenizer, report=silent, on_bad_lines="error") -> dict:
+    "The counts of `file`, written from the .jsonl file `path`."
     counts = collections.Counter(tokens=0, answers=0, words=0, bytes=0, templated=0, glued=0)
     left_out = collections.Counter()
-    with sole_owner(file.ids.with_suffix(".lock")):
-        if known := file.counts(): return known  # another process may have written them
+    try:
         with open(file.part, "wb") as out:
             for row, codes in coded_rows(path, tokenizer, on_bad_lines, left_out, report):
                 out.write(codes.tobytes())
@@ -276,6 +274,7 @@ def write_chats(path, file, tokenizer, on_bad_lines, report=silent) -> dict:
                               words=sum(len(a.split()) for a in answers), bytes=sum(len(a.encode()) for a in answers))
             file.note(file.record, counts | dict(left_out=left_out), out)
         os.replace(file.part, file.ids)
+    finally: file.part.unlink(missing_ok=True)
     return file.counts()
 
 # %% ../../nbs/text/14_chats.ipynb #14c00028
@@ -298,7 +297,8 @@ def tokenize_chats(
     key = dict(dtype="uint32", text_sha256=sha256, tokenizer_sha256=fingerprint)
     file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{fingerprint[:16]}.{on_bad_lines}", **key)
     with reporting(progress) as report:
-        counts = file.counts() or write_chats(path, file, tokenizer, on_bad_lines, report)
+        write = functools.partial(write_chats, on_bad_lines=on_bad_lines)
+        counts = file.counts() or write_tokens(path, file, tokenizer, report, write)
     made = Conversations(file.ids, block_size=int(block_size), **counts, dtype="uint32", split=split, sha256=sha256,
                          vocabulary_size=encoder.vocabulary_size)
     why = "; ".join(made.left_out) or "it is empty"

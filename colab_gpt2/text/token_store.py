@@ -154,13 +154,13 @@ def write_part(path, file, encoder, report=silent):
     return counts
 
 # %% ../../nbs/text/13_token_store.ipynb #1b2ca5d3
-def write_tokens(path, file, encoder, report=silent):
+def write_tokens(path, file, encoder, report=silent, write=write_part):
     "The counts of `file`, tokenised from the text `path` by one process at a time."
     try:
         file.ids.parent.mkdir(parents=True, exist_ok=True)
         with sole_owner(file.ids.with_suffix(".lock")):
             tidy(file.ids.parent)
-            return file.counts() or write_part(path, file, encoder, report)  # another process may have written them
+            return file.counts() or write(path, file, encoder, report)  # another process may have written them
     except ConnectionError: raise  # of a Stream
     except OSError as e:
         said = f"The tokens of {path} could not be written to {file.ids.parent}: {e.strerror or e}."
