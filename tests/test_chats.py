@@ -351,4 +351,4 @@ def test_a_file_of_conversations_is_complete_or_absent(tokenizer, tmp_path):
     written = chats.coded.tolist()
     chats.path.write_bytes(chats.path.read_bytes()[:-4])  # cut off since
     again = tokenize_chats(path, tokenizer, 64, cache_dir=tmp_path, progress=False)
-    assert again.coded.tolist() == written and {f.suffix for f in kept.iterdir()} == {".error", ".json"}
+    assert again.coded.tolist() == written and {f.suffix for f in kept.iterdir()} == {".chats", ".json"}

@@ -293,9 +293,10 @@ def tokenize_chats(
     check_number("block_size", block_size, minimum=2, integer=True)
     give_template(tokenizer)
     path, encoder, sha256 = Path(path), Encoder(tokenizer), sha256 or sha256_of(path)
-    fingerprint = hashlib.sha256(f"{encoder.fingerprint}{tokenizer.get_chat_template()}".encode()).hexdigest()
+    decides = f"{encoder.fingerprint}{tokenizer.get_chat_template()}{on_bad_lines}"
+    fingerprint = hashlib.sha256(decides.encode()).hexdigest()
     key = dict(dtype="uint32", text_sha256=sha256, tokenizer_sha256=fingerprint)
-    file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{fingerprint[:16]}.{on_bad_lines}", **key)
+    file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{fingerprint[:16]}.chats", **key)
     with reporting(progress) as report:
         write = functools.partial(write_chats, on_bad_lines=on_bad_lines)
         counts = file.counts() or write_tokens(path, file, tokenizer, report, write)
