@@ -119,7 +119,7 @@ def test_an_option_of_before_is_refused_with_the_one_of_now(cli, command, no):
 
 def test_every_name_that_a_command_offers_is_a_field_once():
     from colab_gpt2 import cli
-    for words in (cli.TEXT, cli.WORK):
+    for words in (cli.OF_TEXT, cli.WORK):
         offered = [p.name for p in cli.config_options(cli.FinetuneConfig(), words)]
         assert sorted(words.split()) == sorted(offered)
 

@@ -166,7 +166,7 @@ def parquet_rows(source):
             with broken_off(source): shutil.copyfileobj(source.data, unpacked)
             file = unpacked
         try:
-            batches = parquet.ParquetFile(file).iter_batches(1000)
+            batches = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False).iter_batches(1000)
             rows = (row for batch in batches for row in batch.to_pylist())
             for n, row in enumerate(rows, 1):
                 if n % 1000 == 0: source.tell()
