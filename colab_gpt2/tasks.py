@@ -19,7 +19,7 @@ from .runtime import check_runtime, in_colab
 from .signals import Interrupted
 from .storage.archives import archive_model, check_archive_path, reading_archive
 from .storage.drive import free_name, restore_from_drive, save_to_drive
-from .text.corpus import WIKITEXT, load_corpus
+from .text.corpus import load_corpus
 
 # %% ../nbs/64_tasks.ipynb #efe36024
 check = check_runtime
@@ -41,8 +41,7 @@ def fetch_for(config, progress=True, **options) -> Record:
 # %% ../nbs/64_tasks.ipynb #83dd3af0
 def corpus_for_plan(config, download, progress=True):
     "The text that `config` names, or None for a published one that is not to be had."
-    sources = {name: published if download else replace(published, sources=()) for name, published in WIKITEXT.items()}
-    try: return fetch_for(config, progress, sources=sources)
+    try: return fetch_for(config, progress, download=download)
     except ConnectionError: return None
 
 # %% ../nbs/64_tasks.ipynb #79a71546

@@ -337,6 +337,8 @@ result["small"] = corpus("me/tides", dataset_config="small")
 result["large"] = corpus("hf://datasets/me/many")
 result["lines"] = corpus("me/wikitext", dataset_config="wikitext-2-raw-v1")
 result["chats"] = corpus("me/chats")
+result["own"] = corpus("python-docs", train_file="hf://datasets/me/many")
+result["unknown"] = failing(load_corpus, "me/unknown", download=False)
 """
 
 
@@ -353,7 +355,8 @@ def test_a_data_set_of_the_hub_is_a_corpus_that_stays(hub, ask):
     texts = {split: told["large"][split].split("<|endoftext|>") for split in TEXTS}
     assert sorted(sum(texts.values(), [])) == sorted(f"The tide of day {n} came in." for n in range(300))
     assert 200 < len(texts["train"]) < 260
-    assert {split: told["lines"][split] for split in TEXTS} == TEXTS
+    assert {split: told["lines"][split] for split in TEXTS} == TEXTS and told["own"] == told["large"]
+    assert told["unknown"] == "ConnectionError: me/unknown is not in the cache."
     kept = [json.loads(line)["prompt"] for split in TEXTS for line in told["chats"][split].splitlines()]
     assert sorted(kept) == sorted(row["prompt"] for row in chat)
     assert {**ask(CORPORA, endpoint=CLOSED), "stderr": ""} == {**told, "stderr": ""}  # from the cache

@@ -122,7 +122,7 @@ READING = "dataset_text_field", "on_bad_lines"
 def missing_files(values) -> dict:
     "Files, folders and patterns that lead nowhere, unless the config refuses them: field -> message."
     paths = {name: getattr(values.config, name) for name in FILES if name not in values.typed}
-    def there(path): return os.path.exists(path) or glob.glob(path)
+    def there(path): return str(path).startswith("hf://") or os.path.exists(path) or glob.glob(path)
     return {name: f"There is no file {path}." for name, path in paths.items()
             if path and not there(path)}
 
@@ -148,7 +148,7 @@ class TextChoice(Stoppable):
         self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
         hint = widgets.HTML("<span class='cg-hint'>A text or a table (.txt, .md, .csv, .jsonl, .parquet) of up to "
                             "10 MB; add larger files next to the notebook (in Colab's Files panel) and type the name "
-                            "below: a file, a folder, or a pattern such as poems/*.txt</span>")
+                            "below: a file, a folder, a pattern such as poems/*.txt, or hf://datasets/USER/NAME</span>")
         self.files = widgets.VBox([row(*self.uploads, hint), self.own.box])
 
     def chosen(self):

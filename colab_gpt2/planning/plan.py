@@ -75,7 +75,10 @@ def estimate_text(config: FinetuneConfig, block_size: int, size: int | None = No
     if size is None and tokenizer == "gpt2" and config.dataset in KNOWN_TOKENS:
         return TextSize(KNOWN_TOKENS[config.dataset], block_size,
                         "the known count of GPT-2's tokenizer; nothing was downloaded")
-    size, each = size or TRAIN_BYTES[config.dataset], BYTES_A_TOKEN[tokenizer]
+    if not (size := size or TRAIN_BYTES.get(config.dataset)):
+        raise ValueError(Sentence("How long {dataset} {name} is, is not known until it has been loaded once.",
+                                  name=config.dataset))
+    each = BYTES_A_TOKEN[tokenizer]
     return TextSize(int(size / each), block_size, f"an estimate from {human_bytes(size)} at {each} bytes a token")
 
 # %% ../../nbs/planning/32_plan.ipynb #6bae4103

@@ -135,11 +135,11 @@ def bring(source, name, zip_sha256, root, stage, report=silent):
     return files
 
 # %% ../../nbs/text/11_corpus.ipynb #c65acef2
-def fetch(name, published, root, report=silent):
+def fetch(name, published, root, report=silent, download=True):
     "The Corpus `name` from the cache, or the first source that has it; ConnectionError lists what each one answered."
     if known := recall(root/name): return known  # where no source may be asked, too
     answers = []
-    for source in published.sources:
+    for source in published.sources if download else ():
         def make(stage): return bring(source, name, published.zip_sha256, root, stage, report)
         try: return cached(root/name, name, source, make, published.files)
         except (ConnectionError, ValueError) as e: answers.append(f"{source} {e}")
@@ -269,10 +269,11 @@ def load_path(path, root, report=silent, reading=(None, "error")):
 # %% ../../nbs/text/11_corpus.ipynb #8a161208
 STREAMED = "the disk has no room for the rest, which is read from the Hub as it is tokenised"
 
-def load_hub(repository, root, config, names, reading=(None, "error"), report=silent):
+def load_hub(repository, root, config, names, reading=(None, "error"), report=silent, download=True):
     """The Corpus of a data set on the Hub. `names`: its splits to train and evaluate on, as `pick_splits` takes them.
     What the disk has no room for is read by `stream_hub`."""
     def make(stage):
+        if not download: raise ConnectionError(f"{repository} is not in the cache.")
         rows, facts = open_hub(repository, config, report), Counter()
         splits.update(pick_splits([*rows], *names))
         known = rows[splits["train"]].info.splits or {}
@@ -347,7 +348,7 @@ def noted(corpus):
 def load_corpus(
     name="wikitext-2-raw-v1",  # one of WIKITEXT, "python-docs", USER/NAME on the Hub, a file, .zip, folder or pattern
     *,
-    train_file=None,  # a text of yours to train on, instead of `name`: a file, a folder or a pattern
+    train_file=None,  # a text of yours to train on, instead of `name`: a file, a folder, a pattern, hf://datasets/…
     eval_file=None,  # and one to evaluate on: it becomes the validation split
     dataset_config=None,  # of a data set on the Hub: its configuration,
     dataset_text_field=None,  # the column of a table that holds the text; None: it is found
@@ -358,24 +359,26 @@ def load_corpus(
     cache_dir=None,  # where downloads are kept; see `cache_folder`
     progress=True,  # bars on stderr; False: nothing; or a function of (what, done, total)
     sources=WIKITEXT,  # name -> Published: other mirrors
+    download=True,  # False: what is not in the cache is a ConnectionError
 ) -> Corpus:
     """The text to train and evaluate on, as files that exist and are checked.
 
     ValueError for an unknown name or a text that cannot be used, FileNotFoundError for a file that does not exist,
     ConnectionError if no source of a published corpus has the right files and the cache does not either."""
     root = cache_folder(cache_dir)/"corpora"
-    reading = dataset_text_field, on_bad_lines
+    reading, field = (dataset_text_field, on_bad_lines), "dataset"
+    if not eval_file and str(train_file).startswith("hf://"): name, train_file, field = train_file, None, "train_file"
     if train_file or eval_file:
         with reporting(progress) as report:
             return noted(load_files(train_file, eval_file, root, hold_out, reading, report))
-    with reporting(progress) as report, about("dataset"):
-        if name in sources: return fetch(name, sources[name], root, report)
+    with reporting(progress) as report, about(field):
+        if name in sources: return fetch(name, sources[name], root, report, download)
         if name == PYTHON_DOCS:
             source = f"the language reference of Python {platform.python_version()}"
             return cached(root/f"{name}-{platform.python_version()}-prose", name, source, python_docs)
         if repository := hub_name(name):
             names = dataset_train_split, dataset_test_split
-            return noted(load_hub(repository, root, dataset_config, names, reading, report))
+            return noted(load_hub(repository, root, dataset_config, names, reading, report, download))
         path = home(name)
         if os.path.exists(path) or "/" in str(name) or path.suffix in (".txt", ".zip"):
             return noted(load_path(path, root, report, reading))
