@@ -120,7 +120,7 @@ def check_room(config, plan, tokenizer=None):
     if drive_top(config.output_dir): check_space(tempfile.gettempdir(), last, "A copy to the Drive")
 
 # %% ../nbs/62_preparing.ipynb #14c3ad4e
-PROMPTS = {**dict.fromkeys(WIKITEXT, PROMPT), PYTHON_DOCS: " An exception"}  # a title, and a subject of many sentences
+PROMPTS = {**dict.fromkeys(WIKITEXT, PROMPT), PYTHON_DOCS: " A function"}  # a title, and a subject of many sentences
 
 def pick_prompt(config, corpus) -> str:
     "`config`'s own, a beginning for a text that is known, else the held-out text's first question, line, or words."

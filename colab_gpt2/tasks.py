@@ -266,8 +266,8 @@ def run(
 
 # %% ../nbs/64_tasks.ipynb #078e0c88
 DEMO = FinetuneConfig(
-    model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=5, block_size=256,
-    learning_rate=1e-3, max_new_tokens=80, temperature=0.6, top_k=20, repetition_penalty=1.1)
+    model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=4, block_size=256,
+    effective_batch_size=4, learning_rate=1e-3, max_new_tokens=60, temperature=0.7, top_k=20, repetition_penalty=1.1)
 
 # %% ../nbs/64_tasks.ipynb #5953484d
 def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> RunResult:
@@ -280,7 +280,8 @@ def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> Ru
 
 # %% ../nbs/64_tasks.ipynb #fd0a4950
 GOES_WITH = dict(model=(  # the demo's, for its model
-    "block_size", "learning_rate", "logging_steps", "max_new_tokens", "temperature", "top_k", "repetition_penalty"))
+    "block_size", "effective_batch_size", "learning_rate", "logging_steps", "max_new_tokens", "temperature", "top_k",
+    "repetition_penalty"))
 
 def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."

@@ -149,7 +149,7 @@ def fetch(name, published, root, report=silent, download=True):
 
 # %% ../../nbs/text/11_corpus.ipynb #ad556e5e
 MARKED = re.compile(r"^(?:\*|\d+\.) |\"([^\"]+)\"|\*+([^*\s][^*]*)\*+")  # of a list, as code, emphasised
-SENTENCE = re.compile(r"(?!.*\w\()\(?[A-Z][^\"*<>=|_\\{}^~@#$%&+`\x7f-\U0010ffff]{30,}[.:]\)?")  # no call, no operator
+SENTENCE = re.compile(r"[A-Z][^][()\"*<>=|_\\{}^~@#$%&+`0-9;/\x7f-\U0010ffff]{30,}[.:]")  # words alone
 
 def to_wikitext(topic):
     "The title of a reST `topic`, and the plain sentences of each of its paragraphs, as WikiText's lines."
@@ -159,7 +159,7 @@ def to_wikitext(topic):
     title, *paragraphs = (MARKED.sub(r"\1\2", " ".join(part.split())) for part in parts)
     yield f" = {title} = \n"
     for paragraph in paragraphs:
-        plain = filter(SENTENCE.fullmatch, re.split(r"(?<=[.:]) (?=\(?[A-Z])", paragraph))
+        plain = filter(SENTENCE.fullmatch, re.split(r"(?<=[.:]) (?=[A-Z(])", paragraph))
         if said := " ".join(plain): yield f" {said} \n"
 
 # %% ../../nbs/text/11_corpus.ipynb #4e5488b2
@@ -375,7 +375,7 @@ def load_corpus(
         if name in sources: return fetch(name, sources[name], root, report, download)
         if name == PYTHON_DOCS:
             source = f"the language reference of Python {platform.python_version()}"
-            return cached(root/f"{name}-{platform.python_version()}-prose", name, source, python_docs)
+            return cached(root/f"{name}-{platform.python_version()}-words", name, source, python_docs)
         if repository := hub_name(name):
             names = dataset_train_split, dataset_test_split
             return noted(load_hub(repository, root, dataset_config, names, reading, report, download))
