@@ -148,6 +148,18 @@ def test_empty_rows_are_left_out_and_counted(read):
     assert read("a.csv", table(["It ebbs.", "", " "])) == ["It ebbs."]
 
 
+def test_where_nothing_is_left_it_is_said_why(read, refused):
+    assert refused("a.csv", table(["", " "]), "text") == "a.csv holds no text (empty: 2)."
+    with pytest.warns(UserWarning, match="2 bad lines are left out"):
+        assert refused("a.jsonl", '{"text": 1}\n{"text": "It', "text", on_bad_lines="skip").startswith("dataset_text_field")
+        assert refused("b.jsonl", '{"a\n{"text": "It', on_bad_lines="skip") == "b.jsonl has no rows."
+
+
+def test_a_table_without_names_of_columns_is_noted(read):
+    with pytest.warns(UserWarning, match="The first line of .*a.csv is read as the name of a column: 'The tide came in.'"):
+        assert read("a.csv", "The tide came in.\nIt went out.\n") == ["It went out."]
+
+
 @pytest.mark.parametrize("rows, chats", [
     ([{"messages": [{"role": "user", "content": "Tide?"}]}], True),
     ([{"prompt": "Tide?", "completion": "It ebbs."}], True),
@@ -207,6 +219,7 @@ REFUSED = {
     "photo.txt": (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1", "photo.txt is binary, not text: byte 4 is zero"),
     "nested.json": ('{"data": [{"text": "It ebbs."}]}', "nested.json has no column with text; it has data (lists)"),
     "numbers.csv": ("id,n\n1,2\n", "numbers.csv has no column with text; it has id (numbers), n (numbers)"),
+    "empty.csv": ("id,text\n1,\n2, \n", "empty.csv has no column with text; it has id (numbers), text (empty)"),
     "a.xlsx": (b"PK", "a.xlsx is a .xlsx file, not plain text"), "a.tar.gz": (b"PK", "a.tar.gz is a .tar file"),
     "koi.txt": ("Прилив пришёл на рассвете, и лодки ушли в море.\n" * 20,
                 "It seems to be koi8_r: convert it (iconv -f koi8_r"),

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_fields.ipynb #10f00003
-import difflib, itertools, re
+import difflib, re, warnings
 from typing import NamedTuple
 
 from ..errors import Sentence
@@ -35,7 +35,7 @@ WORDS = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]")  # two words
 
 def kind_of(values) -> str:
     "What the `values` of a column are: 'text', 'words' (not a sentence among them), 'numbers', 'lists', … or 'empty'."
-    known = [v for v in values if v is not None and v != ""]
+    known = [v for v in values if v is not None and str(v).strip()]
     if not known: return "empty"
     texts = [v for v in known if isinstance(v, str)]
     if any(map(WORDS.search, texts)): return "text"
@@ -59,7 +59,10 @@ def pick_field(rows, wanted, called) -> str:
     words = [name for name in columns if kinds[name] in ("text", "words")]
     named = [name for known in NAMES for name in words if name.strip().lower() == known]
     texts = named[:1] or [name for name in words if kinds[name] == "text"] or words
-    if len(texts) == 1: return texts[0]
+    if len(texts) == 1:
+        if len(texts[0].split()) > 3:  # no name
+            warnings.warn(f"The first line of {called} is read as the name of a column: {texts[0][:60]!r}.", stacklevel=2)
+        return texts[0]
     told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
     if not texts: told = "{called} has no column with text; it has {there}."
     raise ValueError(Sentence(told, n=len(texts), **said))

@@ -7,6 +7,7 @@ __all__ = ['check_text']
 
 # %% ../../nbs/text/10_reading.ipynb #5c3e8f70
 import codecs, glob, itertools, os, re, warnings
+from collections import Counter
 from pathlib import Path
 
 from ..core import check_space, home
@@ -112,12 +113,17 @@ def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipp
     """Yield the Documents of the texts and tables `paths`. `field`: the column of tables that holds the text; None: it
     is found. `on_bad_lines`: 'error' or 'skip'; the Counter `skipped` is told why rows were left out, and what `Source`
     tells it."""
+    skipped, found = Counter() if skipped is None else skipped, False
     for path in paths:
         column = is_table(path) and pick_field([row.values for row in itertools.islice(
             rows_in(path, on_bad_lines), 100)], field, called(path))
         with Source(path, on_bad_lines, report, skipped) as source:
-            if not is_table(path): yield from text_documents(source)
-            else: yield from documents(READERS[suffix_of(path)](source), column, source.faults)
+            if not is_table(path): read = text_documents(source)
+            else: read = documents(READERS[suffix_of(path)](source), column, source.faults)
+            for found in read: yield found
+    if not found:
+        why = ", ".join(f"{what}: {n}" for what, n in skipped.items() if isinstance(what, str))
+        raise ValueError(f"{called(paths[0])} {'and others hold' if paths[1:] else 'holds'} no text ({why or 'empty'}).")
 
 # %% ../../nbs/text/10_reading.ipynb #953966ae
 def read_rows(paths, on_bad_lines="error", report=silent, skipped=None):
