@@ -392,7 +392,7 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     write_result(config.output_dir, replace(result, repeated=False).to_dict())
     return result
 
-# %% ../nbs/63_training.ipynb #ffe78b38
+# %% ../nbs/63_training.ipynb #ffe78b3b
 OTHER_SUMS = ("This run was computed {was} before, and is {now} now: it ends with weights that are equal up to rounding "
               "only.")
 
@@ -409,6 +409,7 @@ def as_before(config, prepared, plan, found) -> Plan:
     if micro and was != now: warnings.warn(Sentence(OTHER_SUMS, was=was, now=now), stacklevel=4)
     return plan
 
+# %% ../nbs/63_training.ipynb #ffe78b38
 RESUMING = "Resuming at step {step} of {steps}.{since}"
 
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
