@@ -9,9 +9,19 @@ from harness import RESULTS, ROOT, peak_bytes
 DATA = ROOT.parent/"shared"/"data"  # beside a developer's checkout
 TEXT, TOKENIZER = DATA/"wikitext-2-raw"/"wiki.valid.raw", DATA/"gpt2-tokenizer"
 SIZES = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-SMOLLM = dict(vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-              num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100_000., rms_norm_eps=1e-5,
-              tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)  # SmolLM2-135M's config.json
+ARCHITECTURES = {  # name: (class, what its config sets): small published shapes, long ones cut
+    "smollm2-135m": ("Llama", dict(
+        vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, rope_theta=100_000., rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)),  # its config.json
+    "qwen": ("Qwen2", dict(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=6,
+                           num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)),  # 6 of 24 layers
+    "gemma": ("Gemma", dict(vocab_size=65_536, hidden_size=640, intermediate_size=2048, num_hidden_layers=12,
+                            num_attention_heads=4, num_key_value_heads=1, head_dim=256)),  # like 270M's, fewer tokens
+    "gpt-neox": ("GPTNeoX", dict(vocab_size=50_304, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
+                                 num_attention_heads=8)),  # Pythia-70M
+    "opt": ("OPT", dict(vocab_size=50_272, hidden_size=768, ffn_dim=3072, num_hidden_layers=12,
+                        num_attention_heads=12, word_embed_proj_dim=768))}  # OPT-125M
 # blocks that a side learns from before its steps count: caches, torch.compile, a heap that grows for ten blocks
 WARM_UP = 12
 
@@ -26,8 +36,8 @@ def parser(doc, *, steps, rounds, batch=8, steps_are="optimizer steps of every r
     "The options that all benchmarks of training share. A side gets all of them again."
     options = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
     add = options.add_argument
-    add("--size", default="gpt2", choices=[*SIZES, "smollm2-135m", "toy"],
-        help="a GPT-2, or a Llama of SmolLM2's shape, with random weights; toy only tries the program out")
+    add("--size", default="gpt2", choices=[*SIZES, *ARCHITECTURES, "toy"],
+        help="a GPT-2, or the shape of another model, with random weights; toy only tries the program out")
     add("--block-size", type=int, default=1024, help="tokens in a block")
     add("--batch", type=int, default=batch, help="blocks in an optimizer step")
     add("--steps", type=int, default=steps, help=steps_are)
@@ -107,16 +117,19 @@ def load_blocks(options):
 
 def make_config(options, vocabulary, dropout=True):
     """The transformers config of `options.size`, with GPT-2's dropout or without. `toy` has the `vocabulary` of the
-    text; SystemExit where a SmolLM has fewer tokens."""
+    text; SystemExit where another model has fewer tokens."""
     from colab_gpt2.model.loading import load_config
-    from transformers import GPT2Config, LlamaConfig
-    if options.size == "smollm2-135m":
-        if vocabulary <= SMOLLM["vocab_size"]: return LlamaConfig(**SMOLLM)
-        raise SystemExit(f"SmolLM2 has 49,152 tokens, and the tokenizer {vocabulary:,}. Give --tokenizer tiny.")
+    import transformers
+    if options.size in ARCHITECTURES:
+        kind, shape = ARCHITECTURES[options.size]
+        if vocabulary <= shape["vocab_size"]: return getattr(transformers, f"{kind}Config")(**shape)
+        raise SystemExit(f"{options.size} has {shape['vocab_size']:,} tokens, and the tokenizer {vocabulary:,}. "
+                         "Give --tokenizer tiny.")
     none = {} if dropout else dict(attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)
     if options.size == "toy":
-        return GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=options.block_size, vocab_size=vocabulary,
-                          bos_token_id=0, eos_token_id=0, **none)
+        return transformers.GPT2Config(
+            n_layer=2, n_embd=64, n_head=2, n_positions=options.block_size, vocab_size=vocabulary, bos_token_id=0,
+            eos_token_id=0, **none)
     config = load_config(options.size)
     config.update(none)
     return config

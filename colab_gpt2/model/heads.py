@@ -59,13 +59,16 @@ NEAR, FAR = 2. ** -10, 2. ** 20  # powers of two: a product with a scale is exac
 
 @contextlib.contextmanager
 def undisturbed(model):
-    "Inside, `model` trains, and no token is padding; then its mode is as it was, and torch's random state too."
+    """Inside, `model` trains, no token is padding, and a cache spares the question whether texts are packed, to which
+    a model without numbers has no answer; then all is as it was, torch's random state too."""
     modes, config = [(module, module.training) for module in model.modules()], model.config
-    pad, config.pad_token_id = getattr(config, "pad_token_id", None), None  # else a model may look for it, and warn
+    inside = dict(pad_token_id=None, use_cache=True)
+    before = {name: vars(config)[name] for name in inside if name in vars(config)}
+    vars(config).update({name: inside[name] for name in before})
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
         try: yield model.train()
         finally:
-            config.pad_token_id = pad
+            vars(config).update(before)
             for module, training in modes: module.training = training
 
 # %% ../../nbs/model/22_heads.ipynb #a21h0014

@@ -6,8 +6,8 @@
 __all__ = ['Recipe', 'forecast_memory']
 
 # %% ../../nbs/planning/30_memory.ipynb #f4763a20
-import math
-from dataclasses import dataclass, replace
+import contextlib, math
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..config import METHODS, OPTIMIZERS, PRECISIONS
@@ -15,6 +15,7 @@ from ..core import Record
 from ..errors import check_choice, check_number
 from ..model.loading import check_causal, gpt2_parameters, model_context
 from ..model.loss import CHUNK_SIZE, EXACT_LOGITS, EXACT_ROWS
+from .trace import trace_step
 
 # %% ../../nbs/planning/30_memory.ipynb #060ceb00
 def count_parameters(config) -> int:
@@ -40,9 +41,10 @@ class Shape(Record):
     residual_dropout: float  # the embeddings' is taken to be the same
     inner: int  # width of the MLP: a GPT-2's own; of another 4·C, which its constants stand for, or Mamba's states
     model_type: str
+    _config: object = field(default=None, compare=False, repr=False)
 
     @property
-    def gpt2(self) -> bool: return self.model_type == "gpt2"  # only a GPT-2 is tuned
+    def gpt2(self) -> bool: return self.model_type == "gpt2"  # what the formula is of
 
 # %% ../../nbs/planning/30_memory.ipynb #aed04d0f
 def shape_of(model) -> Shape:
@@ -62,7 +64,7 @@ def shape_of(model) -> Shape:
         layers=layers, width=width, heads=number("num_attention_heads"), vocabulary=vocabulary,
         context=model_context(text), parameters=count_parameters(config), inner=inner or 4*width,
         attention_dropout=number("attn_pdrop", "attention_dropout", default=0.0),
-        residual_dropout=number("resid_pdrop", default=0.0), model_type=config.model_type)
+        residual_dropout=number("resid_pdrop", default=0.0), model_type=config.model_type, _config=config)
 
 # %% ../../nbs/planning/30_memory.ipynb #bdbea5fd
 @dataclass(frozen=True)
@@ -142,12 +144,16 @@ class ResidentMemory(Record):
         return (8*self.shape.width + 2*self.shape.inner) * self.recipe.lora_rank * self.shape.layers
 
     @cached_property
+    def embedded(self) -> int:
+        "Parameters trained in embeddings."
+        return 0 if self.recipe.lora else (self.shape.vocabulary + self.shape.context)*self.shape.width
+
+    @cached_property
     def resident(self):
         "AdamW's moments are in fp32 or in 8 bits, of which the Trainer leaves the embeddings' in fp32."
-        shape, trained = self.shape, self.trained
-        weights = self.recipe.number_bytes*shape.parameters + 4*trained if self.recipe.lora else 4*shape.parameters
-        exact = 0 if self.recipe.lora else (shape.vocabulary + shape.context)*shape.width
-        if self.recipe.optimizer == OPTIMIZERS[0]: exact = trained
+        trained, parameters = self.trained, self.shape.parameters
+        weights = self.recipe.number_bytes*parameters + 4*trained if self.recipe.lora else 4*parameters
+        exact = trained if self.recipe.optimizer == OPTIMIZERS[0] else self.embedded
         moments = COSTS.moments_8bit*(trained - exact) + 8*exact
         return {"weights": weights, "optimizer moments": moments, "torch itself": COSTS.context}
 
@@ -278,10 +284,33 @@ class StepMemory(LossMemory):
         rows = [(name, f"{round(size):,} bytes, {size / self.total:.1%}") for name, size in self.terms.items() if size]
         return [*rows, ("total", f"{self.total:,} bytes")]
 
+# %% ../../nbs/planning/30_memory.ipynb #f829b188
+class TracedMemory(StepMemory):
+    "Bytes of a training step, by a trace of it."
+    @cached_property
+    def trace(self): return trace_step(self.shape._config, self.recipe)
+
+    trained = property(lambda self: self.trace.trained)
+    embedded = property(lambda self: self.trace.embedded)
+
+    @cached_property
+    def moments(self):
+        traced = self.trace
+        return {"traced": {**self.resident, "weights": traced.weights, "gradients": traced.gradients,
+                           "activations, logits and copies": traced.activations}}
+
+# %% ../../nbs/planning/30_memory.ipynb #6b78d2b7
+def step_memory(shape: Shape, recipe: Recipe) -> StepMemory:
+    "By the formula for a GPT-2, by a trace for any other model that can be traced."
+    traced = TracedMemory(shape, recipe)
+    with contextlib.suppress(ValueError):
+        if not shape.gpt2 and traced.trace: return traced
+    return StepMemory(shape, recipe)
+
 # %% ../../nbs/planning/30_memory.ipynb #b4eaf48d
 def forecast_memory(
     model,  # a model, its config or its Shape
     recipe: Recipe,  # how it is trained
 ) -> int:
     "An estimate of the peak bytes of training by `recipe`."
-    return StepMemory(shape_of(model), recipe).total
+    return step_memory(shape_of(model), recipe).total

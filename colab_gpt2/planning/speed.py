@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..core import Record, human_time
 from ..model.loss import CHUNK_SIZE
-from .memory import Recipe, Shape, StepMemory
+from .memory import Recipe, Shape, StepMemory, TracedMemory, step_memory
 
 # %% ../../nbs/planning/31_speed.ipynb #19a294ef
 @dataclass(frozen=True)
@@ -68,6 +68,13 @@ def work(recipe: Recipe) -> float:
     "Operations of a step, in units of full training's."
     return (2/3 if recipe.lora else 1) + (1/3 if recipe.gradient_checkpointing else 0)
 
+# %% ../../nbs/planning/31_speed.ipynb #a6dd6633
+def token_flops(memory: StepMemory) -> float:
+    "Operations of a token in the products, forward and backward."
+    recipe = memory.recipe
+    if isinstance(memory, TracedMemory): return memory.trace.flops / recipe.tokens
+    return work(recipe) * flops_per_token(memory.shape, recipe.block_size)
+
 # %% ../../nbs/planning/31_speed.ipynb #751fef07
 class MOVED:
     "Bytes outside the products."
@@ -88,6 +95,7 @@ def update_seconds(memory: StepMemory, device: Device | None) -> float:
 # %% ../../nbs/planning/31_speed.ipynb #751fef0a
 def token_bytes(memory: StepMemory) -> float:
     "What a token moves outside the products, forward and backward: through the layers and the loss."
+    if isinstance(memory, TracedMemory): return memory.trace.moved / memory.recipe.tokens
     shape, recipe = memory.shape, memory.recipe
     lora = MOVED.lora if recipe.lora else 1
     again = (1 + lora/3) if recipe.gradient_checkpointing else 1
@@ -105,8 +113,8 @@ def forecast_step(
     if device is None: return None
     tokens = tokens or recipe.tokens * recipe.gradient_accumulation_steps
     speed = device.share * (device.peak_half if recipe.half else device.peak_fp32)
-    products = work(recipe) * flops_per_token(shape, recipe.block_size) / speed
-    memory = StepMemory(shape, recipe)
+    memory = step_memory(shape, recipe)
+    products = token_flops(memory) / speed
     moved = token_bytes(memory) / (MOVED.share * device.bandwidth)
     return tokens * (products + moved) + update_seconds(memory, device)
 

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.engine.callbacks import TRAINING, Listener
 from colab_gpt2.engine.trainer import make_trainer
-from colab_gpt2.model.loading import load_config
+from colab_gpt2.model.heads import Head, output_form
+from colab_gpt2.model.loading import load_config, model_context
 from colab_gpt2.planning.plan import plan_run
 from colab_gpt2.runtime import check_runtime
 from colab_gpt2.training import train_model
@@ -178,6 +179,12 @@ def pretended(kind="T4", limit=None, **options):
         yield gpu
 
 
+def head_by(form, model):
+    "The output layer in a form that was found where numbers are."
+    layer = model.get_output_embeddings()
+    return form and Head(layer.weight, layer.bias, *form)
+
+
 class Text:
     "Blocks of zeros, as many as WikiText-2's."
     vocabulary_size, source, sha256 = 50257, "made up", "0"
@@ -223,6 +230,9 @@ def train(model, kind="T4", *, limit=None, later=None, probed=True, traced=False
 
     -> the `plan` and the plan `after`, the `peak` bytes of tensors since the last step began, its operations if
     `traced`, all `waits` and `mixed` devices, what was `said` in warnings, `losses`."""
+    shape = load_config(model) if isinstance(model, str) else model
+    with torch.device("meta"): twin = AutoModelForCausalLM.from_config(shape)
+    form = output_form(twin)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fixed = dict(output_dir=folder, logging_steps=100, save_steps=-1, max_steps=2, torch_compile=False,
@@ -231,11 +241,11 @@ def train(model, kind="T4", *, limit=None, later=None, probed=True, traced=False
         with pretended(kind, limit, traced=traced, count=count) as gpu, contextlib.ExitStack() as around:
             if not probed: around.enter_context(patch("colab_gpt2.training.settle", lambda trainer, plan: plan))
             runtime = check_runtime()  # before the model takes memory
-            shape = load_config(model) if isinstance(model, str) else model
-            text = Text(blocks, config.block_size or min(shape.n_positions, 1024))
+            text = Text(blocks, config.block_size or min(model_context(shape), 1024))
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to("cuda")
             plan = plan_run(network, text, runtime, config)
-            trainer = make_trainer(config, network, None, text, plan, [Watch(gpu, later)])
+            with patch("colab_gpt2.model.tune.output_head", lambda model: head_by(form, model)):
+                trainer = make_trainer(config, network, None, text, plan, [Watch(gpu, later)])
             trainer.get_train_dataloader = lambda: Loader(text, plan.blocks_per_step)
             after = train_model(trainer, plan)
     operations = [done for done in gpu.operations if done[0].startswith("step")]
