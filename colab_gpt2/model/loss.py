@@ -16,6 +16,11 @@ CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a block is a sing
 EXACT_LOGITS = 2**20  # at a time in fp32 on a CPU: 4 MB, which stay in its cache
 EXACT_ROWS = 256  # at a time in fp32 on a GPU, which wants much work a launch: for GPT-2 0.05 GB
 
+# %% ../../nbs/model/21_loss.ipynb #ece66863
+def chunk_rows(vocabulary) -> int:
+    "Rows of logits at a time; fewer where the vocabulary has more than 65,536."
+    return min(CHUNK_SIZE, max(1, CHUNK_SIZE * 65_536 // vocabulary))
+
 # %% ../../nbs/model/21_loss.ipynb #83b8e22b
 def padded(weight, dtype, multiple):
     "`weight` (rows, width) in `dtype`, with rows of zeros up to a `multiple`: tensor cores want 8, and prefer 64."
@@ -49,7 +54,10 @@ def chunk_loss(logits, vocabulary, targets, wanted, softcap=None):
     `targets` (rows, 1) are in the vocabulary, those that do not count too."""
     rows = EXACT_ROWS if logits.is_cuda else max(1, EXACT_LOGITS // logits.shape[1])
     slices = zip(logits.split(rows), targets.split(rows))
-    return torch.cat([slice_loss(*some, vocabulary, wanted, softcap) for some in slices])
+    slices = [*zip(logits.split(rows), targets.split(rows))]
+    if type(logits) is not torch.Tensor and not logits.is_cuda: slices = slices[:1]  # a trace's: one tells of all
+    losses = torch.cat([slice_loss(*some, vocabulary, wanted, softcap) for some in slices])
+    return losses if len(losses) == len(logits) else losses[:1].expand(len(logits), 1)
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
 def scaled(gradient, scale):
@@ -127,7 +135,7 @@ def linear_cross_entropy(
 
     Under autocast the products are in its precision; the loss is a scalar in fp32 (fp64 for fp64). ValueError for
     shapes that do not fit and for options; torch's own error for a label out of range."""
-    if chunk_size is None: chunk_size = min(CHUNK_SIZE, max(1, CHUNK_SIZE * 65_536 // len(weight)))
+    if chunk_size is None: chunk_size = chunk_rows(len(weight))
     check_number("chunk_size", chunk_size, minimum=1)
     check_choice("reduction", reduction, ("mean", "sum"))
     if labels.shape != hidden.shape[:-1]:

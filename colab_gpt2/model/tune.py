@@ -138,10 +138,11 @@ def compiled(blocks):
 
 # %% ../../nbs/model/22_tune.ipynb #3765af22
 @contextlib.contextmanager
-def gradient_checkpointing(model):
-    "Inside, `model` keeps only the input of each block, and computes the rest again in the backward pass."
+def gradient_checkpointing(model, **options):
+    """Inside, `model` keeps only the input of each block, and computes the rest again in the backward pass; `options`
+    are torch.utils.checkpoint's."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False, **options})
     try: yield
     finally: getattr(model, f"{kind}_checkpointing_disable")()
 

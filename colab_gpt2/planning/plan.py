@@ -14,7 +14,7 @@ from ..config import OPTIMIZERS, FinetuneConfig
 from ..core import Record, human_bytes, human_time
 from ..errors import Sentence, check_number
 from ..model.loading import load_config
-from .memory import COSTS, Recipe, Shape, StepMemory, forecast_memory, shape_of
+from .memory import COSTS, Recipe, Shape, TracedMemory, forecast_memory, shape_of, step_memory
 from .speed import DEVICES, MOVED, device_of, forecast_step, pick_compile, update_seconds
 from ..runtime import Precision, Runtime, pick_precision
 
@@ -134,11 +134,8 @@ def possible_ways(planner):
     step = Recipe(blocks, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
                   tune=config.tune, lora_rank=config.lora_rank, keep_attention_dropout=config.keep_attention_dropout)
     sizes = [n for n in micro_batches(config) if n <= blocks] or [blocks]  # more may be asked for
-    ways = [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
+    return [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
             for method, optimizer in methods(config, runtime) for on in checkpointing]
-    if runtime.device != "cpu": return ways
-    def quick(recipe): return forecast_step(planner.shape, recipe, device_of(runtime), recipe.tokens) <= PATIENCE
-    return [[r for r in way if quick(r)] or way[-1:] for way in ways]
 
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed6
 @dataclass(frozen=True)
@@ -150,6 +147,12 @@ class Planner(Record):
     config: FinetuneConfig
 
     ways = cached_property(possible_ways)
+
+    def quick(self, way):
+        "Without the micro-batches that would take too long on a CPU. Later ways are forecast if an earlier fails."
+        if self.runtime.device != "cpu": return way
+        def seconds(recipe): return forecast_step(self.shape, recipe, device_of(self.runtime), recipe.tokens)
+        return way[next((n for n, recipe in enumerate(way) if seconds(recipe) <= PATIENCE), -1):]
 
     @property
     def limit(self):  # bytes; the rest is for fragmentation and others
@@ -169,10 +172,11 @@ class Planner(Record):
     def memory(self, recipe): return self.in_use + forecast_memory(self.shape, recipe)
 
     @cached_property
-    def best(self) -> Recipe | None: return next((r for r in sum(self.ways, []) if self.memory(r) <= self.limit), None)
+    def best(self) -> Recipe | None:
+        return next((r for way in self.ways for r in self.quick(way) if self.memory(r) <= self.limit), None)
 
     @cached_property
-    def chosen(self): return self.best or min(sum(self.ways, []), key=self.memory)  # what needs least
+    def chosen(self): return self.best or min(sum(map(self.quick, self.ways), []), key=self.memory)  # what needs least
 
 # %% ../../nbs/planning/32_plan.ipynb #267b658c
 def describe(recipe: Recipe) -> str:
@@ -302,28 +306,36 @@ def memory_reasons(planner: Planner):
             f"{'the GPU' if runtime.device_memory else 'the free RAM'}.")
     if planner.in_use: size += f" {human_bytes(planner.in_use)} of that is in use already."
     reasons, own = [f"It fits: {size}"], next(way for way in ways if recipe in way)
+    largest = planner.quick(own)[0].micro_batch
     if not planner.best:
         advice = advise(planner)
         reasons = [Sentence(f"It does not fit: {{size}} {advice.template}", size=size, **advice.values)]
     larger = min(micro_batches(config)[0], recipe.batch)
-    if runtime.device == "cpu" and recipe.micro_batch == own[0].micro_batch < larger:
+    if runtime.device == "cpu" and recipe.micro_batch == largest < larger:
         reasons.append(f"On this CPU a larger micro-batch would take over {PATIENCE} s by the forecast.")
     for way in ways[:ways.index(own)] if planner.best else [way for way in ways if way is not own]:
-        least = human_bytes(min(map(planner.memory, way)))
+        least = human_bytes(min(map(planner.memory, planner.quick(way))))
         reasons.append(f"Passed over: {describe(way[0])} needs {least} at least.")
     wanted = runtime.device == "cuda" and config.method != "lora" and config.optim is None
     if wanted and not (planner.best and recipe.method == "full") and "bitsandbytes" not in runtime.versions:
         reasons.append("8-bit AdamW was not tried: bitsandbytes is not installed.")
     return reasons
 
+# %% ../../nbs/planning/32_plan.ipynb #2ebf57ea
+def traced_told(planner) -> str:
+    "How far a forecast for another model than a GPT-2 can be trusted."
+    try:
+        TracedMemory(planner.shape, planner.chosen).trace
+        return f"Memory and work were counted on a traced step of a {planner.shape.model_type}."
+    except ValueError as e:
+        return f"{e} Memory and time are rough estimates, by numbers of GPT-2; training begins with a measured step."
+
 # %% ../../nbs/planning/32_plan.ipynb #387e87fd
 def other_reasons(planner: Planner):
     "On the text, the precision, the time, and what is not certain."
     text, runtime = planner.text, planner.runtime
     reasons = missing_packages(planner.config, runtime)
-    if not planner.shape.gpt2:
-        reasons.insert(0, "Memory and time are rough estimates: the constants were measured on GPT-2, and this is a "
-                          f"model of type {planner.shape.model_type}. Training begins with a measured step.")
+    if not planner.shape.gpt2: reasons.insert(0, traced_told(planner))
     time = f"The time is not estimated: no speed of {runtime.device_name} is known here."
     if device := device_of(runtime):
         time = (f"The time assumes {device.share:.0%} of the peak of {device.name} in products, {MOVED.share:.0%} of "
@@ -343,7 +355,7 @@ def make_plan(planner: Planner) -> Plan:
         recipe=replace(recipe, micro_batch=micro, gradient_accumulation_steps=effective_batch(config) // micro),
         steps=planner.steps, torch_compile=compiled, tokens=planner.text.tokens,
         parameters=planner.shape.parameters, device=planner.runtime.device_name,
-        update_seconds=update_seconds(StepMemory(planner.shape, recipe), device),
+        update_seconds=update_seconds(step_memory(planner.shape, recipe), device),
         reasons=(*memory_reasons(planner), *other_reasons(planner), why))
 
 # %% ../../nbs/planning/32_plan.ipynb #21f8608f

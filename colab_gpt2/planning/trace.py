@@ -101,7 +101,7 @@ class Operations(TorchDispatchMode):
             self.place = self.places[bisect.bisect_right(self.starts, number) - 1]
         return self.part, "backward", self.place
 
-# %% ../../nbs/planning/30_trace.ipynb #8159a5bd
+# %% ../../nbs/planning/30_trace.ipynb #d613647f
 EXACT = {"layer_norm", "group_norm", "softmax", "log_softmax", "softplus", "pow", "__pow__", "rsqrt", "exp", "log",
          "norm", "cumsum", "cumprod", "prod", "sum", "cross_entropy", "nll_loss"}  # in fp32 under CUDA's autocast
 
@@ -129,8 +129,8 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool: attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)
         attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
-    wanted = torch.is_grad_enabled() and q.requires_grad
-    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, wanted, dropout_p, is_causal, scale=scale)[0]
+    efficient, wanted = aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled() and q.requires_grad
+    return efficient(q, k, v, attn_mask, wanted, dropout_p, is_causal, scale=scale)[0]
 
 @contextlib.contextmanager
 def like_cuda(half):
@@ -178,7 +178,7 @@ def watch(model, weights, operations):
         seen.add(weight)
     for weight in weights: weight.register_post_accumulate_grad_hook(note)
 
-# %% ../../nbs/planning/30_trace.ipynb #49605af1
+# %% ../../nbs/planning/30_trace.ipynb #acef28c6
 def count_step(config, recipe) -> Operations:
     "Of at most two micro-batches: a third is like the second."
     from accelerate.utils.operations import convert_to_fp32
@@ -189,8 +189,8 @@ def count_step(config, recipe) -> Operations:
     watch(model, weights, operations)
     rules = functools.partial(like_cuda, recipe.half) if recipe.on_cuda else contextlib.nullcontext
     def around(): return contextlib.nullcontext(), rules()  # what is computed again is so after `rules`
-    again = gradient_checkpointing(model, context_fn=around) if recipe.gradient_checkpointing else contextlib.nullcontext()
     precision, cached = DTYPES[recipe.precision], not recipe.gradient_checkpointing
+    again = contextlib.nullcontext() if cached else gradient_checkpointing(model, context_fn=around)
     def loss_of(ids):
         with torch.autocast("cpu", precision, enabled=recipe.half, cache_enabled=cached):
             return convert_to_fp32(model(input_ids=ids, labels=ids))["loss"]
@@ -282,7 +282,7 @@ class Trace(Record):
     trained: int  # parameters
     embedded: int  # of these, in embeddings
 
-# %% ../../nbs/planning/30_trace.ipynb #aa61bd3b
+# %% ../../nbs/planning/30_trace.ipynb #df6db017
 def trace_step(
     config,  # a transformers config
     recipe,  # a Recipe
@@ -303,5 +303,6 @@ def trace_step(
         why = next(iter(str(found).splitlines()), type(found).__name__)
         raise ValueError(f"A step of a {config.model_type} cannot be traced ({why}).") from found
     live, gradients = max((row for held in found["held"].values() for row in held), key=lambda row: row[0])
-    (flops, moved), (weights, trained, embedded) = found["work"][:, same["gradient_accumulation_steps"] - 1], found["sizes"]
+    weights, trained, embedded = found["sizes"]
+    flops, moved = found["work"][:, same["gradient_accumulation_steps"] - 1]
     return Trace(*(round(n) for n in (weights, gradients, live - weights - gradients, flops, moved, trained, embedded)))
