@@ -278,7 +278,8 @@ def test_what_is_out_of_sight_for_a_moment_stays_until_a_newer_one_is_complete(t
     assert held(tmp_path/"disk") == ["checkpoint-500"]
 
 
-def test_a_copy_without_its_files_is_no_spare(tmp_path, output, checkpoint):
+def test_a_copy_without_its_files_is_no_spare(tmp_path, output, checkpoint, monkeypatch):
+    monkeypatch.setattr(FolderTarget, "uploads", 0)
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     mirror.kept = 2
     for step in 100, 200: copy(mirror, checkpoint(step))
@@ -468,11 +469,13 @@ def test_a_run_can_be_seen_from_when_its_mirror_is_open_until_it_is_closed(tmp_p
 def test_a_heartbeat_that_cannot_be_read_for_a_moment_counts(tmp_path, output, monkeypatch):
     options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
     first = opened(output, **options)
+    first.pulse.who["since"] += 60  # by another clock: the first look decides
     elsewhere(monkeypatch, first.pulse)
-    errors, read = [OSError(5, "Input/output error"), ""], FolderTarget.read
+    reads, read = ["error", "empty"], FolderTarget.read
     def fails(self, name):
-        if errors and isinstance(error := errors.pop(0), OSError): raise error
-        return read(self, name) if not errors else ""  # it is just being written
+        now = reads.pop(0) if reads else ""
+        if now == "error": raise OSError(5, "Input/output error")
+        return "" if now else read(self, name)  # while it is written it is empty
     monkeypatch.setattr(FolderTarget, "read", fails)
     with pytest.raises(BlockingIOError): opened(output, **options)
 

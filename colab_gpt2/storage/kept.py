@@ -121,7 +121,6 @@ class Stored:
 
     def skip(self, name, why):
         self.skipped.add(name)
-        self.there = {each: when for each, when in self.there.items() if each != name}
         warnings.warn(f"{name} in {self.target.called} is skipped: {why}.", stacklevel=4)
 
 # %% ../../nbs/storage/53_kept.ipynb #f1cbe33d
