@@ -6,13 +6,13 @@
 __all__ = ['encode_chat', 'Conversations', 'tokenize_chats']
 
 # %% ../../nbs/text/14_chats.ipynb #14c00002
-import bisect, collections, contextlib, functools, hashlib, json, os, re, warnings
-from dataclasses import dataclass, field, replace
+import bisect, collections, contextlib, functools, hashlib, json, os, re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import human_bytes, sha256_of
+from ..core import sha256_of
 from ..errors import Sentence, check_number
 from ..reporting import counter, reporting, silent
 from ..runtime import cache_folder
@@ -51,11 +51,10 @@ def give_template(tokenizer):
 # %% ../../nbs/text/14_chats.ipynb #14c00009
 def text_of(content):
     "A message's `content` as a text; it may be a list of parts. ValueError for anything else."
-    if isinstance(content, list):
-        kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
-        for kind in kinds:
-            if kind != "text": raise ValueError(f"a message has a part of type {kind!r}; only text can be learnt")
-        content = "".join(part.get("text") or "" for part in content)
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text": raise ValueError(f"a message has a part of type {kind!r}; only text can be learnt")
+    if isinstance(content, list): content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content, str): raise ValueError("a message has no content that is a text")
     try: content.encode()
     except UnicodeEncodeError: raise ValueError("a message has half a character, which UTF-8 cannot write") from None
@@ -74,13 +73,12 @@ def message_of(given) -> dict:
 def parts_of(row) -> tuple:
     "(prompt, completion) of a `row`: two texts, or two lists of messages, the first None where answers are anywhere."
     if not isinstance(row, dict): raise ValueError("it is no object with messages, or a prompt and a completion")
-    if row.get("messages") is not None: prompt, completion = None, row["messages"]
-    else: prompt, completion = row.get("prompt"), row.get("completion")
+    names = ["prompt", "completion"] if row.get("messages") is None else ["", "messages"]
+    prompt, completion = map(row.get, names)
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip(): raise ValueError("an answer is empty")
         return text_of(prompt), text_of(completion)
-    known = isinstance(prompt, list) or row.get("messages") is not None
-    if not (known and isinstance(completion, list)):
+    if not isinstance(completion, list) or names[0] and not isinstance(prompt, list):
         raise ValueError("it has no messages, and no prompt with a completion, both texts or both messages")
     prompt, completion = prompt and [*map(message_of, prompt)], [*map(message_of, completion)]
     if not any(m["role"] == "assistant" for m in completion): raise ValueError("it has no answer")
@@ -206,13 +204,12 @@ GLUED = ("{split}: {glued:,} prompts meet their completions without a space, and
 def notes_on(chats) -> list:
     "Sentences on what of `chats` is left out, and on what is not kept apart."
     cut, lost = int((chats.spans[:, 1] > chats.block_size).sum()), len(chats.spans) - len(chats.pieces)
+    told = {LONG: cut, SEEN: not chats.apart and len(chats) < len(chats.pieces), GLUED: chats.glued}
     facts = dict(split=chats.split, all=len(chats.spans), cut=cut, lost=lost, size=chats.block_size,
-                 glued=chats.glued)
-    seen = not chats.apart and len(chats) < len(chats.pieces)
-    told = [LONG] * (cut > 0) + [SEEN] * seen + [GLUED] * (chats.glued > 0)
-    rows = len(chats.spans) + sum(chats.left_out.values())
-    out = [Sentence(LEFT_OUT, split=chats.split, n=n, rows=rows, why=why) for why, n in chats.left_out.items()]
-    return [*(Sentence(each, **facts) for each in told), *out]
+                 glued=chats.glued, rows=len(chats.spans) + sum(chats.left_out.values()))
+    return [*(Sentence(each, **facts) for each, said in told.items() if said),
+            *(Sentence(LEFT_OUT, **facts, n=n, why=why) for why, n in chats.left_out.items())]
+
 def rows_told(chats) -> list:
     "The (label, text) pairs of the table of `chats`."
     blocks = f"{len(chats):,} of {chats.block_size} tokens, {chats.pieces[:, 1].sum() / chats.room:.0%} full"
