@@ -215,7 +215,8 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     train = fitted(training_blocks(*given, notes=False), model) if train else None
     prompt = pick_prompt(config, corpus) if held_out else PROMPT
     held_out = fitted(held_out_blocks(*given, notes=train is None), model) if held_out else None
-    choosing = choosing_blocks(config, corpus, held_out, *given[2:]) if train and held_out else None
+    both = train is not None and held_out is not None  # a text of less than a block is false
+    choosing = choosing_blocks(config, corpus, held_out, *given[2:]) if both else None
     if choosing is not held_out: choosing = fitted(choosing, model)
     rows = model.get_input_embeddings().num_embeddings
     for blocks in (train, held_out, choosing):

@@ -61,7 +61,7 @@ def identify(config, blocks, weights, choosing=None) -> dict:
     `choosing`: the Blocks that steps are chosen on."""
     tokens = zlib.crc32(getattr(blocks, "coded", blocks.stream))  # of a conversation, with what counts
     known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{tokens:08x}",
-                 held_out=choosing and choosing.sha256)
+                 held_out=None if choosing is None else choosing.sha256)
     return {**asked(config), **known, **inherited(config), "block_size": blocks.block_size}
 
 # %% ../nbs/62_resuming.ipynb #62aa0911

@@ -23,7 +23,7 @@ from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, make_trainer, training_arguments
 from .errors import Sentence, about, errno_of, explained, may_pass
-from .evaluation import Perplexity, check_measure, perplexity, windows_of
+from .evaluation import ALSO, Perplexity, check_measure, perplexity, windows_of
 from .generation import Sample, generate
 from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
@@ -126,7 +126,7 @@ def rows_of(result) -> list:
     return [("model", f"{result.model}, {result.parameters:,} parameters"),
             ("text", f"{result.dataset}, {result.train_tokens:,} tokens"),
             (f"perplexity per {after.unit}, {after.split}, stride {after.stride}, context {after.context}",
-             result.risen or f"{result.perplexity_before.value:.2f} → {after.value:.2f}"),
+             result.risen or f"{result.perplexity_before.value:.2f} → {after.value:.2f}{f' ({ALSO})' * after.chose}"),
             ("steps", f"{result.steps} ({result.epochs:.2f} epochs)"), *chosen_rows(result),
             ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
             *([("trained", no_step(result.output_dir))] if result.repeated or not speed else []),
@@ -160,6 +160,7 @@ def load_finished(trainer, checkpoint, steps) -> bool:
     state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
     if trainer.chooser: trainer.chooser.follow(state)
     if state.global_step < steps and not (trainer.chooser and trainer.chooser.over): return False
+    if trainer.chooser: trainer.chooser.retell()
     with quiet(): trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = state
     return True
@@ -271,7 +272,7 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
 # %% ../nbs/63_training.ipynb #e9a40a5c
 def make_chooser(config, prepared, plan, callbacks) -> list:
     "A Chooser of the best weights, if there is a text to choose on."
-    if not (text := prepared.choosing): return []
+    if (text := prepared.choosing) is None: return []
     stride, context = check_measure(prepared.model, text)
     train, found = prepared.train, windows_of(text, context, stride)
     if isinstance(text, Conversations):  # of their own lengths

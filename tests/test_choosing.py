@@ -1,14 +1,17 @@
 "The best weights are what is kept, whatever stops a run; and the figure of the report is honest."
 import shutil
+from dataclasses import replace
 
 import pytest, torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, TrainerCallback
 
-from colab_gpt2 import finetune
+from colab_gpt2 import finetune, perplexity
 from colab_gpt2.engine.callbacks import Listener
 from colab_gpt2.engine.choosing import BEST
-from colab_gpt2.model.loading import load_tokenizer, new_model
+from colab_gpt2.model.loading import load_model, load_tokenizer, new_model
+from colab_gpt2.preparing import prepare
+from colab_gpt2.training import read_finished
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,107 @@ def test_the_last_weights_can_be_asked_for(run, plain, tmp_path):
     assert (last.best_step, last.evaluations) == (result.best_step, result.evaluations)
     assert str(last.stopped).endswith("The last weights are kept, as load_best_model_at_end=False asks.")
     assert not list((tmp_path/"out").rglob(BEST))
+
+
+class Spoils(TrainerCallback):
+    "The weights are lost in a step, once."
+    def __init__(self, step): self.step = step
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step != self.step: return
+        self.step = None
+        with torch.no_grad(): next(model.parameters()).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("step, kept", [(14, [4, 8]), (2, [])], ids=["after the best", "before a checkpoint"])
+def test_after_a_divergence_only_what_was_measured_before_counts(run, tmp_path, step, kept):
+    "The best of the steps that are gone is gone, too: all later figures are of the second way."
+    notes, settings = Notes(), dict(max_steps=20, save_steps=10, early_stopping_patience=0, learning_rate=5e-3)
+    with pytest.warns(UserWarning, match="goes back to"):
+        result = run(tmp_path/"out", callbacks=[notes, Spoils(step)], **settings)
+    told = [step for step, _, _ in notes.heard]
+    again = told.index(told[0], 1) if kept else 0
+    assert told[again:] == [step for step, _ in result.evaluations] == [4, 8, 12, 16, 20]
+    assert dict(result.evaluations)[result.best_step] == min(value for _, value in result.evaluations)
+
+
+def test_a_run_that_is_asked_to_stop_measures_when_it_resumes(run, plain, tmp_path):
+    "Asked in the very step, it does not measure; asked in the middle of a measurement, it breaks it off."
+    from colab_gpt2.engine.choosing import Chooser
+    result, _, _ = plain
+    class Asks(Listener):
+        stop = None
+        def on_stage(self, stage, stop=None, **facts): self.stop = stop or self.stop
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 11: self.stop.ask()
+    look, seen = Chooser.look, []
+    def asked_inside(self, state, model):
+        measure = self.measure
+        def asks(*given):
+            self.trainer.stop.ask()
+            return measure(*given)
+        if state.global_step == 24: self.measure = asks
+        seen.append(state.global_step)
+        try: look(self, state, model)
+        finally: self.measure = measure
+    with pytest.raises(KeyboardInterrupt, match="at step 12"): run(tmp_path/"out", callbacks=[Asks()])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Chooser, "look", asked_inside)
+        with pytest.raises(KeyboardInterrupt, match="at step 24"): run(tmp_path/"out")
+    assert seen[:2] == [12, 16]
+    same(run(tmp_path/"out"), result)
+
+
+def test_adapters_are_chosen_and_merged(run, plain, tmp_path):
+    settings = dict(model=str(plain[1]), method="lora", lora_rank=4, learning_rate=0.1, max_steps=24, save_steps=11)
+    result = run(tmp_path/"plain", **settings)
+    assert result.best_step == 20 < result.steps
+    killed(run, tmp_path/"out", 23, **settings)
+    kept = list((tmp_path/"out").glob(f"checkpoint-*/{BEST}"))
+    assert kept and all("lora" in name for best in kept for name in load_file(best))
+    same(run(tmp_path/"out", **settings), result)
+    merged = perplexity(load_model(str(tmp_path/"out")), chosen_on(run, tmp_path/"out"), progress=False)
+    assert merged.value == pytest.approx(min(value for _, value in result.evaluations), rel=1e-4)
+
+
+def chosen_on(run, folder):
+    "The Blocks that the run in a folder chose on."
+    config = replace(read_finished(folder).config, output_dir=str(folder))
+    return prepare(config).choosing
+
+
+def test_a_damaged_model_is_made_again_with_the_best_weights(run, plain, tmp_path):
+    result, folder, _ = plain
+    shutil.copytree(folder, tmp_path/"out")
+    (tmp_path/"out"/"model.safetensors").write_bytes(b"?")
+    with pytest.warns(UserWarning, match="is skipped: model.safetensors"): same(run(tmp_path/"out"), result)
+
+
+def test_a_run_that_continues_another_keeps_its_curve_on_the_same_windows(run, plain, tmp_path):
+    "Without patience it goes on where the other one stopped."
+    result, folder, _ = plain
+    longer = run(tmp_path/"out", resume=str(folder), early_stopping_patience=0)
+    assert longer.steps == 40 and longer.evaluations[:len(result.evaluations)] == result.evaluations
+    assert longer.files["model.safetensors"] == result.files["model.safetensors"] or longer.best_step > result.steps
+
+
+@pytest.mark.parametrize("changes, steps", [(dict(max_steps=1, eval_steps=1), [1]), (dict(max_steps=1), [1]),
+                                            (dict(max_steps=3, eval_steps=None), []), (dict(max_steps=2, eval_steps=-1,
+                                             early_stopping_patience=None), [])], ids=str)
+def test_a_short_run(run, tmp_path, changes, steps):
+    result = run(tmp_path/"out", **changes)
+    assert [step for step, _ in result.evaluations] == steps and result.best_step == (steps or [None])[-1]
+
+
+def test_a_text_that_chose_says_so_and_one_of_a_token_cannot(run, plain, text, tmp_path):
+    "With one held-out text; of a text that is cut in three the validation part chooses and the test part tells."
+    assert not plain[0].perplexity_after.chose and "also chose" not in str(plain[0].perplexity_after)
+    one = run(tmp_path/"one", max_steps=4, eval_file=str(text/"text.txt"))
+    assert (one.perplexity_before.chose, one.perplexity_after.chose) == (False, True)
+    assert "this text also chose the weights" in str(one._rows())
+    again = run(tmp_path/"one", max_steps=4, eval_file=str(text/"text.txt"), eval_stride=8)
+    assert again.repeated and again.perplexity_after.chose
+    (tmp_path/"a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"The a\.txt text has 1 token; perplexity"):
+        run(tmp_path/"two", max_steps=4, eval_file=str(tmp_path/"a.txt"), early_stopping_patience=None)
+    with pytest.raises(ValueError, match="early_stopping_patience needs evaluations; the a.txt text has 1 token"):
+        run(tmp_path/"two", max_steps=4, eval_file=str(tmp_path/"a.txt"))

@@ -161,6 +161,8 @@ class Course(Listener):
         if known.get("text") != self.text or wanted and step != state.global_step and not self.weights.path.exists():
             known = dict(text=self.text, curve=[], windows=self.schedule.windows)
         state.stateful_callbacks["choosing"], self.curve, self.windows = known, known["curve"], known["windows"]
+
+    def retell(self):
         for i, entry in enumerate(self.curve):
             tell(self.listeners, "on_evaluated", *entry, best_of(self.curve[:i + 1])[0])
 
@@ -179,13 +181,15 @@ class Chooser(Course):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.global_step: self.weights.begin_from()  # what another run has left
         self.follow(state)
+        self.retell()
         if best_of(self.curve)[0] == state.global_step: self.keep(model)  # a checkpoint that is the best has no other
         elif self.schedule.due(state.global_step, state.max_steps): self.look(state, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not self.schedule.due(state.global_step, state.max_steps): return
-        self.look(state, model)
-        if self.over: control.should_training_stop = control.should_save = control.should_log = True
+        self.look(state, model)  # if that was broken off, it is made up for at this very step
+        if self.over: control.should_log = True
+        if self.over or self.trainer.stop.asked: control.should_training_stop = control.should_save = True
 
     def look(self, state, model):
         "Measure at this step, unless it was, or the run is asked to stop before its end."
