@@ -19,7 +19,7 @@ class GatedProduct(torch.autograd.Function):
     def forward(ctx, gate, up, weight, act):
         ctx.save_for_backward(gate, up, weight)
         ctx.act = act
-        return nn.functional.linear(act(gate) * up, weight)
+        return nn.functional.linear(act(gate).mul_(up), weight)  # an activation in place is found out below
 
     @staticmethod
     @once_differentiable
@@ -45,9 +45,11 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, eps):
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        scale = length.square_().div_(exact.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
-        return weight * (exact * scale).to(hidden.dtype)
+        normed = (exact * scale).to(hidden.dtype)
+        return torch.mul(weight, normed, out=normed if weight.dtype == normed.dtype else None)
 
     @staticmethod
     @once_differentiable

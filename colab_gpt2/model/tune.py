@@ -54,6 +54,12 @@ def last_hidden(model, input_ids, kwargs):
     if plain and type(model) is GPT2LMHeadModel: return run_layers(model.transformer, input_ids)
     return hidden_states(model, input_ids, **kwargs)
 
+# %% ../../nbs/model/22_tune.ipynb #22a50012
+def rows_at_a_time(model, hidden) -> int | None:
+    "The chunk of the loss; None where the default is best."
+    exact = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
+    return 256 if exact and type(model) is not GPT2LMHeadModel else None
+
 # %% ../../nbs/model/22_tune.ipynb #26f8b58f
 def training_forward(stock, scale, softcap):
     "`stock`, a model's forward, but in training with labels the loss alone, of an output layer that is as it was."
@@ -65,8 +71,9 @@ def training_forward(stock, scale, softcap):
         items = kwargs.pop("num_items_in_batch", None)
         hidden = last_hidden(self, input_ids, kwargs)
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # each predicts the next, the last none
-        options = dict(reduction="mean" if items is None else "sum", multiple=head_multiple(hidden))
-        loss = Head(layer.weight, layer.bias, scale, softcap).loss(hidden, targets, **options)
+        options = dict(multiple=head_multiple(hidden), chunk_size=rows_at_a_time(self, hidden))
+        head, reduction = Head(layer.weight, layer.bias, scale, softcap), "mean" if items is None else "sum"
+        loss = head.loss(hidden, targets, reduction=reduction, **options)
         return CausalLMOutputWithPast(loss=loss if items is None else loss / items)
     return forward
 
