@@ -81,9 +81,9 @@ def test_ones_own_text_from_a_table_to_a_sample(notebook, offline, monkeypatch, 
     lines = ["".join(f'"{poem}",{i}\n' for i, poem in enumerate(poems))]
     (tmp_path/"my.csv").write_text("".join(["text,number\n", *lines]))
     cells, shown = [c.source for c in notebook.cells if c.cell_type == "code"][-4:], []
+    cells[2] = cells[2].replace("train_file=mine,", "train_file=mine, max_steps=2, block_size=32, max_new_tokens=4,")
     for mine in ("", "my.csv"):
         cells[0] = re.sub('(?<=mine = )".*?"', json.dumps(mine), cells[0])
-        cells[2] = cells[2].replace("train_file=mine,", "train_file=mine, max_steps=2, block_size=32, max_new_tokens=4,")
         names = {"display": lambda *each: shown.extend(each)}
         for cell in cells: exec(compile(cell, "a cell", "exec"), names)
         assert bool(shown) == bool(mine)

@@ -113,7 +113,7 @@ TEXTS = {"WikiText-2, raw (11 MB of Wikipedia)": "wikitext-2-raw-v1",
          "WikiText-2, rare words as <unk>": "wikitext-2-v1",
          "WikiText-103, raw (541 MB of Wikipedia)": "wikitext-103-raw-v1",
          "WikiText-103, rare words as <unk>": "wikitext-103-v1",
-         "Python's documentation (0.3 MB, no network)": PYTHON_DOCS, "A text of my own": OWN}
+         "Python's documentation (0.1 MB, no network)": PYTHON_DOCS, "A text of my own": OWN}
 UPLOAD = "Upload a text, or type the path of one."
 FILES = "train_file", "eval_file"
 READING = "dataset_text_field", "on_bad_lines"

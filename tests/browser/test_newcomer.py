@@ -215,7 +215,7 @@ def test_own_text_by_hand(ran, tmp_path):
     sentence = wait_said(panel, "wikitext-2-raw-v1 could not be fetched")
     ran.picture("no-network", panel)
     assert sentence.startswith("⚠") and "Traceback" not in sentence
-    choose(panel, "Text", "Python's documentation (0.3 MB, no network)")
+    choose(panel, "Text", "Python's documentation (0.1 MB, no network)")
     press(panel, "Load text")
     wait_said(panel, "The text is here")
     assert "mat" not in panel.get_by_label("How the text begins").inner_text()
