@@ -151,12 +151,11 @@ def test_empty_rows_are_left_out_and_counted(read):
 def test_where_nothing_is_left_it_is_said_why(read, refused):
     assert refused("a.csv", table(["", " "]), "text") == "a.csv holds no text (empty: 2)."
     with pytest.warns(UserWarning, match="2 bad lines are left out"):
-        assert refused("a.jsonl", '{"text": 1}\n{"text": "It', "text", on_bad_lines="skip").startswith("dataset_text_field")
         assert refused("b.jsonl", '{"a\n{"text": "It', on_bad_lines="skip") == "b.jsonl has no rows."
 
 
 def test_a_table_without_names_of_columns_is_noted(read):
-    with pytest.warns(UserWarning, match="The first line of .*a.csv is read as the name of a column: 'The tide came in.'"):
+    with pytest.warns(UserWarning, match="The first line of .*a.csv is read as the names of columns: 'The tide"):
         assert read("a.csv", "The tide came in.\nIt went out.\n") == ["It went out."]
 
 

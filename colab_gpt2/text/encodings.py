@@ -130,7 +130,7 @@ class Source:
                 self.line, begins = self.line + begins, line[-1] == "\n"
                 if not self.line % 1000: self.tell()
                 if not (wrong := bad_character(line)): yield line
-                else: self.faults.add(f"line {self.line}", wrong, "" if self.faults.skip else advice_on(line, self.text))
+                else: self.faults.add(f"line {self.line}", wrong, self.faults.skip or advice_on(line, self.text))
         self.tell()
         ends = self.text.newlines or ()
         for end in ends if isinstance(ends, tuple) else (ends,): self.faults.skipped["line ends", ENDS[end]] += 1

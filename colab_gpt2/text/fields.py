@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_fields.ipynb #10f00003
-import difflib, re, warnings
+import difflib, re
 from typing import NamedTuple
 
 from ..errors import Sentence
@@ -42,30 +42,29 @@ def kind_of(values) -> str:
     if texts: return "numbers" if all(re.fullmatch(r"[-+.,\d\s%eE]*\d[-+.,\d\s%eE]*", v) for v in texts) else "words"
     return "numbers" if isinstance(known[0], (int, float)) else "lists" if isinstance(known[0], list) else "no text"
 
+# %% ../../nbs/text/10_fields.ipynb #10f00013
+def clearest(kinds) -> list:
+    "The columns that may hold the text, by their `kinds` (name -> kind): one, if that is clear."
+    words = [name for name in kinds if kinds[name] in ("text", "words")]
+    named = [name for known in NAMES for name in words if name.strip().lower() == known]
+    return named[:1] or [name for name in words if kinds[name] == "text"] or words
+
 # %% ../../nbs/text/10_fields.ipynb #10f0000e
 def pick_field(rows, wanted, called) -> str:
     "The column of the first `rows` (dicts) that holds the text; ValueError unless it is `wanted`, or clear."
-    columns = [*dict.fromkeys(name for values in rows for name in values)]
+    columns = dict.fromkeys(name for values in rows for name in values)
     kinds = {name: kind_of([values.get(name) for values in rows]) for name in columns}
-    said = dict(called=called, wanted=wanted, there=", ".join(f"{name} ({kinds[name]})" for name in columns))
-    if wanted is not None and wanted not in columns:
-        near = difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
-        told = "{dataset_text_field} is {wanted!r}, which {called} has not; it has {there}.{near}"
-        raise ValueError(Sentence(told, near=f" Did you mean {near[0]!r}?" if near else "", **said))
-    if wanted is not None:
-        if kinds[wanted] in ("text", "words", "empty"): return wanted
-        raise ValueError(Sentence("{dataset_text_field} is {wanted!r}, which holds {kind} in {called}; it has {there}.",
-                                  kind=kinds[wanted], **said))
-    words = [name for name in columns if kinds[name] in ("text", "words")]
-    named = [name for known in NAMES for name in words if name.strip().lower() == known]
-    texts = named[:1] or [name for name in words if kinds[name] == "text"] or words
-    if len(texts) == 1:
-        if len(texts[0].split()) > 3:  # no name
-            warnings.warn(f"The first line of {called} is read as the name of a column: {texts[0][:60]!r}.", stacklevel=2)
-        return texts[0]
-    told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
-    if not texts: told = "{called} has no column with text; it has {there}."
-    raise ValueError(Sentence(told, n=len(texts), **said))
+    if wanted is None: texts = clearest(kinds)
+    else: texts = [wanted] if kinds.get(wanted) in ("text", "words", "empty") else []
+    if len(texts) == 1: return texts[0]
+    near = wanted is not None and difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
+    told = "{called} has no column with text; it has {there}."
+    if texts: told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
+    elif wanted in kinds: told = "{dataset_text_field} is {wanted!r}, which holds {kind} in {called}; it has {there}."
+    elif wanted: told = "{dataset_text_field} is {wanted!r}, which {called} has not; it has {there}.{near}"
+    raise ValueError(Sentence(told, called=called, wanted=wanted, kind=kinds.get(wanted), n=len(texts),
+                              there=", ".join(f"{name} ({kind})" for name, kind in kinds.items()),
+                              near=f" Did you mean {near[0]!r}?" if near else ""))
 
 # %% ../../nbs/text/10_fields.ipynb #10f00011
 def documents(rows, field, faults):

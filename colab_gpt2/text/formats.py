@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_formats.ipynb #10a00003
-import csv, json, re, shutil, tempfile
+import csv, json, re, shutil, tempfile, warnings
 from pathlib import Path
 
 from ..reporting import silent
@@ -101,6 +101,8 @@ def csv_rows(source):
     start = source.start.decode(source.encoding, errors="ignore")
     found = records(source, **dialect_of(start))
     header = [name.strip() for name in next(found, (0, ()))[1]]
+    if long := next((name for name in header if len(name.split()) > 3), ""):
+        warnings.warn(f"The first line of {source.faults.called} is read as the names of columns: {long[:60]!r}.")
     for line, values in found:
         if len(values) == len(header): yield Row(dict(zip(header, values)), f"line {line}")
         elif values: source.faults.add(f"line {line}", f"{len(values)} columns, where the first line has {len(header)}")
@@ -133,7 +135,7 @@ def json_list(source):
     "Yield the Rows of a list of records."
     decode, lines = json.JSONDecoder().raw_decode, source.lines(1 << 16)
     text = next_of(lines, 1 << 16)
-    at = start = text.index("[") + 1
+    at = text.find("[") + 1
     line = 1 + text.count("\n", 0, at)
     while True:
         start = BETWEEN.match(text, at).end()
@@ -147,8 +149,8 @@ def json_list(source):
         elif len(text) - at < FIELD and (more := next_of(lines, max(1 << 16, len(text) - at))):
             text, at = text[at:] + more, 0
         else: return source.faults.add(f"line {line}", "broken or cut off JSON; what follows cannot be read")
-    if (text[at + 1:] + next_of(lines, 1 << 16)).strip():
-        source.faults.add(f"line {line}", "the list ends here, and what follows is no part of it")
+    rest = text[at + 1:] + next_of(lines, 1 << 16)
+    if rest.strip(): source.faults.add(f"line {line}", "the list ends here, and what follows is no part of it")
 
 # %% ../../nbs/text/10_formats.ipynb #10a00014
 def json_rows(source):

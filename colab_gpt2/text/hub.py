@@ -83,23 +83,22 @@ def hub_name(name):
 
 # %% ../../nbs/text/10_hub.ipynb #10c00014
 LOGIN = "log in by `hf auth login`, or set HF_TOKEN"
+GATED = ("{repository} asks for a login: accept its terms on https://huggingface.co/datasets/{repository}, and "
+         f"{LOGIN}.")
+GONE = f"There is no file {{repository}} here and no data set of this name on the Hub. If it is private, {LOGIN}."
 
 def why_not(repository, config, error) -> Exception:
     "What to raise where `datasets` met an `error` with a repository."
     import datasets
     from huggingface_hub import HfApi, errors
-    told = dict(repository=repository, error=said_of(error), login=LOGIN)
+    told = dict(repository=repository, error=said_of(error))
     try:
         HfApi().auth_check(repository, repo_type="dataset")
         script = f"{repository.split('/')[1]}.py" in HfApi().list_repo_files(repository, repo_type="dataset")
         configs = [] if script else datasets.get_dataset_config_names(repository)
         if config: check_choice("dataset_config", config, configs)
-    except errors.GatedRepoError:
-        return PermissionError(Sentence("{repository} asks for a login: accept its terms on "
-                                        "https://huggingface.co/datasets/{repository}, and {login}.", **told))
-    except errors.RepositoryNotFoundError:
-        return FileNotFoundError(Sentence("There is no file {repository} here and no data set of this name on the Hub. "
-                                          "If it is private, {login}.", **told))
+    except errors.GatedRepoError: return PermissionError(Sentence(GATED, **told))
+    except errors.RepositoryNotFoundError: return FileNotFoundError(Sentence(GONE, **told))
     except ValueError as e: return e
     except Exception: configs, script = (), False  # then the first error has to do
     said = "{repository} on the Hub cannot be read: {error}."
@@ -138,12 +137,14 @@ def hub_rows(rows, called, report=silent):
         if n % 100 == 0: add(100)
         yield Row(values, f"row {n}")
 
+# %% ../../nbs/text/10_hub.ipynb #10c0001f
 def first_of(rows, called) -> list:
     "The values of the first rows; ValueError if there are none."
     found = [row.values for row in itertools.islice(hub_rows(rows, called), 100)]
     if not found: raise ValueError(f"{called} has no rows.")
     return found
 
+# %% ../../nbs/text/10_hub.ipynb #10c00031
 def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None):
     "Yield the Documents of a split, as `read_documents` does those of files."
     column = pick_field(first_of(rows, called), field, called)

@@ -123,7 +123,8 @@ def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipp
             for found in read: yield found
     if not found:
         why = ", ".join(f"{what}: {n}" for what, n in skipped.items() if isinstance(what, str))
-        raise ValueError(f"{called(paths[0])} {'and others hold' if paths[1:] else 'holds'} no text ({why or 'empty'}).")
+        held = "and others hold" if paths[1:] else "holds"
+        raise ValueError(f"{called(paths[0])} {held} no text ({why or 'empty'}).")
 
 # %% ../../nbs/text/10_reading.ipynb #953966ae
 def read_rows(paths, on_bad_lines="error", report=silent, skipped=None):
