@@ -1,13 +1,14 @@
 """How fast, and in how much memory, is a text tokenised and packed into blocks? Ours against what transformers'
 run_clm does with datasets: map the tokenizer over the lines, then map group_texts, each in as many processes as there
-are cores. Times are from the text file to blocks on the disk, without imports. Memory is that of all processes of a
-side together, sampled every 20 ms, ours for the text once and many times over."""
-import itertools, os, sys, tempfile, time
+are cores. The text is 10 MB that do not repeat. Times are from the text file to blocks on the disk, without imports.
+Memory is that of all processes of a side together, sampled every 20 ms, ours for the text once and many times over; with
+--gigabytes also that of a text of its lines in another order each time, over what the imports took."""
+import itertools, os, random, sys, tempfile, time
 from pathlib import Path
 
-from harness import alternate, compare, emit, report
+from harness import alternate, compare, emit, peak_bytes, report
 from targets import target
-from task import device_environment, parser, settle, side_command
+from task import DATA, device_environment, parser, settle, side_command
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -42,9 +43,10 @@ def pack_side(options) -> dict:
     import colab_gpt2.text.token_store, datasets
     from colab_gpt2.model.loading import load_tokenizer
     tokenizer, pack = load_tokenizer(options.tokenizer), pack_with_map if options.side == "map" else pack_ours
+    imported = peak_bytes()
     started = time.perf_counter()
     blocks = pack(options, tokenizer)
-    return dict(pack_seconds=time.perf_counter() - started, blocks=blocks)
+    return dict(pack_seconds=time.perf_counter() - started, blocks=blocks, over_imports=peak_bytes() - imported)
 
 
 def repeated(text, times, folder) -> Path:
@@ -54,26 +56,46 @@ def repeated(text, times, folder) -> Path:
     return path
 
 
+def shuffled(text, gigabytes, folder) -> Path:
+    "A file of so many gigabytes of the lines of `text`, in another order each time."
+    lines, chance, path = Path(text).read_bytes().splitlines(True), random.Random(0), Path(folder)/"shuffled.txt"
+    with open(path, "wb") as f:
+        while f.tell() < gigabytes * 1e9:
+            chance.shuffle(lines)
+            f.writelines(lines)
+    return path
+
+
 def rows_of(options, results) -> list:
     def speed(run): return run["blocks"] / run["pack_seconds"]
-    goal = target("packing, blocks/s", "map") if options.times == 10 else None
+    goal = target("packing, blocks/s", "map") if options.times == 1 else None
     once = f"peak memory of packing, {2 * options.times} times the text against once"
     return [compare(f"packing {options.times} times the text, blocks/s", results, speed, "map", target=goal),
             compare(once, results, "tree_peak_bytes", "ours, x1", "ours, many",
                     target=target("peak memory of packing", "ours, x1")),
-            compare("peak memory of packing", results, "tree_peak_bytes", "map")]
+            compare("peak memory of packing", results, "tree_peak_bytes", "map"), *large_row(options, results)]
+
+
+def large_row(options, results) -> list:
+    if not options.gigabytes: return []
+    figure = f"peak memory of packing {options.gigabytes:g} GB, over the imports"
+    results = {"ours": results["ours, large"], "500 MB": [dict(over_imports=5e8)] * len(results["ours, large"])}
+    return [compare(figure, results, "over_imports", "500 MB", target=target(figure, "500 MB"))]
 
 
 def main():
     options = parser(__doc__, steps=1, rounds=5)
-    options.add_argument("--times", type=int, default=10,
+    options.set_defaults(text=DATA/"wikitext-2-articles"/"articles.unk.txt")
+    options.add_argument("--times", type=int, default=1,
                          help="the text so many times over for the speed, and twice as many for the memory")
+    options.add_argument("--gigabytes", type=float, default=0, help="also pack so much text, for the memory")
     options = settle(options.parse_args())
     if options.side: return emit(**pack_side(options))
     if str(options.text) == "python-docs": raise SystemExit("Packing reads a file: give --text a path.")
     times = {"ours": options.times, "map": options.times, "ours, x1": 1, "ours, many": 2 * options.times}
     with tempfile.TemporaryDirectory() as folder:
         texts = {label: repeated(options.text, n, folder) for label, n in times.items()}
+        if options.gigabytes: texts["ours, large"] = shuffled(options.text, options.gigabytes, folder)
         commands = {label: side_command(__file__, options, label.split(",")[0], text=path)
                     for label, path in texts.items()}
         env = dict.fromkeys(commands, device_environment(options))

@@ -69,13 +69,14 @@ def shape_for_plan(config, download):
 
 # %% ../nbs/64_tasks.ipynb #c1243baa
 def size_for_plan(config, context, download, progress=True):
-    "The training text as `Blocks` where text and tokenizer are to be had, else a `TextSize`."
+    "The training text as `Blocks` where text and tokenizer are to be had, else, and of a long `Stream`, a `TextSize`."
     corpus, tokenizer = corpus_for_plan(config, download, progress), tokenizer_for_plan(config, download)
-    if corpus and tokenizer:
+    long = corpus and corpus.train and corpus.train.suffix == ".stream" and corpus.bytes["train"]
+    if corpus and tokenizer and not long:
         from colab_gpt2.preparing import training_blocks
         with reporting(progress) as report: return training_blocks(config, corpus, tokenizer, context, report)
     from colab_gpt2.planning.plan import estimate_text
-    return estimate_text(config, pick_block_size(config, context), corpus and corpus.path("train").stat().st_size)
+    return estimate_text(config, pick_block_size(config, context), corpus and corpus.bytes["train"])
 
 # %% ../nbs/64_tasks.ipynb #f5111d56
 def plan(

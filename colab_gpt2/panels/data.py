@@ -65,7 +65,7 @@ def look_into(config, report=silent) -> Preview:
         context = model_context(load_config(config.model, cache_dir=config.cache_dir))
         block_size = pick_block_size(config, context)
         blocks = tokenize_corpus(corpus, tokenizer, block_size, cache_dir=config.cache_dir, progress=report)
-    split = next(split for split in SPLITS if split in corpus.bytes)
+    split = next(split for split in SPLITS if split in corpus.bytes and corpus.path(split).suffix != ".stream")
     titles = list(corpus.articles(split))
     with open(corpus.path(split), encoding="utf-8") as f: excerpt = f.read(700).strip()
     return Preview(corpus, blocks, len(titles), tuple(itertools.islice(titles, 6)), excerpt)

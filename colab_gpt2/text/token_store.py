@@ -6,7 +6,7 @@
 __all__ = ['Blocks', 'tokenize_file', 'tokenize_corpus']
 
 # %% ../../nbs/text/13_token_store.ipynb #ecb6a9b6
-import codecs, contextlib, functools, io, json, mmap, os, warnings
+import codecs, contextlib, functools, io, json, os, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..reporting import reporting, silent
 from ..runtime import cache_folder
 from .reading import check_text
 from .streams import SUFFIX, open_stream, size_of
-from .tokens import CONTEXT, Encoder, hurry, notes_on, opened, read_windows
+from .tokens import CONTEXT, Encoder, hurry, notes_on, opened, read_windows, sample_of
 
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
 @dataclass(frozen=True, eq=False)
@@ -192,8 +192,7 @@ def tokenize_file(
     check_number("block_size", block_size, minimum=2, integer=True, hint=hint)
     path, encoder = check_text(path), Encoder(tokenizer)
     if notes:
-        with open(path, "rb") as text, mmap.mmap(text.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for note in notes_on(data, path.name, tokenizer, lost=True): warnings.warn(note, stacklevel=2)
+        for note in notes_on(sample_of(path), path.name, tokenizer, lost=True): warnings.warn(note, stacklevel=2)
     sha256 = sha256 or sha256_of(path)
     key = dict(dtype=encoder.dtype.name, text_sha256=sha256, tokenizer_sha256=encoder.fingerprint)
     file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{encoder.fingerprint[:16]}.ids", **key)

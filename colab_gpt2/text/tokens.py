@@ -73,7 +73,7 @@ MARKS = END, "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text
 
 
 def notes_on(data, name, tokenizer, lost=False):
-    "Yield a text for what is unknown in `data`, the bytes of `name`, or `lost` from it; it may be memory-mapped."
+    "Yield a text for what is unknown in `data`, the bytes of `name` or its `sample_of`, or `lost` from it."
     def ids(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     white = {"line ends": "\n", "repeated spaces": "  "} if lost else {}
     gone = [what for what, w in white.items() if data.find(w.encode()) >= 0 and ids(f"a{w}a") == ids("a a")]
@@ -86,6 +86,18 @@ def notes_on(data, name, tokenizer, lost=False):
         end = tokenizer.eos_token or tokenizer.sep_token or "not set"
         to_it = "becomes the end token of" if lost and mark == END and end_mark(tokenizer) else "is plain characters to"
         yield f"{name} has {mark}, which {to_it} this tokenizer; its own end token is {end}."
+
+# %% ../../nbs/text/12_tokens.ipynb #a598e47a
+def sample_of(path) -> bytes:
+    "The beginning of a text, and what else of it `notes_on` looks for; to map the file would fill the memory."
+    wanted, start, last = {*(mark.encode() for mark in MARKS), b"\n", b"  "}, b"", b""
+    with open(path, "rb") as f:
+        while more := f.read(1 << 20):
+            piece = last + more
+            found = sorted(mark for mark in wanted if mark in piece)
+            start, last = b".".join([start or piece[:10_000], *found]), piece[-20:]
+            wanted -= {*found}
+    return start
 
 # %% ../../nbs/text/12_tokens.ipynb #ee511239
 def check_ids(ids, rows, tokenizer, said, **values):
