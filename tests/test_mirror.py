@@ -28,7 +28,7 @@ from helpers.forks import forked
 from helpers.servers import Hub
 
 HERE, COLAB = SimpleNamespace(colab=""), SimpleNamespace(colab="kernel")
-SMALL = SimpleNamespace(parameters=1000, recipe=Recipe(1, 64))  # a checkpoint of about 12 kB
+SMALL = SimpleNamespace(parameters=1000, recipe=Recipe(1, 64))  # a checkpoint of about 16 kB
 
 
 @pytest.fixture(autouse=True)
@@ -311,7 +311,7 @@ def test_saves_in_quick_succession_leave_a_copy_that_a_drive_has_had_time_to_upl
 # ---- room
 
 @pytest.mark.parametrize("quota, kind, line", [
-    (100_000, FULL, "Each new checkpoint, about 12.0 kB, is copied to the Drive"),
+    (100_000, FULL, "Each new checkpoint, about 16.0 kB, is copied to the Drive"),
     (20_000, WEIGHTS, "only their weights are copied. From them a lost session can be continued as from a model"),
     (2_000, OFF, "nothing is copied, and a lost session is lost")])
 def test_room_is_told_before_the_run(colab, my_drive, output, checkpoint, quota, kind, line):

@@ -34,10 +34,10 @@ def entry_of(path, weights_only=False) -> Entry:
 
 # %% ../../nbs/storage/53_kept.ipynb #8b9899b1
 def forecast_bytes(plan) -> tuple:
-    "About how many bytes a checkpoint has, the weights in it, and the finished model."
+    "About how many bytes a checkpoint has, its last and its best weights among them; its weights; the finished model."
     model = 4 * plan.parameters
     weights = round(model * .02 * plan.recipe.lora_rank / 16) if plan.recipe.lora else model
-    return (weights * 3 // 2 if "8bit" in plan.recipe.optimizer else weights * 3), weights, model
+    return (weights * 5 // 2 if "8bit" in plan.recipe.optimizer else weights * 4), weights, model
 
 # %% ../../nbs/storage/53_kept.ipynb #4b013e0a
 OFF, WEIGHTS, FULL = range(3)  # how much of a checkpoint is copied
