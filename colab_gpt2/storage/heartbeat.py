@@ -8,9 +8,9 @@ __all__ = []
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be0003
 import calendar, contextlib, json, re, secrets, threading, time
 
+from ..core import retried
 from ..engine.lock import counts_here, is_running, this_run
 from ..errors import Sentence, may_pass
-from ..core import retried
 
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be0006
 def moment(saved) -> int:
