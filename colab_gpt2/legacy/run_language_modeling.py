@@ -85,13 +85,14 @@ def opening(path, folder, size=1 << 16) -> Path:
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
 def with_texts(job, folder) -> FinetuneConfig:
     "The job's config with a text to train on and one to evaluate on."
-    from colab_gpt2.text.reading import find_texts
+    from colab_gpt2.text.reading import find_texts, is_plain, join
     config = job.config
     if not job.train or config.eval_file: return config
     say("no --eval_data_file: perplexity of the training text's start says nothing about new text")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is noted about the texts is noted when they are read
         first, *_ = find_texts(config.train_file)
+        if not is_plain(first): first = join([first], Path(folder)/f"{first.stem}.txt")
     return replace(config, eval_file=str(opening(first, folder)))
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ffe941d4
