@@ -1,4 +1,4 @@
-"""Is the model that a run saves the best one? `tiny` reads a text of 100 kB, twice and many times over, with the default
+"""Is the model that a run saves the best one? `tiny` reads a text of 100 kB, twice and many times, with the default
 settings. The peer is the best epoch found by hand: the same run without evaluations on the way, whose perplexity of the
 test text is measured after every epoch. Ours never sees that text: it chooses on the validation text."""
 import argparse, time

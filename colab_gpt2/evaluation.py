@@ -92,7 +92,7 @@ def spread(items, most=None) -> list:
 
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
 def logits_batch(scored, length, vocabulary, gpu) -> int:
-    "How many windows of `length` tokens make a batch, by bytes of fp32 logits (of the `scored`, maybe 0) and by tokens."
+    "How many windows of `length` tokens make a batch, by bytes of the `scored` (maybe 0) fp32 logits and by tokens."
     logits, inputs = (1_000_000_000, 16_384) if gpu else (64_000_000, 4_096)
     return max(1, min(logits // max(1, 4 * scored * vocabulary), inputs // length))
 
@@ -108,7 +108,8 @@ def batches(stream, found, size):
 def answer_windows(chats, context) -> list:
     "(start, end, scored) of each conversation, cut to the `context`: so many of its tokens count. The longest first."
     pieces = replace(chats, block_size=context).pieces.tolist()
-    if not pieces: raise ValueError(Sentence("No answer of {text} begins within {n} tokens.", text=chats.split, n=context))
+    told = "No answer of {text} begins within {n} tokens."
+    if not pieces: raise ValueError(Sentence(told, text=chats.split, n=context))
     found = ((start, start + n, int((chats.coded[start:start + n] & 1).sum())) for start, n in pieces)
     return sorted(found, key=lambda window: window[0] - window[1])
 
@@ -195,11 +196,11 @@ def perplexity(
     device = torch.device(device or next(model.parameters()).device)
     chat, found = isinstance(blocks, Conversations), spread(windows_of(blocks, context, stride), most)
     tokens, total = blocks.answers if chat else blocks.tokens - 1, sum(scored for *_, scored in found)
-    vocabulary, nats = model.get_input_embeddings().weight.shape[0], 0
-    length = max(end - start for start, end, _ in found)
+    vocabulary, length = model.get_input_embeddings().weight.shape[0], max(end - start for start, end, _ in found)
     logits = 0 if (head := output_head(model.to(device))) else stride if keeps_logits(model) and not chat else length
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+    nats = 0
     with evaluation_mode(model), torch.inference_mode(), autocast, reporting(progress) as report:
         add = counter(report, f"Perplexity of {blocks.split or 'the text'}", total)
         for ids, labels in answer_batches(blocks, found, size) if chat else batches(blocks.stream, found, size):

@@ -125,7 +125,8 @@ class TimeLimit(Listener):
         self.step = max(0.9 * self.step, time.monotonic() - self.since)  # the first may compile
         self.since = time.monotonic()
         left, steps = state.max_steps - state.global_step, state.global_step - self.first
-        kept_back = self.step + self.evaluating + 2 * self.saving + 2 * getattr(self.mirror, "took", 0)  # a copy may be under way
+        copying = getattr(self.mirror, "took", 0)  # one may be under way
+        kept_back = self.step + self.evaluating + 2 * self.saving + 2 * copying
         if not (self.stop and left) or self.since + kept_back < self.end: return
         control.should_training_stop = control.should_save = True
         rest = math.ceil(left / steps)

@@ -188,7 +188,7 @@ def best_of(value, given):
     "Evaluated as `watch_of` shows it; after every epoch is as planned."
     every = watch_of(given.get("evaluation_strategy", True), given)[0].get("watch_every")
     if every is None: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
-    return {"eval_steps": every or None, "early_stopping_patience": 0}, "the weights with the lowest perplexity are saved"
+    return {"eval_steps": every or None, "early_stopping_patience": 0}, "the best weights are saved"
 
 # %% ../../nbs/legacy/90_flags.ipynb #e08e0c75
 JOURNAL = dict(
