@@ -272,7 +272,8 @@ def test_a_run_that_was_killed_goes_on_on_a_new_machine(own, tmp_path):
     assert weights[0] == weights[1]
     finished = forked(run_again, options, cwd=newer)
     assert (newer/"out"/"model.safetensors").read_bytes() == weights[0]
-    for name in ("losses", "archive", "drive"): assert finished.result[1][name] == resumed.result[1][name]
+    for name in ("losses", "archive"): assert finished.result[1][name] == resumed.result[1][name]
+    assert "It was there already" in finished.result[1]["drive"]["note"]
     assert [p.name for p in (tmp_path/"drive"/"colab-gpt2").glob("*.tar.gz")] == ["out.tar.gz"]
 
 
