@@ -24,9 +24,9 @@ from .model.tune import return_freed_memory
 from .planning.plan import check_packages, count_steps, effective_batch, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
-from .text.chats import Conversations, first_question, notes_on, tokenize_chats
+from .text.chats import Conversations, first_question, notes_on, tokenize_split
 from .text.corpus import PYTHON_DOCS, WIKITEXT, load_corpus
-from .text.token_store import Blocks, check_trainable, tokenize_file
+from .text.token_store import Blocks, check_trainable
 from .text.tokens import check_ids
 
 # %% ../nbs/62_preparing.ipynb #47a6116f
@@ -38,12 +38,9 @@ def pick_split(corpus, wanted) -> str:
 
 # %% ../nbs/62_preparing.ipynb #5d7e8e52
 def blocks_of(config, corpus, name, tokenizer, context, report, **options) -> Blocks:
-    "The split `name`, in blocks that fit a model's `context`; a .jsonl file has conversations."
-    path, tokenize = corpus.path(name), tokenize_file
-    if path.suffix == ".jsonl":
-        tokenize, options = tokenize_chats, dict(split=options["split"], on_bad_lines=config.on_bad_lines)
-    return tokenize(path, tokenizer, pick_block_size(config, context), cache_dir=config.cache_dir, progress=report,
-                    sha256=corpus.sha256[name], **options)
+    "The split `name`, in blocks that fit a model's `context`."
+    return tokenize_split(corpus.path(name), tokenizer, pick_block_size(config, context), cache_dir=config.cache_dir,
+                          progress=report, sha256=corpus.sha256[name], on_bad_lines=config.on_bad_lines, **options)
 
 # %% ../nbs/62_preparing.ipynb #a05de614
 def without_waste(blocks) -> Blocks:

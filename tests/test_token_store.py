@@ -18,7 +18,8 @@ from colab_gpt2.errors import fields_of
 from colab_gpt2.preparing import prepare, warn_of_few_steps, warn_of_few_tokens
 from colab_gpt2.text import token_store
 from colab_gpt2.text.corpus import load_corpus
-from colab_gpt2.text.token_store import tokenize_corpus, tokenize_file
+from colab_gpt2.text.chats import tokenize_corpus
+from colab_gpt2.text.token_store import tokenize_file
 
 DATA = Path(__file__).parents[1]/"../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not here")

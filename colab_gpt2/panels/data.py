@@ -23,8 +23,8 @@ from .snippets import differing
 from ..reporting import silent
 from ..tasks import fetch_for, tokenizer_for_plan
 from ..storage.drive import free_name
+from ..text.chats import tokenize_corpus
 from ..text.corpus import PYTHON_DOCS, SPLITS, Corpus, check_text
-from ..text.token_store import tokenize_corpus
 
 # %% ../../nbs/panels/76_data.ipynb #f1fbb2b4
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def look_into(config, report=silent) -> Preview:
     if tokenizer:
         context = model_context(load_config(config.model, cache_dir=config.cache_dir))
         block_size = pick_block_size(config, context)
-        blocks = tokenize_corpus(corpus, tokenizer, block_size, cache_dir=config.cache_dir, progress=report)
+        blocks = tokenize_corpus(corpus, tokenizer, block_size, on_bad_lines=config.on_bad_lines,
+                                 cache_dir=config.cache_dir, progress=report)
     split = next(split for split in SPLITS if split in corpus.bytes and corpus.path(split).suffix != ".stream")
     titles = list(corpus.articles(split))
     with open(corpus.path(split), encoding="utf-8") as f: excerpt = f.read(700).strip()
