@@ -58,7 +58,7 @@ def test_it_is_small_and_carries_nothing_of_a_machine(notebook):
 
 
 def test_each_step_is_a_short_cell_with_python_beneath(notebook):
-    "The cells of installing and of the Drive, then five with a panel, directly beneath each a fold; then one's own text."
+    "The cells of installing and of the Drive; five with a panel, directly beneath each a fold; and one's own text."
     *code, _, _, _, _ = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code"]
     panels = [re.findall(r"(\w+)Panel", notebook.cells[i].source)[0] for i in code[2:]]
     assert panels == ["Runtime", "Data", "Finetune", "Generate", "Drive"]
