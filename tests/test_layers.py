@@ -106,3 +106,13 @@ def test_looking_at_a_model_takes_no_random_number():
     keep_less(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_compiled_block_has_its_own_forwards():
+    "Traced in one piece, to the same numbers."
+    model = new_model(CONFIGS["llama"], seed=0).train()
+    expected, _ = gradients(model, *text())
+    tune_model(model)
+    for layer in model.model.layers: layer.compile(backend="eager", fullgraph=True)
+    found, of = gradients(model, *text())
+    assert abs(found - expected) < 1e-6 * expected and all(g.isfinite().all() for g in of.values())
