@@ -219,6 +219,7 @@ REFUSED = {
     "nested.json": ('{"data": [{"text": "It ebbs."}]}', "nested.json has no column with text; it has data (lists)"),
     "numbers.csv": ("id,n\n1,2\n", "numbers.csv has no column with text; it has id (numbers), n (numbers)"),
     "empty.csv": ("id,text\n1,\n2, \n", "empty.csv has no column with text; it has id (numbers), text (empty)"),
+    "names.csv": ('"a\nb",c\n1,2\n', "names.csv has no column with text; it has a\\nb (numbers), c (numbers)"),
     "a.xlsx": (b"PK", "a.xlsx is a .xlsx file, not plain text"), "a.tar.gz": (b"PK", "a.tar.gz is a .tar file"),
     "koi.txt": ("Прилив пришёл на рассвете, и лодки ушли в море.\n" * 20,
                 "It seems to be koi8_r: convert it (iconv -f koi8_r"),
@@ -308,3 +309,31 @@ def test_tables_of_any_texts_come_back(read, seed):
     files = {"a.csv": table(texts), "a.tsv": table(texts, delimiter="\t"), "a.jsonl": lines(records(texts)),
              "a.json": json.dumps(records(texts)).encode(), "a.parquet": parquet(text=texts)}
     for name, content in files.items(): assert read(name, content, "text") == texts, name
+
+
+PIECES = b'"', b"\0", b"\r", b"[", b"{", b"\xff\xfe", b"\xf6", b",", b"}", b"]", b"\\", b"\n\n", b";", b"\t"
+
+
+def spoilt(data, draw):
+    "`data` with a few bytes changed, put in, left out or repeated."
+    data = bytearray(data)
+    for _ in range(draw.randint(1, 5)):
+        at, kind = draw.randrange(len(data) + 1), draw.randrange(4)
+        if kind == 0: data[at:at] = draw.choice(PIECES)
+        if kind == 1: del data[at:at + draw.randint(1, 20)]
+        if kind == 2: data[at:at + 1] = draw.randbytes(1)
+        if kind == 3: data += data[:at]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["a.csv", "tabs.csv", "a.jsonl", "a.json", "a.parquet", "b.txt"])
+def test_whatever_the_bytes_an_error_is_one_line(tmp_path, name):
+    draw, packed = random.Random(name), name == "a.json"
+    for _ in range(100):
+        data = spoilt(FORMATS.get(name, f"It ebbs.{END}Größe\r\n".encode()), draw)
+        path = tmp_path/f"{name}{'.gz' * packed}"
+        path.write_bytes(gzip.compress(data)[:draw.choice([None, -9, 40])] if packed else data)
+        for on_bad_lines in ("error", "skip"):
+            try: list(read_documents(find_texts(path), None, on_bad_lines))
+            except ValueError as e: assert "\n" not in str(e)

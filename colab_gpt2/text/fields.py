@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..errors import Sentence
 from .encodings import Faults, bad_character
+from .encodings import called as one_line
 
 # %% ../../nbs/text/10_fields.ipynb #10f00006
 class Row(NamedTuple):
@@ -63,7 +64,7 @@ def pick_field(rows, wanted, called) -> str:
     elif wanted in kinds: told = "{dataset_text_field} is {wanted!r}, which holds {kind} in {called}; it has {there}."
     elif wanted: told = "{dataset_text_field} is {wanted!r}, which {called} has not; it has {there}.{near}"
     raise ValueError(Sentence(told, called=called, wanted=wanted, kind=kinds.get(wanted), n=len(texts),
-                              there=", ".join(f"{name} ({kind})" for name, kind in kinds.items()),
+                              there=", ".join(f"{one_line(name)[:40]} ({kind})" for name, kind in kinds.items()),
                               near=f" Did you mean {near[0]!r}?" if near else ""))
 
 # %% ../../nbs/text/10_fields.ipynb #10f00011
