@@ -243,7 +243,8 @@ def test_a_step_on_a_gpu_waits_for_nothing(traced):
     assert [wait for wait in traced.waits if wait[0].startswith("step")] == []
 
 
-TOUCH_FEW = ("aten.mm", "aten.gather", "aten.scatter", "aten.slice", "aten.split", "aten.permute", "prim.device")
+TOUCH_FEW = ("aten.mm", "aten.addmm", "aten.gather", "aten.scatter",
+             "aten.slice", "aten.split", "aten.permute", "prim.device")
 
 def test_what_the_loss_moves_for_a_logit(traced):
     "12 bytes: fp16 to logarithms in fp32, and these to probabilities. bf16 is copied to fp32 first, 8 more."
