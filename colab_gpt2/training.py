@@ -6,41 +6,40 @@
 __all__ = ['FinetuneResult', 'finetune']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
-import contextlib, errno, math, os, tempfile, time, warnings
-from dataclasses import dataclass, field, fields, replace
+import contextlib, os, time, warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
-from .core import Record, atomic, drive_top, home, human_bytes, human_time, retried
+from .core import Record, atomic, home, human_time, retried
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
 from .engine.checkpoints import find_checkpoints, recover, remove_checkpoint, save_model, sealed
-from .engine.choosing import BEST, Chooser, Work, finish
+from .engine.choosing import BEST, finish
 from .engine.guards import Diverged, StopOnDivergence, StopOnInterrupt, TimeLimit, limits_of, skipped_steps
 from .engine.guards import warn_of_idle
 from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, make_trainer, training_arguments
-from .errors import Sentence, about, errno_of, explained, may_pass
-from .evaluation import ALSO, Perplexity, check_measure, perplexity, windows_of
-from .generation import Sample, generate
+from .errors import Sentence, about, may_pass
+from .evaluation import ALSO, Perplexity
+from .generation import Sample
+from .measuring import evaluate_and_sample, evaluation_of, in_one_line, make_chooser
 from .model.loading import MODELS, load_model, quiet
 from .model.lora import merge_adapters
-from .model.sampling import Sampling
-from .model.tune import gradient_checkpointing, keep_freed_memory, uncompiled
-from .planning.plan import Plan, out_of_memory_told, plan_run
+from .model.tune import gradient_checkpointing, keep_freed_memory
+from .planning.plan import Plan, plan_run
 from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
 from .preparing import warn_of_few_tokens
 from .reporting import reporting, silent
 from .resuming import ELSEWHERE, RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen
 from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
 from .resuming import SAME, source_of, where_to_resume
-from .runtime import Runtime, disk, out_of_memory
+from .runtime import Runtime
 from .signals import Interrupted
 from .storage.kept import other_runs
 from .storage.mirror import open_mirror
-from .text.chats import Conversations
 from .storage.targets import FINISHED
 
 # %% ../nbs/63_training.ipynb #c92355ae
@@ -133,27 +132,6 @@ def rows_of(result) -> list:
             ("time", human_time(result.seconds)), ("saved in", result.output_dir),
             *((f"sample {when}", sample) for when, sample in result.samples.items())]
 
-# %% ../nbs/63_training.ipynb #a02aa3a5
-FULL_DISK = "The disk of {output_dir} {path} is full: {free} free. {kept}. Free space, then run the same again."
-FULL_DRIVE = ("The Drive of {output_dir} {path}, or this machine's disk ({free} free), is full. {kept}. Free space (on "
-              "Drive, empty the trash too), then run the same again.")
-
-@contextlib.contextmanager
-def in_one_line(output_dir, recipe=None):
-    "Turn the errors of disks and Drives, and a lack of memory for `recipe`, into a line that says what to do."
-    try: yield
-    except Exception as e:
-        if (number := errno_of(e)) == errno.ENOSPC:
-            names = ", ".join(path.name for path in find_checkpoints(output_dir))
-            kept = f"Kept: {names}" if names else "No checkpoint was complete yet"
-            drive = drive_top(output_dir)  # its free space says nothing of a quota
-            free = human_bytes(disk(tempfile.gettempdir() if drive else output_dir)[1])
-            raise OSError(Sentence(FULL_DRIVE if drive else FULL_DISK, path=output_dir, kept=kept, free=free)) from e
-        if not out_of_memory(e):
-            if number == errno.ENOENT: raise  # its path says more
-            with explained(f"The run in {output_dir}"): raise
-        raise MemoryError(out_of_memory_told(recipe)) from e
-
 # %% ../nbs/63_training.ipynb #eafea48d
 def load_finished(trainer, checkpoint, steps) -> bool:
     "Load a `checkpoint` at which training ended, if it did, by the last of `steps` or before: the Trainer would go on."
@@ -229,23 +207,6 @@ def all_told(shown, callbacks):
         tell(callbacks, "on_progress", *told)
     return report
 
-# %% ../nbs/63_training.ipynb #e9a40a53
-def sampling_of(config) -> Sampling:
-    "How a run's samples are drawn."
-    return Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
-
-# %% ../nbs/63_training.ipynb #68b339f9
-def evaluate_and_sample(config, prepared, model, precision, report, callbacks=(), chose=False) -> tuple:
-    "(Perplexity of the held-out text, which may have chosen the weights, a Sample)."
-    with in_one_line(config.output_dir):
-        found = perplexity(model, prepared.held_out, stride=config.eval_stride, precision=precision, progress=report)
-        found = replace(found, chose=chose and prepared.choosing is prepared.held_out)
-        [sample] = generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed,
-                            chat=getattr(prepared.held_out, "templated", 0) > 0,
-                            max_new_tokens=config.max_new_tokens, progress=report, **sampling_of(config).to_dict())
-    tell(callbacks, "on_measured", found, sample)
-    return found, sample
-
 # %% ../nbs/63_training.ipynb #e9a40a54
 WENT_BACK = ("{why}. The run goes back to {place} and on with half the learning rate, once. If that helps, set a lower "
              "{learning_rate} next time.")
@@ -268,30 +229,6 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
         found = newest_intact(own) or begun
         factor, model = 0.5, starting_model(config, prepared.tokenizer).to(prepared.runtime.device)
         warnings.warn(Sentence(WENT_BACK, why=why, place=found.path.name if found else "its beginning"), stacklevel=2)
-
-# %% ../nbs/63_training.ipynb #e9a40a5c
-def make_chooser(config, prepared, plan, callbacks) -> list:
-    "A Chooser of the best weights, if there is a text to choose on."
-    if (text := prepared.choosing) is None: return []
-    stride, context = check_measure(prepared.model, text)
-    train, found = prepared.train, windows_of(text, context, stride)
-    if isinstance(text, Conversations):  # of their own lengths
-        sizes = [(end - start, scored) for start, end, scored in found]
-        context, stride = (math.ceil(sum(some) / len(found)) for some in zip(*sizes))
-    work = Work(steps=plan.steps, step_tokens=min(plan.blocks_per_step, len(train)) * train.block_size,
-                text_tokens=getattr(train, "room", train.tokens), windows=len(found), context=context, stride=stride,
-                split=text.split, method=plan.recipe.method)
-    def measure(model, most, report):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
-        options = dict(most=most, precision=plan.recipe.precision, progress=report)
-        if chooser.trainer: options["batch_size"] = chooser.trainer.micro_batch  # less than a training step takes
-        try:
-            with uncompiled(): return perplexity(inner, text, **options).value
-        except RuntimeError as e:
-            if out_of_memory(e): raise
-            return math.nan  # the loss is not finite
-    chooser = Chooser(config, work, measure, text.sha256, callbacks)
-    return [chooser]
 
 # %% ../nbs/63_training.ipynb #e9a40a5a
 AGAIN_WITHOUT = "Run it again without {overwrite_output_dir=True} to resume."
@@ -323,13 +260,6 @@ def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tup
     facts = dict(steps=state.global_step, epochs=state.epoch or 0., tokens_per_second=speed, losses=losses,
                  **chosen)
     return model, plan, facts
-
-# %% ../nbs/63_training.ipynb #ffe78b36
-def evaluation_of(config, prepared) -> dict:
-    "What decides perplexities and samples, apart from the model."
-    drawn = {name: value for name, value in sampling_of(config).to_dict().items() if value != getattr(Sampling, name)}
-    return dict(text=prepared.held_out.sha256, split=prepared.held_out.split, prompt=config.prompt, seed=config.seed,
-                eval_stride=config.eval_stride, max_new_tokens=config.max_new_tokens, **drawn)
 
 # %% ../nbs/63_training.ipynb #7d3cd2aa
 def read_finished(output_dir) -> FinetuneResult | None:

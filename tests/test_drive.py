@@ -441,7 +441,7 @@ def test_records_are_for_people_and_programs(archive, tmp_path):
 @pytest.fixture
 def small_run():
     "A function that saves the checkpoint of a step of a small run into a folder."
-    from colab_gpt2.training import in_one_line
+    from colab_gpt2.measuring import in_one_line
     def make(folder):
         trainer = toys.small_trainer(folder)
         def save(step):
