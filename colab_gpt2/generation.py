@@ -251,8 +251,8 @@ def generate(
     **sampling,  # fields of `Sampling`
 ) -> list[Sample]:
     "Texts that continue `prompt`; torch's own random state stays as it was. ValueError for a setting out of range."
-    request = Request(model, prompt, chat=chat, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
-                      stop=stop, device=device, cache_dir=cache_dir, **sampling)
+    request = Request(model, prompt, chat=chat, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed,
+                      samples=samples, stop=stop, device=device, cache_dir=cache_dir, **sampling)
     with evaluation_mode(request.model), reporting(progress, delay=3, leave=False) as report:
         return collect_all(request, report)
 
