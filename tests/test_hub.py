@@ -403,7 +403,7 @@ def counting(*given):
     for document in documents(*given): passed.append(document); yield document
 streams.hub_documents = broken
 read = store.read_windows
-store.read_windows = lambda file, encode, before, size: read(file, encode, before, 4096)
+store.read_windows = lambda file, encode, before, **size: read(file, encode, before, 4096)
 result["broken"] = failing(tokens)
 result["left"] = sorted(path.suffix for path in corpora.cache_folder(None).joinpath("tokens").iterdir())
 streams.hub_documents = counting

@@ -139,7 +139,8 @@ def write_part(path, file, encoder, report=silent):
             given = (before[-1], np.memmap(file.part, encoder.dtype, "r")[-1]) if before else ()
             report(what, counts["bytes"], size or None)
             if not size or size - counts["bytes"] > LONG: hurry(encoder)
-            windows = read_windows(text, encoder.encode, before, 1 << (20 if encoder.twin else 18))
+            larger = dict(size=1 << 20) if encoder.twin else {}  # for two threads
+            windows = read_windows(text, encoder.encode, before, **larger)
             for counts in write_ids(windows, encoder, out, counts, *given):
                 if counts["bytes"] >= due:
                     file.note(file.journal, counts, out)
