@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, T5Config
-from transformers import Lfm2Config, Mamba2Config, MambaConfig, RwkvConfig
+from transformers import Lfm2Config, LlamaConfig, Mamba2Config, MambaConfig, RwkvConfig
 
 from colab_gpt2 import runtime, tasks
 from colab_gpt2.config import OPTIMIZERS, FinetuneConfig
@@ -17,9 +17,10 @@ from colab_gpt2.errors import fields_of, worded
 from colab_gpt2.model.loading import MODELS, TINY, load_config, new_model
 from colab_gpt2.model.lora import add_adapters
 from colab_gpt2.model.tune import casting_once, tune_model
-from colab_gpt2.planning.memory import COSTS, Recipe, StepMemory, forecast_memory, shape_of
+from colab_gpt2.planning.memory import COSTS, Recipe, StepMemory, TracedMemory, forecast_memory, shape_of, step_memory
 from colab_gpt2.planning.plan import (BYTES_A_TOKEN, TextSize, effective_batch, estimate_text, named_runtime,
                                       out_of_memory_told, plan_run, smaller_micro_batch)
+from colab_gpt2.planning.trace import count_step, trace_step
 from colab_gpt2.planning.speed import DEVICES, flops_per_token, forecast_step, token_bytes, work
 
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -243,6 +244,32 @@ def test_a_real_step_has_its_peak_where_and_as_high_as_the_forecast_says(tmp_pat
     assert peak == pytest.approx(forecast_of_tensors(config, recipe), rel=0.03)
 
 
+LLAMA = LlamaConfig(vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
+                    num_key_value_heads=4, max_position_embeddings=512)
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(7, 256, 3, device="cpu"), Recipe(3, 64, 1, "bf16", "cpu", gradient_checkpointing=True),
+    Recipe(5, 512, 1, "bf16", "cuda", method="lora")], ids=["full", "again", "lora"])
+def test_all_layers_and_blocks_follow_from_a_few(recipe):
+    traced = trace_step(LLAMA, recipe)
+    alone = count_step(LLAMA, replace(recipe, gradient_accumulation_steps=min(2, recipe.gradient_accumulation_steps)))
+    peak = max(held[:, 0].max() for held in alone["held"].values())
+    assert traced.weights + traced.gradients + traced.activations == pytest.approx(peak, rel=1e-3)
+    assert traced.flops == pytest.approx(alone["work"][0].max(), rel=1e-3)
+    assert traced.moved == pytest.approx(alone["work"][1].max(), rel=0.05)  # its last chunk of logits may be half full
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(1, 256, device="cpu"), Recipe(6, 256, 2, "bf16", "cpu", method="lora"), Recipe(6, 256, 1, "bf16", "cuda")],
+    ids=["fp32", "lora", "cuda"])
+def test_the_formula_of_a_gpt2_is_what_its_traced_step_takes(recipe):
+    config = small()
+    (traced,), memory = TracedMemory(shape_of(config), recipe).moments.values(), StepMemory(shape_of(config), recipe)
+    assert sum(traced.values()) - COSTS.context == pytest.approx(forecast_of_tensors(config, recipe), rel=0.02)
+    assert TracedMemory(shape_of(config), recipe).trained == memory.trained
+
+
 BASE = Recipe(4, 512, 2, "bf16")
 
 
@@ -311,6 +338,21 @@ def train_on_gpu(gpu, micro_batch, options):
     from helpers.pretend_gpu import device
     return device.train(WIDE, gpu, per_device_train_batch_size=micro_batch, probed=False, traced=True,
                         **options)
+
+
+@pytest.mark.parametrize("gpu, micro_batch, options, rel", [
+    ("T4", 8, dict(method="full"), 0.02), ("A100", 2, dict(method="full", gradient_checkpointing=True), 0.05)],
+    ids=["full", "again"])
+def test_another_model_on_a_gpu_takes_what_its_traced_step_says(on_gpu, gpu, micro_batch, options, rel):
+    peak, recipe = on_gpu(train_llama_on_gpu, gpu, micro_batch, options)
+    traced, = step_memory(shape_of(LLAMA), recipe).moments.values()
+    assert peak == pytest.approx(sum(traced.values()) - COSTS.context, rel=rel)
+
+
+def train_llama_on_gpu(gpu, micro_batch, options):
+    from helpers.pretend_gpu import device
+    run = device.train(LLAMA, gpu, per_device_train_batch_size=micro_batch, probed=False, **options)
+    return run.peak, run.after.recipe
 
 
 @pytest.mark.parametrize("gpu", DEVICES)
@@ -481,7 +523,8 @@ OTHERS = [MambaConfig(**HEADLESS, state_size=4), Mamba2Config(**HEADLESS, head_d
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.model_type)
 def test_a_model_without_attention_heads_is_planned_by_a_traced_step(config):
-    plan = plan_run(config, TextSize(10_000, 64), CPU, FinetuneConfig())
+    one = FinetuneConfig(per_device_train_batch_size=1, gradient_accumulation_steps=1, gradient_checkpointing=False)
+    plan = plan_run(config, TextSize(10_000, 64), CPU, one)
     assert plan.fits and plan.seconds > 0 and plan.parameters == shape_of(config).parameters
     assert f"counted on a traced step of a {config.model_type}." in str(plan.reasons)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM
@@ -24,6 +24,7 @@ from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.engine.callbacks import TRAINING, Listener
 from colab_gpt2.engine.trainer import make_trainer
 from colab_gpt2.model.heads import Head, output_form
+from colab_gpt2.model.layers import keep_less
 from colab_gpt2.model.loading import load_config, model_context
 from colab_gpt2.planning.plan import plan_run
 from colab_gpt2.runtime import check_runtime
@@ -185,6 +186,11 @@ def head_by(form, model):
     return form and Head(layer.weight, layer.bias, *form)
 
 
+def checked(model):
+    "What is checked on small copies of modules, which have numbers."
+    with _disable_current_modes(): return keep_less(model)
+
+
 class Text:
     "Blocks of zeros, as many as WikiText-2's."
     vocabulary_size, source, sha256 = 50257, "made up", "0"
@@ -244,7 +250,8 @@ def train(model, kind="T4", *, limit=None, later=None, probed=True, traced=False
             text = Text(blocks, config.block_size or min(model_context(shape), 1024))
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).to("cuda")
             plan = plan_run(network, text, runtime, config)
-            with patch("colab_gpt2.model.tune.output_head", lambda model: head_by(form, model)):
+            with patch.multiple("colab_gpt2.model.tune", output_head=lambda model: head_by(form, model),
+                                keep_less=checked):
                 trainer = make_trainer(config, network, None, text, plan, [Watch(gpu, later)])
             trainer.get_train_dataloader = lambda: Loader(text, plan.blocks_per_step)
             after = train_model(trainer, plan)
