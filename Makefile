@@ -57,7 +57,7 @@ torture: .venv/ready
 
 # Every benchmark of a CPU, one after the other, on a machine that does nothing else; then the table of all results.
 bench: .venv/ready
-	failed=0; for question in training equality packing sampling forecast mirror; do \
+	failed=0; for question in training equality best packing sampling forecast mirror; do \
 		.venv/bin/python benchmarks/$$question.py --device cpu || failed=1; done; \
 	.venv/bin/python benchmarks/table.py --page || failed=1; exit $$failed
 

@@ -11,12 +11,12 @@ from torture import Crash, make_job, measure_reference, trial, work_lost
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    "What a trial's process calls: 25 steps, and a checkpoint about every 60 ms."
+    "What a trial's process calls: 25 steps, an evaluation every 4, and a checkpoint about every 60 ms."
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(torture.SHAPE, "n_layer", 1)
         patch.setitem(torture.SHAPE, "n_embd", 32)
         job = make_job(tmp_path_factory.mktemp("job"), 200)
-    return torture.ours, str(job), "--save-minutes", "0.001", "--mirror", "mirror"
+    return torture.ours, str(job), "--save-minutes", "0.001", "--mirror", "mirror", "--eval-steps", "4"
 
 
 @pytest.fixture(scope="module")
