@@ -79,6 +79,7 @@ def answer_to(model, numbers, ids):
         asked.append(tuple(hidden.shape))
         return numbers.clone()
     with undisturbed(model), answering(layer, answer):
+        model.loss_type = "ForCausalLM"  # unset, transformers warns and guesses the same
         return type(model).forward(model, input_ids=ids.to(layer.weight.device), labels=ids.to(numbers.device)), asked
 
 # %% ../../nbs/model/22_heads.ipynb #a21h0015
