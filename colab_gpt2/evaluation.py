@@ -175,6 +175,13 @@ def why_lost(model, precision) -> Sentence:
     if precision == "fp16": return Sentence("a number is too large for fp16; set {precision=fp32}.")
     return Sentence("its weights are ruined, as by too high a {learning_rate}; choose another {model}.")
 
+# %% ../nbs/60_evaluation.ipynb #60e50020
+def check_loss(nats, model, blocks, precision):
+    "RuntimeError, with the reason, if `nats` is NaN or infinite."
+    if math.isfinite(nats): return
+    why, told = why_lost(model, precision), "The model's loss on the {text} text is {nats}: "
+    raise RuntimeError(Sentence(told + why.template, text=blocks.split or "unnamed", nats=nats, **why.values))
+
 # %% ../nbs/60_evaluation.ipynb #f3f7ced4
 def perplexity(
     model,  # a causal language model of transformers
@@ -205,10 +212,7 @@ def perplexity(
         add = counter(report, f"Perplexity of {blocks.split or 'the text'}", total)
         for ids, labels in answer_batches(blocks, found, size) if chat else batches(blocks.stream, found, size):
             nats += score(model, ids.to(device), labels.to(device), head)
-            if not math.isfinite(nats):
-                why, named = why_lost(model, precision), blocks.split or "unnamed"
-                told = "The model's loss on the {text} text is {nats}: "
-                raise RuntimeError(Sentence(told + why.template, text=named, nats=nats, **why.values))
+            check_loss(nats, model, blocks, precision)
             add(int((labels >= 0).sum()))
     split = f"answers of {blocks.split or 'unnamed'}" if chat else blocks.split
     result = Perplexity(math.nan, "token", split=split, stride=stride, context=context, tokens=tokens,
