@@ -1,8 +1,8 @@
 """How fast, and in how much memory, is a text tokenised and packed into blocks? Ours against what transformers'
 run_clm does with datasets: map the tokenizer over the lines, then map group_texts, each in as many processes as there
 are cores. The text is 10 MB that do not repeat. Times are from the text file to blocks on the disk, without imports.
-Memory is that of all processes of a side together, sampled every 20 ms, ours for the text once and many times over; with
---gigabytes also that of a text of its lines in another order each time, over what the imports took."""
+Memory is that of all processes of a side together, sampled every 20 ms, ours for the text once and many times over;
+with --gigabytes also that of a text of its lines in another order each time, over what the imports took."""
 import itertools, os, random, sys, tempfile, time
 from pathlib import Path
 

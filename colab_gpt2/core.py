@@ -257,10 +257,9 @@ def copy_synced(source, target, report=None, place=None) -> str:
         t.flush()
         os.fsync(t.fileno())
         if hasattr(os, "posix_fadvise"): os.posix_fadvise(t.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # macOS has none
-    arrived, sha256, damage = target.stat().st_size, digest.hexdigest(), ""
+    arrived, sha256, damage = target.stat().st_size, digest.hexdigest(), "corrupted in transit: its SHA-256 differs"
     if arrived < size: damage = f"truncated in transit: {human_bytes(arrived)} of {human_bytes(size)} arrived"
-    elif sha256_of(target, report and reading_back) != sha256: damage = "corrupted in transit: its SHA-256 differs"
-    if not damage: return sha256
+    elif sha256_of(target, report and reading_back) == sha256: return sha256
     raise OSError(f"{source.name} was {damage} in {place or target.parent}. Nothing was replaced. "
                   "Try again; on Drive, check the quota first.")
 

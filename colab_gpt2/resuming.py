@@ -131,8 +131,7 @@ class Found(Record):
             try: check_intact(self.path, report)
             except ValueError as e: return str(e)
             return ""
-        there = [name for name in self.files if (self.path/name).is_file()]
-        now = checksums(self.path, there, report)
+        now = checksums(self.path, [name for name in self.files if (self.path/name).is_file()], report)
         wrong = [name for name, digest in self.files.items() if now.get(name) != digest]
         return f"{', '.join(wrong)}: missing, or corrupted" if wrong else ""
 

@@ -117,9 +117,8 @@ def pick_precision(
     if compute_capability is None:
         import torch
         compute_capability = torch.cuda.get_device_capability()
-    name = "compute capability {}.{}".format(*compute_capability)
-    if tuple(compute_capability) >= (8, 0):
-        return Precision("bf16", False, f"{name} computes bfloat16 in hardware; its range needs no loss scaling")
+    name, bf16 = "compute capability {}.{}".format(*compute_capability), tuple(compute_capability) >= (8, 0)
+    if bf16: return Precision("bf16", False, f"{name} computes bfloat16 in hardware; its range needs no loss scaling")
     return Precision("fp16", True, f"{name} has no bfloat16 in hardware (torch would emulate it, slowly); "
                                    "the scaler keeps small gradients from vanishing")
 

@@ -324,8 +324,8 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     return result
 
 # %% ../nbs/63_training.ipynb #ffe78b3b
-OTHER_SUMS = ("This run was computed {was} before, and is {now} now: it ends with weights that are equal up to rounding "
-              "only.")
+OTHER_SUMS = ("This run was computed {was} before, and is {now} now: it ends with weights that are equal up to "
+              "rounding only.")
 
 def as_before(config, prepared, plan, found) -> Plan:
     "`plan`, with the micro-batch of the session before where that is left open and fits; a warning where it differs."
@@ -340,9 +340,10 @@ def as_before(config, prepared, plan, found) -> Plan:
     if micro and was != now: warnings.warn(Sentence(OTHER_SUMS, was=was, now=now), stacklevel=4)
     return plan
 
-# %% ../nbs/63_training.ipynb #ffe78b38
+# %% ../nbs/63_training.ipynb #ffe78bc0
 RESUMING = "Resuming at step {step} of {steps}.{since}"
 
+# %% ../nbs/63_training.ipynb #ffe78b38
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
     "What is left of a run, from the evaluation before it to the one after it."
     report, place = all_told(shown, callbacks), config.output_dir

@@ -322,7 +322,8 @@ def test_the_end_mark_of_another_tokenizer_is_noted(tiny):
     assert said == "t.txt has <|endoftext|>, which becomes the end token of this tokenizer; its own end token is </s>."
     [said] = notes_on(b"a<|endoftext|>b", "{prompt}", other)
     assert said == "{prompt} has <|endoftext|>, which is plain characters to this tokenizer; its own end token is </s>."
-    assert Encoder(other).encode(["a<|endoftext|>b"]) == Encoder(other).encode(["a</s>b"]) != Encoder(other).encode(["ab"])
+    marked, ended, plain = (Encoder(other).encode([text]) for text in ("a<|endoftext|>b", "a</s>b", "ab"))
+    assert marked == ended != plain
     assert Encoder(other).fingerprint != Encoder(own).fingerprint
     other.eos_token = None
     assert text_of(other, "a<|endoftext|>b").endswith(">b") and Encoder(other).end == ""

@@ -125,17 +125,14 @@ class TimeLimit(Listener):
         self.step = max(0.9 * self.step, time.monotonic() - self.since)  # the first may compile
         self.since = time.monotonic()
         left, steps = state.max_steps - state.global_step, state.global_step - self.first
-        copying = getattr(self.mirror, "took", 0)  # one may be under way
-        kept_back = self.step + self.evaluating + 2 * self.saving + 2 * copying
+        kept_back = self.step + self.evaluating + 2 * (self.saving + getattr(self.mirror, "took", 0))  # a copy is late
         if not (self.stop and left) or self.since + kept_back < self.end: return
         control.should_training_stop = control.should_save = True
         rest = math.ceil(left / steps)
         more = f"the rest takes about {rest} more session{'s' * (rest > 1)}"
         self.stop.ask(OUT_OF_TIME, Sentence(" {why}, and {more}", why=self.why, more=more))
 
-    def on_evaluated(self, *told):
-        before, self.since = self.since, time.monotonic()
-        self.evaluating = self.since - before
+    def on_evaluated(self, *told): self.evaluating, self.since = time.monotonic() - self.since, time.monotonic()
 
     def on_save(self, args, state, control, **kwargs): self.saving = time.monotonic() - self.since
 

@@ -81,10 +81,11 @@ def take_lock(path):
     if not locked: file.close()  # Windows deletes no open file
     return file
 
-# %% ../../nbs/engine/44_lock.ipynb #44aa0013
+# %% ../../nbs/engine/44_lock.ipynb #44aa00c0
 TAKEN = ("{output_dir} {folder} was taken over by another run, as this one had not touched its lock for two minutes. "
          "End one of the two: they spoil each other's files.")
 
+# %% ../../nbs/engine/44_lock.ipynb #44aa0013
 @contextlib.contextmanager
 def only_run(output_dir):
     """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock is

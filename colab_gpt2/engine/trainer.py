@@ -32,6 +32,13 @@ from ..reporting import silent
 from ..runtime import out_of_memory
 from ..text.chats import Conversations
 
+# %% ../../nbs/engine/42_trainer.ipynb #04a9bf3a
+def share_of(part, step, dataset):
+    "Of the targets of a `step` those in a `part`: so many as there are blocks, but for conversations."
+    if not isinstance(dataset, Conversations): return len(part["labels"]) / len(step["labels"])
+    counted, all = ((some["labels"][:, 1:] != -100).sum() for some in (part, step))
+    return counted / all
+
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf33
 class MicroBatchTrainer(Trainer):
     "Steps divided into micro-batches of `micro_batch` blocks."
@@ -52,17 +59,11 @@ class MicroBatchTrainer(Trainer):
             for start in range(0, blocks, self.micro_batch):
                 part = {name: value[start:start + self.micro_batch] for name, value in inputs.items()}
                 size, last = len(part["input_ids"]), start + self.micro_batch >= blocks
-                self.share = self.share_of(part, inputs)
+                self.share = share_of(part, inputs, self.train_dataset)
                 synced = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
                 with synced, uncompiled(size < full): losses.append(super().training_step(model, part))
                 if not last: self.tell_part()
         return torch.stack(losses).sum()
-
-    def share_of(self, part, step):
-        "Of the targets of a `step` those in a `part`: so many as there are blocks, but for conversations."
-        if not isinstance(self.train_dataset, Conversations): return len(part["labels"]) / len(step["labels"])
-        counted, all = ((some["labels"][:, 1:] != -100).sum() for some in (part, step))
-        return counted / all
 
     def tell_part(self):
         "What the stock Trainer tells callbacks between micro-batches."

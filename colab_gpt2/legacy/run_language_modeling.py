@@ -63,8 +63,7 @@ def translate(given) -> Job:
         typed = f"--{name}" if value is True else f"--{name}={value}"
         try: change, words = FLAGS[name].become(value, given)
         except ValueError as e: raise e if fields_of(e) else ValueError(f"{shortened(typed, 200)}: {e}") from None
-        trainer_args |= change.pop("trainer_args", {})
-        changes |= change
+        trainer_args, changes = trainer_args | change.pop("trainer_args", {}), changes | change
         said.append(f"{typed} → {words}")
     own = {f.name: changes.pop(f.name) for f in fields(Job) if f.name in changes}
     config = FinetuneConfig(**changes, trainer_args=trainer_args)

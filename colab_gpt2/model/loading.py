@@ -125,10 +125,11 @@ def quiet():
             if bars: logging.enable_progress_bar()  # and the Hub's
             if not downloads: hub.disable_progress_bars()
 
-# %% ../../nbs/model/20_loading.ipynb #3b74c0ae
+# %% ../../nbs/model/20_loading.ipynb #3b74c0c0
 _ADVICE = "Without a network use 'tiny' or the folder of a model."
 OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}
 
+# %% ../../nbs/model/20_loading.ipynb #3b74c0ae
 def explain(error, place) -> Exception:
     "The exception of one line for `error`, which came up while `place` was loaded."
     errors = [error]

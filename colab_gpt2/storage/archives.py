@@ -152,9 +152,10 @@ def refusal(member, folder=".") -> str:
     except tarfile.FilterError as e: return str(e)
     return ""
 
-# %% ../../nbs/storage/50_archives.ipynb #ea6d0b4f
+# %% ../../nbs/storage/50_archives.ipynb #ea6d0bc0
 MOST = 10_000  # files in an archive
 
+# %% ../../nbs/storage/50_archives.ipynb #ea6d0b4f
 def plain_members(tar, path, folder, limit=math.inf) -> dict:
     """Name -> TarInfo for all in `tar`; ValueError unless that is plain files and folders in `folder`, each once, of
     no more than `limit` bytes together; OSError unless there is room. A header that is wrong is the last to be read."""
@@ -162,8 +163,7 @@ def plain_members(tar, path, folder, limit=math.inf) -> dict:
     members, files, total = {}, set(), 0
     for number, member in enumerate(tar):
         if reason := refusal(member, folder): refuse(member.name, f"is {reason}")
-        total += member.size
-        if number >= MOST or total > limit:
+        if number >= MOST or (total := total + member.size) > limit:
             raise ValueError(f"{path} holds more than {MOST:,} files or {human_bytes(limit)}. Nothing was unpacked.")
         if member.size > 1 << 20: check_space(folder, total, f"Unpacking {path}")
         name = str(PurePosixPath(member.name))
@@ -172,8 +172,8 @@ def plain_members(tar, path, folder, limit=math.inf) -> dict:
         if not member.isdir(): files.add(name)
     for name in members:
         if files.intersection(map(str, PurePosixPath(name).parents)): refuse(name, "is a file inside a file")
-    if not files: raise ValueError(f"{path} holds no files.")
-    check_space(folder, total, f"Unpacking {path}")
+    if files: check_space(folder, total, f"Unpacking {path}")
+    else: raise ValueError(f"{path} holds no files.")
     while tar.fileobj.read(1 << 20): continue  # to the end, where gzip compares its checksum
     return members
 

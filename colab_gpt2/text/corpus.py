@@ -180,6 +180,11 @@ def python_docs(folder):
                 if body: f.write("".join(f" \n{p}" for p in (title, *body)))
     return files
 
+def cached_docs(root, version):
+    "The Corpus of this Python's documentation."
+    source = f"the language reference of Python {version}"
+    return cached(root/f"{PYTHON_DOCS}-{version}-words", PYTHON_DOCS, source, python_docs)
+
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
 RULES = 2  # 1: every text was cut by the place, and duplicates were kept
 
@@ -196,8 +201,7 @@ def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, r
     """The Corpus of own texts (split -> paths): where they are, or copies without duplicates by `join` with its options
     `reading`; what is wrong with a split is about the field that `asked` has for it."""
     if all(len(paths) == 1 and is_plain(paths[0]) for paths in files.values()):
-        there = {split: path for split, (path,) in files.items()}
-        read = documents_of(there, report)
+        read = documents_of(there := {split: path for split, (path,) in files.items()}, report)
         if not any(found.duplicates for found in read.values()):
             return replace(measure(name_of(path), there, source), report=reading_of(there, read))
     kinds = {reading[0] is None and holds_chats(paths) for paths in files.values()}
@@ -266,9 +270,10 @@ def load_path(path, root, report=silent, reading=(None, "error")):
         return own_corpus(found, path, place, root, reading, report=report)
     return load_text(path, root, reading, report)
 
-# %% ../../nbs/text/11_corpus.ipynb #8a161208
+# %% ../../nbs/text/11_corpus.ipynb #8a1612c0
 STREAMED = "the disk has no room for the rest, which is read from the Hub as it is tokenised"
 
+# %% ../../nbs/text/11_corpus.ipynb #8a161208
 def load_hub(repository, root, config, names, reading=(None, "error"), report=silent, download=True):
     """The Corpus of a data set on the Hub. `names`: its splits to train and evaluate on, as `pick_splits` takes them.
     What the disk has no room for is read by `stream_hub`."""
@@ -365,17 +370,14 @@ def load_corpus(
 
     ValueError for an unknown name or a text that cannot be used, FileNotFoundError for a file that does not exist,
     ConnectionError if no source of a published corpus has the right files and the cache does not either."""
-    root = cache_folder(cache_dir)/"corpora"
-    reading, field = (dataset_text_field, on_bad_lines), "dataset"
+    root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
     if not eval_file and str(train_file).startswith("hf://"): name, train_file, field = train_file, None, "train_file"
     if train_file or eval_file:
         with reporting(progress) as report:
             return noted(load_files(train_file, eval_file, root, hold_out, reading, report))
     with reporting(progress) as report, about(field):
         if name in sources: return fetch(name, sources[name], root, report, download)
-        if name == PYTHON_DOCS:
-            source = f"the language reference of Python {platform.python_version()}"
-            return cached(root/f"{name}-{platform.python_version()}-words", name, source, python_docs)
+        if name == PYTHON_DOCS: return cached_docs(root, platform.python_version())
         if repository := hub_name(name):
             names = dataset_train_split, dataset_test_split
             return noted(load_hub(repository, root, dataset_config, names, reading, report, download))

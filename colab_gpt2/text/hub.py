@@ -81,12 +81,13 @@ def hub_name(name):
     is_file = not found or not found[1] and (os.path.exists(name) or suffix_of(name) in (*READERS, "txt", "md", "zip"))
     return None if is_file else found[2]
 
-# %% ../../nbs/text/10_hub.ipynb #10c00014
+# %% ../../nbs/text/10_hub.ipynb #10c000c0
 LOGIN = "log in by `hf auth login`, or set HF_TOKEN"
 GATED = ("{repository} asks for a login: accept its terms on https://huggingface.co/datasets/{repository}, and "
          f"{LOGIN}.")
 GONE = f"There is no file {{repository}} here and no data set of this name on the Hub. If it is private, {LOGIN}."
 
+# %% ../../nbs/text/10_hub.ipynb #10c00014
 def why_not(repository, config, error) -> Exception:
     "What to raise where `datasets` met an `error` with a repository."
     import datasets
