@@ -92,6 +92,8 @@ def human_time(seconds):
 def home(path) -> Path:
     "`path`, with a home folder for `~` or `~user` at its beginning; ValueError if no path can be that."
     text = os.path.expanduser(path)
+    try: os.fsencode(text)
+    except UnicodeEncodeError: raise ValueError(f"{ascii(text)[:40]}: no path has half a character.") from None
     if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(name)) > 255 for name in Path(text).parts):
         raise ValueError(f"'{text[:40]}…': {len(text):,} characters long, too long for a path.")
     if text[:1] != "~" or os.path.lexists(text): return Path(text)  # a file of one's own may begin with ~

@@ -482,7 +482,7 @@ def test_a_drive_that_is_unmounted_while_a_checkpoint_is_written(colab, tmp_path
     monkeypatch.setattr("time.sleep", wait)
     write = toys.BlockTrainer.save_once
     def unmounts(trainer, *args):
-        def written(*args): write_manifest(*args), unmount()
+        def written(*args, **how): write_manifest(*args, **how), unmount()
         monkeypatch.setattr("colab_gpt2.engine.trainer.write_manifest", written)
         return write(trainer, *args)
     def unmount():

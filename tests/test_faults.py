@@ -1,6 +1,6 @@
 """Faults of disks, Drives and machines, one table of them: where each strikes, what the user reads, what is then on the
 disk, and what the same command does when it is over. And twelve faults of a Drive that no training dies of."""
-import builtins, errno, functools, hashlib, importlib, io, json, os, re, signal, sys, time
+import builtins, errno, hashlib, importlib, io, json, os, re, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -355,7 +355,8 @@ def train_with_a_mirror(number) -> dict:
     from colab_gpt2.storage import mirror
     mirror.MOUNT = Path("content/drive").absolute()
     sleep, on_step_end, slow = time.sleep, CallbackHandler.on_step_end, "bytes_per_second" in fault.switches
-    if slow: mirror.Mirror.close = functools.partialmethod(mirror.Mirror.close, seconds=0.3)  # ten minutes
+    wait_for = mirror.wait_for
+    if slow: mirror.wait_for = lambda copies, report, seconds, still: wait_for(copies, report, 0.3, still)
     else: time.sleep = lambda seconds: sleep(min(seconds, 0.01))
     def look(self, args, state, control):
         "The line of the panel, once the copy of the last checkpoint has come to an end, or was given a while."

@@ -341,7 +341,7 @@ def train_on_gpu(gpu, micro_batch, options):
 
 
 @pytest.mark.parametrize("gpu, micro_batch, options, rel", [
-    ("T4", 8, dict(method="full"), 0.02), ("A100", 2, dict(method="full", gradient_checkpointing=True), 0.05)],
+    ("T4", 8, dict(method="full"), 0.02), ("A100", 2, dict(method="full", gradient_checkpointing=True), 0.06)],
     ids=["full", "again"])
 def test_another_model_on_a_gpu_takes_what_its_traced_step_says(on_gpu, gpu, micro_batch, options, rel):
     peak, recipe = on_gpu(train_llama_on_gpu, gpu, micro_batch, options)
