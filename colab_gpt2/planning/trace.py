@@ -120,7 +120,7 @@ class LikeCuda(TorchFunctionMode):
     "CUDA's rules for tensors of a CPU."
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.Tensor.is_cuda.__get__: return True
+        if function == torch.Tensor.is_cuda.__get__: return True
         if function is F.scaled_dot_product_attention: return cuda_attention(*args, **kwargs)
         if function is F.dropout: return torch.native_dropout(*[*args, *kwargs.values()][:3])[0]
         if getattr(function, "__name__", "") in EXACT and torch.is_autocast_enabled("cpu"):
