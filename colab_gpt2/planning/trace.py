@@ -111,6 +111,22 @@ class Operations(Live):
             self.place = self.places[bisect.bisect_right(self.starts, number) - 1]
         return self.part, "backward", self.place
 
+# %% ../../nbs/planning/29_trace.ipynb #2bce9a8f
+def cuda_attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
+    "As CUDA's `scaled_dot_product_attention`."
+    half, aten = torch.is_autocast_enabled("cpu"), torch.ops.aten
+    if half: q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
+    if q.dtype == torch.bfloat16 and attn_mask is None and q.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+    if enable_gqa and q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool: attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)
+        attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
+    efficient, wanted = aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled() and q.requires_grad
+    return efficient(q, k, v, attn_mask, wanted, dropout_p, is_causal, scale=scale)[0]
+
 # %% ../../nbs/planning/29_trace.ipynb #d613647f
 EXACT = {"layer_norm", "group_norm", "softmax", "log_softmax", "softplus", "pow", "__pow__", "rsqrt", "exp", "log",
          "norm", "cumsum", "cumprod", "prod", "sum", "cross_entropy", "nll_loss"}  # in fp32 under CUDA's autocast
@@ -127,22 +143,6 @@ class LikeCuda(TorchFunctionMode):
             def exact(x): return x.float() if isinstance(x, torch.Tensor) and x.itemsize == 2 else x
             args, kwargs = tree_map(exact, (args, kwargs))
         return function(*args, **kwargs)
-
-# %% ../../nbs/planning/29_trace.ipynb #2bce9a8f
-def cuda_attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
-    "As CUDA's `scaled_dot_product_attention`."
-    half, aten = torch.is_autocast_enabled("cpu"), torch.ops.aten
-    if half: q, k, v = (t.to(torch.get_autocast_dtype("cpu")) for t in (q, k, v))
-    if q.dtype == torch.bfloat16 and attn_mask is None and q.shape[-1] <= 256:
-        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
-    if enable_gqa and q.shape[1] != k.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool: attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)
-        attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
-    efficient, wanted = aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled() and q.requires_grad
-    return efficient(q, k, v, attn_mask, wanted, dropout_p, is_causal, scale=scale)[0]
 
 # %% ../../nbs/planning/29_trace.ipynb #9cbd8cbd
 @contextlib.contextmanager
@@ -194,8 +194,8 @@ def watch(model, weights, operations):
     for weight in weights: weight.register_post_accumulate_grad_hook(note)
 
 # %% ../../nbs/planning/29_trace.ipynb #acef28c6
-def count_step(config, recipe) -> Operations:
-    "Of at most two micro-batches: a third is like the second."
+def count_step(config, recipe) -> dict:
+    "What is held, work, sizes; of at most two micro-batches: a third is like the second."
     from accelerate.utils.operations import convert_to_fp32
     from torch._subclasses.fake_tensor import FakeTensorMode
     model, operations, fake = meta_model(config, recipe), Operations(), FakeTensorMode()
@@ -243,6 +243,13 @@ def shallower(config, layers):
     text.num_hidden_layers = layers
     return config
 
+# %% ../../nbs/planning/29_trace.ipynb #18dabaa7
+@dataclass(frozen=True)
+class Known:
+    "A config, which is known by its text."
+    text: str
+    config: object = field(compare=False, repr=False)
+
 # %% ../../nbs/planning/29_trace.ipynb #ef5deb50
 @functools.lru_cache(256)
 def alike(known) -> bool:
@@ -283,13 +290,6 @@ def counted(known, recipe):
         shares = np.linalg.solve(np.array([*map(shape, LENGTHS)]).T, shape(size))
         return blend([count_depth(known, short) for short in shorter], shares)
     except Exception as e: return e
-
-# %% ../../nbs/planning/29_trace.ipynb #18dabaa7
-@dataclass(frozen=True)
-class Known:
-    "A config, which is known by its text."
-    text: str
-    config: object = field(compare=False, repr=False)
 
 # %% ../../nbs/planning/29_trace.ipynb #941e4a48
 @dataclass(frozen=True)
