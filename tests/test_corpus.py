@@ -320,6 +320,7 @@ def test_exact_duplicates_are_dropped_and_counted(load, tmp_path):
     (tmp_path/"a.txt").write_text("<|endoftext|>".join(days))
     corpus = load(tmp_path/"a.txt")
     assert (corpus.report.documents, corpus.report.duplicates) == (300, 100)
+    assert corpus.report.rule == "each of 300 documents by its hash"
     assert sorted(sum(parts(corpus).values(), [])) == sorted({tide(day).strip() for day in range(300)})
     assert corpus.report.characters == sum(len(tide(day)) for day in range(300))
     assert load(tmp_path/"a.txt") == corpus and "100 duplicates were dropped" in corpus._repr_html_()

@@ -3,7 +3,7 @@ import math
 from dataclasses import replace
 
 import numpy as np, pytest, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, RwkvConfig, RwkvForCausalLM
 
 from colab_gpt2.errors import fields_of
 from colab_gpt2.evaluation import ReportCard, perplexity, report_card
@@ -133,6 +133,14 @@ def test_the_model_is_left_as_it_was(small, make_blocks):
     loss = small(input_ids=torch.zeros(1, 8, dtype=torch.long), labels=torch.zeros(1, 8, dtype=torch.long)).loss
     loss.backward()  # nothing of inference mode stayed behind
     small.zero_grad()
+
+def test_weights_that_a_model_divides_to_evaluate_are_whole_again_afterwards(make_blocks):
+    shape = RwkvConfig(vocab_size=97, context_length=16, hidden_size=16, num_hidden_layers=2, rescale_every=1)
+    model = RwkvForCausalLM(shape).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    perplexity(model, make_blocks(np.arange(40)), context=16, progress=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
 
 def test_autocast(small, make_blocks):
     blocks = make_blocks(RANDOM(4).integers(0, 60, 60))

@@ -22,7 +22,7 @@ from ..runtime import check_mounted
 SECRETS = (".*", "*.env", "*.pem", "*.key", "token", "stored_tokens", "kaggle.json", "credentials*.json",
            "client_secret*.json")
 LEFT_OUT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "*.before*",
-            "*.tar.gz", "*.tgz")
+            "best.safetensors", "*.tar.gz", "*.tgz")
 
 def model_files(folder, checkpoints=False) -> list:
     """The names of the files in `folder`, sorted; no hidden ones nor SECRETS; checkpoint-*/ and what matches `LEFT_OUT`

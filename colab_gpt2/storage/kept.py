@@ -17,7 +17,7 @@ from .heartbeat import moment
 from .targets import FINISHED, NAMES, NEW, Entry, FolderTarget, complete_entry
 
 # %% ../../nbs/storage/53_kept.ipynb #2f9face2
-NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin"
+NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin|best.safetensors"
 
 def entry_of(path, weights_only=False) -> Entry:
     "What to copy of `path`: a checkpoint, or the output folder of a finished run. OSError if it is incomplete."

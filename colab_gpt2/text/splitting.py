@@ -108,7 +108,7 @@ class Documents:
         "Of the bytes of each split, as the hashes have it."
         sizes = Counter()
         for size, side in zip(self.sizes, self.sides): sizes[side] += size
-        return [sizes[i] / max(1, sum(self.sizes)) for i in range(DROPPED)]
+        return [sizes[i] / max(1, sum(sizes[side] for side in range(DROPPED))) for i in range(DROPPED)]
 
     def write(self, targets):
         "Copy each document that is kept to the file `targets[side]`, with END between two."
