@@ -148,7 +148,7 @@ def evaluation_mode(model):
     try: yield model.eval()
     finally:
         for module, mode in modes: module.training = mode
-        for module, _ in modes:  # RWKV divides its weights to evaluate, and else multiplies them in the next step only
+        for module, _ in modes:  # RWKV divides its weights to evaluate
             if hasattr(module, "_rescale_layers"): module._rescale_layers()
 
 # %% ../nbs/60_evaluation.ipynb #aced9b79

@@ -40,7 +40,7 @@ def asked(config) -> dict:
 # %% ../nbs/62_resuming.ipynb #62aa0009
 def checksum_of(model, config) -> str:
     "Of the weights that a run starts from: 8 hex digits; rows that are made for another tokenizer do not count."
-    used = re.compile("drop|eps|theta|scal|cap|clip|alpha|factor|multiplier")  # not what another version may add
+    used = re.compile("drop|eps|theta|scal|cap|clip|alpha|factor|multiplier")  # none that a version may add
     floats = {name: v for name, v in model.config.to_dict().items() if isinstance(v, float) and used.search(name)}
     crc, rows = zlib.crc32(str(sorted(floats.items())).encode()), model.get_input_embeddings().num_embeddings
     for name, p in model.named_parameters():
@@ -93,8 +93,7 @@ def differences_told(then, now, names=None) -> Sentence:
         elif name == "held_out": told.append("the held-out text is another one")
         elif name == "tokenizer": told.append("the {tokenizer} gives other tokens")
         elif name == "keep_attention_dropout":
-            word = {True: "kept", False: "dropped"}
-            told.append(f"attention's dropout was {word[pair[0]]}, now it is {word[pair[1]]} ({{tune}}, {{{name}}})")
+            told.append(f"attention has {'a' if pair[1] else 'no'} dropout now ({{tune}}, {{{name}}})")
         elif pair[0] == pair[1]: told.append("the weights of {model} {now_%d} are others" % i)
         else: told.append("{%s} was {then_%d}, now it is {now_%d}" % (name.replace("weights", "model"), i, i))
     return Sentence("; ".join(told), **values)
@@ -176,8 +175,6 @@ NOTHING = ("{resume} {path} has no complete checkpoint to continue from. To trai
            "{model} to its folder, and {output_dir} to a new one.")
 ELSEWHERE = ("{folder} has step {step} of a run that is not finished and has other settings: {differences}. To resume "
              "that one, stop, set them as they were, and start again.")
-SAME = ("{folder} has step {step} of this run with another {output_dir}. To resume it, stop, set {output_dir} to "
-        "{name}, and start again.")
 OTHER_SOURCE = "{resume} {path} is of a run that cannot continue with these settings: {differences}. "
 
 # %% ../nbs/62_resuming.ipynb #62aa0029

@@ -32,10 +32,10 @@ from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
 from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
 from .preparing import warn_of_few_tokens
-from .reporting import reporting, silent
+from .reporting import reporting
 from .resuming import ELSEWHERE, RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen
 from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
-from .resuming import SAME, source_of, where_to_resume
+from .resuming import source_of, where_to_resume
 from .runtime import Runtime
 from .signals import Interrupted
 from .storage.kept import other_runs
@@ -300,9 +300,9 @@ def look_for(config, prepared, report, opened) -> tuple:
         if mirror.restore(entry, config.output_dir, report, above): found = where_to_resume(config, run)
     if not found and config.resume not in ("auto", "never"): found = source_of(config, run)
     for folder, entry in [] if found else other_runs(mirror.target):  # settings are lost with a session
-        told, name = differences_told(entry.manifest["run"], run), folder.name[:-9]
-        values = dict(folder=folder, step=entry.step, differences=told, name=name)
-        warnings.warn(Sentence(ELSEWHERE if told.template else SAME, **values), stacklevel=4)
+        told = differences_told(entry.manifest["run"], run)
+        told = told or Sentence("{output_dir} was {name}", name=folder.name[:-9])
+        warnings.warn(Sentence(ELSEWHERE, folder=folder, step=entry.step, differences=told), stacklevel=4)
     run = run | chosen(planned(), follow(config, found))
     if found and config.resume == "auto" and differences(found.run, run): refuse(found, run, config.output_dir)
     return found, mirror, run

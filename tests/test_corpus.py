@@ -346,6 +346,40 @@ def test_what_is_held_out_is_not_trained_on(load, tmp_path):
     assert same.train.read_bytes() == same.validation.read_bytes() == (tmp_path/"a.txt").read_bytes()
 
 
+def test_a_training_text_that_is_held_out_as_a_whole_is_told(load, tmp_path):
+    for name, days in (("a", 10), ("b", 12)):
+        (tmp_path/f"{name}.txt").write_text("<|endoftext|>".join(map(tide, range(days))))
+    with pytest.warns(UserWarning, match="hold the same text, all of train"):
+        load(train_file=tmp_path/"a.txt", eval_file=tmp_path/"b.txt")
+
+
+def test_a_folder_or_text_called_test_among_others_takes_none_of_them_away(load, tmp_path):
+    for name in ("books/a.txt", "books/b.txt", "books/old/train.txt", "proj/book.txt", "proj/test/x.txt"):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(f"{name} " * 99)
+    for name in "books", "proj":
+        corpus = load(tmp_path/name)
+        read = "".join(corpus.path(split).read_text() for split in SPLITS)
+        assert all(str(path.relative_to(tmp_path)) in read for path in (tmp_path/name).rglob("*.txt"))
+    (tmp_path/"proj"/"train.txt").write_text("tide " * 99)
+    with pytest.warns(UserWarning, match="passed over: book.txt"): load(tmp_path/"proj")
+
+
+def test_a_conversation_with_another_number_or_order_of_keys_is_the_same(load, tmp_path):
+    def row(n, i):
+        pairs = [("id", i), ("messages", [dict(role="user", content=f"{n}?"), dict(role="assistant", content="Yes.")])]
+        return json.dumps(dict(pairs[::-1] if i % 2 else pairs))
+    (tmp_path/"a.jsonl").write_text("\n".join(row(n % 300, n) for n in range(600)))
+    corpus = load(tmp_path/"a.jsonl")
+    assert (corpus.report.documents, corpus.report.duplicates) == (300, 300)
+
+
+@pytest.mark.parametrize("name, text", [("a.jsonl", '{"text": "It ebbs'), ("a.csv", 'n,text\n1\n2\n')])
+def test_a_table_of_bad_rows_alone_is_told_with_the_line(load, tmp_path, name, text):
+    (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError, match=r"line [12]\b"): load(tmp_path/name)
+
+
 def test_documents_of_very_unequal_lengths_are_cut_by_the_place(load, tmp_path):
     (tmp_path/"a.txt").write_text("<|endoftext|>".join([tide(0) * 900, *map(tide, range(1, 99)), tide(100) * 900]))
     corpus = load(tmp_path/"a.txt")

@@ -43,13 +43,13 @@ def list_files(folder) -> dict:
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #41aa5a01
 def keep_others(folder, new, ours):
-    "Rename files in `folder` that `new` (name to SHA-256) would replace and that are not as in `ours`; with a warning."
+    "Rename, with a warning, files that `new` (name to SHA-256) would replace and that are not as in `ours`."
     there = [name for name in new if Path(folder, name).is_file()]
     for name, digest in checksums(folder, there).items():
         if digest in (new[name], ours.get(name)): continue
         kept = next(p for n in itertools.count() if not (p := Path(folder, f"{name}.before{n or ''}")).exists())
         Path(folder, name).rename(kept)
-        warnings.warn(f"{Path(folder, name)} was changed since a run wrote it, or is no run's: it is kept as {kept}.")
+        warnings.warn(f"{Path(folder, name)} is not as a run wrote it: it is kept as {kept}.")
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
 def save_model(model, tokenizer, output_dir, ours=None) -> dict:

@@ -53,7 +53,6 @@ def chunk_loss(logits, vocabulary, targets, wanted, softcap=None):
     """The loss of each row, (rows, 1); if `wanted`, `logits` (rows, padded vocabulary) become their gradients.
     `targets` (rows, 1) are in the vocabulary, those that do not count too."""
     rows = EXACT_ROWS if logits.is_cuda else max(1, EXACT_LOGITS // logits.shape[1])
-    slices = zip(logits.split(rows), targets.split(rows))
     slices = [*zip(logits.split(rows), targets.split(rows))]
     if type(logits) is not torch.Tensor and not logits.is_cuda: slices = slices[:1]  # a trace's: one tells of all
     losses = torch.cat([slice_loss(*some, vocabulary, wanted, softcap) for some in slices])

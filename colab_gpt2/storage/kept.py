@@ -151,8 +151,7 @@ class Restored(Stored):
 
 # %% ../../nbs/storage/53_kept.ipynb #ab10cd6e
 def other_runs(target) -> list:
-    """(folder, newest checkpoint) of runs that are not finished: with an output folder of this name, or the same run
-    with another one."""
+    "(folder, newest checkpoint) of unfinished runs of this output folder's name, or of this run with another."
     if not isinstance(target, FolderTarget): return []
     top, own = target.folder.parent, target.folder.name
     with contextlib.suppress(OSError):

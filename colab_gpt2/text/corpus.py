@@ -204,7 +204,7 @@ def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, r
         read = documents_of(there := {split: path for split, (path,) in files.items()}, report)
         if not any(found.duplicates for found in read.values()):
             return replace(measure(name_of(path), there, source), report=reading_of(there, read))
-    kinds = {reading[0] is None and holds_chats(paths) for paths in files.values()}
+    kinds = {reading[0] is None and holds_chats(paths, reading[1]) for paths in files.values()}
     if len(kinds) > 1: raise ValueError(Sentence("One of {train_file} and {eval_file} holds conversations, one texts."))
     if kinds == {True}:
         def share_out(stage): return split_chats(files, stage, reading[1], report)
@@ -223,7 +223,7 @@ def load_text(path, root, reading=(None, "error"), report=silent):
     "The Corpus of the texts that `find_texts` finds, in three parts."
     paths, facts = find_texts(path), Counter()
     source = f"{len(paths)} files of {path}" if paths[1:] else path
-    chats = reading[0] is None and holds_chats(paths)
+    chats = reading[0] is None and holds_chats(paths, reading[1])
     if chats: return own_corpus({"": paths}, path, source, root, reading, report=report)
     def make(stage):
         if one := not paths[1:] and is_plain(paths[0]): text = paths[0]
@@ -242,6 +242,10 @@ def split_named(path):
     if path.is_dir(): return split_of(f"{path.name}.txt")
     return split_of(re.sub(r"(-\d\S*)?\.\w+(\.gz)?$", ".txt", path.name) if is_table(path) else path.name)
 
+def texts_in(folder):
+    "Texts and tables, not those below."
+    return [path for path in folder.iterdir() if suffix_of(path) in (*TEXTS, *READERS)]
+
 def splits_in(folder) -> dict:
     "split -> paths, of a `folder` in WikiText's layout, or with a folder, a table or its parts for each; else {}."
     found = {split: [] for split in SPLITS}
@@ -250,8 +254,9 @@ def splits_in(folder) -> dict:
     for split, paths in found.items():
         if len(paths) < 2 or all(is_table(path) and "-" in path.name for path in paths): continue
         raise ValueError(f"{folder} has two files for one split: {', '.join(path.name for path in paths)}.")
-    held, texts = sum(found.values(), []), [path for path in folder.iterdir() if suffix_of(path) in (*TEXTS, *READERS)]
-    if not found["train"] and len(held) < len(texts): return {}  # a text is called test
+    others = sorted(path.name for path in texts_in(folder) if not split_named(path))
+    if others and not found["train"]: return {}  # a text, or a folder, is called test
+    if others: warnings.warn(f"{folder}: beside splits, passed over: {', '.join(others[:9])}.", stacklevel=4)
     return {split: [text for path in paths for text in find_texts(path)] for split, paths in found.items() if paths}
 
 # %% ../../nbs/text/11_corpus.ipynb #c671f6b6
@@ -259,7 +264,8 @@ def load_path(path, root, report=silent, reading=(None, "error")):
     "The Corpus of a text file, a pattern, a zip, or a folder: with `splits_in` it, or such a folder."
     if path.suffix.lower() == ".zip" and os.path.isfile(path):
         return made(path.stem, {"": [path]}, path, root, lambda stage: unzip(path, stage, report))
-    for place in (path, *sorted(p for p in path.iterdir() if p.is_dir())) if os.path.isdir(path) else ():
+    below = [] if not path.is_dir() or texts_in(path) else sorted(p for p in path.glob("[!.]*") if p.is_dir())
+    for place in (path, *below) if path.is_dir() else ():
         if not (found := splits_in(place)): continue
         def lines(stage):
             texts = {split: (row.values["text"] for row in read_rows(paths)) for split, paths in found.items()}
@@ -289,7 +295,7 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
             return write_split(rows[theirs], called, path, *reading, report, facts)
         files = {ours: write(ours, theirs) for ours, theirs in splits.items()}
         if alone := len(files) == 1: files = {"": files["train"].rename(stage/f"whole{files['train'].suffix}")}
-        if holds_chats([*files.values()]):
+        if reading[0] is None and holds_chats([*files.values()]):
             made, read = split_chats({split: [path] for split, path in files.items()}, stage, reading[1], report)
         elif alone: made, read = split_text(files[""], stage, repository, report)
         else: made, read = drop_duplicates(files, stage, report)
@@ -319,11 +325,7 @@ def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error
         with about(name):
             if path: files[split] = find_texts(path)
     source = ", ".join(str(p) for p in given.values() if p)
-    corpus = own_corpus(files, train_file or eval_file, source, root, reading, asked, report)
-    if len({*corpus.sha256.values()}) < len(files):
-        said = "{train_file} and {eval_file} hold the same text, {path}: perplexity will say nothing about new text."
-        warnings.warn(Sentence(said, path=train_file), stacklevel=3)
-    return corpus
+    return own_corpus(files, train_file or eval_file, source, root, reading, asked, report)
 
 # %% ../../nbs/text/11_corpus.ipynb #9a633b5b
 def looks_like_table(start) -> bool:

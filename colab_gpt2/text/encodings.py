@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/text/10_encodings.ipynb #10e00003
 import codecs, contextlib, gzip, io, os, re, warnings, zlib
 from collections import Counter
-from pathlib import Path
 
 from ..core import printable
 from ..errors import Sentence

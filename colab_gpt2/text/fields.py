@@ -10,7 +10,7 @@ import difflib, re
 from typing import NamedTuple
 
 from ..errors import Sentence
-from .encodings import Faults, bad_character
+from .encodings import bad_character
 from .encodings import called as one_line
 
 # %% ../../nbs/text/10_fields.ipynb #10f00006

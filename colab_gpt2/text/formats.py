@@ -6,10 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/text/10_formats.ipynb #10a00003
-import csv, json, re, shutil, tempfile, warnings
+import contextlib, csv, json, re, shutil, tempfile, warnings
 from pathlib import Path
 
-from ..reporting import silent
 from .encodings import Source, broken_off
 from .fields import Document, Row
 
@@ -64,10 +63,9 @@ def dialect_of(start) -> dict:
     "How the CSV that begins with the text `start` divides its columns, in `csv.reader`'s terms."
     def fit(dialect):
         widths, clean = [], False
-        try:
+        with contextlib.suppress(csv.Error):  # what was read until then counts
             widths.extend(len(row) for row in csv.reader(start.splitlines(True)[:99], strict=True, **dialect) if row)
             clean = True
-        except csv.Error: pass
         return widths[:1] > [1] and widths.count(widths[0]) / len(widths), clean
     dialects = [dict(delimiter=mark) for mark in ",;\t|"] + [dict(delimiter="\t", quoting=csv.QUOTE_NONE)]
     return max(dialects, key=fit)

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/text/10_hub.ipynb #10c00003
 import contextlib, errno, itertools, json, os, re, textwrap, warnings
-from pathlib import Path
 
 import requests
 

@@ -133,9 +133,9 @@ def read_rows(paths, on_bad_lines="error", report=silent, skipped=None):
         for row in rows_of(path, on_bad_lines, report, skipped):
             yield row._replace(place=f"{called(path)}, {row.place}")
 
-def holds_chats(paths) -> bool:
+def holds_chats(paths, on_bad_lines="error") -> bool:
     "Whether `paths` are tables of conversations: by the first row of each."
-    return all(is_table(path) and is_chat(next(rows_in(path, "skip")).values) for path in paths)
+    return all(is_table(path) and is_chat(next(rows_in(path, on_bad_lines)).values) for path in paths)
 
 # %% ../../nbs/text/10_reading.ipynb #375b41cd
 def join(paths, target, *options):

@@ -6,14 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/text/10_splitting.ipynb #70d8776a
-import codecs, contextlib, hashlib, json, os
+import codecs, contextlib, hashlib, json, os, warnings
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import Record, check_space
-from ..errors import about
+from ..errors import Sentence, about
 from ..reporting import silent
 from .reading import END, SPLITS, cut_text, read_rows
 
@@ -136,13 +136,18 @@ def told(read, facts):
     skipped = {key: n for key, n in facts.items() if isinstance(key, str)}
     return replace(read, skipped=skipped, encodings=of("encoding"), line_ends=of("line ends"))
 
+# %% ../../nbs/text/10_splitting.ipynb #10c0f004
+def are_fair(shares) -> bool:
+    "Near 80, 10 and 10%?"
+    return all(abs(share - wanted) <= 0.05 for share, wanted in zip(shares, (0.8, 0.1, 0.1)))
+
 # %% ../../nbs/text/10_splitting.ipynb #dc018f20
 def split_text(path, folder, named, report=silent):
     "Copy the text `path`, which errors call `named`, into a file for each split in `folder`: (split -> path, Reading)."
     with about("cache_dir"): check_space(folder, 2 * path.stat().st_size, f"Cutting {named} in three")
     read, files = Documents(path, set(), report), {split: folder/f"{split}.txt" for split in SPLITS}
     rule, source = f"each of {read.kept:,} documents by its hash", path
-    if all(abs(share - wanted) <= 0.05 for share, wanted in zip(read.shares(), (0.8, 0.1, 0.1))):
+    if are_fair(read.shares()):
         read.write([*files.values()])
     else:
         few = f": {read.kept:,} documents give no fair shares" if read.kept > 1 else ", one document"
@@ -153,12 +158,16 @@ def split_text(path, folder, named, report=silent):
     return files, reading_of(files, {"": read}, rule)
 
 # %% ../../nbs/text/10_splitting.ipynb #e4ac181e
+SAME = "{train_file} and {eval_file} hold the same text, all of {split}: perplexity will say nothing about new text."
+
 def documents_of(files, report=silent) -> dict:
     "split -> Documents of the `files` (split -> path)."
     known, read = set(), {}
     for split in reversed([split for split in SPLITS if split in files]):
         read[split] = Documents(files[split], known, report)
-        if not read[split].kept: read[split] = Documents(files[split], set(), report)  # the same text twice
+        if read[split].kept: continue
+        read[split] = Documents(files[split], set(), report)
+        warnings.warn(Sentence(SAME, split=split), stacklevel=4)
     return read
 
 # %% ../../nbs/text/10_splitting.ipynb #5cebaeae
@@ -177,12 +186,20 @@ def shared_out(numbers) -> tuple:
     "(side, rule) of the hashes `numbers`: a dict; few are parted by their order, so that some are held out."
     sides = {number: side_of(number) for number in numbers}
     shares = [[*sides.values()].count(side) / max(1, len(sides)) for side in range(DROPPED)]
-    if all(abs(share - wanted) <= 0.05 for share, wanted in zip(shares, (0.8, 0.1, 0.1))):
+    if are_fair(shares):
         return sides, f"each of {len(sides):,} conversations by its hash"
     order = sorted(sides)
     first, second = max(1, int(0.8 * len(order))), max(1, int(0.9 * len(order)))
     return ({number: (n >= first) + (n >= second) for n, number in enumerate(order)},
             f"by their order: {len(order):,} conversations give no fair shares")
+
+# %% ../../nbs/text/10_splitting.ipynb #10c0f002
+LEARNT = "messages", "prompt", "completion", "tools", "chat_template_kwargs"  # not a row's number, or where it is from
+
+def hash_of(chat) -> int:
+    "Of what is learnt, in any order."
+    told = json.dumps(chat, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "big")
 
 # %% ../../nbs/text/10_splitting.ipynb #10c00004
 def split_chats(files, folder, on_bad_lines="error", report=silent):
@@ -192,18 +209,18 @@ def split_chats(files, folder, on_bad_lines="error", report=silent):
     with open(folder/"all.jsonl", "w", encoding="utf-8") as every:
         for split in sorted(files, key=[*reversed(SPLITS), ""].index):
             for total, row in enumerate(read_rows(files[split], on_bad_lines, report, skipped), total + 1):
-                line = json.dumps({name: value for name, value in row.values.items() if value is not None}) + "\n"
-                number = int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "big")
+                kept = {name: value for name, value in row.values.items() if value is not None}
+                line = json.dumps(kept, default=str) + "\n"
+                number = hash_of({name: row.values.get(name) for name in LEARNT})
                 if number in known: continue
                 known[number] = SPLITS.index(split) if split else None
                 sizes.append(every.write(line))
     sides, rule = (known, "as they are") if "" not in files else shared_out(known)
-    made = {side: folder/f"{SPLITS[side]}.jsonl" for side in sorted({*sides.values()})}
+    made = {SPLITS[side]: folder/f"{SPLITS[side]}.jsonl" for side in sorted({*sides.values()})}
     with contextlib.ExitStack() as stack, open(folder/"all.jsonl", encoding="utf-8") as every:
-        out = {side: stack.enter_context(open(path, "w", encoding="utf-8")) for side, path in made.items()}
-        for line, number in zip(every, known): out[sides[number]].write(line)
+        out = {split: stack.enter_context(open(path, "w", encoding="utf-8")) for split, path in made.items()}
+        for line, number in zip(every, known): out[SPLITS[sides[number]]].write(line)
     (folder/"all.jsonl").unlink()
-    made = {SPLITS[side]: path for side, path in made.items()}
     shares = {split: path.stat().st_size / max(1, sum(sizes)) for split, path in made.items()}
     read = Reading(len(known), total - len(known), sum(sizes), max(sizes), shares, rule=rule)
     return made, told(read, skipped)

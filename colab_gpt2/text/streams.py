@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/text/10_streams.ipynb #d3af236e
 import contextlib, io, json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ..core import Record
 from ..reporting import silent
