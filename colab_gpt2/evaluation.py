@@ -178,11 +178,13 @@ def why_lost(model, precision) -> Sentence:
     return Sentence("its weights are ruined, as by too high a {learning_rate}; choose another {model}.")
 
 # %% ../nbs/60_evaluation.ipynb #60e50020
+class NotFinite(RuntimeError): "The loss is NaN or infinite."
+
 def check_loss(nats, model, blocks, precision):
-    "RuntimeError, with the reason, if `nats` is NaN or infinite."
+    "NotFinite, with the reason, if `nats` is."
     if math.isfinite(nats): return
     why, told = why_lost(model, precision), "The model's loss on the {text} text is {nats}: "
-    raise RuntimeError(Sentence(told + why.template, text=blocks.split or "unnamed", nats=nats, **why.values))
+    raise NotFinite(Sentence(told + why.template, text=blocks.split or "unnamed", nats=nats, **why.values))
 
 # %% ../nbs/60_evaluation.ipynb #f3f7ced4
 def perplexity(

@@ -14,7 +14,7 @@ from .engine.callbacks import tell
 from .engine.checkpoints import find_checkpoints
 from .engine.choosing import Chooser, Work
 from .errors import Sentence, errno_of, explained
-from .evaluation import check_measure, perplexity, windows_of
+from .evaluation import NotFinite, check_measure, perplexity, windows_of
 from .generation import generate
 from .model.sampling import Sampling
 from .model.tune import uncompiled
@@ -85,8 +85,6 @@ def make_chooser(config, prepared, plan, callbacks) -> list:
         if chooser.trainer: options["batch_size"] = chooser.trainer.micro_batch  # less than a training step takes
         try:
             with uncompiled(): return perplexity(inner, text, **options).value
-        except RuntimeError as e:
-            if out_of_memory(e): raise
-            return math.nan  # the loss is not finite
+        except NotFinite: return math.nan  # the guard says so
     chooser = Chooser(config, work, measure, text.sha256, callbacks)
     return [chooser]

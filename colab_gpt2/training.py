@@ -68,8 +68,8 @@ def check_run(config) -> FinetuneConfig:
 # %% ../nbs/63_training.ipynb #abcd4ba2
 RISEN = ("The perplexity has risen from {before:.2f} to {after:.2f}: lower {learning_rate}, or train fewer "
          "{num_train_epochs}.")
-NO_STEP = "no step was left: to train further, raise {num_train_epochs} or {max_steps}, and set {resume} to {path}"
-NO_MORE = "no step was left: to train further, set {model} to {path}, and {output_dir} to a new folder"
+NO_STEP = "raise {num_train_epochs} or {max_steps}, and set {resume} to {path}"
+NO_MORE = "set {model} to {path}, and {output_dir} to a new folder"
 
 # %% ../nbs/63_training.ipynb #4bab8d55
 @dataclass(frozen=True)
@@ -117,7 +117,10 @@ def chosen_rows(result) -> list:
     return [*([("best", found)] if known else []), *([("ended", result.stopped)] if result.stopped else [])]
 
 # %% ../nbs/63_training.ipynb #4bab8d56
-def no_step(path): return Sentence(NO_STEP if find_checkpoints(path) else NO_MORE, path=path)
+def no_step(result):
+    path, again = result.output_dir, NO_STEP + ", {early_stopping_patience=0} too" * bool(result.stopped)
+    told = again if find_checkpoints(path) else NO_MORE
+    return Sentence(f"no step was left: to train further, {told}", path=path)
 
 def rows_of(result) -> list:
     "The (label, text) pairs of a FinetuneResult's table."
@@ -128,7 +131,7 @@ def rows_of(result) -> list:
              result.risen or f"{result.perplexity_before.value:.2f} → {after.value:.2f}{f' ({ALSO})' * after.chose}"),
             ("steps", f"{result.steps} ({result.epochs:.2f} epochs)"), *chosen_rows(result),
             ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
-            *([("trained", no_step(result.output_dir))] if result.repeated or not speed else []),
+            *([("trained", no_step(result))] if result.repeated or not speed else []),
             ("time", human_time(result.seconds)), ("saved in", result.output_dir),
             *((f"sample {when}", sample) for when, sample in result.samples.items())]
 
@@ -222,6 +225,7 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
         except Diverged as e:
             if config.on_divergence == "stop" or factor < 1: raise
             why = e.what
+        if trainer.chooser: trainer.chooser.weights.wait()  # not to replace others later
         model.to("meta")  # frees its memory
         del trainer, model
         release_memory()
@@ -295,7 +299,7 @@ def look_for(config, prepared, report, opened) -> tuple:
     opened.callback(mirror.close, seconds=10)
     entry = None if config.resume == "never" or found and found.files else mirror.newest()
     if entry and (not found or entry.step > found.step):
-        if entry.name == FINISHED: write_result(config.output_dir, dict(fingerprint=run))  # whose files will come
+        if entry.name == FINISHED: write_result(config.output_dir, dict(fingerprint=run))
         above = found.step if found else -1
         if mirror.restore(entry, config.output_dir, report, above): found = where_to_resume(config, run)
     if not found and config.resume not in ("auto", "never"): found = source_of(config, run)
@@ -324,8 +328,7 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     return result
 
 # %% ../nbs/63_training.ipynb #ffe78b3b
-OTHER_SUMS = ("This run was computed {was} before, and is {now} now: it ends with weights that are equal up to "
-              "rounding only.")
+OTHER_SUMS = "This run was computed {was} before, and is {now} now: its weights will be equal up to rounding only."
 
 def as_before(config, prepared, plan, found) -> Plan:
     "`plan`, with the micro-batch of the session before where that is left open and fits; a warning where it differs."
@@ -361,7 +364,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
     model, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
     tell(callbacks, "on_stage", SAVING)
-    known = read_result(place)  # what is in the folder is as it says, unless somebody has changed it since
+    known = read_result(place)  # what is there, unless it was changed
     ours = None if config.overwrite_output_dir or known and "files" not in known else known.get("files", {})
     write_result(place, dict(fingerprint=run))
     def save(): return save_model(model, prepared.tokenizer, place, ours)

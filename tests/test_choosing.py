@@ -8,10 +8,11 @@ from transformers import GPT2Config, TrainerCallback
 
 from colab_gpt2 import finetune, perplexity
 from colab_gpt2.engine.callbacks import Listener
-from colab_gpt2.engine.choosing import BEST
+from colab_gpt2.engine.choosing import BEST, BestWeights
+from colab_gpt2.errors import fields_of
 from colab_gpt2.model.loading import load_model, load_tokenizer, new_model
 from colab_gpt2.preparing import prepare
-from colab_gpt2.training import read_finished
+from colab_gpt2.training import no_step, read_finished
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,35 @@ def test_after_a_divergence_only_what_was_measured_before_counts(run, tmp_path, 
     again = told.index(told[0], 1) if kept else 0
     assert told[again:] == [step for step, _ in result.evaluations] == [4, 8, 12, 16, 20]
     assert dict(result.evaluations)[result.best_step] == min(value for _, value in result.evaluations)
+
+
+def test_a_way_that_is_given_up_has_written_its_best_weights_before_the_next_begins(run, tmp_path, monkeypatch):
+    "On a GPU a thread writes them, which would put them into the place of those that count."
+    events = []
+    def noted(name, real): return lambda weights, *given: (events.append(name), real(weights, *given))[1]
+    for name in "wait", "begin_from": monkeypatch.setattr(BestWeights, name, noted(name, getattr(BestWeights, name)))
+    monkeypatch.setattr(BestWeights, "keep", lambda weights, model: None)
+    class Spoils(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step != 6 or args.learning_rate != 2e-2: return
+            next(model.parameters()).data.fill_(float("nan"))
+            events.append("spoiled")
+    run(tmp_path/"out", callbacks=[Spoils()], max_steps=10, logging_steps=1, save_steps=50)
+    assert events[events.index("spoiled") + 1:][:2] == ["wait", "begin_from"]
+
+
+def test_an_error_inside_an_evaluation_is_no_loss_that_is_not_finite(run, tmp_path, monkeypatch):
+    def fails(*given, progress=True, most=None, **options):
+        if most: raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        return perplexity(*given, progress=progress, **options)
+    monkeypatch.setattr("colab_gpt2.measuring.perplexity", fails)
+    with pytest.raises(RuntimeError, match="CUBLAS"): run(tmp_path/"out")
+
+
+def test_how_a_run_that_stopped_early_is_trained_further(plain):
+    result, *_ = plain
+    assert result.stopped and "early_stopping_patience" in fields_of(no_step(result))
+    assert "early_stopping_patience" not in fields_of(no_step(replace(result, stopped="")))
 
 
 def test_a_run_that_is_asked_to_stop_measures_when_it_resumes(run, plain, tmp_path):

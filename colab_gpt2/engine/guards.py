@@ -25,7 +25,7 @@ from ..signals import OUT_OF_TIME, Interrupted, catching, leave_dead_terminal, s
 # %% ../../nbs/engine/41_guards.ipynb #41aa0006
 class SaveByTime(TrainerCallback):
     """A checkpoint every so many `minutes`, and at a third, at two thirds and at the end of a run. It begins sooner by
-    what the last one took, so that it is complete in time; half of the time at least is left to training."""
+    what the last one took, to be complete in time."""
     def __init__(self, minutes): self.seconds = 60 * minutes
 
     def on_train_begin(self, args, state, control, **kwargs): self.due = time.monotonic() + self.seconds
@@ -125,7 +125,7 @@ class TimeLimit(Listener):
         self.step = max(0.9 * self.step, time.monotonic() - self.since)  # the first may compile
         self.since = time.monotonic()
         left, steps = state.max_steps - state.global_step, state.global_step - self.first
-        kept_back = self.step + self.evaluating + 2 * (self.saving + getattr(self.mirror, "took", 0))  # a copy is late
+        kept_back = self.step + self.evaluating + 2 * (self.saving + getattr(self.mirror, "took", 0))
         if not (self.stop and left) or self.since + kept_back < self.end: return
         control.should_training_stop = control.should_save = True
         rest = math.ceil(left / steps)
