@@ -268,7 +268,7 @@ def run(
 # %% ../nbs/64_tasks.ipynb #078e0c88
 DEMO = FinetuneConfig(
     model="tiny", dataset="python-docs", output_dir="demo-output", num_train_epochs=5, block_size=256,
-    effective_batch_size=4, learning_rate=1e-3, max_new_tokens=60, temperature=0.7, top_k=20, repetition_penalty=1.1)
+    effective_batch_size=4, learning_rate=1e-3, max_new_tokens=60, temperature=0.6, top_k=20, repetition_penalty=1.3)
 
 # %% ../nbs/64_tasks.ipynb #5953484d
 def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> RunResult:
