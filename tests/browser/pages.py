@@ -62,9 +62,13 @@ class Notebook:
         return met
 
     def after_a_crash(self):
-        "The front end says in a dialog that the kernel has died, and starts another."
+        """The front end says in a dialog that the kernel has died, and starts another.
+
+        The new one publishes that it starts once. Often that is before the server listens again, and then the classic
+        page shows no state until a cell runs: the kernel itself is asked, and not the page.
+        """
         self.page.locator(self.at["accept"]).last.click(timeout=60_000)
-        self.page.locator(self.at["ready"]).first.wait_for(timeout=60_000)
+        self.server.ask("")
 
     def interrupt(self):
         "■ of the toolbar."
