@@ -174,8 +174,7 @@ def test_every_import_is_a_requirement():
     needed = f"{SETTINGS['DEFAULT']['requirements']} {SETTINGS['DEFAULT']['lora_requirements']}"
     declared = {r.name.replace("-", "_") for r in map(Requirement, needed.split())}
     brought = {"huggingface_hub", "zmq", "urllib3", "charset_normalizer", "filelock", "pyarrow"}  # by what is declared
-    optional = {"tiktoken"}  # which is looked for first
-    provided = declared | brought | optional | set(sys.stdlib_module_names) | {"colab_gpt2", "google", "IPython"}
+    provided = declared | brought | set(sys.stdlib_module_names) | {"colab_gpt2", "google", "IPython"}
     for module in map(module_of, NOTEBOOKS):
         assert {n.split(".")[0] for n, _ in imports_of(module)} <= provided, module
 

@@ -11,8 +11,7 @@ import colab_gpt2
 from colab_gpt2.errors import fields_of
 from colab_gpt2.generation import encode_prompt
 from colab_gpt2.text import tokens
-from colab_gpt2.text.tokens import (Encoder, Twin, check_ids, cut_pattern, hurry, notes_on, opened, opening_ids,
-                                    read_windows)
+from colab_gpt2.text.tokens import Encoder, check_ids, cut_pattern, notes_on, opened, opening_ids, read_windows
 
 DATA = Path(__file__).parents[1]/"../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not here")
@@ -66,50 +65,7 @@ def test_neither_the_size_of_a_window_nor_what_is_remembered_changes_a_token(siz
     encoder = Encoder(AutoTokenizer.from_pretrained(DATA/"gpt2-tokenizer"), memory)
     assert in_pieces(encoder, text, size, context)[0] == encoder.slowly([text])[0]
 
-# A faster encoder
-
-@pytest.fixture(scope="module")
-def twin(tokenizer):
-    pytest.importorskip("tiktoken")  # a development requirement, on Colab's image; no run needs it
-    return Twin.of(Encoder(tokenizer).backend)
-
-def test_tiktoken_gives_the_ids_of_the_tokenizer(tokenizer, encoder, twin):
-    chance = random.Random(0)
-    parts = ["  ", " \n", "\r\n", *"aZé中1٣½'’.,<|>_-=\u0301😀\u2028\u3000\x85\ufdd0𞤀", "'s", "the", "<|endoftext|>"]
-    for text in (*NASTY, *("".join(chance.choices(parts, k=300)) for _ in range(150)), " ".join(NASTY * 40)):
-        assert twin.encode(text, encoder.cut) == encoder.slowly([text])[0], ascii(text[:200])
-    assert twin.known > {*"aé中\n"}
-
-def test_tiktoken_is_left_alone_where_its_ids_may_be_others(tiny, twin):
-    state = json.loads(tiny.backend_tokenizer.to_str())
-    def of(change):
-        other = json.loads(json.dumps(state))
-        change(other)
-        return Twin.of(Tokenizer.from_str(json.dumps(other)))
-    merges = state["model"]["merges"]
-    assert of(lambda t: t["model"].update(dropout=0.1)) is of(lambda t: t["model"]["merges"].reverse()) is None
-    assert of(lambda t: t["model"].update(ignore_merges=True)) is None
-    assert of(lambda t: t["model"]["merges"].append(merges[0])) is None  # a second pair for one token
-    longer = dict(state["added_tokens"][0], content="<|endoftext|>s", id=len(state["model"]["vocab"]))
-    assert of(lambda t: t["added_tokens"].append(longer)) is None
-    assert of(lambda t: None)
-
-def test_a_character_that_the_two_see_otherwise_is_left_to_the_tokenizer(tiny, twin, monkeypatch):
-    asked = []
-    def other(backend, characters):
-        asked.append(characters)
-        return not {"ﬁ"} & characters
-    monkeypatch.setattr(tokens, "same_kinds", other)
-    encoder = Encoder(tiny)
-    encoder.twin = Twin.of(encoder.backend)
-    for text in ("one ", "ﬁn ", "one ", "ﬁn "): assert encoder.encode([text]) == encoder.slowly([text])
-    assert asked == [{*"one "}, {*"ﬁ"}, {*"ﬁ"}]  # which is never taken as proven
-
-def test_a_tokenizer_of_another_kind_has_no_twin():
-    for name in ("Llama 3", "BERT", "Llama 2"):
-        encoder = design(name)
-        hurry(encoder)
-        assert encoder.twin is None
+# Where a text may surely be cut
 
 GREEDY = [AddedToken("<a>", lstrip=True), AddedToken("<a>", rstrip=True), AddedToken("<a>", single_word=True)]
 

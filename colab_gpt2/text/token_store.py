@@ -19,7 +19,7 @@ from ..reporting import reporting, silent
 from ..runtime import cache_folder
 from .reading import check_text
 from .streams import SUFFIX, open_stream, size_of
-from .tokens import CONTEXT, Encoder, hurry, notes_on, opened, read_windows, sample_of
+from .tokens import CONTEXT, Encoder, notes_on, opened, read_windows, sample_of
 
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,6 @@ def open_text(path, start):
 
 # %% ../../nbs/text/13_token_store.ipynb #d6c86fc0
 EVERY = 1 << 26  # bytes of text between two entries in the journal: some seconds' work
-LONG = 1 << 22  # bytes of a text for which a faster encoder is looked for
 
 # %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 def write_part(path, file, encoder, report=silent):
@@ -139,10 +138,7 @@ def write_part(path, file, encoder, report=silent):
             out.truncate(counts["tokens"] * encoder.dtype.itemsize)
             given = (before[-1], np.memmap(file.part, encoder.dtype, "r")[-1]) if before else ()
             report(what, counts["bytes"], size or None)
-            if not size or size - counts["bytes"] > LONG: hurry(encoder)
-            larger = dict(size=1 << 20) if encoder.twin else {}  # for two threads
-            windows = read_windows(text, encoder.encode, before, **larger)
-            for counts in write_ids(windows, encoder, out, counts, *given):
+            for counts in write_ids(read_windows(text, encoder.encode, before), encoder, out, counts, *given):
                 if counts["bytes"] >= due:
                     file.note(file.journal, counts, out)
                     due = counts["bytes"] + EVERY

@@ -6,8 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/12_tokens.ipynb #f3f1da51
-import copy, functools, hashlib, importlib.util, itertools, json, os, re
-from concurrent.futures import ThreadPoolExecutor
+import copy, hashlib, itertools, json, re
 
 import numpy as np
 
@@ -116,12 +115,10 @@ def private_copy(tokenizer):
     return backend
 
 # %% ../../nbs/text/12_tokens.ipynb #47fef69b
-parsed = functools.lru_cache(1)(json.loads)  # a tokenizer's state of megabytes, which is asked for three times
-
 def cut_pattern(backend) -> "re.Pattern | None":
     """The empty match at each place inside a text where a `tokenizers.Tokenizer` that splits as GPT-2's does surely
     splits: before the last of a run of white space, unless an added token may follow. None for any other."""
-    state = parsed(backend.to_str())
+    state = json.loads(backend.to_str())
     split, added = {"use_regex": True} | (state["pre_tokenizer"] or {}), state["added_tokens"]
     form = [split.get(name) for name in ("type", "use_regex", "add_prefix_space")]
     if form != ["ByteLevel", True, False]: return None
@@ -138,7 +135,7 @@ class Encoder:
     `fingerprint` the SHA-256 of all that decides about ids."""
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
-        self.end, self.twin = end_mark(tokenizer), None
+        self.end = end_mark(tokenizer)
         self.opening = opening_ids(tokenizer)
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, *self.opening}
         self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
@@ -159,7 +156,6 @@ class Encoder:
         if self.end not in ("", END): texts = [text.replace(END, self.end) for text in texts]
         if not self.backend: return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         if not self.cut: return self.slowly(texts)
-        if self.twin: return [self.twin.encode(text, self.cut) for text in texts]
         texts = [self.cut.split(t) for t in texts]
         new = list(set().union(*texts).difference(self.known))
         self.known.update(zip(new, self.slowly(new)))
@@ -169,76 +165,3 @@ class Encoder:
         return found
 
     def slowly(self, texts): return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-# %% ../../nbs/text/12_tokens.ipynb #6fd6cdff
-def ranks_of(backend) -> dict:
-    "Bytes to id, for tiktoken, of each token that the byte-level BPE `backend` can make; {} if it may merge otherwise."
-    model = parsed(backend.to_str())["model"]
-    odd = "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"
-    plain = [byte for byte in range(256) if 33 <= byte < 127 or 161 <= byte < 173 or byte > 173]
-    others = [byte for byte in range(256) if byte not in plain]
-    byte_of = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    merged = ["".join(pair).replace(" ", "") for pair in model.get("merges") or [" "]]
-    names = [*byte_of, *merged]
-    ids = [*map(model["vocab"].get, names)]
-    if any(map(model.get, odd)) or None in ids or ids[256:] != sorted({*ids[256:]}): return {}
-    alone = type(backend)(backend.model).encode_batch_fast(names)
-    if any(found.ids != [id] for found, id in zip(alone, ids)): return {}
-    return {bytes(map(byte_of.get, name)): id for name, id in zip(names, ids)}
-
-# %% ../../nbs/text/12_tokens.ipynb #10d4b7f0
-SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
-
-# %% ../../nbs/text/12_tokens.ipynb #620a18c2
-def encoding(ranks, added):
-    "tiktoken's, which splits as GPT-2."
-    from tiktoken import Encoding
-    return Encoding("twin", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=added)
-
-# %% ../../nbs/text/12_tokens.ipynb #5912044e
-def same_kinds(backend, characters) -> bool:
-    "Whether `backend` and tiktoken agree which of the `characters` are letters, digits, signs and white space."
-    probes = [form.format(c) for c in characters for form in ("x{0}x", "1{0}1", ",{0},")]  # each one part for its kind
-    parts = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(probe.encode() for probe in probes)]
-    theirs, ours = encoding({part: i for i, part in enumerate(parts)}, {}), backend.pre_tokenizer.pre_tokenize_str
-    return all((len(ours(probe)) == 1) == (len(theirs.encode_ordinary(probe)) == 1) for probe in probes)
-
-# %% ../../nbs/text/12_tokens.ipynb #ff9784cf
-class Twin:
-    "tiktoken's encoder with the `ranks` and the `added` tokens of `backend`, which splits as GPT-2's."
-    def __init__(self, backend, ranks, added):
-        self.backend, self.added, self.known, self.encoding = backend, {*added}, set(), encoding(ranks, added)
-
-    @classmethod
-    def of(cls, backend):
-        "The Twin of `backend`; None if other ids are possible."
-        added = {t["content"]: t["id"] for t in parsed(backend.to_str())["added_tokens"]}
-        alone = not any(a != b and a in b for a in added for b in added) and not backend.encode_special_tokens
-        return cls(backend, ranks, added) if alone and (ranks := ranks_of(backend)) else None
-
-    def alike(self, text) -> bool:
-        "Whether both split at the characters of `text` alike; where one is new, its beginning is encoded by both too."
-        if not (new := {*text} - self.known): return True
-        sample = text[:1 << 14]
-        same = same_kinds(self.backend, new) and self.ids(sample) == self.slowly(sample)
-        if same: self.known |= new
-        return same
-
-    def slowly(self, text): return self.backend.encode(text, add_special_tokens=False).ids
-
-    def ids(self, part): return self.encoding.encode(part, allowed_special=self.added, disallowed_special=())
-
-    def encode(self, text, cut) -> list:
-        "The ids of `text`, cut into parts for as many threads as there are cores, at places that `cut` finds."
-        cores, places = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), [0]
-        least = max(len(text) // (2 * cores), 1 << 14)
-        while found := cut.search(text, places[-1] + least): places.append(found.start())
-        parts = [text[start:end] for start, end in zip(places, [*places[1:], None])]
-        if not self.alike(text) or max(map(len, parts)) > 1 << 19:  # of which a regular expression may give up
-            return self.slowly(text)
-        with ThreadPoolExecutor(cores) as pool: return list(itertools.chain.from_iterable(pool.map(self.ids, parts)))
-
-# %% ../../nbs/text/12_tokens.ipynb #ba2843fb
-def hurry(encoder):
-    "Have `encoder` ask a Twin, where there is one: to make it takes a moment, which a long text is worth."
-    if encoder.cut and importlib.util.find_spec("tiktoken"): encoder.twin = Twin.of(encoder.backend)
