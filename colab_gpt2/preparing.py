@@ -126,7 +126,7 @@ def pick_prompt(config, corpus) -> str:
     if (path := corpus.path(pick_split(corpus, config.eval_split))).suffix == ".jsonl": return first_question(path)
     with open(path, encoding="utf-8-sig") as f: start = f.read(4000)
     line = next(filter(str.strip, re.split(r"(?<=\n)|<\|endoftext\|>", start)), PROMPT)
-    return line if len(line) <= 100 else line[:60].rsplit(maxsplit=1)[0]
+    return line if len(line) <= 100 else line.lstrip()[:60].rsplit(maxsplit=1)[0]
 
 # %% ../nbs/62_preparing.ipynb #62c00002
 @torch.no_grad()

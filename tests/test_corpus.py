@@ -1,5 +1,6 @@
 "Own files, folders and zips, Python's documentation, the real WikiText: what comes out; own files stay as they are."
-import io, json, os, re, socket, subprocess, sys, tracemalloc, warnings, zipfile
+import io, json, os, re, socket, subprocess, sys, time, tracemalloc, warnings, zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -137,15 +138,18 @@ def test_a_folder_of_parquet(load, tmp_path):
     assert load(tmp_path/"rows") == corpus
 
 
-def test_two_runs_that_make_one_corpus_both_get_it(tmp_path):
+def test_runs_that_ask_for_one_corpus_at_once_make_it_once(tmp_path):
     def make(stage):
         (stage/"a.txt").write_text("text")
         return {"train": stage/"a.txt"}
-    def make_while_another_does(stage):
-        cached(tmp_path/"corpus", "name", "source", make)
+    made = []
+    def slowly(stage):
+        made.append(stage)
+        time.sleep(0.2)
         return make(stage)
-    corpus = cached(tmp_path/"corpus", "name", "source", make_while_another_does)
-    assert corpus == recall(tmp_path/"corpus")
+    def get(_): return cached(tmp_path/"corpus", "name", "source", slowly)
+    with ThreadPoolExecutor(3) as pool: corpora = [*pool.map(get, range(3))]
+    assert corpora == [recall(tmp_path/"corpus")] * 3 and len(made) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["corpus"]
 
 

@@ -6,7 +6,7 @@
 __all__ = ['encode_chat', 'Conversations', 'tokenize_chats', 'tokenize_corpus']
 
 # %% ../../nbs/text/14_chats.ipynb #14c00002
-import bisect, collections, contextlib, functools, hashlib, json, os, re
+import bisect, collections, contextlib, functools, hashlib, itertools, json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..core import sha256_of
 from ..errors import Sentence, check_number
 from ..reporting import counter, reporting, silent
 from ..runtime import cache_folder
+from .splitting import PLACES
 from .token_store import Blocks, TokenFile, tokenize_file, write_tokens
 from .tokens import Encoder, opening_ids
 
@@ -92,9 +93,15 @@ def common(one, other) -> int:
 # %% ../../nbs/text/14_chats.ipynb #14c00012
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+def tools_of(row):
+    "The tools of `row`, which may be JSON in a text, as TRL takes them."
+    tools = row.get("tools") or None
+    try: return json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError: raise ValueError("its tools are neither a list nor JSON") from None
+
 def render(tokenizer, messages, row, **options):
     "What `tokenizer` makes of `messages`, with the tools of `row`; ValueError with what its template says."
-    options |= dict(tokenizer_kwargs=dict(verbose=False), tools=row.get("tools"))
+    options |= dict(tokenizer_kwargs=dict(verbose=False), tools=tools_of(row))
     try: return tokenizer.apply_chat_template(messages, **options, **(row.get("chat_template_kwargs") or {}))
     except Exception as e:  # of any kind: a template is a program
         why = " ".join(str(e).split()) or type(e).__name__
@@ -226,7 +233,13 @@ def code(tokenizer, row) -> np.ndarray:
     return codes
 
 # %% ../../nbs/text/14_chats.ipynb #14c00024
-MEND = "{name}, line {line}: {why}. Mend it, or leave such conversations out by {on_bad_lines=skip}. It begins {row!r}."
+MEND = "{place}: {why}. Mend it, or leave such conversations out by {on_bad_lines=skip}. It begins {row!r}."
+
+def place_of(path, line) -> str:
+    "Where the `line` of the .jsonl file `path` comes from: `split_chats` has written it beside."
+    with contextlib.suppress(OSError, StopIteration), open(path.with_suffix(PLACES), encoding="utf-8") as places:
+        return next(itertools.islice(places, line - 1, None)).rstrip("\n")
+    return f"{path.name}, line {line}"
 
 def coded_rows(path, tokenizer, on_bad_lines, left_out, report=silent):
     "Yield (row, code) of the .jsonl file `path`; a row that has none is an error, or counted in `left_out`."
@@ -237,8 +250,9 @@ def coded_rows(path, tokenizer, on_bad_lines, left_out, report=silent):
             if not text.strip(): continue
             try: codes = code(tokenizer, row := json.loads(text))
             except ValueError as e:
-                facts = dict(name=path.name, line=line, why=e, row=text[:60].decode(errors="replace"))
-                if on_bad_lines == "error": raise ValueError(Sentence(MEND, **facts)) from e
+                if on_bad_lines == "error":
+                    told = dict(place=place_of(path, line), why=e, row=text[:60].decode(errors="replace"))
+                    raise ValueError(Sentence(MEND, **told)) from e
                 left_out[str(e)] += 1
             else: yield row, codes
 
@@ -290,8 +304,9 @@ def tokenize_chats(
     check_number("block_size", block_size, minimum=2, integer=True)
     give_template(tokenizer)
     path, encoder, sha256 = Path(path), Encoder(tokenizer), sha256 or sha256_of(path)
-    decides = f"{encoder.fingerprint}{tokenizer.get_chat_template()}{on_bad_lines}"
-    fingerprint = hashlib.sha256(decides.encode()).hexdigest()
+    decides = [encoder.fingerprint, tokenizer.chat_template, {**tokenizer.special_tokens_map}, opening_ids(tokenizer),
+               tokenizer.is_fast, on_bad_lines]
+    fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
     key = dict(dtype="uint32", text_sha256=sha256, tokenizer_sha256=fingerprint)
     file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{fingerprint[:16]}.chats", **key)
     with reporting(progress) as report:

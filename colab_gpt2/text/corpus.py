@@ -12,17 +12,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core import Record, atomic, check_space, home, human_bytes, nearest, sha256_of
-from ..errors import Sentence, about
+from ..errors import Sentence, about, explained
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
-from .downloads import download, split_of, unzip
+from .downloads import download, sole_owner, split_of, unzip
 from .formats import READERS, is_table, suffix_of
 from .hub import TITLE, from_hub, hub_name, is_wikitext, open_hub, pick_splits, write_lines, write_split
 from .reading import (SPLITS, TEXTS, check_text, find_texts, holds_chats, in_order, is_plain, join,
-                                     read_rows)
-from .splitting import (Documents, Reading, documents_of, drop_duplicates, reading_of, split_chats,
-                                       split_text, told)
-from .streams import HELD, SUFFIX, size_of, stream_hub
+                                     read_documents, read_rows)
+from .splitting import (Documents, Numbers, Reading, documents_of, drop_duplicates, reading_of,
+                                       split_chats, split_text, told)
+from .streams import HELD, size_of, stream_hub, stream_in
 
 # %% ../../nbs/text/11_corpus.ipynb #ab03214b
 @dataclass(frozen=True)
@@ -75,22 +75,21 @@ def recall(folder):
         return replace(corpus, report=Reading.from_dict(known["report"])) if corpus.sha256 == known["sha256"] else None
     except (OSError, ValueError, KeyError): return None  # never kept, or damaged since
 
-# %% ../../nbs/text/11_corpus.ipynb #56532823
-def cached(folder, name, source, make, published=()):
-    """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path, maybe with
-    their Reading. ConnectionError if one has not the SHA-256 that is `published` for its split."""
-    if known := recall(folder): return replace(known, source=str(source))
+# %% ../../nbs/text/11_corpus.ipynb #56532824
+def cleaned(path, on_bad_lines="error"):
+    "The text `path`, with a copy in its place if it is not plain."
+    if not is_plain(path): os.replace(join([path], path.with_name("copy"), None, on_bad_lines), path)
+    return path
+
+# %% ../../nbs/text/11_corpus.ipynb #56532826
+def write_corpus(folder, name, source, make, published=()):
+    "The Corpus of the files that `make` writes, in `folder`, as `cached` takes them."
     if folder.exists(): log.warning("%s is damaged; it is fetched or made again", folder)
-    try: folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise OSError(Sentence("{folder} cannot be made: {why}. Give another {cache_dir}.",
-                               folder=folder.parent, why=e.strerror)) from e
     with atomic(folder, folder=True) as stage:
         made, read = made if isinstance(made := make(stage), tuple) else (made, None)
         for path in map(check_text, made.values()):
-            if published or path.suffix == ".jsonl" or is_plain(path): continue
-            os.replace(join([path], stage/"copy"), path)
-        if published: read = reading_of(made, {split: Documents(path, set()) for split, path in made.items()})
+            if not published and path.suffix != ".jsonl": cleaned(path)
+        if published: read = reading_of(made, {split: Documents(path, Numbers()) for split, path in made.items()})
         if not read: made, read = drop_duplicates(made, stage)
         corpus = replace(measure(name, made, source), report=read)
         wrong = ", ".join(split for split in published if corpus.sha256.get(split) != published[split])
@@ -99,6 +98,19 @@ def cached(folder, name, source, make, published=()):
         manifest = dict(name=name, source=corpus.source, files=files, sha256=corpus.sha256, report=read.to_dict())
         (stage/"corpus.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return replace(corpus, **{split: folder/file for split, file in files.items()})
+
+# %% ../../nbs/text/11_corpus.ipynb #56532823
+def cached(folder, name, source, make, published=()):
+    """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path, maybe with
+    their Reading. ConnectionError if one has not the SHA-256 that is `published` for its split."""
+    def found(): return (known := recall(folder)) and replace(known, source=str(source))
+    if known := found(): return known
+    try: folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(Sentence("{folder} cannot be made: {why}. Give another {cache_dir}.",
+                               folder=folder.parent, why=e.strerror)) from e
+    with sole_owner(f"{folder}.lock"), explained(f"Writing {name} to {folder.parent}"):
+        return found() or write_corpus(folder, name, source, make, published)  # another process may have written it
 
 # %% ../../nbs/text/11_corpus.ipynb #f140c2f0
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ def cached_docs(root, version):
     return cached(root/f"{PYTHON_DOCS}-{version}-words", PYTHON_DOCS, source, python_docs)
 
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
-RULES = 2  # 1: every text was cut by the place, and duplicates were kept
+RULES = 3  # 1: every text was cut by the place, and duplicates were kept; 2: fewer shares were fair
 
 def made(name, files, source, root, make, options=()):
     "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, from the cache if it is there."
@@ -263,16 +275,18 @@ def splits_in(folder) -> dict:
 def load_path(path, root, report=silent, reading=(None, "error")):
     "The Corpus of a text file, a pattern, a zip, or a folder: with `splits_in` it, or such a folder."
     if path.suffix.lower() == ".zip" and os.path.isfile(path):
-        return made(path.stem, {"": [path]}, path, root, lambda stage: unzip(path, stage, report))
+        def unpack(stage): return {split: cleaned(p, reading[1]) for split, p in unzip(path, stage, report).items()}
+        return made(path.stem, {"": [path]}, path, root, unpack, reading[1:])
     below = [] if not path.is_dir() or texts_in(path) else sorted(p for p in path.glob("[!.]*") if p.is_dir())
     for place in (path, *below) if path.is_dir() else ():
         if not (found := splits_in(place)): continue
         def lines(stage):
-            texts = {split: (row.values["text"] for row in read_rows(paths)) for split, paths in found.items()}
-            return {split: write_lines(texts[split], stage/f"{split}.txt") for split in texts}
+            texts = {split: read_documents(paths, reading[0] or "text", reading[1], report, blank=True)
+                     for split, paths in found.items()}
+            return {split: write_lines((d.text for d in texts[split]), stage/f"{split}.txt") for split in texts}
         first, *_ = sum(found.values(), [])
-        if is_table(first) and is_wikitext(row.values for row in itertools.islice(read_rows([first]), 100)):
-            return made(name_of(path), found, place, root, lines)
+        start = (row.values for row in itertools.islice(read_rows([first], reading[1]), 100)) if is_table(first) else ()
+        if is_wikitext(start, reading[0]): return made(name_of(path), found, place, root, lines, ("lines", *reading))
         return own_corpus(found, path, place, root, reading, report=report)
     return load_text(path, root, reading, report)
 
@@ -296,7 +310,8 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
         files = {ours: write(ours, theirs) for ours, theirs in splits.items()}
         if alone := len(files) == 1: files = {"": files["train"].rename(stage/f"whole{files['train'].suffix}")}
         if reading[0] is None and holds_chats([*files.values()]):
-            made, read = split_chats({split: [path] for split, path in files.items()}, stage, reading[1], report)
+            named = {path: f"{repository} ({splits[split or 'train']})" for split, path in files.items()}.get
+            made, read = split_chats({s: [path] for s, path in files.items()}, stage, reading[1], report, named)
         elif alone: made, read = split_text(files[""], stage, repository, report)
         else: made, read = drop_duplicates(files, stage, report)
         for path in {*files.values()} - {*made.values()}: path.unlink()
@@ -307,11 +322,10 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
         return files | held, replace(read, rule=f"at most {human_bytes(HELD)} each; {STREAMED}")
     name, known, splits = repository.split("/")[1], repr([RULES, repository, config, names, reading]), {}
     folder = root/f"{name[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-    source = f"hf://datasets/{repository}"
-    try: return cached(folder, name, source, make)
+    try: return cached(folder, name, f"hf://datasets/{repository}", make)
     except OSError as e:
         if e.errno != errno.ENOSPC or not splits: raise
-    return cached(folder, name, source, streamed)
+    return cached(folder, name, f"hf://datasets/{repository}", streamed)
 
 # %% ../../nbs/text/11_corpus.ipynb #8a161211
 FILES = "train_file", "eval_file"
@@ -343,7 +357,7 @@ def noted(corpus):
         warnings.warn(Sentence("The held-out text of {name} has only {held} bytes: its perplexity says little. "
                                "Give a longer text or {eval_file}.", name=corpus.name, held=held))
     for path in map(corpus.path, corpus.bytes):
-        if path.suffix in (".jsonl", SUFFIX): continue
+        if path.suffix == ".jsonl" or stream_in(path): continue
         with open(path, "rb") as f: start = f.read(4000)
         marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', start) and "JSON or HTML"
         if kind := marked or looks_like_table(start) and "a table (CSV)":

@@ -6,10 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/text/10_downloads.ipynb #a1d17530
-import os, re, shutil, stat, zipfile
+import contextlib, os, re, shutil, stat, zipfile
 from pathlib import Path, PureWindowsPath
 
 import requests
+from filelock import FileLock
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
@@ -91,6 +92,15 @@ def download(url, path, sha256, *, tries=4, wait=0.5, report=silent) -> Path:
         part.unlink()
         if not resumed: break  # else the part may have been another file's
     raise ConnectionError(f"sent wrong bytes (SHA-256 {got[:12]}… instead of {sha256[:12]}…)")
+
+# %% ../../nbs/text/10_downloads.ipynb #2f4cf239
+@contextlib.contextmanager
+def sole_owner(path):
+    "Another process or thread that asks for the lock file `path` waits; it is gone afterwards."
+    with FileLock(path):
+        try: yield
+        finally:
+            with contextlib.suppress(OSError): os.unlink(path)  # Windows removes it itself
 
 # %% ../../nbs/text/10_downloads.ipynb #4047c531
 LAYOUT = re.compile(r"(?:wiki\.)?(train|valid|validation|val|dev|test)\.(?:raw|tokens|txt)")

@@ -68,13 +68,13 @@ def pick_field(rows, wanted, called) -> str:
                               near=f" Did you mean {near[0]!r}?" if near else ""))
 
 # %% ../../nbs/text/10_fields.ipynb #10f00011
-def documents(rows, field, faults):
-    "Yield the Documents in the column `field` of `rows`; `faults` hears of what is bad or empty."
+def documents(rows, field, faults, blank=False):
+    "Yield the Documents in the column `field` of `rows`, maybe `blank` ones; `faults` hears of what is bad or empty."
     for values, place in rows:
         text = values.get(field)
-        if isinstance(text, str) and text and not text.isspace():
-            if wrong := bad_character(text): faults.add(place, f"{field!r} has {wrong}")
-            else: yield Document(text.replace("\r\n", "\n").replace("\r", "\n"), f"{faults.called}, {place}")
-        elif text is None and field not in values: faults.add(place, f"there is no {field!r}")
-        elif text is None or isinstance(text, str): faults.skipped["empty"] += 1
-        else: faults.add(place, f"{field!r} is no text but {type(text).__name__}")
+        if text is None and field in values: text = ""
+        if text is None: faults.add(place, f"there is no {field!r}")
+        elif not isinstance(text, str): faults.add(place, f"{field!r} is no text but {type(text).__name__}")
+        elif wrong := bad_character(text): faults.add(place, f"{field!r} has {wrong}")
+        elif not blank and (not text or text.isspace()): faults.skipped["empty"] += 1
+        else: yield Document(text.replace("\r\n", "\n").replace("\r", "\n"), f"{faults.called}, {place}")

@@ -21,14 +21,15 @@ from .formats import READERS, suffix_of, write_documents
 # %% ../../nbs/text/10_hub.ipynb #b0309112
 TITLE = re.compile(r" = (?!=)(.*[^= ]) = ?\n?")
 
-def is_wikitext(rows) -> bool:
+def is_wikitext(rows, field=None) -> bool:
     "Whether the texts of the first `rows` (dicts) are lines of articles with titles: WikiText's."
-    return any(TITLE.fullmatch(values.get("text") or "") for values in rows)
+    texts = (values.get(field or "text") for values in rows)
+    return any(isinstance(text, str) and TITLE.fullmatch(text) for text in texts)
 
 def write_lines(texts, path):
     "Write `texts`, the rows of WikiText, as lines of the file `path`."
     with open(path, "w", encoding="utf-8", newline="") as f:
-        for text in texts: f.write(text if text.endswith("\n") else (text or " ") + "\n")
+        for text in texts: f.write(text if text and text.endswith("\n") else (text or " ") + "\n")
     return path
 
 # %% ../../nbs/text/10_hub.ipynb #2ad8d266
@@ -145,19 +146,21 @@ def first_of(rows, called) -> list:
     return found
 
 # %% ../../nbs/text/10_hub.ipynb #10c00031
-def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None):
+def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None,
+                  blank=False):
     "Yield the Documents of a split, as `read_documents` does those of files."
     column = pick_field(first_of(rows, called), field, called)
     faults = Faults(called, on_bad_lines, skipped)
-    yield from documents(hub_rows(rows.select_columns([column]), called, report), column, faults)
+    yield from documents(hub_rows(rows.select_columns([column]), called, report), column, faults, blank)
     faults.tell()
 
 # %% ../../nbs/text/10_hub.ipynb #10c00022
-def write_split(rows, called, path, *options):
-    "Write a split to the file `path`, with the suffix that it needs; `options` are those of `hub_documents`."
-    first = first_of(rows, called)
-    if is_wikitext(first): return write_lines((row.values["text"] for row in hub_rows(rows, called)), path)
-    if not is_chat(first[0]): return write_documents(hub_documents(rows, called, *options), path)
-    with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as f:
-        for row in hub_rows(rows, called): f.write(json.dumps(row.values, default=str) + "\n")
-    return path.with_suffix(".jsonl")
+def write_split(rows, called, path, field=None, on_bad_lines="error", report=silent, skipped=None):
+    "Write a split to the file `path`, with the suffix that it needs; the options are those of `hub_documents`."
+    first, options = first_of(rows, called), (field, on_bad_lines, report, skipped)
+    if field is None and is_chat(first[0]):
+        with open(path := path.with_suffix(".rows.jsonl"), "w", encoding="utf-8") as f:
+            for row in hub_rows(rows, called, report): f.write(json.dumps(row.values, default=str) + "\n")
+        return path
+    if not is_wikitext(first, field): return write_documents(hub_documents(rows, called, *options), path)
+    return write_lines((text for text, *_ in hub_documents(rows, called, field or "text", *options[1:], True)), path)

@@ -109,17 +109,17 @@ def find_texts(path) -> list:
     return texts
 
 # %% ../../nbs/text/10_reading.ipynb #953966ac
-def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipped=None):
+def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipped=None, blank=False):
     """Yield the Documents of the texts and tables `paths`. `field`: the column of tables that holds the text; None: it
     is found. `on_bad_lines`: 'error' or 'skip'; the Counter `skipped` is told why rows were left out, and what `Source`
-    tells it."""
+    tells it. `blank`: those of tables too that are."""
     skipped, found = Counter() if skipped is None else skipped, False
     for path in paths:
         column = is_table(path) and pick_field([row.values for row in itertools.islice(
             rows_in(path, on_bad_lines), 100)], field, called(path))
         with Source(path, on_bad_lines, report, skipped) as source:
             if not is_table(path): read = text_documents(source)
-            else: read = documents(READERS[suffix_of(path)](source), column, source.faults)
+            else: read = documents(READERS[suffix_of(path)](source), column, source.faults, blank)
             for found in read: yield found
     if not found:
         why = ", ".join(f"{what}: {n}" for what, n in skipped.items() if isinstance(what, str))
@@ -127,11 +127,11 @@ def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipp
         raise ValueError(f"{called(paths[0])} {held} no text ({why or 'empty'}).")
 
 # %% ../../nbs/text/10_reading.ipynb #953966ae
-def read_rows(paths, on_bad_lines="error", report=silent, skipped=None):
-    "Yield the Rows of the tables `paths`, with the file in their places."
+def read_rows(paths, on_bad_lines="error", report=silent, skipped=None, named=called):
+    "Yield the Rows of the tables `paths`, with what `named` calls the file in their places."
     for path in paths:
         for row in rows_of(path, on_bad_lines, report, skipped):
-            yield row._replace(place=f"{called(path)}, {row.place}")
+            yield row._replace(place=f"{named(path)}, {row.place}")
 
 def holds_chats(paths, on_bad_lines="error") -> bool:
     "Whether `paths` are tables of conversations: by the first row of each."

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..core import Record, check_space
 from ..errors import Sentence, about
 from ..reporting import silent
+from .encodings import called
 from .reading import END, SPLITS, cut_text, read_rows
 
 # %% ../../nbs/text/10_splitting.ipynb #c2b2bbb1
@@ -81,12 +82,33 @@ class Hasher:
         "None for white space alone."
         return None if self.space is None else int.from_bytes(self.digest.digest(), "big")
 
+# %% ../../nbs/text/10_splitting.ipynb #10c0f006
+class Numbers:
+    "A set of 64-bit numbers, in 11 to 16 bytes each, where Python's own takes 78."
+    def __init__(self): self.table, self.count = array("Q", bytes(512)), 0
+
+    def place(self, number):
+        "Where `number` stands in the table, or the free place where it belongs: a 0."
+        at, size = number % len(self.table), len(self.table)
+        while self.table[at] not in (0, number): at = (at + 1) % size
+        return at
+
+    def add(self, number) -> bool:
+        "Whether it is new."
+        at = self.place(number := number or 1)
+        if self.table[at]: return False
+        self.table[at], self.count = number, self.count + 1
+        if 4 * self.count > 3 * len(self.table):
+            old, self.table = self.table, array("Q", bytes(8 * (3 * len(self.table) // 2)))
+            for number in filter(None, old): self.table[self.place(number)] = number
+        return True
+
 # %% ../../nbs/text/10_splitting.ipynb #1f0c556f
 class Documents:
     """The documents of the text `path`: `sides` has the index of a split for each, or DROPPED for one that is blank, or
-    whose hash is in the set `known`, to which those of the others are added."""
+    whose hash is in the Numbers `known`, to which those of the others are added; `sizes`, the bytes on each side."""
     def __init__(self, path, known, report=silent):
-        self.path, self.sides, self.sizes = path, bytearray(), array("Q")
+        self.path, self.sides, self.sizes = path, bytearray(), [0] * (DROPPED + 1)
         self.duplicates, self.characters, self.longest, hasher = 0, 0, 0, Hasher()
         for part, ended in parts_of(path, report):
             hasher.add(part)
@@ -96,19 +118,16 @@ class Documents:
         self.kept = len(self.sides) - self.sides.count(DROPPED)
 
     def place(self, number, hasher, known):
-        new = number is not None and number not in known
+        new = number is not None and known.add(number)
         self.sides.append(side_of(number) if new else DROPPED)
-        self.sizes.append(hasher.size)
+        self.sizes[self.sides[-1]] += hasher.size
         self.duplicates += number is not None and not new
         if not new: return
-        known.add(number)
         self.characters, self.longest = self.characters + hasher.characters, max(self.longest, hasher.characters)
 
     def shares(self) -> list:
         "Of the bytes of each split, as the hashes have it."
-        sizes = Counter()
-        for size, side in zip(self.sizes, self.sides): sizes[side] += size
-        return [sizes[i] / max(1, sum(sizes[side] for side in range(DROPPED))) for i in range(DROPPED)]
+        return [size / max(1, sum(self.sizes[:DROPPED])) for size in self.sizes[:DROPPED]]
 
     def write(self, targets):
         "Copy each document that is kept to the file `targets[side]`, with END between two."
@@ -138,14 +157,14 @@ def told(read, facts):
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f004
 def are_fair(shares) -> bool:
-    "Near 80, 10 and 10%?"
-    return all(abs(share - wanted) <= 0.05 for share, wanted in zip(shares, (0.8, 0.1, 0.1)))
+    "Whether 5 to 20% are held out for each."
+    return all(0.05 <= share <= 0.2 for share in shares[1:])
 
 # %% ../../nbs/text/10_splitting.ipynb #dc018f20
 def split_text(path, folder, named, report=silent):
     "Copy the text `path`, which errors call `named`, into a file for each split in `folder`: (split -> path, Reading)."
     with about("cache_dir"): check_space(folder, 2 * path.stat().st_size, f"Cutting {named} in three")
-    read, files = Documents(path, set(), report), {split: folder/f"{split}.txt" for split in SPLITS}
+    read, files = Documents(path, Numbers(), report), {split: folder/f"{split}.txt" for split in SPLITS}
     rule, source = f"each of {read.kept:,} documents by its hash", path
     if are_fair(read.shares()):
         read.write([*files.values()])
@@ -162,11 +181,11 @@ SAME = "{train_file} and {eval_file} hold the same text, all of {split}: perplex
 
 def documents_of(files, report=silent) -> dict:
     "split -> Documents of the `files` (split -> path)."
-    known, read = set(), {}
+    known, read = Numbers(), {}
     for split in reversed([split for split in SPLITS if split in files]):
         read[split] = Documents(files[split], known, report)
         if read[split].kept: continue
-        read[split] = Documents(files[split], set(), report)
+        read[split] = Documents(files[split], Numbers(), report)
         warnings.warn(Sentence(SAME, split=split), stacklevel=4)
     return read
 
@@ -183,15 +202,13 @@ def drop_duplicates(files, folder, report=silent):
 
 # %% ../../nbs/text/10_splitting.ipynb #10c00002
 def shared_out(numbers) -> tuple:
-    "(side, rule) of the hashes `numbers`: a dict; few are parted by their order, so that some are held out."
-    sides = {number: side_of(number) for number in numbers}
-    shares = [[*sides.values()].count(side) / max(1, len(sides)) for side in range(DROPPED)]
-    if are_fair(shares):
+    "(the side of each, rule) of the hashes `numbers`; few are parted by their order, so that some are held out."
+    sides = bytearray(map(side_of, numbers))
+    if are_fair([sides.count(side) / max(1, len(sides)) for side in range(DROPPED)]):
         return sides, f"each of {len(sides):,} conversations by its hash"
-    order = sorted(sides)
-    first, second = max(1, int(0.8 * len(order))), max(1, int(0.9 * len(order)))
-    return ({number: (n >= first) + (n >= second) for n, number in enumerate(order)},
-            f"by their order: {len(order):,} conversations give no fair shares")
+    first, second = max(1, int(0.8 * len(sides))), max(1, int(0.9 * len(sides)))
+    for n, at in enumerate(sorted(range(len(sides)), key=numbers.__getitem__)): sides[at] = (n >= first) + (n >= second)
+    return sides, f"by their order: {len(sides):,} conversations give no fair shares"
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f002
 LEARNT = "messages", "prompt", "completion", "tools", "chat_template_kwargs"  # not a row's number, or where it is from
@@ -201,26 +218,57 @@ def hash_of(chat) -> int:
     told = json.dumps(chat, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "big")
 
+# %% ../../nbs/text/10_splitting.ipynb #10c0f009
+PLACES = ".places"
+
+def letters(told) -> int:
+    "The characters of a text, of a message or a part of one, or of a list of such."
+    if isinstance(told, dict): told = told.get("content") or told.get("text")
+    return len(told) if isinstance(told, str) else sum(map(letters, told)) if isinstance(told, list) else 0
+
+def keep_chats(rows, path, known) -> tuple:
+    "Write those `rows` to the .jsonl file `path` whose hashes `known` has not: (the new hashes, letters of each, all)."
+    numbers, lengths, n = array("Q"), array("Q"), 0
+    with open(path, "w", encoding="utf-8") as out, open(path.with_suffix(PLACES), "w", encoding="utf-8") as places:
+        for n, (values, place) in enumerate(rows, 1):
+            number = hash_of({name: values.get(name) for name in LEARNT})
+            if not known.add(number): continue
+            out.write(json.dumps({name: v for name, v in values.items() if v is not None}, default=str) + "\n")
+            places.write(place + "\n")
+            numbers.append(number)
+            lengths.append(sum(letters(values.get(name)) for name in LEARNT[:3]))
+    return numbers, lengths, n
+
+# %% ../../nbs/text/10_splitting.ipynb #10c0f00b
+def part_chats(whole, numbers) -> tuple:
+    "Part the .jsonl file `whole` of conversations with the hashes `numbers`: (split -> path, rule)."
+    sides, rule = shared_out(numbers)
+    made = {SPLITS[side]: whole.with_name(f"{SPLITS[side]}.jsonl") for side in sorted({*sides})}
+    for suffix in (whole.suffix, PLACES):
+        with contextlib.ExitStack() as stack, open(path := whole.with_suffix(suffix), encoding="utf-8") as every:
+            out = {split: stack.enter_context(open(target.with_suffix(suffix), "w", encoding="utf-8"))
+                   for split, target in made.items()}
+            for line, side in zip(every, sides): out[SPLITS[side]].write(line)
+        path.unlink()
+    return made, rule
+
 # %% ../../nbs/text/10_splitting.ipynb #10c00004
-def split_chats(files, folder, on_bad_lines="error", report=silent):
+def split_chats(files, folder, on_bad_lines="error", report=silent, named=called):
     """Write each conversation of the tables `files` (split -> paths; "" for any) once, into a .jsonl file for its split
-    in `folder`: (split -> path, Reading). What is held out is not trained on."""
-    known, skipped, total, sizes = {}, Counter(), 0, array("Q")
-    with open(folder/"all.jsonl", "w", encoding="utf-8") as every:
-        for split in sorted(files, key=[*reversed(SPLITS), ""].index):
-            for total, row in enumerate(read_rows(files[split], on_bad_lines, report, skipped), total + 1):
-                kept = {name: value for name, value in row.values.items() if value is not None}
-                line = json.dumps(kept, default=str) + "\n"
-                number = hash_of({name: row.values.get(name) for name in LEARNT})
-                if number in known: continue
-                known[number] = SPLITS.index(split) if split else None
-                sizes.append(every.write(line))
-    sides, rule = (known, "as they are") if "" not in files else shared_out(known)
-    made = {SPLITS[side]: folder/f"{SPLITS[side]}.jsonl" for side in sorted({*sides.values()})}
-    with contextlib.ExitStack() as stack, open(folder/"all.jsonl", encoding="utf-8") as every:
-        out = {split: stack.enter_context(open(path, "w", encoding="utf-8")) for split, path in made.items()}
-        for line, number in zip(every, known): out[SPLITS[sides[number]]].write(line)
-    (folder/"all.jsonl").unlink()
-    shares = {split: path.stat().st_size / max(1, sum(sizes)) for split, path in made.items()}
-    read = Reading(len(known), total - len(known), sum(sizes), max(sizes), shares, rule=rule)
+    in `folder`: (split -> path, Reading). What is held out is not trained on. Errors call a file as `named` does."""
+    known, skipped, kept, rule = Numbers(), Counter(), {}, "as they are"
+    made = {split: folder/f"{split or 'all'}.jsonl" for split in files}
+    def keep(split, known, skipped):
+        rows = read_rows(files[split], on_bad_lines, report, skipped, named)
+        kept[split] = keep_chats(rows, made[split], known)
+        return kept[split][0]
+    for split in sorted(files, key=[*reversed(SPLITS), ""].index):
+        if keep(split, known, skipped): continue
+        keep(split, Numbers(), Counter())
+        warnings.warn(Sentence(SAME, split=split), stacklevel=4)
+    if "" in made: made, rule = part_chats(made[""], kept[""][0])
+    lengths, total = sum((found[1] for found in kept.values()), array("Q")), sum(found[2] for found in kept.values())
+    sizes = {split: path.stat().st_size for split, path in made.items()}
+    shares = {split: size / max(1, sum(sizes.values())) for split, size in sizes.items()}
+    read = Reading(len(lengths), total - len(lengths), sum(lengths), max(lengths, default=0), shares, rule=rule)
     return made, told(read, skipped)

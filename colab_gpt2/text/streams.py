@@ -6,14 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/text/10_streams.ipynb #d3af236e
-import contextlib, io, json
+import contextlib, errno, io, json
 from dataclasses import dataclass, replace
 
-from ..core import Record
+from ..core import Record, sha256_of
+from ..errors import Sentence, same_kind
 from ..reporting import silent
-from .hub import hub_documents, open_hub
+from .fields import is_chat
+from .hub import first_of, hub_documents, open_hub
 from .reading import END
-from .splitting import SPLITS, Documents, Hasher, side_of
+from .splitting import SPLITS, Documents, Hasher, Numbers, side_of
 
 # %% ../../nbs/text/10_streams.ipynb #8ad2e9df
 class Texts(io.TextIOBase):
@@ -48,6 +50,7 @@ class Stream(Record):
     on_bad_lines: str
     by_hash: bool  # whether what is held out is of the same split
     rules: int  # by which documents were held out
+    held: dict  # split -> SHA-256 of what is held out of it
     bytes: int  # about; 0 if that is not known
 
     def texts(self, report=silent):
@@ -58,13 +61,11 @@ class Stream(Record):
 
     def training(self, held, report=silent):
         "Yield each text once that is not held out, by its hash or in the files `held`."
-        known = set()
+        known = Numbers()
         for path in held: Documents(path, known)
         for text in self.texts(report):
             number = Hasher(text.encode()).number
-            if number in known or self.by_hash and side_of(number): continue
-            known.add(number)
-            yield text
+            if not (number is None or self.by_hash and side_of(number)) and known.add(number): yield text
 
 # %% ../../nbs/text/10_streams.ipynb #0849e8c4
 HELD = 10**7  # bytes of text at most that are held out for each split
@@ -81,31 +82,43 @@ def hold_out(texts, files, by_hash=False, most=None):
             if all(file.tell() >= most for file in out.values()): break
     return files
 
+# %% ../../nbs/text/10_streams.ipynb #98d495ee
+NO_ROOM = ("{repository} holds conversations, for which the disk has no room. Free some space, or give another "
+           "{cache_dir}.")
+
 # %% ../../nbs/text/10_streams.ipynb #98d495ef
 def stream_hub(repository, config, splits, field, on_bad_lines, rules, stage, report=silent):
     """Files in `stage` of a data set whose `splits` (ours -> its) are too large for the disk: its Stream, and what is
     held out of each other split, or by hash where there is none."""
     from huggingface_hub import HfApi
     alone, revision = len(splits) == 1, HfApi().dataset_info(repository).sha
-    known = open_hub(repository, config, report, revision)[splits["train"]].info.splits or {}
+    rows = open_hub(repository, config, report, revision)[splits["train"]]
+    if field is None and is_chat(first_of(rows, repository)[0]):
+        raise same_kind(OSError(errno.ENOSPC, ""), Sentence(NO_ROOM, repository=repository))
+    known = rows.info.splits or {}
     size = known[splits["train"]].num_bytes if splits["train"] in known else 0
     stream = Stream(repository, revision, config, split=splits["train"], field=field, on_bad_lines=on_bad_lines,
-                    by_hash=alone, rules=rules, bytes=size)
+                    by_hash=alone, rules=rules, held={}, bytes=size)
     files = {split: stage/f"{split}.txt" for split in SPLITS[1:] if alone or split in splits}
     if alone: hold_out(stream.texts(report), files, by_hash=True)
     for split in () if alone else files:
         hold_out(replace(stream, split=splits[split]).texts(report), {split: files[split]})
+    stream = replace(stream, held={split: sha256_of(path) for split, path in files.items()})
     (stage/f"train{SUFFIX}").write_text(json.dumps(stream.to_dict()), encoding="utf-8")
     return {"train": stage/f"train{SUFFIX}", **files}
 
 # %% ../../nbs/text/10_streams.ipynb #38392b29
+def stream_in(path):
+    "The Stream in the file `path`; None for any other, and for somebody's text of such a name."
+    if path.suffix != SUFFIX or path.stat().st_size > 1 << 16: return None
+    try: return Stream.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError: return None
+
 def size_of(path) -> int:
     "The bytes of a text, or those of the texts that a Stream stands for."
-    if path.suffix != SUFFIX: return path.stat().st_size
-    return json.loads(path.read_text(encoding="utf-8"))["bytes"]
+    return stream.bytes if (stream := stream_in(path)) else path.stat().st_size
 
 def open_stream(path, start, context, report=silent):
     "The Texts of the Stream in the file `path`, without what is held out beside it; and the `context` before `start`."
-    stream = Stream.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    texts = Texts(stream.training(sorted(path.parent.glob("*.txt")), report), start, context)
+    texts = Texts(stream_in(path).training(sorted(path.parent.glob("*.txt")), report), start, context)
     return texts, texts.before

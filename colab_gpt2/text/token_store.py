@@ -11,14 +11,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np, torch
-from filelock import FileLock
 
 from ..core import Record, atomic, human_bytes, sha256_of, tidy
 from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
+from .downloads import sole_owner
+from .encodings import Source
+from .formats import is_table
 from .reading import check_text
-from .streams import SUFFIX, open_stream, size_of
+from .streams import open_stream, size_of, stream_in
 from .tokens import CONTEXT, Encoder, notes_on, opened, read_windows, sample_of
 
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
@@ -93,15 +95,6 @@ class TokenFile:
         os.fsync(out.fileno())
         with atomic(record) as temporary: temporary.write_text(json.dumps(counts | self.key), encoding="utf-8")
 
-# %% ../../nbs/text/13_token_store.ipynb #2f4cf239
-@contextlib.contextmanager
-def sole_owner(path):
-    "Another process or thread that asks for the lock file `path` waits; it is gone afterwards."
-    with FileLock(path):
-        try: yield
-        finally:
-            with contextlib.suppress(OSError): os.unlink(path)  # Windows removes it itself
-
 # %% ../../nbs/text/13_token_store.ipynb #3d462e78
 def write_ids(pieces, encoder, out, counts, last=" ", before=-1):
     "Append the `pieces` of `read_windows` to the file `out`; yield the `counts`. `last`, `before`: what was there."
@@ -117,7 +110,7 @@ def write_ids(pieces, encoder, out, counts, last=" ", before=-1):
 # %% ../../nbs/text/13_token_store.ipynb #33fab38d
 def open_text(path, start):
     "The text of `path`, open `start` bytes after its byte order mark if it has one; and the CONTEXT before that."
-    if path.suffix == SUFFIX: return open_stream(path, start, CONTEXT)
+    if stream_in(path): return open_stream(path, start, CONTEXT)
     file = open(path, "rb")
     mark = 3 if file.read(3) == codecs.BOM_UTF8 else 0
     file.seek(mark + max(0, start - 4 * CONTEXT))
@@ -168,6 +161,15 @@ def write_tokens(path, file, encoder, report=silent, write=write_part):
         error.errno = e.errno
         raise error from e
 
+# %% ../../nbs/text/13_token_store.ipynb #13c00001
+def check_utf8(path) -> Path:
+    "`path`, if it is a text in UTF-8 as it stands; errors as `check_text`."
+    with Source(path := check_text(path)) as source: told = source.encoding
+    told = "compressed" if path.suffix.lower() == ".gz" else "a table" if is_table(path) else told.upper()
+    if told[:5] == "UTF-8": return path
+    raise ValueError(Sentence("{path} is {told}, and a text in UTF-8 is needed: that of load_corpus(…), "
+                              "where it is the {train_file}.", path=path, told=told))
+
 # %% ../../nbs/text/13_token_store.ipynb #61547ef9
 def tokenize_file(
     path,  # a UTF-8 text file; a byte order mark is dropped, line ends stay as they are
@@ -188,7 +190,7 @@ def tokenize_file(
     such as `<s>`, stands before each document; no end token is added. Errors: as `check_text`."""
     hint = "A causal model learns from each token to the next."
     check_number("block_size", block_size, minimum=2, integer=True, hint=hint)
-    path, encoder = check_text(path), Encoder(tokenizer)
+    path, encoder = check_utf8(path), Encoder(tokenizer)
     if notes:
         for note in notes_on(sample_of(path), path.name, tokenizer, lost=True): warnings.warn(note, stacklevel=2)
     sha256 = sha256 or sha256_of(path)

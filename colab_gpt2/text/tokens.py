@@ -143,7 +143,9 @@ class Encoder:
             self.backend = private_copy(tokenizer)
             self.cut = cut_pattern(self.backend)
             state = self.backend.to_str() + str(self.backend.encode_special_tokens)
-        else: state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items())])
+        else:  # in Python; where its files lie decides nothing
+            given = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_path"))}
+            state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items()), given], sort_keys=True)
         if self.opening: state += str([self.opening, self.ends])
         if self.end not in ("", END): state += self.end
         self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
