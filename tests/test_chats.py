@@ -352,3 +352,32 @@ def test_a_file_of_conversations_is_complete_or_absent(tokenizer, tmp_path):
     chats.path.write_bytes(chats.path.read_bytes()[:-4])  # cut off since
     again = tokenize_chats(path, tokenizer, 64, cache_dir=tmp_path, progress=False)
     assert again.coded.tolist() == written and {f.suffix for f in kept.iterdir()} == {".chats", ".json"}
+
+
+def test_tokenizers_that_differ_in_their_end_alone_share_no_file(tokenizer, tmp_path):
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "."
+    path = write_rows(tmp_path/"a.jsonl", [dict(messages=ASKED)])
+    one, two = (tokenize_chats(path, t, 64, cache_dir=tmp_path, progress=False) for t in (tokenizer, other))
+    assert one.path != two.path and one.coded[-2] != two.coded[-2]
+
+
+def test_tools_may_be_json_in_a_text(tokenizer):
+    other = copy.copy(tokenizer)
+    other.chat_template = "{% for t in tools or [] %}{{ t.name }} {% endfor %}" + REFUSING
+    tools = [dict(name="tide")]
+    texts, lists = (encode_chat(other, dict(messages=ASKED, tools=given)) for given in (json.dumps(tools), tools))
+    assert texts == lists and other.decode(texts[0]).startswith("tide ")
+    with pytest.raises(ValueError, match="tools are neither a list nor JSON"):
+        encode_chat(other, dict(messages=ASKED, tools="tide"))
+
+
+def test_one_file_to_train_and_evaluate_on_is_told_and_a_bad_row_has_its_own_line(tokenizer, tmp_path):
+    rows = [dict(messages=ASKED), dict(messages=ASKED), dict(messages=spoken("Why?", "So."))]
+    path, options = write_rows(tmp_path/"a.jsonl", rows), dict(cache_dir=tmp_path, progress=False)
+    with pytest.warns(UserWarning, match="hold the same text, all of train"):
+        corpus = load_corpus(train_file=path, eval_file=path, **options)
+    assert corpus.bytes["train"] == corpus.bytes["validation"] and corpus.report.characters == 2 * 19
+    corpus = load_corpus(train_file=write_rows(path, [*rows, dict(messages=[])]), hold_out=False, **options)
+    with pytest.raises(ValueError, match=f"{path}, line 4: it has no answer"):
+        tokenize_chats(corpus.train, tokenizer, 64, **options)

@@ -8,6 +8,7 @@ from colab_gpt2.core import sha256_of
 from colab_gpt2.errors import fields_of
 from colab_gpt2.text.corpus import WIKITEXT, Corpus, cached, load_corpus, recall
 from colab_gpt2.text.reading import SPLITS, check_text, cut_near
+from colab_gpt2.text.splitting import Numbers
 
 ARTICLES = "".join(f" \n = Number {n} = \n \n It is {n} , and {'very ' * n}large . \n" for n in range(30))
 
@@ -586,3 +587,29 @@ def test_little_held_out_text_is_noted(load, tmp_path):
         warnings.simplefilter("error")
         load(large)
         load(train_file=small, hold_out=False)
+
+
+# ---- what is like something else
+
+def test_hashes_take_sixteen_bytes_each():
+    known = Numbers()
+    for number in range(1, 50_001): known.add(number * 0x9E3779B97F4A7C15 % 2**64)
+    assert known.count == 50_000 and len(known.table) * 8 <= 16 * 50_000
+
+
+def test_ones_own_file_may_be_called_stream(load, tmp_path):
+    (tmp_path/"mountain.stream").write_text(ARTICLES)
+    assert load(train_file=tmp_path/"mountain.stream", hold_out=False).bytes == {"train": len(ARTICLES)}
+
+
+@pytest.mark.filterwarnings("ignore:The held-out text")
+def test_bad_lines_of_a_zip_and_null_rows_of_wikitext_are_no_end(load, tmp_path):
+    with zipfile.ZipFile(tmp_path/"a.zip", "w") as archive:
+        for split in SPLITS: archive.writestr(f"wiki.{split}.raw", b"It ebbs.\nIt fl\xf6ws.\nThe " + split.encode())
+    with pytest.raises(ValueError, match="line 2: the byte 0xf6"): load(tmp_path/"a.zip")
+    with pytest.warns(UserWarning, match="1 bad line is left out"): corpus = load(tmp_path/"a.zip", on_bad_lines="skip")
+    assert corpus.test.read_text() == "It ebbs.\nThe test"
+    rows = [None, " = Tide = \n", "", None, " It ebbs . \n"]
+    (tmp_path/"set").mkdir()
+    (tmp_path/"set"/"train.jsonl").write_text("\n".join(json.dumps(dict(text=row)) for row in rows))
+    assert load(tmp_path/"set").train.read_text() == " \n = Tide = \n \n \n It ebbs . \n"

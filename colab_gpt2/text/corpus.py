@@ -304,10 +304,8 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
         known = rows[splits["train"]].info.splits or {}
         size = sum(known[name].num_bytes for name in splits.values() if name in known)
         check_space(stage, 3 * size, f"The text of {repository}")
-        def write(ours, theirs):
-            path, called = stage/f"{ours}.txt", f"{repository} ({theirs})"
-            return write_split(rows[theirs], called, path, *reading, report, facts)
-        files = {ours: write(ours, theirs) for ours, theirs in splits.items()}
+        files = {ours: write_split(rows[theirs], f"{repository} ({theirs})", stage/f"{ours}.txt", *reading, report, facts)
+                 for ours, theirs in splits.items()}
         if alone := len(files) == 1: files = {"": files["train"].rename(stage/f"whole{files['train'].suffix}")}
         if reading[0] is None and holds_chats([*files.values()]):
             named = {path: f"{repository} ({splits[split or 'train']})" for split, path in files.items()}.get
