@@ -81,24 +81,6 @@ def cleaned(path, on_bad_lines="error"):
     if not is_plain(path): os.replace(join([path], path.with_name("copy"), None, on_bad_lines), path)
     return path
 
-# %% ../../nbs/text/11_corpus.ipynb #56532826
-def write_corpus(folder, name, source, make, published=()):
-    "The Corpus of the files that `make` writes, in `folder`, as `cached` takes them."
-    if folder.exists(): log.warning("%s is damaged; it is fetched or made again", folder)
-    with atomic(folder, folder=True) as stage:
-        made, read = made if isinstance(made := make(stage), tuple) else (made, None)
-        for path in map(check_text, made.values()):
-            if not published and path.suffix != ".jsonl": cleaned(path)
-        if published: read = reading_of(made, {split: Documents(path, Numbers()) for split, path in made.items()})
-        if not read: made, read = drop_duplicates(made, stage)
-        corpus = replace(measure(name, made, source), report=read)
-        wrong = ", ".join(split for split in published if corpus.sha256.get(split) != published[split])
-        if wrong: raise ConnectionError(f"sent a text that is not the published one (SHA-256 of {wrong})")
-        files = {split: path.name for split, path in made.items()}
-        manifest = dict(name=name, source=corpus.source, files=files, sha256=corpus.sha256, report=read.to_dict())
-        (stage/"corpus.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    return replace(corpus, **{split: folder/file for split, file in files.items()})
-
 # %% ../../nbs/text/11_corpus.ipynb #56532823
 def cached(folder, name, source, make, published=()):
     """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path, maybe with
@@ -110,7 +92,21 @@ def cached(folder, name, source, make, published=()):
         raise OSError(Sentence("{folder} cannot be made: {why}. Give another {cache_dir}.",
                                folder=folder.parent, why=e.strerror)) from e
     with sole_owner(f"{folder}.lock"), explained(f"Writing {name} to {folder.parent}"):
-        return found() or write_corpus(folder, name, source, make, published)  # another process may have written it
+        if known := found(): return known  # another process has written it
+        if folder.exists(): log.warning("%s is damaged; it is fetched or made again", folder)
+        with atomic(folder, folder=True) as stage:
+            made, read = made if isinstance(made := make(stage), tuple) else (made, None)
+            for path in map(check_text, made.values()):
+                if not published and path.suffix != ".jsonl": cleaned(path)
+            if published: read = reading_of(made, {split: Documents(path, Numbers()) for split, path in made.items()})
+            if not read: made, read = drop_duplicates(made, stage)
+            corpus = replace(measure(name, made, source), report=read)
+            wrong = ", ".join(split for split in published if corpus.sha256.get(split) != published[split])
+            if wrong: raise ConnectionError(f"sent a text that is not the published one (SHA-256 of {wrong})")
+            files = {split: path.name for split, path in made.items()}
+            manifest = dict(name=name, source=corpus.source, files=files, sha256=corpus.sha256, report=read.to_dict())
+            (stage/"corpus.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return replace(corpus, **{split: folder/file for split, file in files.items()})
 
 # %% ../../nbs/text/11_corpus.ipynb #f140c2f0
 @dataclass(frozen=True)
@@ -304,8 +300,8 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
         known = rows[splits["train"]].info.splits or {}
         size = sum(known[name].num_bytes for name in splits.values() if name in known)
         check_space(stage, 3 * size, f"The text of {repository}")
-        files = {ours: write_split(rows[theirs], f"{repository} ({theirs})", stage/f"{ours}.txt", *reading, report, facts)
-                 for ours, theirs in splits.items()}
+        files = {ours: write_split(rows[name], f"{repository} ({name})", stage/f"{ours}.txt", *reading, report, facts)
+                 for ours, name in splits.items()}
         if alone := len(files) == 1: files = {"": files["train"].rename(stage/f"whole{files['train'].suffix}")}
         if reading[0] is None and holds_chats([*files.values()]):
             named = {path: f"{repository} ({splits[split or 'train']})" for split, path in files.items()}.get

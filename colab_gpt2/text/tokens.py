@@ -135,8 +135,7 @@ class Encoder:
     `fingerprint` the SHA-256 of all that decides about ids."""
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
-        self.end = end_mark(tokenizer)
-        self.opening = opening_ids(tokenizer)
+        self.end, self.opening = end_mark(tokenizer), opening_ids(tokenizer)
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, *self.opening}
         self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
         if getattr(tokenizer, "backend_tokenizer", None):
