@@ -1,6 +1,7 @@
 "Own files, folders and zips, Python's documentation, the real WikiText: what comes out; own files stay as they are."
 import io, json, os, re, socket, subprocess, sys, time, tracemalloc, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -613,3 +614,15 @@ def test_bad_lines_of_a_zip_and_null_rows_of_wikitext_are_no_end(load, tmp_path)
     (tmp_path/"set").mkdir()
     (tmp_path/"set"/"train.jsonl").write_text("\n".join(json.dumps(dict(text=row)) for row in rows))
     assert load(tmp_path/"set").train.read_text() == " \n = Tide = \n \n \n It ebbs . \n"
+
+
+def test_conversations_that_the_disk_has_no_room_for_are_told_and_leave_nothing(load, tmp_path, monkeypatch):
+    from datasets import Dataset
+    rows = {"train": Dataset.from_list([dict(prompt="High?", completion="No.")]).to_iterable_dataset()}
+    def full(*given): raise OSError(28, "No space left on device")
+    for module in ("corpus", "streams"): monkeypatch.setattr(f"colab_gpt2.text.{module}.open_hub", lambda *given: rows)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *given: SimpleNamespace(sha="5e1f"))
+    monkeypatch.setattr("colab_gpt2.text.corpus.check_space", full)
+    with pytest.raises(OSError, match="a/b holds conversations, for which the disk has no room.* cache_dir") as caught:
+        load("a/b")
+    assert "\n" not in str(caught.value) and not any((tmp_path/"cache"/"corpora").iterdir())
