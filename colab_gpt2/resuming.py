@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../nbs/62_resuming.ipynb #62aa0003
 import os, re, tempfile, warnings, zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .config import pick_learning_rate

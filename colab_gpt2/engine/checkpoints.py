@@ -9,8 +9,6 @@ __all__ = []
 import contextlib, errno, hashlib, itertools, json, os, shutil, time, warnings
 from pathlib import Path
 
-import torch
-
 from ..core import atomic, checksums, leftovers, retried, scratch, tidy
 from ..errors import Sentence, errno_of, explained, may_pass
 from ..model.fitting import save_tokenizer, set_ids

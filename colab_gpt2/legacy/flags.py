@@ -174,21 +174,22 @@ LEARNING = dict(
 
 # %% ../../nbs/legacy/90_flags.ipynb #28736db0
 def watch_of(value, given):
-    "`watch_every` so many steps, or (0) after every epoch."
+    "Evaluated every so many steps, or as planned; the last weights are saved, if not the best."
     if value is not True: check_choice("evaluation_strategy", value, ("no", "steps", "epoch"))
     if value == "no": return {}, "nothing: perplexity is computed before and after training"
     if "eval_data_file" not in given: raise ValueError("there is no --eval_data_file to evaluate on.")
-    if value == "epoch": return {"watch_every": 0}, "perplexity is shown after every epoch"
     name = "eval_steps" if given.get("eval_steps") else "logging_steps"
-    every = check_number(name, given.get(name, 500), minimum=1, integer=True)
-    return {"watch_every": every}, f"perplexity is shown every {every} steps"
+    every = None if value == "epoch" else check_number(name, given.get(name, 500), minimum=1, integer=True)
+    best = "load_best_model_at_end" in given
+    changes = dict(eval_steps=every, load_best_model_at_end=best, early_stopping_patience=0)
+    return changes, f"perplexity is shown every {every or 'few'} steps"
 
 # %% ../../nbs/legacy/90_flags.ipynb #1a32ff8d
 def best_of(value, given):
-    "Evaluated as `watch_of` shows it; after every epoch is as planned."
-    every = watch_of(given.get("evaluation_strategy", True), given)[0].get("watch_every")
-    if every is None: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
-    return {"eval_steps": every or None, "early_stopping_patience": 0}, "the best weights are saved"
+    "As `watch_of` has it."
+    changes, _ = watch_of(given.get("evaluation_strategy", True), given)
+    if not changes: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
+    return changes, "the best weights are saved"
 
 # %% ../../nbs/legacy/90_flags.ipynb #e08e0c75
 JOURNAL = dict(

@@ -26,7 +26,6 @@ class Job:
     train: bool
     evaluate: bool  # write eval_results_lm.txt
     said: tuple  # a line for each flag
-    watch_every: int | None = None  # steps between evaluations during training; 0: every epoch
     every_checkpoint: bool = False
     progress: bool = True
 
@@ -102,28 +101,14 @@ def write_results(output_dir, results):
     say("***** Eval results *****", *(f"  {line}" for line in lines))
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #f8daae4d
-def watcher(job, config):
-    "A TrainerCallback that shows the perplexity during training."
+def watcher():
+    "A Listener that shows each perplexity during training."
     from tqdm import tqdm
-    from transformers import TrainerCallback
-    from colab_gpt2.evaluation import perplexity
-    from colab_gpt2.text.token_store import tokenize_file
+    from colab_gpt2.engine.callbacks import Listener
 
-    class Watcher(TrainerCallback):
-        def on_train_begin(self, args, state, control, processing_class=None, **kwargs):
-            self.blocks = tokenize_file(config.eval_file, processing_class, config.block_size,
-                                        cache_dir=config.cache_dir, progress=False, notes=False)
-
-        def show(self, args, state, model):
-            precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "fp32"
-            found = perplexity(model, self.blocks, stride=config.eval_stride, precision=precision, progress=False)
-            tqdm.write(f"step {state.global_step}: perplexity = {found.value}", file=sys.stderr)
-
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if job.watch_every and state.global_step % job.watch_every == 0: self.show(args, state, model)
-
-        def on_epoch_end(self, args, state, control, model=None, **kwargs):
-            if not job.watch_every: self.show(args, state, model)
+    class Watcher(Listener):
+        def on_evaluated(self, step, perplexity, best_step):
+            tqdm.write(f"step {step}: perplexity = {perplexity}", file=sys.stderr)
 
     return Watcher()
 
@@ -140,8 +125,7 @@ def work(job) -> dict:
         config = with_texts(job, folder)
         size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))
         config = replace(config, block_size=size, eval_stride=size)
-        callbacks = [] if job.watch_every is None else [watcher(job, config)]
-        result = finetune(config, callbacks=callbacks, progress=job.progress) if job.train else None
+        result = finetune(config, callbacks=[watcher()], progress=job.progress) if job.train else None
     if not job.evaluate: return {}
     def measure(model): return evaluate(model, replace(config, train_file=None), progress=job.progress).find("token")
     found = result.perplexity_after if result else measure(config.model)

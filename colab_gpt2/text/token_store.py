@@ -6,7 +6,7 @@
 __all__ = ['Blocks', 'tokenize_file']
 
 # %% ../../nbs/text/13_token_store.ipynb #ecb6a9b6
-import codecs, contextlib, functools, io, json, os, warnings
+import codecs, functools, io, json, os, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
