@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, TrainerCallback
 
 from colab_gpt2 import finetune, perplexity
+from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.engine.callbacks import Listener
-from colab_gpt2.engine.choosing import BEST, BestWeights
+from colab_gpt2.engine.choosing import BEST, BestWeights, Work, plan_choosing
 from colab_gpt2.errors import fields_of
 from colab_gpt2.model.loading import load_model, load_tokenizer, new_model
 from colab_gpt2.preparing import prepare
@@ -248,3 +249,11 @@ def test_a_text_that_chose_says_so_and_one_of_a_token_cannot(run, plain, text, t
         run(tmp_path/"two", max_steps=4, eval_file=str(tmp_path/"a.txt"), early_stopping_patience=None)
     with pytest.raises(ValueError, match="early_stopping_patience needs evaluations; the a.txt text has 1 token"):
         run(tmp_path/"two", max_steps=4, eval_file=str(tmp_path/"a.txt"))
+
+
+@pytest.mark.parametrize("patience, said", [(9, True), (10, False), (200, False)])
+def test_a_patience_that_the_run_cannot_use_up_is_not_told(patience, said):
+    "Ten evaluations of the run: the first is the best at worst, and nine without a fall follow."
+    work = Work(steps=100, step_tokens=512, text_tokens=9000, windows=8, context=512, stride=256)
+    plan = plan_choosing(FinetuneConfig(eval_steps=10, early_stopping_patience=patience), work)
+    assert any("It stops when" in str(reason) for reason in plan.reasons) == said

@@ -174,7 +174,7 @@ LEARNING = dict(
 
 # %% ../../nbs/legacy/90_flags.ipynb #28736db0
 def watch_of(value, given):
-    "Evaluated every so many steps, or as planned; the last weights are saved, if not the best."
+    "Evaluated as `value` says; the last weights are saved, if not the best."
     if value is not True: check_choice("evaluation_strategy", value, ("no", "steps", "epoch"))
     if value == "no": return {}, "nothing: perplexity is computed before and after training"
     if "eval_data_file" not in given: raise ValueError("there is no --eval_data_file to evaluate on.")
@@ -186,7 +186,7 @@ def watch_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #1a32ff8d
 def best_of(value, given):
-    "As `watch_of` has it."
+    "As `watch_of` does."
     changes, _ = watch_of(given.get("evaluation_strategy", True), given)
     if not changes: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
     return changes, "the best weights are saved"
@@ -237,7 +237,8 @@ JOB = dict(
     do_train=means("the model is fine-tuned and saved"),
     do_eval=means("perplexity is written to eval_results_lm.txt"),
     do_predict=ignored(bool, "the script did nothing with it"),
-    eval_all_checkpoints=needs("do_eval", means("each complete checkpoint is evaluated", every_checkpoint=True)))
+    eval_all_checkpoints=needs("do_eval", means("each complete checkpoint is evaluated", every_checkpoint=True)),
+    **same("mirror max_minutes"))
 FLAGS = {**JOB, **MODEL, **DATA, **BATCH, **LEARNING, **JOURNAL, **MACHINE}
 
 # %% ../../nbs/legacy/90_flags.ipynb #1afb4bd4

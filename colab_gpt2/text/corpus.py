@@ -194,7 +194,7 @@ def cached_docs(root, version):
     return cached(root/f"{PYTHON_DOCS}-{version}-words", PYTHON_DOCS, source, python_docs)
 
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
-RULES = 3  # one more when the same files come to other splits
+RULES = 3  # one more when files split otherwise
 
 def made(name, files, source, root, make, options=()):
     "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, from the cache if it is there."
