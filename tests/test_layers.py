@@ -54,6 +54,20 @@ def test_autocast_in_bf16_is_as_near_as_its_rounding(name):
     assert away(near) < 1.2 * away(far) + 1e-3
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma3"])
+def test_norms_of_weights_in_bf16_are_rounded_as_often_as_the_stock_ones(name):
+    "Gemma's only once, after the product with the weight; llama's before it, too."
+    model = new_model(CONFIGS[name], seed=0).bfloat16()
+    stock = next(m for m in model.modules() if type(m).__name__.endswith("RMSNorm"))
+    torch.nn.init.normal_(stock.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(64, len(stock.weight), generator=torch.Generator().manual_seed(2)).bfloat16()
+    wanted = stock(hidden)
+    tune_model(model)
+    found = stock(hidden)
+    assert found.dtype == wanted.dtype == torch.bfloat16 and "forward" in vars(stock)
+    assert (found == wanted).float().mean() > 0.999
+
+
 def test_adapters_inside_a_gated_layer_and_weights_in_half_precision():
     pytest.importorskip("peft")
     stock = new_model(CONFIGS["llama"], seed=0).train()

@@ -205,7 +205,7 @@ JOURNAL = dict(
     save_total_limit=kept("save_total_limit", None),
     load_best_model_at_end=needs("do_train", Flag(bool, best_of, "save the weights with the lowest perplexity")),
     metric_for_best_model=ignored(str, "the best has the lowest perplexity"),
-    greater_is_better=ignored(bool, "the best has the lowest perplexity"))
+    greater_is_better=ignored(bool, "lower is better"))
 
 # %% ../../nbs/legacy/90_flags.ipynb #2a442cd8
 def half_of(value, given):

@@ -41,13 +41,14 @@ def gated_forward(self, x):
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0010
 class RMSNorm(torch.autograd.Function):
-    "`hidden`, over the root of its mean square, times `weight`; in fp32 but for the last product."
+    "`hidden`, over the root of its mean square, times `weight`; rounded before that, or `late`."
     @staticmethod
-    def forward(ctx, hidden, weight, eps):
+    def forward(ctx, hidden, weight, eps, late):
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         scale = length.square_().div_(exact.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
+        if late: return (exact * scale).mul_(weight).to(hidden.dtype)
         normed = (exact * scale).to(hidden.dtype)
         return torch.mul(weight, normed, out=normed if weight.dtype == normed.dtype else None)
 
@@ -59,16 +60,16 @@ class RMSNorm(torch.autograd.Function):
         d_weight = (from_above * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         v = (from_above * weight).to(scale.dtype)
         d_hidden = v.sub_(normed.mul_((v * normed).mean(-1, keepdim=True))).mul_(scale)
-        return d_hidden.to(hidden.dtype), d_weight if d_weight is None else d_weight.to(weight.dtype), None
+        return d_hidden, d_weight, None, None
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0013
 def norm_forward(self, hidden, more=0):
     "Of a root-mean-square norm, whose weight may be `more` than is saved."
     eps = getattr(self, "variance_epsilon", None) or self.eps
-    return RMSNorm.apply(hidden, self.weight + more if more else self.weight, eps)
+    return RMSNorm.apply(hidden, self.weight.float() + more if more else self.weight, eps, more)
 
 def gemma_norm_forward(self, hidden):
-    "Of Gemma's norm."
+    "Of Gemma's."
     return norm_forward(self, hidden, more=1)
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0015
