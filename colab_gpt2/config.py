@@ -77,12 +77,11 @@ class StepFields(DataFields):
     lr_scheduler_type: str = value("linear", "learning-rate schedule", choices=SCHEDULES, label="Schedule")
     max_grad_norm: float = value(1.0, "clip the gradients to this norm", above=0)
 
-# %% ../nbs/04_config.ipynb #3ddc96a3
+# %% ../nbs/04_config.ipynb #eabb7da2
 PRECISIONS = "auto", "fp32", "bf16", "fp16"
 METHODS = "auto", "full", "lora"
 OPTIMIZERS = "adamw_torch_fused", "adamw_bnb_8bit"
 
-# %% ../nbs/04_config.ipynb #eabb7da2
 @dataclass(frozen=True)
 class MethodFields(StepFields):
     "What changes memory and speed more than the result."

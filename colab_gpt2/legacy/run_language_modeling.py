@@ -45,12 +45,11 @@ def check_given(given):
     need("model_name_or_path config_name model_type", "name a model, or --model_type=gpt2 to make a new one")
     need("tokenizer_name", "a new model has no tokenizer of its own, as in --tokenizer_name=gpt2")
 
-# %% ../../nbs/legacy/91_run_language_modeling.ipynb #fc829b81
+# %% ../../nbs/legacy/91_run_language_modeling.ipynb #00c8e68b
 PATH = re.compile("_(dir|files?|path)$|^(config|tokenizer)_name$")  # flags whose value may begin with ~
 DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_total_limit=None, max_new_tokens=1,
                 eval_steps=-1)  # the last weights are saved
 
-# %% ../../nbs/legacy/91_run_language_modeling.ipynb #00c8e68b
 def translate(given) -> Job:
     "The job that the flags ask for; ValueError, in one line, for what is missing, refused or out of range."
     check_given(given)

@@ -19,7 +19,7 @@ from ..evaluation import shown
 from ..generation import check_request
 from .fields import Form, Values, label_of
 from .live import describe_samples
-from .panel import Stoppable, button, row
+from .panel import AfterTraining, button, row
 from .plots import ACCENT, Line, line_chart
 from ..two_runs import Comparison, compare
 
@@ -82,7 +82,7 @@ def runs_here(*known) -> list:
 # %% ../../nbs/panels/80_compare.ipynb #80c00015
 NO_OTHER = "{run_b} is empty; train a second run, or name its folder."
 
-class ComparePanel(Stoppable):
+class ComparePanel(AfterTraining):
     "Two runs: `config` is a CompareConfig, `result` a Comparison. The first run is that of the FinetunePanel `before`."
     title, lead = "6. Compare", "Two runs on one chart: what was set, what was measured, what they write."
     draws = True
@@ -93,12 +93,11 @@ class ComparePanel(Stoppable):
         found = runs_here(config.run_a)
         others = [place for place in found if place != config.run_a]
         if others and not config.run_b: config = replace(config, run_b=others[0])
-        super().__init__(Values(config))
+        super().__init__(before, Values(config))
         names = ["run_a", "run_b", "prompt", "seed"]
         self.form, self.view = Form(self.values, names, dict(run_a=found, run_b=found)), widgets.HTML()
         self.compare = button("Compare", self.start, primary=True)
         self.assemble(self.form.box, row(self.compare, self.halt), self.status, self.far, self.view)
-        if before: before.followers.append(lambda result: self.take(before))
 
     def take(self, panel):
         "The run that `panel` has finished."

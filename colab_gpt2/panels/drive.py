@@ -7,17 +7,17 @@ __all__ = ['DrivePanel']
 
 # %% ../../nbs/panels/80_drive.ipynb #495166c6
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..config import changed, expand_paths, value
+from ..config import changed, check_value, expand_paths, value
 from ..core import Record, human_bytes, sha256_of
 from ..errors import GONE, Sentence, explained
 from .fields import Form, Values
-from .panel import EARLIER, UNFINISHED, Stoppable, button, meter, row, wide
+from .panel import EARLIER, UNFINISHED, AfterTraining, button, meter, row, wide
 from ..runtime import disk, in_colab
 from ..storage.archives import Archive, archive_model
 from ..storage.drive import Copy, check_folder, mount_drive, restore_from_drive, save_to_drive
@@ -36,8 +36,7 @@ class DriveConfig(Record):
     restore_to: str = value("restored", "where a restored model goes: a new folder", path=True)
 
     def __post_init__(self):
-        for name in ("model", "folder", "restore_to"):
-            if not getattr(self, name): raise ValueError(Sentence(f"{{{name}}} is empty; give a value."))
+        for f in fields(self): check_value(f, getattr(self, f.name))
         expand_paths(self)
         check_folder(self.folder)
         if self.archive and not self.archive.lower().endswith((".tar.gz", ".tgz")):
@@ -87,23 +86,18 @@ def missing_places(config, awaited=None) -> dict:
     return found
 
 # %% ../../nbs/panels/80_drive.ipynb #e6e93486
-class DriveSource(Stoppable):
+class DriveSource(AfterTraining):
     "The model to save, that of the FinetunePanel `before`, and the archive to restore, in code."
     comments = {"restore": "# to load it again later\n"}
 
     def __init__(self, before=None, **values):
         if not in_colab(): values = {"drive": "drive", **values}
-        given = {"model": (before.saved or before.config).output_dir, **values} if before else values
-        super().__init__(Values(changed(DriveConfig(), **given)))
-        self.before = before
-        self.awaited = self.earlier = None  # a model not yet made; one of an earlier run
-        if before and "model" not in values and not before.saved: self.awaited = given["model"]
-        if before and before.earlier: self.earlier = before.saved.output_dir
+        if before: values = {"model": (before.saved or before.config).output_dir, **values}
+        super().__init__(before, Values(changed(DriveConfig(), **values)))
+        if before: super().take(before)
 
     def take(self, panel):
-        "The model that `panel` has saved; one not yet made is awaited."
-        self.awaited = None if panel.saved else panel.config.output_dir
-        self.earlier = panel.saved.output_dir if panel.earlier else None
+        super().take(panel)
         if panel.saved: self.values.set(model=panel.saved.output_dir)
 
     def calls(self): return self.config.calls(self.chosen)
@@ -128,7 +122,6 @@ class DriveView(DriveSource):
         *first, last = self.buttons.values()
         self.assemble(self.form.box, row(*first, self.halt, self.again), self.status, self.far, self.quota, self.view,
                       self.kept_there, self.target.box, row(last))
-        if before: before.followers.append(lambda result: self.take(before))
         if in_colab(): return
         place = f"the folder {self.config.drive} is used" if self.config.drive else "name a folder to use"
         self.say(f"This is not Colab, so {place} instead of the Drive.", "ℹ")
@@ -184,7 +177,7 @@ class DrivePanel(DriveView):
 
     def start(self):
         "-> the Saved, or None."
-        if self.awaited and self.before: self.before.refresh()  # it may have been restored, or made by others
+        if self.awaited: self.before.refresh()  # it may have been restored, or made by others
         if self.config.model != self.awaited: return self.work(self.pack_and_save, "Saving …", self.describe)
         self.say(UNFINISHED, "⚠")
 

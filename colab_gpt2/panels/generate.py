@@ -20,7 +20,7 @@ from ..model.loading import MODELS, load_model, load_tokenizer, locate
 from ..model.sampling import Sampling
 from .fields import Form, Values
 from .live import describe_samples
-from .panel import EARLIER, UNFINISHED, Stoppable, asset, button, row, sentence
+from .panel import EARLIER, UNFINISHED, AfterTraining, asset, button, row, sentence
 from .pump import pump
 from ..runtime import find_device
 from ..tasks import prompt_of
@@ -92,21 +92,19 @@ def unknown_models(values, awaited=None) -> dict:
     return found
 
 # %% ../../nbs/panels/79_generate.ipynb #7db51a05
-class Sources(Stoppable):
+class Sources(AfterTraining):
     "Where texts come from: models and prompt, those of the FinetunePanel `before`."
     def __init__(self, before=None, **values):
         if not before: values = {"prompt": prompt_of(values.get("model", GenerateConfig.model)), **values}
-        super().__init__(Values(changed(GenerateConfig(), **values)))
+        super().__init__(before, Values(changed(GenerateConfig(), **values)))
         self.own, self.taken = set(values), {}  # fields that were set here; what came from the panel before
-        self.before, self.loaded = before, {}
-        self.awaited = self.earlier = None  # a model not yet made; one of an earlier run
+        self.loaded = {}
         self.cache_dir, self.tokenizers = None, {}  # of that run: for the Hub's files; model -> a tokenizer not its own
-        if not before: return
-        self.take(before)
-        before.followers.append(lambda result: self.take(before))
+        if before: self.take(before)
 
     def take(self, panel):
-        "The models, and what was not typed here, from `panel`; a model not yet made is awaited."
+        "The models, and what was not typed here, from `panel`."
+        super().take(panel)
         config, shared = panel.saved or panel.config, ("prompt", "max_new_tokens", "seed", *self.config.sampling())
         made = dict(model=config.output_dir, compare_with=config.model)
         made |= {name: given for name in shared if (given := getattr(config, name)) is not None}
@@ -116,8 +114,6 @@ class Sources(Stoppable):
             now = getattr(self.config, name)
             if name in self.values.problems or now != self.taken.get(name, now): self.own.add(name)
         self.taken = {name: value for name, value in made.items() if name not in self.own}
-        self.awaited = None if panel.saved else self.taken.get("model")
-        self.earlier = panel.saved.output_dir if panel.earlier else None
         self.values.set(**self.taken)
 
     def arguments(self, model):
@@ -149,7 +145,9 @@ class GeneratePanel(Sources):
         self.form = Form(self.values, names, dict(model=MODELS, compare_with=MODELS))
         self.buttons = dict(start=button(self.verb, self.start, primary=True), stop=self.halt)
         self.view = widgets.HTML()
-        self.assemble(self.form.box, row(*self.buttons.values(), self.again), self.status, self.view)
+        self.assemble(self.form.box, row(*self.buttons.values(), *self.more(), self.again), self.status, self.view)
+
+    def more(self): return []  # buttons of a subclass
 
     def refresh(self):
         unknown = unknown_models(self.values, self.awaited)
@@ -160,7 +158,7 @@ class GeneratePanel(Sources):
 
     def start(self):
         "-> the Sides, or None if nothing could be written."
-        if self.awaited and self.before: self.before.refresh()  # the model may have been restored
+        if self.awaited: self.before.refresh()  # it may have been restored
         self.refresh()  # a folder may be there that was not
         wrong = list((self.values.problems | self.values.doubts).values())
         if self.config.model == self.awaited: wrong.append(UNFINISHED)
@@ -202,10 +200,7 @@ class ChatPanel(GeneratePanel):
     title, lead = "Chat", "A model that was trained on conversations answers, and remembers them until Clear."
     verb, first, messages = "Send", ("model", "prompt"), ()
 
-    def __init__(self, before=None, **values):
-        super().__init__(before, **values)
-        self.assemble(self.form.box, row(*self.buttons.values(), button("Clear", self.clear), self.again), self.status,
-                      self.view)
+    def more(self): return [button("Clear", self.clear)]
 
     def clear(self):
         if not self.running: self.show(())

@@ -27,7 +27,6 @@ def asset(name) -> str:
     "A text file that ships with this package."
     return (Path(colab_gpt2.__file__).parent/"assets"/name).read_text(encoding="utf-8")
 
-# %% ../../nbs/panels/74_panel.ipynb #e85f2a11
 PICTURE_STYLE, PANEL_STYLE = asset("picture.css"), asset("panel.css")
 
 # %% ../../nbs/panels/74_panel.ipynb #77a0c2ef
@@ -296,3 +295,17 @@ def take_values(before, given) -> Values:
 # %% ../../nbs/panels/74_panel.ipynb #b2d74f59
 UNFINISHED = "There is no finished model yet: finish the training in step 3, or name another model here."
 EARLIER = "This model is from an earlier run; you haven't trained since."
+
+class AfterTraining(Stoppable):
+    "A panel for what the FinetunePanel `before`, where there is one, has trained."
+    awaited = earlier = None  # folders: of a model not yet made, and of an earlier run's
+
+    def __init__(self, before, values):
+        super().__init__(values)
+        self.before = before
+        if before: before.followers.append(lambda result: self.take(before))
+
+    def take(self, panel):
+        "`panel` has another model, or none yet."
+        self.awaited = None if panel.saved else panel.config.output_dir
+        self.earlier = panel.saved.output_dir if panel.earlier else None

@@ -18,29 +18,22 @@ from .panel import Panel, button, meter, row
 from .snippets import differing
 from ..runtime import Runtime, check_runtime
 
-# %% ../../nbs/panels/75_runtime.ipynb #253426b2
-def gpu_used() -> int:
-    "Bytes of the GPU's memory that are in use, by this process and by others."
-    import torch
-    free, total = torch.cuda.mem_get_info()
-    return total - free
-
 # %% ../../nbs/panels/75_runtime.ipynb #64a428b1
-def runtime_meters(runtime: Runtime, used=None) -> str:
-    "The bars of a Runtime's memory and disk; `used`: bytes of the GPU's memory."
-    sizes = [("Memory (RAM)", runtime.ram_free, runtime.ram), ("Disk", runtime.disk_free, runtime.disk)]
-    if used is not None: sizes.insert(0, ("GPU memory", runtime.device_memory - used, runtime.device_memory))
+def runtime_meters(runtime: Runtime) -> str:
+    "The bars of a Runtime's memory and disk."
+    sizes = [("GPU memory", runtime.device_free, runtime.device_memory),
+             ("Memory (RAM)", runtime.ram_free, runtime.ram), ("Disk", runtime.disk_free, runtime.disk)]
     return "".join(meter(label, total - free, total, f"{human_bytes(free)} free of {human_bytes(total)}")
-                   for label, free, total in sizes if total)
+                   for label, free, total in sizes if total and free is not None)
 
 # %% ../../nbs/panels/75_runtime.ipynb #64fbc3a1
-def describe_runtime(runtime: Runtime, used=None) -> str:
+def describe_runtime(runtime: Runtime) -> str:
     "The HTML of a Runtime, and what to do if there is no GPU."
     kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, using the CPU"}[runtime.device]
     versions = ", ".join(f"{name} {version}" for name, version in runtime.versions.items())
     advice = f"<div class='cg-note'><b>What to click</b><br>{escape(runtime.advice)}</div>" if runtime.advice else ""
     return (f"<p class='cg-line'><b>{kind}: {escape(runtime.device_name)}</b>; CPU cores: {runtime.cores}</p>"
-            f"{runtime_meters(runtime, used)}<p class='cg-line'><b>Precision {escape(str(runtime.precision))}.</b></p>"
+            f"{runtime_meters(runtime)}<p class='cg-line'><b>Precision {escape(str(runtime.precision))}.</b></p>"
             f"{advice}<p class='cg-line cg-lead'>{escape(versions)}</p>")
 
 # %% ../../nbs/panels/75_runtime.ipynb #eb6f43b5
@@ -69,7 +62,7 @@ class RuntimePanel(Panel):
 
     def look(self):
         runtime = check_runtime(self.config.path)
-        self.view.value = describe_runtime(runtime, gpu_used() if runtime.device == "cuda" else None)
+        self.view.value = describe_runtime(runtime)
         self.keep(self.view.value)
         return self.finish(runtime)
 

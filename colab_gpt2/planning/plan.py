@@ -186,10 +186,9 @@ def describe(recipe: Recipe) -> str:
     method = "LoRA" if recipe.lora else "full training"
     return f"{method} with {' and '.join(extras)}" if extras else method
 
-# %% ../../nbs/planning/32_plan.ipynb #6484d6c0
+# %% ../../nbs/planning/32_plan.ipynb #6484d6ec
 SMALLER = "No smaller batch or block fits: choose %s or a device with more memory."
 
-# %% ../../nbs/planning/32_plan.ipynb #6484d6ec
 def advise(planner: Planner) -> Sentence:
     "The least change that makes it fit, where nothing does."
     text, runtime = planner.text, planner.runtime

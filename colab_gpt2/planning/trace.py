@@ -127,11 +127,10 @@ def cuda_attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale
     efficient, wanted = aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled() and q.requires_grad
     return efficient(q, k, v, attn_mask, wanted, dropout_p, is_causal, scale=scale)[0]
 
-# %% ../../nbs/planning/29_trace.ipynb #d613647f
+# %% ../../nbs/planning/29_trace.ipynb #21940bf9
 EXACT = {"layer_norm", "group_norm", "softmax", "log_softmax", "softplus", "pow", "__pow__", "rsqrt", "exp", "log",
          "norm", "cumsum", "cumprod", "prod", "sum", "cross_entropy", "nll_loss"}  # in fp32 under CUDA's autocast
 
-# %% ../../nbs/planning/29_trace.ipynb #21940bf9
 class LikeCuda(TorchFunctionMode):
     "CUDA's rules for tensors of a CPU."
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -266,10 +265,9 @@ def count_depth(known, recipe):
     deep = known.config.get_text_config().num_hidden_layers
     return blend([count_step(shallower(known.config, n), recipe) for n in (2, 3)], (3 - deep, deep - 2))
 
-# %% ../../nbs/planning/29_trace.ipynb #3a3b028a
+# %% ../../nbs/planning/29_trace.ipynb #f07c8c91
 LENGTHS = 4, 8, 16  # tokens of the blocks that tell of a longer one
 
-# %% ../../nbs/planning/29_trace.ipynb #f07c8c91
 @functools.lru_cache(256)
 def loops(known, recipe) -> bool:
     "Whether longer blocks take more operations."
