@@ -147,12 +147,6 @@ class DriveView(DriveSource):
         self.kept_there.options = archives or self.nothing
         self.kept_there.value = self.kept_there.options[0][1]
 
-# %% ../../nbs/panels/80_drive.ipynb #6d91b7c3
-def is_own(path, model, packed) -> bool:
-    "Whether the archive `path` is as it was `packed` here from `model`: (path, model) -> SHA-256."
-    path = Path(path)
-    return path.is_file() and sha256_of(path) == packed.get((path, model))
-
 # %% ../../nbs/panels/80_drive.ipynb #bc64d123
 class DrivePanel(DriveView):
     "The Drive: `config` is a DriveConfig, `result` a Saved. The model is that of the FinetunePanel `before`."
@@ -188,9 +182,9 @@ class DrivePanel(DriveView):
         self.view.value, config, report = "", self.config, self.report
         if config.model == self.earlier: self.note(EARLIER)
         drive, over = self.look(), config.overwrite
-        path, over_here = Path(config.archive_path), over or is_own(config.archive_path, config.model, self.packed)
-        if not over_here and run_in(path):
-            path, over_here = place_for(path, config.model), True
+        path = Path(config.archive_path)
+        over_here = over or path.is_file() and sha256_of(path) == self.packed.get((path, config.model))
+        if not over_here and run_in(path): path, over_here = place_for(path, config.model), True
         packed = archive_model(config.model, path, overwrite=over_here, progress=report)
         self.packed[packed.path, config.model] = packed.sha256  # if the copying fails, the next attempt replaces it
         saved = Saved(packed, save_to_drive(packed, config.folder, drive=drive, overwrite=over, progress=report))

@@ -116,15 +116,6 @@ def write_typed(value) -> str:
     short = f"{value:g}" if isinstance(value, float) else ""
     return short if short and float(short) == value else str(value)
 
-# %% ../../nbs/panels/73_fields.ipynb #17764e27
-AUTOMATIC = "automatic"  # stands for None, for which a Dropdown shows nothing
-
-def options_of(f) -> list:
-    "(shown, value) of a field that is chosen from a list; [] for one that is typed."
-    automatic = [(AUTOMATIC, AUTOMATIC)] if type(None) in kinds(f) else []
-    if "choices" in f.metadata: return automatic + [(str(choice), choice) for choice in f.metadata["choices"]]
-    return automatic + [("no", False), ("yes", True)] if bool in kinds(f) else []
-
 # %% ../../nbs/panels/73_fields.ipynb #391081ca
 def shared_looks():
     "A maker of widgets: those that look the same share their Layout and their style."
@@ -135,14 +126,19 @@ def shared_looks():
     return make
 
 # %% ../../nbs/panels/73_fields.ipynb #7a0fd36b
+AUTOMATIC = "automatic"  # stands for None, for which a Dropdown shows nothing
+
 def make_widget(make, f, value, suggestions=()):
     "The widget of the field `f`."
-    size = dict(width="240px" if "max" in f.metadata else "380px", max_width="100%")
+    size, optional = dict(width="240px" if "max" in f.metadata else "380px", max_width="100%"), type(None) in kinds(f)
     common = dict(description=label_of(f), style=dict(description_width="128px"), layout=size)
-    if options := options_of(f):
+    options = [(choice, choice) for choice in f.metadata.get("choices", ())]
+    if bool in kinds(f): options = [("no", False), ("yes", True)]
+    if options:
+        if optional: options.insert(0, (AUTOMATIC, AUTOMATIC))
         return make(widgets.Dropdown, options=options, value=AUTOMATIC if value is None else value, **common)
     common |= dict(value=write_typed(value), continuous_update=False)
-    if type(None) in kinds(f): common["placeholder"] = AUTOMATIC
+    if optional: common["placeholder"] = AUTOMATIC
     if f.metadata.get("lines"): return make(widgets.Textarea, rows=f.metadata["lines"], **common)
     if suggestions: return make(widgets.Combobox, options=list(suggestions), ensure_option=False, **common)
     return make(widgets.Text, **common)

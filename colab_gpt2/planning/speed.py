@@ -42,9 +42,10 @@ DEVICES = {
     "CPU": _device("Colab CPU", 12.7, half=0.07, fp32=0.07, bandwidth=20, share=0.4),
 }
 
-# %% ../../nbs/planning/31_speed.ipynb #e39c8c92
+# %% ../../nbs/planning/31_speed.ipynb #aa3ab6ad
 CORE = _device("a CPU core", 0, half=0.39, fp32=0.075, bandwidth=10, share=0.8)
 
+# %% ../../nbs/planning/31_speed.ipynb #e39c8c92
 def device_of(runtime) -> Device | None:
     "The `Device` that a Runtime is, of two of one name the one nearer in memory; None where no figure is known."
     words = set(re.split(r"[^\w]", runtime.device_name))
