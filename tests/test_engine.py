@@ -316,6 +316,12 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_set_now(text, tmp_path):
     assert {second[1] for _, second in used} == {0.}
 
 
+def test_a_run_of_one_step_learns_something(text, tmp_path):
+    "A warm-up of five percent of it would be that step, at a rate of 0."
+    result = run(text, tmp_path/"out", max_steps=1)
+    assert result.perplexity_after != result.perplexity_before
+
+
 def test_a_run_that_began_in_fp16_goes_on_in_another_precision(text, tmp_path, plain):
     "Its checkpoints have the scaler's state, of which nothing else has a use."
     with pytest.raises(KeyboardInterrupt): run(text, tmp_path/"out", save_steps=3, callbacks=[Stop(4)])

@@ -204,6 +204,7 @@ def training_arguments(config, plan) -> TrainingArguments:
         disable_tqdm=True, report_to="none")
     try:
         same = {name: getattr(config, name) for name in SAME}
+        if plan.steps == 1: same["warmup_steps"] = 0  # or the rate of its one step would be 0
         arguments = TrainingArguments(**{**same, **decided, **config.trainer_args})
         check_parts(arguments)
         return arguments
