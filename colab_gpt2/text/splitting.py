@@ -157,8 +157,8 @@ def told(read, facts):
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f004
 def are_fair(shares) -> bool:
-    "Whether 5 to 20% are held out for each."
-    return all(0.05 <= share <= 0.2 for share in shares[1:])
+    "Near 80, 10 and 10%?"
+    return all(abs(share - wanted) <= 0.05 for share, wanted in zip(shares, (0.8, 0.1, 0.1)))
 
 # %% ../../nbs/text/10_splitting.ipynb #dc018f20
 def split_text(path, folder, named, report=silent):
