@@ -82,7 +82,8 @@ def plan_choosing(config, work) -> Schedule:
     share = math.ceil(work.steps / every) * windows * work.context / (
         PASSES[work.method] * work.steps * work.step_tokens)
     reasons = [Sentence(EVALUATED, split=work.split, every=every, tokens=windows * work.stride, share=share)]
-    if patience and (patience + 1) * every < work.steps: reasons.append(Sentence(PATIENT, patience=patience, tokens=work.text_tokens))
+    if patience and (patience + 1) * every < work.steps:
+        reasons.append(Sentence(PATIENT, patience=patience, tokens=work.text_tokens))
     return Schedule(every, windows, patience, tuple(reasons))
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0016

@@ -174,7 +174,7 @@ LEARNING = dict(
 
 # %% ../../nbs/legacy/90_flags.ipynb #28736db0
 def watch_of(value, given):
-    "Evaluated as `value` says; the last weights are saved, if not the best."
+    "When to evaluate during training; the last weights are saved, unless the best are asked for."
     if value is not True: check_choice("evaluation_strategy", value, ("no", "steps", "epoch"))
     if value == "no": return {}, "nothing: perplexity is computed before and after training"
     if "eval_data_file" not in given: raise ValueError("there is no --eval_data_file to evaluate on.")
@@ -182,11 +182,12 @@ def watch_of(value, given):
     every = None if value == "epoch" else check_number(name, given.get(name, 500), minimum=1, integer=True)
     best = "load_best_model_at_end" in given
     changes = dict(eval_steps=every, load_best_model_at_end=best, early_stopping_patience=0)
-    return changes, f"perplexity is shown every {every or 'few'} steps"
+    when = f"every {every} steps" if every else "at planned steps"
+    return changes, f"perplexity is shown {when}, with more context than that of eval_results_lm.txt"
 
 # %% ../../nbs/legacy/90_flags.ipynb #1a32ff8d
 def best_of(value, given):
-    "As `watch_of` does."
+    "The best weights of those that are evaluated as `watch_of` says."
     changes, _ = watch_of(given.get("evaluation_strategy", True), given)
     if not changes: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
     return changes, "the best weights are saved"
@@ -238,7 +239,7 @@ JOB = dict(
     do_eval=means("perplexity is written to eval_results_lm.txt"),
     do_predict=ignored(bool, "the script did nothing with it"),
     eval_all_checkpoints=needs("do_eval", means("each complete checkpoint is evaluated", every_checkpoint=True)),
-    **same("mirror max_minutes"))
+    **same("mirror max_minutes save_minutes"))
 FLAGS = {**JOB, **MODEL, **DATA, **BATCH, **LEARNING, **JOURNAL, **MACHINE}
 
 # %% ../../nbs/legacy/90_flags.ipynb #1afb4bd4

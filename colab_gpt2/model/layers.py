@@ -41,7 +41,7 @@ def gated_forward(self, x):
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0010
 class RMSNorm(torch.autograd.Function):
-    "`hidden`, over the root of its mean square, times `weight`; rounded before that, or `late`."
+    "`hidden`, over the root of its mean square, times `weight`; rounded before that product, or after it if `late`."
     @staticmethod
     def forward(ctx, hidden, weight, eps, late):
         exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -64,12 +64,12 @@ class RMSNorm(torch.autograd.Function):
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0013
 def norm_forward(self, hidden, more=0):
-    "Of a root-mean-square norm, whose weight may be `more` than is saved."
+    "Of a root-mean-square norm, whose weight may be `more` than is saved; then it is rounded late."
     eps = getattr(self, "variance_epsilon", None) or self.eps
-    return RMSNorm.apply(hidden, self.weight.float() + more if more else self.weight, eps, more)
+    return RMSNorm.apply(hidden, self.weight.float() + more if more else self.weight, eps, bool(more))
 
 def gemma_norm_forward(self, hidden):
-    "Of Gemma's."
+    "Of Gemma's norm."
     return norm_forward(self, hidden, more=1)
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0015

@@ -91,7 +91,7 @@ def cached(folder, name, source, make, published=()):
     except OSError as e:
         raise OSError(Sentence("{folder} cannot be made: {why}. Give another {cache_dir}.",
                                folder=folder.parent, why=e.strerror)) from e
-    with sole_owner(f"{folder}.lock"), explained(f"Writing {name} to {folder.parent}"):
+    with explained(f"Writing {name} to {folder.parent}"), sole_owner(f"{folder}.lock"):
         if known := found(): return known  # another process has written it
         if folder.exists(): log.warning("%s is damaged; it is fetched or made again", folder)
         with atomic(folder, folder=True) as stage:
@@ -194,7 +194,7 @@ def cached_docs(root, version):
     return cached(root/f"{PYTHON_DOCS}-{version}-words", PYTHON_DOCS, source, python_docs)
 
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
-RULES = 3  # one more when files split otherwise
+RULES = 3  # of splitting: one more with each change
 
 def made(name, files, source, root, make, options=()):
     "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, from the cache if it is there."

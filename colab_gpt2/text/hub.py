@@ -146,8 +146,7 @@ def first_of(rows, called) -> list:
     return found
 
 # %% ../../nbs/text/10_hub.ipynb #10c00031
-def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None,
-                  blank=False):
+def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None, blank=False):
     "Yield the Documents of a split, as `read_documents` does those of files."
     column = pick_field(first_of(rows, called), field, called)
     faults = Faults(called, on_bad_lines, skipped)
