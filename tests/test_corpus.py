@@ -626,3 +626,11 @@ def test_conversations_that_the_disk_has_no_room_for_are_told_and_leave_nothing(
     with pytest.raises(OSError, match="a/b holds conversations, for which the disk has no room.* cache_dir") as caught:
         load("a/b")
     assert "\n" not in str(caught.value) and not any((tmp_path/"cache"/"corpora").iterdir())
+
+
+def test_a_cache_that_cannot_be_locked_is_told_in_a_line(tmp_path, monkeypatch):
+    def refused(path): raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr("colab_gpt2.text.corpus.sole_owner", refused)
+    with pytest.raises(PermissionError, match="^Writing name to .* failed: ") as caught:
+        cached(tmp_path/"corpus", "name", "source", lambda stage: {})
+    assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
