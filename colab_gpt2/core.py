@@ -69,8 +69,9 @@ def printable(text) -> str:
 # %% ../nbs/00_core.ipynb #bc007942
 def nearest(name, known):
     "`' Did you mean ...?'` for the entry of `known` most like `name`, else the list of all."
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+    lower = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    return f" Did you mean {lower[close[0]]!r}?" if close else f" Known: {', '.join(known)}."
 
 # %% ../nbs/00_core.ipynb #6373cf46
 def human_bytes(n):

@@ -54,19 +54,35 @@ def test_pickled_weights_are_refused(folder):
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_damaged_file_gets_one_line(folder, file):
     (folder/file).write_bytes((folder/file).read_bytes()[:50])
-    with pytest.raises(ValueError, match=f"^{folder} is damaged: .*$") as e: load_model(folder)
+    with pytest.raises(ValueError, match=f"^{folder/file} is damaged: .*$") as e: load_model(folder)
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(folder, file):
+    (folder/file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ValueError, match=f"^{folder/file} is damaged: Git LFS's pointer; run"): load_model(folder)
+
+
 def test_a_damaged_tokenizer_gets_one_line(tmp_path):
-    (tmp_path/"tokenizer.json").write_text("{")
-    with pytest.raises(ValueError) as e: load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+    for text, told in {"{": "tokenizer.json is damaged: ", "{}": ": KeyError "}.items():
+        (tmp_path/"tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=told) as e: load_tokenizer(tmp_path)
+        assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_weights_of_another_shape_get_one_line(folder):
-    change_config(folder, n_embd=64)
-    with pytest.raises(ValueError) as e: load_model(folder)
+    change_config(folder, n_positions=48)
+    told = r"has not the shapes of its config: transformer.wpe.weight is \(64, 32\), not \(48, 32\)\.$"
+    with pytest.raises(ValueError, match=f"^{folder} {told}"): load_model(folder)
+
+
+@pytest.mark.parametrize("change, told", [
+    (dict(n_layer=-1), "has num_hidden_layers -1; it must be"), (dict(n_layer="6"), "'n_layer' expected int, got str"),
+    (dict(activation_function="glu"), "KeyError 'glu'")], ids=lambda x: str(x)[:22])
+def test_a_config_that_makes_no_model_says_why_in_one_line(folder, change, told):
+    change_config(folder, **change)
+    with pytest.raises(ValueError, match=told) as e: load_model(folder)
     assert str(folder) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -141,7 +157,7 @@ def test_a_config_may_be_a_folder(folder, kind):
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_unknown_names(load, tmp_path):
-    with pytest.raises(ValueError, match="Unknown model 'distilgpt'. Did you mean 'distilgpt2'"): load("distilgpt")
+    with pytest.raises(ValueError, match="Unknown model 'DistilGPT', .* Did you mean 'distilgpt2'"): load("DistilGPT")
     with pytest.raises(FileNotFoundError, match="There is no folder .*/output"): load(tmp_path/"output")
     (tmp_path/"file").touch()
     with pytest.raises(NotADirectoryError, match="is a file; a model is a folder"): load(tmp_path/"file")

@@ -6,13 +6,14 @@
 __all__ = ['DTYPES', 'TINY', 'MODELS', 'ModelInfo', 'load_tokenizer', 'load_model', 'model_context']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
-import contextlib, inspect, warnings
+import contextlib, inspect, json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, PretrainedConfig
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -20,6 +21,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 import colab_gpt2
 from ..core import Record, home, human_bytes, nearest, weight_files
+from ..errors import shortened
 from ..runtime import cache_folder, check_mounted, memory, out_of_memory
 from ..text.hub import hub_trouble
 
@@ -76,7 +78,8 @@ def locate(name):
         raise FileNotFoundError(
             f"There is no folder {text}.{has} Give a folder, a Hub id 'owner/name', or one of {known}.")
     if "/" in text: return text
-    raise ValueError(f"Unknown model {text!r}.{nearest(text, MODELS)} A folder or a Hub id 'owner/name' works too.")
+    near = nearest(text, MODELS)
+    raise ValueError(f"Unknown model {text!r}, and no folder here.{near} A Hub id 'owner/name' works too.")
 
 # %% ../../nbs/model/20_loading.ipynb #2676487b
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -129,6 +132,19 @@ def quiet():
 _ADVICE = "Without a network use 'tiny' or the folder of a model."
 OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}
 
+# %% ../../nbs/model/20_loading.ipynb #303a8a1f
+def damage(place, why) -> str:
+    "What to say of `place`, of which a file cannot be read: in a folder, which."
+    for path in filter(Path.is_file, sorted(Path(place).glob("*.*"))):
+        try:
+            if path.suffix == ".json": json.loads(path.read_bytes())
+            if path.suffix == ".safetensors": safe_open(path, "pt")
+        except (ValueError, SafetensorError):
+            place = path
+            if path.read_bytes()[:24] == b"version https://git-lfs.": why = "Git LFS's pointer; run `git lfs pull`"
+            break
+    return f"{place} is damaged: {why}"
+
 # %% ../../nbs/model/20_loading.ipynb #3b74c0ae
 def explain(error, place) -> Exception:
     "The exception of one line for `error`, which came up while `place` was loaded."
@@ -137,7 +153,8 @@ def explain(error, place) -> Exception:
     kinds = {type(e).__name__ for e in errors}
     responses = [getattr(e, "response", None) for e in errors]
     answer = next((r for r in responses if getattr(r, "status_code", 404) != 404), None)  # a 404 is about a file
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    why = shortened(" ".join(str(error).split()), 300)
+    if isinstance(error, (LookupError, TypeError)) or not why: why = f"{type(error).__name__} {why}".strip()
     if answer is not None and answer.status_code == 401:
         told = "The Hub refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it."
         if not huggingface_hub.get_token(): told = f"The Hub asks for a token for {place}: log in with `hf auth login`."
@@ -151,9 +168,9 @@ def explain(error, place) -> Exception:
     if answer is not None:
         told = f"The Hub answers {answer.status_code} {answer.reason_phrase} for {place}. Try again later."
     if answer is not None or kinds & OFFLINE: return ConnectionError(f"{told} {_ADVICE}")
-    if kinds & {"SafetensorError", "JSONDecodeError"}: return ValueError(f"{place} is damaged: {first}")
-    if isinstance(error, OSError): return FileNotFoundError(f"{place} lacks a file that a model needs: {first}")
-    return ValueError(f"{place} cannot be loaded as a causal language model: {first}")
+    if kinds & {"SafetensorError", "JSONDecodeError"}: return ValueError(damage(place, why))
+    if isinstance(error, OSError): return FileNotFoundError(f"{place} lacks a file that a model needs: {why}")
+    return ValueError(f"{place} cannot be loaded as a causal language model: {why}")
 
 # %% ../../nbs/model/20_loading.ipynb #8ac12c90
 @contextlib.contextmanager
@@ -223,6 +240,8 @@ def check_size(config, place, most=1 << 42):
     names = ("num_hidden_layers", "hidden_size", "n_positions", "vocab_size")
     shape = {name: getattr(config.get_text_config(), name, None) or 0 for name in names}
     size = 4 * gpt2_parameters(*shape.values())
+    if wrong := [name for name, value in shape.items() if value < 0]:
+        raise ValueError(f"The config of {place} has {wrong[0]} {shape[wrong[0]]}; it must be 1 or more.")
     if shape["num_hidden_layers"] <= 2000 and size <= most: return
     told = ", ".join(f"{name} {value:,}" for name, value in shape.items() if value)
     raise ValueError(f"The config of {place} asks for {human_bytes(size)} of weights ({told}). Choose a smaller one.")
@@ -301,7 +320,9 @@ def load_model(
         safely = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         with loading(place):
             model, report = AutoModelForCausalLM.from_pretrained(
-                place, config=config, cache_dir=cache_dir, dtype=torch.float32, **safely)
+                place, config=config, cache_dir=cache_dir, dtype=torch.float32, ignore_mismatched_sizes=True, **safely)
+        for name, has, asked in sorted(report["mismatched_keys"]):
+            raise ValueError(f"{place} has not the shapes of its config: {name} is {tuple(has)}, not {tuple(asked)}.")
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{place} is incomplete: it lacks {len(missing)} of its weights, such as {missing[0]}.")
     if model.config.model_type != "gpt2": check_reading(model, place)
