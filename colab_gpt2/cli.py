@@ -176,7 +176,8 @@ class Command(TyperCommand):
         if switched and any("--resume" in p.opts for p in self.params): raise typer.BadParameter(VALUED, ctx=ctx)
         try: return super().parse_args(ctx, args)
         except Exception as e:
-            if hasattr(e, "message"): e.message = printable(shortened(e.message))
+            given = "".join(f"{wrong['input']!r}. " for wrong in getattr(e.__cause__, "errors", list)())  # pydantic's
+            if hasattr(e, "message"): e.message = printable(shortened(given + e.message))
             raise
 
 # %% ../nbs/65_cli.ipynb #f02bdded

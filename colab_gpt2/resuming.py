@@ -103,7 +103,8 @@ def check_output_dir(output_dir) -> Path:
     "The folder, there or not. NotADirectoryError, or PermissionError if it cannot be written to."
     path = check_mounted(output_dir, "output_dir")
     if os.path.lexists(path) and not path.is_dir():
-        raise NotADirectoryError(Sentence("{output_dir} {path} is a file; give a folder.", path=path))
+        what = "a link that leads nowhere" if not path.exists() else "a file"
+        raise NotADirectoryError(Sentence("{output_dir} {path} is {what}; give a folder.", path=path, what=what))
     try:
         with tempfile.TemporaryFile(dir=existing(path)): pass
     except OSError as e:

@@ -140,7 +140,7 @@ def test_text_that_cannot_be_used(cli, own, tmp_path, name, content, said):
     (("--num-train-epochs", "0"), 2, "--num-train-epochs is 0"),
     (("--learning-rate", "nan"), 2, "--learning-rate is nan"), (("--seed", "1" + "0" * 400), 2, "≤ 4294967295"),
     (("--learning-rate", "-1"), 2, "--learning-rate is -1"), (("--max-steps", "0"), 2, "--max-steps is 0"),
-    (("--effective-batch-size", "-4"), 2, "--effective-batch-size is -4"), (("--seed", "x"), 2, "--seed"),
+    (("--effective-batch-size", "-4"), 2, "--effective-batch-size is -4"), (("--seed", "3 GB"), 2, "'3 GB'"),
     (("--model", "gtp2-medium"), 1, "gpt2-medium"), (("--eval-split", "tset"), 2, "Did you mean 'test'?"),
     (("--no-such-option",), 2, "--no-such-option"), (("--lerning-rate", "1"), 2, "--learning-rate"),
     (("--train-file", ""), 2, "train"), (("--precision", "fp16"), 1, "use --precision auto"),

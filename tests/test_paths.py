@@ -60,6 +60,8 @@ def test_texts_tokens_and_models_are_looked_for_in_the_home_folder(at_home, tiny
     assert locate("~/m") == locate(Path("~/m")) == at_home/"m"
     assert existing("~/m/none") == at_home/"m" and check_runtime("~/none").disk
     assert check_output_dir("~/out") == at_home/"out" and read_finished("~/out") is None
+    (at_home/"link").symlink_to(at_home/"nowhere")
+    with pytest.raises(NotADirectoryError, match="link is a link that leads nowhere"): check_output_dir("~/link")
 
 
 def test_the_fields_of_a_config_know_the_home_folder(at_home):
