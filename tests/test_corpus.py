@@ -67,6 +67,12 @@ def test_too_little_to_hold_any_out(load, tmp_path):
     assert list((tmp_path/"cache"/"corpora").iterdir()) == []
 
 
+@pytest.mark.parametrize("content", ["<|endoftext|>" * 99, (" \n" * 20 + "<|endoftext|>") * 99])
+def test_a_text_of_empty_documents_is_told_by_its_own_name(load, tmp_path, content):
+    (tmp_path/"ends.txt").write_text(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path/'ends.txt'} is empty"): load(tmp_path/"ends.txt")
+
+
 def test_two_files_are_used_in_place(load, tmp_path):
     train, evaluation = tmp_path/"a.txt", tmp_path/"b.txt"
     train.write_text("first")

@@ -226,6 +226,11 @@ REFUSED = {
 }
 
 
+def test_of_encodings_that_read_equally_well_all_are_named_the_western_one_first(refused):
+    text = "Børnene løb over åen, og så så de en stor, rød bil på vejen.\n"
+    assert "seems to be cp1252 or cp1250: convert it (iconv -f cp1252" in refused("da.txt", text.encode("cp1252") * 20)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_read_is_refused_in_a_line(refused, name):
     content, said = REFUSED[name]

@@ -123,7 +123,8 @@ def find_splits(archive):
         if split_of(path.name): found.append((split_of(path.name), member))
     if found and len(dict(found)) == len(found): return dict(found)
     raise ValueError(f"{archive.filename} holds {len(found)} files in WikiText's layout; "
-                     "it needs wiki.train.raw, wiki.valid.raw and wiki.test.raw, once each.")
+                     "it needs wiki.train.raw, wiki.valid.raw and wiki.test.raw, once each. "
+                     "Unpack other texts, and give their folder.")
 
 # %% ../../nbs/text/10_downloads.ipynb #793080e6
 def unzip(path, folder, report=silent) -> dict:

@@ -35,11 +35,13 @@ def encoding_of(start) -> str:
 # %% ../../nbs/text/10_encodings.ipynb #10e00009
 LEGACY = ("cp1252 cp1250 cp1251 koi8_r cp1253 cp1254 cp1255 cp1256 gb18030 big5 shift_jis euc_jp euc_kr").split()
 
-def named_encoding(sample) -> str:
-    "The likeliest encoding of the bytes `sample`, which are not UTF-8; '' if that cannot be told."
+def named_encodings(sample) -> list:
+    "The likeliest encodings of the bytes `sample`, which are not UTF-8: several of different texts equally likely."
     from charset_normalizer import from_bytes
-    found = from_bytes(sample, cp_isolation=LEGACY).best()
-    return next((name for name in LEGACY if found and name in {found.encoding, *found.could_be_from_charset}), "")
+    found = from_bytes(sample, cp_isolation=LEGACY)
+    near = [m for m in found if m.chaos < found[0].chaos + 0.03 and m.coherence > found[0].coherence - 0.03]
+    first = {next((name for name in LEGACY if name in {m.encoding, *m.could_be_from_charset}), "") for m in near}
+    return [name for name in LEGACY if name in first][:None if near and found[0].coherence else 1]
 
 # %% ../../nbs/text/10_encodings.ipynb #10e0000c
 def called(path) -> str:
@@ -83,8 +85,9 @@ ENDS = {"\n": "Unix", "\r\n": "Windows", "\r": "old Mac"}
 
 def advice_on(line, text) -> str:
     "What to do about a `line` that is not UTF-8; the open file `text` goes on after it."
-    name = named_encoding((line + text.read(1 << 14)).encode(errors="surrogateescape"))
-    return f"It seems to be {name}: convert it (iconv -f {name} -t utf-8)" if name else "Save it as UTF-8"
+    names = named_encodings((line + text.read(1 << 14)).encode(errors="surrogateescape"))
+    return (f"It seems to be {' or '.join(names)}: convert it (iconv -f {names[0]} -t utf-8)" if names
+            else "Save it as UTF-8")
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00115
 @contextlib.contextmanager

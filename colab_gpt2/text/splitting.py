@@ -165,6 +165,7 @@ def split_text(path, folder, named, report=silent):
     "Copy the text `path`, which errors call `named`, into a file for each split in `folder`: (split -> path, Reading)."
     with about("cache_dir"): check_space(folder, 2 * path.stat().st_size, f"Cutting {named} in three")
     read, files = Documents(path, Numbers(), report), {split: folder/f"{split}.txt" for split in SPLITS}
+    if not read.kept: raise ValueError(f"{named} is empty: all of its documents are.")
     rule, source = f"each of {read.kept:,} documents by its hash", path
     if are_fair(read.shares()):
         read.write([*files.values()])
