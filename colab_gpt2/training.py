@@ -295,7 +295,7 @@ def look_for(config, prepared, report, opened) -> tuple:
     def planned(): return plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
     known = {name: value for name, value in run.items() if name != "model"}
-    mirror = open_mirror(config, known, planned(), prepared.runtime)
+    mirror = open_mirror(config, known, planned(), prepared.runtime, report)
     opened.callback(mirror.close, seconds=10)
     entry = None if config.resume == "never" or found and found.files else mirror.newest()
     if entry and (not found or entry.step > found.step):
@@ -396,8 +396,9 @@ def finetune(
     started, config = time.monotonic(), check_run(changed(config, **changes))
     stop = StopOnInterrupt(config.output_dir)
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]
-    with stop.listening(), only_run(config.output_dir), reporting(progress) as shown, contextlib.ExitStack() as opened:
+    with stop.listening(), reporting(progress) as shown, contextlib.ExitStack() as opened:
         report = all_told(shown, callbacks)
+        opened.enter_context(only_run(config.output_dir, report))
         recover(config.output_dir)
         check_free(config, asked(config))  # what differs is said before anything slow
         tell(callbacks, "on_stage", LOADING, stop=stop)

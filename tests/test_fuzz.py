@@ -19,7 +19,7 @@ from colab_gpt2.legacy.run_language_modeling import translate
 from colab_gpt2.model.loading import load_tokenizer
 from colab_gpt2.storage.archives import extract_archive
 from colab_gpt2.resuming import found_in, newest_intact
-from colab_gpt2.storage.heartbeat import check_alone, read_heartbeat
+from colab_gpt2.storage.heartbeat import read_heartbeat, refuse, silence
 from colab_gpt2.storage.targets import read_entry
 from colab_gpt2.text.tokens import Encoder, read_windows
 
@@ -181,7 +181,9 @@ def test_any_manifest_in_a_mirror_is_that_of_an_entry_or_damaged(content):
         lambda value: json.dumps(value).encode())))
 def test_any_heartbeat_is_that_of_a_machine_or_of_none(content):
     with contextlib.suppress(ValueError):
-        try: check_alone(read_heartbeat(content.decode()), SimpleNamespace(beats=30, called="the Drive"))
+        last, drive = read_heartbeat(content.decode()), SimpleNamespace(beats=30, called="the Drive")
+        assert 0 <= silence(last, drive) <= 150
+        try: refuse(last, drive)
         except BlockingIOError as e: assert is_plain(str(e))
 
 

@@ -88,13 +88,31 @@ def test_a_file_system_without_locks_goes_by_what_the_file_says(tmp_path, monkey
     (dict(since=None, process=999_999_999), 0, True)],
     ids="before-start shared-disk lost-machine same-name container clock-back odd".split())
 def test_the_lock_of_another_start_or_machine(tmp_path, monkeypatch, changes, age, free):
+    "What is not lost already is watched."
     monkeypatch.setattr(lock, "try_flock", lambda file: False)  # as on a Drive
-    folder = left_by(tmp_path/"run", age, **changes)
+    folder, waited = left_by(tmp_path/"run", age, **changes), []
+    def touched(seconds):
+        waited.append(seconds)
+        os.utime(folder/LOCK, (time.time() + len(waited),) * 2)
+    monkeypatch.setattr(lock.time, "sleep", touched)
     if free:
         with only_run(folder): pass
     else:
         with pytest.raises(BlockingIOError, match="wait until two minutes after its end"), only_run(folder): pass
-    assert (folder/LOCK).exists() is not free
+    assert (folder/LOCK).exists() is not free and bool(waited) is not free
+
+
+@pytest.mark.parametrize("age, seconds", [(0, 120), (60, 60), (-60, 120)])
+def test_a_machine_that_was_lost_a_moment_ago_is_waited_for(tmp_path, monkeypatch, age, seconds):
+    "Whatever its clock says, it is lost when its lock stands still; the user sees a countdown."
+    monkeypatch.setattr(lock, "try_flock", lambda file: False)
+    folder, heard, now = left_by(tmp_path/"run", age, machine="another", boot="its own"), [], [time.monotonic()]
+    monkeypatch.setattr(lock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    with only_run(folder, lambda *told: heard.append(told)): pass
+    whats, done, totals = zip(*heard)
+    assert {*whats} == {f"Waiting {seconds} s: the run was alive on another machine a moment ago"}
+    assert list(done) == sorted(done) and {*totals} == {seconds} and len(heard) in (seconds, seconds + 1)
 
 
 @pytest.mark.parametrize("changes", [dict(machine="another"), dict(numbers="its own"), dict(process=999_999_999)])

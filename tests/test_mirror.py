@@ -423,7 +423,51 @@ def test_a_folder_that_cannot_be_a_mirror_is_refused(tmp_path, output):
 def another(**changes): return {**heartbeat(120), "machine": "vm-1", "boot": "", **changes}
 
 
-def test_two_machines_do_not_train_one_run(tmp_path, output, checkpoint):
+@pytest.fixture
+def beating(monkeypatch):
+    """Whoever waits sleeps no longer than it must. Every heartbeat that a test has written goes on, as of a living
+    machine; -> a list, to which a machine's name is added when it is lost."""
+    lost, read, now = [], FolderTarget.read, [0]
+    def goes_on(self, name):
+        if not name.startswith("heartbeat") or not (text := read(self, name)): return read(self, name)
+        now[0] += 1
+        told = json.loads(text)
+        return json.dumps({**told, "time": told["time"] + now[0] / 1e3 * (told["machine"] not in lost)})
+    monkeypatch.setattr(FolderTarget, "read", goes_on)
+    clock = SimpleNamespace(monotonic=lambda: 0., time=time.time, sleep=lambda seconds: None)
+    monkeypatch.setattr("colab_gpt2.engine.lock.time", clock)
+    return lost
+
+
+@pytest.mark.parametrize("late, seconds", [(0, 150), (-76, 74), (3600, 150)], ids=["just now", "a minute ago", "ahead"])
+def test_a_machine_that_was_lost_a_moment_ago_is_waited_for(tmp_path, output, monkeypatch, late, seconds):
+    "By a clock of its own that may be ahead: it is lost when its heartbeat stands still. Then a copy finds nobody."
+    first, heard, now = opened(output, runtime=HERE, mirror=str(tmp_path/"disk")), [], [time.monotonic()]
+    first.close()
+    first.target.write("heartbeat.json", json.dumps(another(time=time.time() + late)))
+    monkeypatch.setattr("colab_gpt2.engine.lock.time", SimpleNamespace(
+        monotonic=lambda: now[0], time=time.time, sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)))
+    config = FinetuneConfig(output_dir=str(output), mirror=str(tmp_path/"disk"))
+    mirror = open_mirror(config, dict(seed=config.seed), SMALL, HERE, lambda *told: heard.append(told))
+    OPENED.append(mirror)
+    mirror.pulse.look()
+    assert mirror.lost["process"] and {what for what, _, _ in heard} == {
+        f"Waiting {seconds} s: the run was alive on another machine a moment ago"}
+    _, done, wholes = zip(*heard)
+    assert list(done) == sorted(done) and {*wholes} == {seconds}
+
+
+def test_waiting_for_a_lost_machine_can_be_interrupted(tmp_path, output):
+    first = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    first.close()
+    first.target.write("heartbeat.json", json.dumps(another()))
+    def stop(*told): raise KeyboardInterrupt
+    config = FinetuneConfig(output_dir=str(output), mirror=str(tmp_path/"disk"))
+    with pytest.raises(KeyboardInterrupt): open_mirror(config, dict(seed=config.seed), SMALL, HERE, stop)
+    assert first.target.names() == ["heartbeat.json"]
+
+
+def test_two_machines_do_not_train_one_run(tmp_path, output, checkpoint, beating):
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     mirror.target.write("heartbeat.json", json.dumps(another(process=4711)))
     with pytest.raises(BlockingIOError, match="by process 4711 on vm-1: at step 120 .* ago.*mirror='off'"):
@@ -454,7 +498,7 @@ def test_of_two_machines_that_begin_at_once_the_later_one_is_refused_or_copies_n
     assert held(tmp_path/"disk") == ["checkpoint-100"] and first.error is None
 
 
-def test_a_run_can_be_seen_from_when_its_mirror_is_open_until_it_is_closed(tmp_path, output, monkeypatch):
+def test_a_run_can_be_seen_from_when_its_mirror_is_open_until_it_is_closed(tmp_path, output, monkeypatch, beating):
     "Loading, evaluating and probing come before the training."
     options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
     first = opened(output, **options)
@@ -466,7 +510,7 @@ def test_a_run_can_be_seen_from_when_its_mirror_is_open_until_it_is_closed(tmp_p
     opened(output, **options)
 
 
-def test_a_heartbeat_that_cannot_be_read_for_a_moment_counts(tmp_path, output, monkeypatch):
+def test_a_heartbeat_that_cannot_be_read_for_a_moment_counts(tmp_path, output, monkeypatch, beating):
     options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
     first = opened(output, **options)
     first.pulse.who["since"] += 60  # by another clock: the first look decides
@@ -480,7 +524,7 @@ def test_a_heartbeat_that_cannot_be_read_for_a_moment_counts(tmp_path, output, m
     with pytest.raises(BlockingIOError): opened(output, **options)
 
 
-def test_containers_of_one_host_are_told_apart(tmp_path, output):
+def test_containers_of_one_host_are_told_apart(tmp_path, output, beating):
     "They know the same start of the machine, and each counts its processes from 1."
     mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
     for changes in dict(machine="a"), dict(numbers="a"), dict(machine="a", process=999_999_999):

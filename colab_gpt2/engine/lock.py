@@ -13,6 +13,7 @@ import psutil
 
 from ..core import discard, make_folder, retried
 from ..errors import Sentence, explained, may_pass
+from ..reporting import silent
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0006
 LOCK, TOUCHED = ".running.json", 30.  # seconds
@@ -36,6 +37,26 @@ def is_running(told, touched, locked) -> bool:
     if told.get("boot") == this_run()["boot"] and locked: return False
     if counts_here(told): return psutil.pid_exists(told.get("process", -1))
     return told.get("machine") != socket.gethostname() or touched > psutil.boot_time()  # else from before a restart
+
+# %% ../../nbs/engine/44_lock.ipynb #44aa0a10
+ALIVE = "Waiting {left:.0f} s: the run was alive on another machine a moment ago"
+
+def watch(signs, report, tick=1., most=1):
+    """Until each of `signs()`, name to (what it shows, seconds), has shown the same for so many seconds; -> at once the
+    name of one that changes more than `most` times, else None."""
+    shown, ends, whole = {}, {}, 0
+    while True:
+        now, found = time.monotonic(), signs()
+        for name, (sign, seconds) in found.items():
+            if sign in shown.setdefault(name, []): continue
+            if len(shown[name]) > most: return name
+            shown[name].append(sign)
+            ends[name], whole = now + seconds, 0
+        left = max((ends[name] for name in found), default=now) - now
+        if left <= 0: return
+        whole = whole or left
+        report(ALIVE.format(left=whole), round(whole - left), round(whole))
+        time.sleep(min(tick, left))
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000b
 def try_flock(file) -> bool:
@@ -65,14 +86,19 @@ def refuse(folder, told):
     raise BlockingIOError(Sentence(message, folder=folder, who=who, where=where, since=since, end=end))
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0011
-def take_lock(path):
+def take_lock(path, report=silent):
     "The open lock file, with this run in it, and locked where that is possible; BlockingIOError if another has it."
+    def signs():
+        told, still, now = read_lock(file), path.stat().st_mtime, time.time()
+        if not is_running(told, still, locked): return {}
+        if counts_here(told): refuse(path.parent, told)
+        return {path: (still, min(still, now) + 4 * TOUCHED - now)}
     while True:
         file = open(path, "a+", encoding="utf-8")
         try: locked = try_flock(file)
         except BlockingIOError: refuse(path.parent, read_lock(file))
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()): break  # else removed meanwhile
-    if (told := read_lock(file)) and is_running(told, path.stat().st_mtime, locked): refuse(path.parent, told)
+    if read_lock(file) and watch(signs, report): refuse(path.parent, read_lock(file))
     mine = this_run()
     file.truncate(0)
     file.write(json.dumps(mine))
@@ -87,7 +113,7 @@ TAKEN = ("{output_dir} {folder} was taken over by another run, as this one had n
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0013
 @contextlib.contextmanager
-def only_run(output_dir):
+def only_run(output_dir, report=silent):
     """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock is
     gone afterwards, and so is a folder that was made for it, if it is empty."""
     folder, ended = Path(output_dir), threading.Event()
@@ -101,7 +127,7 @@ def only_run(output_dir):
 
     with explained(f"The lock of {folder}"):
         made = make_folder(folder)
-        file = retried(lambda: take_lock(path), may_pass)
+        file = retried(lambda: take_lock(path, report), may_pass)
         mine = retried(path.read_bytes, may_pass)
     try:
         threading.Thread(target=touch, daemon=True).start()

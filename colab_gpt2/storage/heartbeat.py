@@ -9,8 +9,9 @@ __all__ = []
 import calendar, contextlib, json, re, secrets, threading, time
 
 from ..core import retried
-from ..engine.lock import counts_here, is_running, this_run
+from ..engine.lock import TOUCHED, counts_here, is_running, this_run, watch
 from ..errors import Sentence, may_pass
+from ..reporting import silent
 
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be0006
 def moment(saved) -> int:
@@ -37,16 +38,20 @@ def read_heartbeat(text) -> dict:
     except (TypeError, AttributeError, OverflowError) as e: raise ValueError(f"no heartbeat: {e}") from e
 
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be000a
-def check_alone(last, target):
-    "BlockingIOError if the heartbeat `last` is of another machine, or another process of this one, that still trains."
-    due = min(last["time"] + target.beats, time.time())
-    mine = counts_here(last) and last["process"] == this_run()["process"]  # which had no time to delete it
-    if mine or not is_running(last, due, False): return
-    told = ("This run is being trained now, by process {process} on {machine}: at step {step} {age} ago. Two would "
-            "spoil each other's copies in {where}. Stop the other one, or wait {wait} if it was lost; for a run of its "
-            "own set {mirror=off}.")
-    age, wait = spoken(max(time.time() - last["time"], 0)), spoken(target.beats + 120 + 59)  # in whole minutes
-    raise BlockingIOError(Sentence(told, **{**last, "age": age}, where=target.called, wait=wait))
+def silence(last, target) -> float:
+    "So many seconds the heartbeat `last` must stand still from now on, for its machine to be lost; 0 where it is."
+    now, here = time.time(), counts_here(last)
+    due = min(last["time"] + target.beats, now)
+    mine = here and last["process"] == this_run()["process"]  # which had no time to delete it
+    return 0 if mine or not is_running(last, due, False) else min(last["time"], now) + target.beats + 4 * TOUCHED - now
+
+TRAINED = ("This run is being trained now, by process {process} on {machine}: at step {step} {age} ago. Two would "
+           "spoil each other's copies in {where}. Stop the other one; for a run of its own set {mirror=off}.")
+
+def refuse(last, target):
+    "BlockingIOError: the machine of the heartbeat `last` trains this run."
+    told = {**last, "age": spoken(max(time.time() - last["time"], 0)), "where": target.called}
+    raise BlockingIOError(Sentence(TRAINED, **told))
 
 # %% ../../nbs/storage/53_heartbeat.ipynb #5bfa2cc9
 def heartbeats(target) -> dict:
@@ -58,36 +63,58 @@ def heartbeats(target) -> dict:
     return {name: read(name) for name in retried(target.names, may_pass) if HEARTBEAT.fullmatch(name)}
 
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be000d
-class Heartbeat:
-    "Of this process, for one run in a `target`; a thread of its own writes it, since a copy may hang."
+class Others:
+    "Who else trains one run in a `target`."
     def __init__(self, target):
-        self.target, self.who, self.step = target, heartbeat(0), 0
-        self.name, self.ended = f"heartbeat-{secrets.token_hex(4)}.json", threading.Event()
-        self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
+        self.target, self.who, self.former = target, heartbeat(0), {}
+        self.name = f"heartbeat-{secrets.token_hex(4)}.json"
 
-    def look(self, first=False) -> dict:
-        "Those of others; BlockingIOError if one trains and began earlier than this, or, at the `first` look, at all."
+    def others(self) -> dict: return {name: each for name, each in heartbeats(self.target).items() if name != self.name}
+
+    def wait(self, report):
+        "Until what others have left is known to be of lost sessions, whose heartbeats are the `former` ones."
+        def signs():
+            self.former, found = self.others(), {}
+            for name, last in self.former.items():
+                if not last or not (seconds := silence(last, self.target)): continue
+                if counts_here(last): refuse(last, self.target)
+                found[name] = last["time"], seconds
+            return found
+        going_on = watch(signs, report, self.target.beats / 30, most=1 + bool(self.target.uploads))
+        if going_on: refuse(self.former[going_on], self.target)
+
+    def look(self):
+        "BlockingIOError if another trains that began earlier than this."
         def began(each): return each["since"], each["machine"], each["process"]
-        others = {name: each for name, each in heartbeats(self.target).items() if name != self.name}
-        for other in others.values():
-            if other and (first or began(other) < began(self.who)): check_alone(other, self.target)
-        return others
+        for name, other in self.others().items():
+            if other and other != self.former.get(name) and began(other) < began(self.who):
+                if name in self.former or silence(other, self.target): refuse(other, self.target)
+
+# %% ../../nbs/storage/53_heartbeat.ipynb #53be0a14
+class Heartbeat(Others):
+    "Of this process; a thread of its own writes it, since a copy may hang."
+    def __init__(self, target):
+        super().__init__(target)
+        self.step, self.ended = 0, threading.Event()
+        self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
 
     def write(self): self.target.write(self.name, json.dumps(self.who | dict(time=time.time(), step=self.step)))
 
-    def begin(self) -> dict | None:
+    def begin(self, report=silent) -> dict | None:
         "From now on until `end`; -> the last heartbeat of a session that was lost. BlockingIOError if one trains now."
-        self.thread.start()
         try:
-            former = self.look(first=True)
+            self.wait(report)
             self.write()
             self.look()
-        except BaseException as e:
-            if isinstance(e, BlockingIOError) or not isinstance(e, OSError): self.end(10)
-            raise  # after an error of a Drive the thread tries again
+        except BaseException as e:  # after an error of a Drive the thread tries again
+            if isinstance(e, BlockingIOError) or not isinstance(e, OSError): self.ended.set()
+            raise
+        finally:
+            self.thread.start()
+            if self.ended.is_set(): self.end(10)
         with contextlib.suppress(OSError):
-            for name in former: self.target.remove(name)
-        return max(filter(None, former.values()), key=lambda each: each["time"], default=None)
+            for name in self.former: self.target.remove(name)
+        return max(filter(None, self.former.values()), key=lambda each: each["time"], default=None)
 
     def run(self):
         while not self.ended.wait(self.target.beats):

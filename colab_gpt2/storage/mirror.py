@@ -222,7 +222,7 @@ def fit(mirror, plan, failed=None) -> Mirror:
     return mirror
 
 # %% ../../nbs/storage/53_mirror.ipynb #ea0de90a
-def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
+def open_mirror(config, fingerprint, plan, runtime, report=silent) -> Mirror:
     "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
     mirror = Mirror()
@@ -233,7 +233,7 @@ def open_mirror(config, fingerprint, plan, runtime) -> Mirror:
         kind = HubTarget if isinstance(top, str) else FolderTarget
         target = kind(top, run_name(config.output_dir, fingerprint))
     mirror = Mirror(target, afresh=config.overwrite_output_dir)
-    try: mirror.lost, failed = mirror.pulse.begin(), None
+    try: mirror.lost, failed = mirror.pulse.begin(report), None
     except BlockingIOError: raise
     except OSError as e: failed = e
     try: return fit(mirror, plan, failed)
