@@ -6,7 +6,7 @@
 __all__ = ['FinetuneConfig']
 
 # %% ../nbs/04_config.ipynb #ce1056b1
-import os
+import math, os
 from dataclasses import dataclass, field, fields, replace
 
 from .core import Record, existing, home, nearest
@@ -52,7 +52,15 @@ class DataFields(Record):
     output_dir: str = value("gpt2-tuned", "where the model and its checkpoints go", label="Output folder", path=True)
 
 # %% ../nbs/04_config.ipynb #3ddc96a0
-SCHEDULES = "linear", "cosine", "constant", "constant_with_warmup"
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay", "cosine_with_restarts",
+             "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt")
+LENGTHENED = SCHEDULES[4]  # its rate falls at the end only
+
+def decay_begins(trainer_args, steps) -> int:
+    "The step of so many from which the rate of LENGTHENED falls: for the last tenth, unless `trainer_args` say more."
+    given = trainer_args.get("lr_scheduler_kwargs")
+    last = given.get("num_decay_steps") if isinstance(given, dict) else None
+    return steps - (last or math.ceil(steps / 10))
 
 @dataclass(frozen=True)
 class StepFields(DataFields):
@@ -74,7 +82,9 @@ class StepFields(DataFields):
         None, "peak learning rate (default: 5e-5; below 20 million parameters 1e-4; for LoRA 2e-4)", above=0)
     weight_decay: float = value(0.0, "AdamW weight decay", minimum=0)
     warmup_steps: float = value(0.05, "steps of rising learning rate; below 1, a share of all steps", minimum=0)
-    lr_scheduler_type: str = value("linear", "learning-rate schedule", choices=SCHEDULES, label="Schedule")
+    lr_scheduler_type: str = value(
+        "linear", "learning-rate schedule; with warmup_stable_decay it falls in the last tenth only, and a longer run "
+        "goes on from before (set {resume})", choices=SCHEDULES, label="Schedule")
     max_grad_norm: float = value(1.0, "clip the gradients to this norm", above=0)
 
 # %% ../nbs/04_config.ipynb #eabb7da2
@@ -89,6 +99,12 @@ class MethodFields(StepFields):
         "auto", "number format of the computation; auto: the fastest that the device supports well", choices=PRECISIONS)
     method: str = value("auto", "train all weights, or LoRA's adapters only; auto: all where they fit", choices=METHODS)
     lora_rank: int = value(16, "rank of LoRA's adapters", label="LoRA rank", minimum=1, maximum=10**5)
+    use_rslora: bool = value(False, "LoRA's adapters count 2√rank times instead of twice (rsLoRA)", label="rsLoRA")
+    use_dora: bool = value(
+        False, "LoRA learns how long each row of a matrix is apart from where it points: slower (DoRA)", label="DoRA")
+    target_modules: str | None = value(
+        None, "names of the layers that get LoRA's adapters, with commas between them (default: all linear ones)",
+        label="LoRA layers")
     optim: str | None = value(
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",
         choices=OPTIMIZERS, label="Optimizer")
@@ -208,6 +224,10 @@ def check_config(config):
     if config.early_stopping_patience and config.eval_steps == -1:
         told = "{early_stopping_patience} is {n}, but {eval_steps=-1} evaluates nothing on the way; change one of them."
         raise ValueError(Sentence(told, n=config.early_stopping_patience))
+    for name in ("use_rslora", "use_dora", "target_modules"):
+        if config.method == "full" and (given := getattr(config, name)):
+            told = "{%s} is {given}, but {method=full} has no adapters; change one of them."
+            raise ValueError(Sentence(told % name, given=given))
     expand_paths(config)
     if config.cache_dir and not (there := existing(config.cache_dir)).is_dir():
         raise ValueError(Sentence("{cache_dir} is in {there}, which is a file; give a folder.", there=there))

@@ -10,7 +10,7 @@ import os, re, tempfile, warnings, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import pick_learning_rate
+from .config import LENGTHENED, decay_begins, pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
 from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints
 from .engine.checkpoints import read_manifest, unsealed
@@ -21,15 +21,17 @@ from .planning.plan import effective_batch
 from .runtime import check_mounted
 
 # %% ../nbs/62_resuming.ipynb #62aa0006
+ADAPTERS = "lora_rank", "use_rslora", "use_dora", "target_modules"  # fields of what LoRA adds
+
 def asked(config) -> dict:
     "What `config` says of what decides a run's result; None stands for what is left to the run."
-    rank = config.lora_rank if config.method == "lora" else None
+    adapters = {name: getattr(config, name) if config.method == "lora" else None for name in ADAPTERS}
     epochs = None if config.max_steps > 0 else float(config.num_train_epochs)
     dropout = config.keep_attention_dropout or not config.tune
     def planned(name): return "planned" if getattr(config, name) is None else getattr(config, name)
     return dict(
         block_size=config.block_size, effective_batch_size=effective_batch(config), seed=config.seed,
-        method=None if config.method == "auto" else config.method, lora_rank=rank, optim=config.optim,
+        method=None if config.method == "auto" else config.method, **adapters, optim=config.optim,
         num_train_epochs=epochs, max_steps=config.max_steps, lr_scheduler_type=config.lr_scheduler_type,
         learning_rate=config.learning_rate and float(config.learning_rate), warmup_steps=float(config.warmup_steps),
         weight_decay=float(config.weight_decay), max_grad_norm=float(config.max_grad_norm),
@@ -68,12 +70,12 @@ def identify(config, blocks, weights, choosing=None) -> dict:
 def chosen(plan, config) -> dict:
     "What a plan has decided of what `asked` leaves open."
     recipe = plan.recipe
-    rank = dict(lora_rank=recipe.lora_rank) if recipe.method == "lora" else {}
+    rank = {name: getattr(config, name) for name in ADAPTERS} if recipe.method == "lora" else {}
     rate = pick_learning_rate(config, plan.parameters, recipe.method)
     return dict(block_size=recipe.block_size, method=recipe.method, optim=recipe.optimizer, learning_rate=rate, **rank)
 
 # %% ../nbs/62_resuming.ipynb #62aa0014
-FIXED = "text", "weights", "tokenizer", "seed", "effective_batch_size", "block_size", "method", "lora_rank", "optim"
+FIXED = "text", "weights", "tokenizer", "seed", "effective_batch_size", "block_size", "method", "optim", *ADAPTERS
 
 def differences(then, now, names=None) -> dict:
     "Name to (then, now) of what differs between two runs, as far as both say it; of `names` only, if given."
@@ -158,7 +160,7 @@ def found_in(folder) -> list:
 def strangers(folder) -> list:
     "Names in a folder that no run of ours has left there: neither checkpoints, nor leftovers, nor a lock."
     folder = Path(folder)
-    ours = {LOCK, RESULT, BEST, "runs", *(path.name for path in folder.glob("checkpoint-*"))}
+    ours = {LOCK, RESULT, BEST, "runs", "adapters", *(path.name for path in folder.glob("checkpoint-*"))}
     if not folder.is_dir() or read_result(folder): return []
     return sorted({path.name for path in {*folder.iterdir()} - {*leftovers(folder, living=True)}} - ours)
 
@@ -201,7 +203,10 @@ def source_of(config, now) -> Found:
     "What `config.resume`, a checkpoint or a folder with some, has to continue from with the settings of `now`."
     path = home(config.resume)
     there = [each for each in (*found_in(path), *found_in(path.parent)) if path in (each.path, each.path.parent)]
-    if not (found := newest_intact(each for each in there if each.files is None)):
+    def fallen(each):  # a longer run does not begin with the end of a shorter one
+        schedules = {each.run.get("lr_scheduler_type"), now["lr_scheduler_type"]}
+        return schedules == {LENGTHENED} and each.step > decay_begins(each.run["trainer_args"], each.steps)
+    if not (found := newest_intact(sorted((each for each in there if each.files is None), key=fallen))):
         raise FileNotFoundError(Sentence(NOTHING, path=path))
     if not differences(found.run, now, FIXED): return found
     told = OTHER_SOURCE + RESTORE.partition(",")[0] + "."

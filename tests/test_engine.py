@@ -225,13 +225,14 @@ def scarce_memory(monkeypatch, room, error, first=1):
     tune = module.tune_model
 
     def tuned(model, **options):
-        tune(model, **options)
+        told = tune(model, **options)
         forward = model.forward
         def scarce(*args, input_ids=None, **kwargs):
             if model.training: calls.append(len(input_ids))
             if len(calls) >= first and len(input_ids) > room and model.training: raise error
             return forward(*args, input_ids=input_ids, **kwargs)
         model.forward = scarce
+        return told
 
     monkeypatch.setattr(module, "tune_model", tuned)
     return calls

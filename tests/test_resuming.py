@@ -77,7 +77,8 @@ def plain(run, tmp_path_factory):
     return plain
 
 
-WAYS = [dict(), dict(method="lora", lora_rank=4), dict(trainer_args=dict(neftune_noise_alpha=5.0))]
+WAYS = [dict(), dict(method="lora", lora_rank=4, use_dora=True, use_rslora=True),
+        dict(trainer_args=dict(neftune_noise_alpha=5.0))]
 
 @pytest.mark.parametrize("changes", WAYS, ids=str)
 def test_a_killed_run_ends_with_the_weights_and_losses_of_one_that_was_not(run, plain, tmp_path, changes):

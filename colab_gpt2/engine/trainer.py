@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from ..config import OPTIMIZERS, FinetuneConfig, pick_learning_rate
+from ..config import LENGTHENED, OPTIMIZERS, FinetuneConfig, decay_begins, pick_learning_rate
 from .callbacks import Bar, Meter
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, read_manifest
 from .checkpoints import remove_checkpoint, write_manifest
@@ -26,7 +26,7 @@ from .guards import SaveByTime, StopOnDivergence, StopOnInterrupt
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.lora import add_adapters
-from ..model.tune import casting_once, tune_model, uncompiled
+from ..model.tune import CHUNKED, casting_once, tune_model, uncompiled
 from ..planning.plan import smaller_micro_batch
 from ..reporting import silent
 from ..runtime import out_of_memory
@@ -81,9 +81,20 @@ class MicroBatchTrainer(Trainer):
         told = f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}."
         warnings.warn(told, stacklevel=2)
 
-# %% ../../nbs/engine/42_trainer.ipynb #04a9bf3b
+# %% ../../nbs/engine/42_trainer.ipynb #c19b1164
+def schedule_options(arguments, steps) -> dict:
+    "`lr_scheduler_kwargs` of a run of so many steps."
+    given = arguments.lr_scheduler_kwargs or {}
+    if arguments.lr_scheduler_type != LENGTHENED: return given
+    return dict(num_decay_steps=steps - decay_begins({}, steps)) | given
+
+# %% ../../nbs/engine/42_trainer.ipynb #04a9bf3f
 class SettingsOfNow(MicroBatchTrainer):
     "A checkpoint may be resumed with other settings."
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
         "Keep this run's learning rate and weight decay, not the checkpoint's."
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
@@ -108,10 +119,16 @@ class SettingsOfNow(MicroBatchTrainer):
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf34
 class BlockTrainer(SettingsOfNow):
     "Checkpoints that are complete or absent, of a run that they name."
-    aside, identity, rate_factor, checkpoints_to_keep = None, {}, 1., None
+    aside, identity, rate_factor, checkpoints_to_keep, on_the_way = None, {}, 1., None, True
     chooser = None  # has the best weights, see `choosing`
     in_use, sources = set, ()  # in_use(): checkpoints that a mirror copies now; paths that the run began from
     _tr_loss, _globalstep_last_logged = torch.zeros(()), 0  # of the stock Trainer, which sets them in `train`
+
+    @property
+    def falls(self):
+        "The step from which a rate falls that is constant before: a longer run begins there, so its checkpoint stays."
+        if self.args.lr_scheduler_type != LENGTHENED: return
+        return decay_begins(dict(lr_scheduler_kwargs=self.args.lr_scheduler_kwargs), self.state.max_steps)
 
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 
@@ -121,7 +138,8 @@ class BlockTrainer(SettingsOfNow):
         retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
         if not self.checkpoints_to_keep: return
         def own(path):  # what another run has left goes first, and what is beyond this step: that was skipped
-            return (told := read_manifest(path))["run"] == self.identity and told["step"] <= self.state.global_step
+            told, step, keeps = read_manifest(path), self.state.global_step, self.checkpoints_to_keep > 1
+            return told["run"] == self.identity and told["step"] <= step, keeps and told["step"] == self.falls
         for path in sorted(find_checkpoints(self.args.output_dir), key=own)[:-self.checkpoints_to_keep]:
             if path not in self.in_use() and path.resolve() not in self.sources: remove_checkpoint(path)
 
@@ -179,7 +197,7 @@ def check_parts(arguments):
     "Make the optimizer, schedule, trackers and loader of TrainingArguments, to get their errors now."
     kind, options = torch.optim.AdamW, {}
     if arguments.optim == OPTIMIZERS[0]: kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    optimizer, special = kind([torch.nn.Parameter(torch.zeros(1))], **options), arguments.lr_scheduler_kwargs
+    optimizer, special = kind([torch.nn.Parameter(torch.zeros(1))], **options), schedule_options(arguments, 2)
     get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=special)
     for tracker in get_reporting_integration_callbacks(arguments.report_to): tracker()
     arguments.get_process_log_level()
@@ -225,13 +243,15 @@ class StepsOfNow(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps: control.should_log = True
+        if state.global_step == self.trainer.falls: control.should_save |= self.trainer.on_the_way
 
 # %% ../../nbs/engine/42_trainer.ipynb #e3e30b34
 def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=silent) -> BlockTrainer:
     "Tunes `model`, and gives it adapters, in place. Nothing is written or deleted yet."
     recipe = plan.recipe
-    if config.tune: tune_model(model, keep_attention_dropout=config.keep_attention_dropout)
-    if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision, config.seed)
+    told = tune_model(model, keep_attention_dropout=config.keep_attention_dropout) if config.tune else ()
+    inner, how = model, {name: getattr(config, name) for name in ("target_modules", "use_dora", "use_rslora")}
+    if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision, config.seed, **how)
     meter, arguments = Meter(recipe.device), training_arguments(config, plan)
     stop = next((c for c in callbacks if isinstance(c, StopOnInterrupt)), None)
     own = [meter] if stop else [meter, stop := StopOnInterrupt(config.output_dir)]
@@ -245,6 +265,8 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad
                            callbacks=[*own, *callbacks, guard, bar])  # the guard sees what is to be saved
+    if CHUNKED in told and type(inner.get_output_embeddings()) is torch.nn.Linear:  # else by the Trainer, from logits
+        inner.label_smoothing, trainer.label_smoother = arguments.label_smoothing_factor, None
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
     if own := [c for c in callbacks if hasattr(c, "put_into")]: [trainer.chooser], own[0].trainer = own, trainer
@@ -252,7 +274,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
         if hasattr(mirror, "in_use"): trainer.in_use, bar.status = mirror.in_use, mirror.status
     trainer.recipe, trainer.micro_batch = recipe, recipe.micro_batch
     trainer.sources = [Path(p).resolve() for p in (config.model, config.tokenizer, config.resume) if p]
-    trainer.checkpoints_to_keep = config.save_total_limit
+    trainer.checkpoints_to_keep, trainer.on_the_way = config.save_total_limit, config.save_steps != -1
     if recipe.gradient_checkpointing:  # keep half-precision copies of the current layer only
         trainer.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
     trainer.add_callback(StepsOfNow(trainer))

@@ -9,6 +9,7 @@ __all__ = []
 import contextlib, warnings
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import Sentence
 from .loading import DTYPES
@@ -22,15 +23,27 @@ def quiet_peft():
         yield
 
 # %% ../../nbs/model/23_lora.ipynb #3850d9ca
-def add_adapters(model, rank, precision="fp32", seed=0):
-    "`model` in `precision`, frozen, with LoRA adapters in fp32 on its linear layers: a peft.PeftModel."
+def targets_of(model, names=None):
+    "What peft takes for `names` with commas between them, or None. ValueError for one that no linear layer has."
+    if not names: return "all-linear"
+    there = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D, torch.nn.Embedding))]
+    names = [name.strip() for name in names.split(",")]
+    for name in names:
+        if any(f".{each}".endswith(f".{name}") for each in there): continue
+        known = ", ".join(dict.fromkeys(each.rpartition(".")[2] for each in there))
+        told = "{target_modules} has {name!r}; the model's layers are {known}."
+        raise ValueError(Sentence(told, name=name, known=known))
+    return names
+
+# %% ../../nbs/model/23_lora.ipynb #3850d9d2
+def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, **options):
+    "`model` in `precision`, frozen, with LoRA adapters in fp32: a peft.PeftModel. `options`: of peft.LoraConfig."
     try: import peft
     except ImportError as e:
         raise ImportError(Sentence("{method=lora} needs peft: pip install peft, or set {method=full}.")) from e
-    gpt2 = model.config.model_type == "gpt2"
-    layers = ["c_attn", "c_proj", "c_fc"] if gpt2 else "all-linear"
+    layers, turned = targets_of(model, target_modules), any(isinstance(m, Conv1D) for m in model.modules())
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank,  # as in peft's own examples
-                               target_modules=layers, fan_in_fan_out=gpt2, task_type="CAUSAL_LM")
+                               target_modules=layers, fan_in_fan_out=turned, task_type="CAUSAL_LM", **options)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), quiet_peft():
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model.to(DTYPES[precision]), settings)

@@ -31,7 +31,7 @@ def padded(weight, dtype, multiple):
     return head
 
 # %% ../../nbs/model/21_loss.ipynb #1e89593d
-def slice_loss(logits, targets, vocabulary, wanted, softcap=None):
+def slice_loss(logits, targets, vocabulary, wanted, softcap=None, smoothing=0.):
     "`chunk_loss` of a few rows."
     exact = torch.promote_types(logits.dtype, torch.float32)
     converted = logits if logits.is_cuda and not softcap else logits.to(exact)  # a GPU converts as it reads
@@ -43,19 +43,20 @@ def slice_loss(logits, targets, vocabulary, wanted, softcap=None):
     if wanted:
         direct = logits.is_cuda or logits.dtype == exact  # a CPU writes another precision in a second pass
         gradient = torch.exp(log_probs, out=logits if direct else log_probs)
-        gradient.scatter_(1, targets, found.expm1().to(gradient.dtype))
+        gradient.scatter_(1, targets, (found.expm1() + smoothing).to(gradient.dtype))
+        if smoothing: gradient[:, :vocabulary] -= smoothing / vocabulary
         if softcap: gradient.mul_(capped.square_().neg_().add_(1))
         if not direct: logits.copy_(gradient)
-    return -found
+    return -found.lerp(log_probs[:, :vocabulary].mean(1, keepdim=True), smoothing) if smoothing else -found
 
 # %% ../../nbs/model/21_loss.ipynb #e6a995b0
-def chunk_loss(logits, vocabulary, targets, wanted, softcap=None):
+def chunk_loss(logits, vocabulary, targets, wanted, softcap=None, smoothing=0.):
     """The loss of each row, (rows, 1); if `wanted`, `logits` (rows, padded vocabulary) become their gradients.
     `targets` (rows, 1) are in the vocabulary, those that do not count too."""
     rows = EXACT_ROWS if logits.is_cuda else max(1, EXACT_LOGITS // logits.shape[1])
     slices = [*zip(logits.split(rows), targets.split(rows))]
     if type(logits) is not torch.Tensor and not logits.is_cuda: slices = slices[:1]  # a trace's: one tells of all
-    losses = torch.cat([slice_loss(*some, vocabulary, wanted, softcap) for some in slices])
+    losses = torch.cat([slice_loss(*some, vocabulary, wanted, softcap, smoothing) for some in slices])
     return losses if len(losses) == len(logits) else losses[:1].expand(len(logits), 1)
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
@@ -77,7 +78,8 @@ def added(total, gradient, rows):
 class LinearCrossEntropy(torch.autograd.Function):
     "The summed cross-entropy of `scale * (hidden @ weight.T + bias)`, capped; see `linear_cross_entropy`."
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, dtype, chunk_size, ignore_index, multiple, scale, softcap):
+    def forward(ctx, hidden, weight, bias, labels, dtype, chunk_size, ignore_index, multiple, scale, softcap,
+                smoothing=0.):
         rows, wanted = min(chunk_size, len(hidden)), ctx.needs_input_grad
         factor = 0.5 ** ((rows - 1) // FP16_SUM).bit_length() if dtype == torch.float16 else 1.
         counts = (labels != ignore_index)[:, None]
@@ -90,7 +92,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             h, some = hidden[chunk].to(dtype), logits[:len(hidden[chunk])]
             some.addmm_(h, head.T, beta=0, alpha=scale)
             if bias is not None: some[:, :len(weight)] += bias.to(dtype) * scale
-            loss += (chunk_loss(some, len(weight), targets[chunk], any(wanted), softcap) * counts[chunk]).sum()
+            found = chunk_loss(some, len(weight), targets[chunk], any(wanted), softcap, smoothing)
+            loss += (found * counts[chunk]).sum()
             if wanted[0]: torch.mm(some, head, out=d_hidden[chunk]).mul_(counts[chunk] * scale)
             share = counts[chunk] * (factor * scale)
             if wanted[2]: d_bias = added(d_bias, some, share[:, 0])
@@ -107,7 +110,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None: d_hidden = scaled(d_hidden, from_above).to(ctx.dtypes[0])
         def summed(g):  # the slice is scaled, not the other way round: autograd adds to no view in place
             return None if g is None else scaled(g[:ctx.rows], from_above / ctx.factor).to(ctx.dtypes[1])
-        return d_hidden, summed(d_weight), summed(d_bias), *[None] * 7
+        return d_hidden, summed(d_weight), summed(d_bias), *[None] * 8
 
 # %% ../../nbs/model/21_loss.ipynb #21c5000d
 def those_that_count(rows, labels, ignore_index):
@@ -128,6 +131,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,  # rows at a time; None: 1024, fewer where the vocabulary has more than 65,536
     ignore_index: int = -100,  # the label of what does not count
     reduction: str = "mean",  # over the labels that count, or "sum"
+    label_smoothing: float = 0.,  # as F.cross_entropy has it: this share is spread over the vocabulary
     multiple: int = 1,  # for the products the weight is padded to a multiple of so many rows
 ):
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits, after Liger Kernel (arXiv 2410.10989, 3.2).
@@ -142,6 +146,6 @@ def linear_cross_entropy(
     kind, total = hidden.device.type, (labels != ignore_index).sum()
     rows, labels = those_that_count(hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), ignore_index)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    options = dtype, chunk_size, ignore_index, multiple, scale, softcap
+    options = dtype, chunk_size, ignore_index, multiple, scale, softcap, label_smoothing
     with torch.autocast(kind, enabled=False): loss = LinearCrossEntropy.apply(rows, weight, bias, labels, *options)
     return loss / total if reduction == "mean" else loss

@@ -72,8 +72,9 @@ def training_forward(stock, scale, softcap):
         hidden = last_hidden(self, input_ids, kwargs)
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # each predicts the next, the last none
         options = dict(multiple=head_multiple(hidden), chunk_size=rows_at_a_time(self, hidden))
-        head, reduction = Head(layer.weight, layer.bias, scale, softcap), "mean" if items is None else "sum"
-        loss = head.loss(hidden, targets, reduction=reduction, **options)
+        options["reduction"] = "mean" if items is None else "sum"
+        options["label_smoothing"] = getattr(self, "label_smoothing", 0.)  # what the Trainer would need logits for
+        loss = Head(layer.weight, layer.bias, scale, softcap).loss(hidden, targets, **options)
         return CausalLMOutputWithPast(loss=loss if items is None else loss / items)
     return forward
 

@@ -79,6 +79,8 @@ class Recipe(Record):
     optimizer: str = OPTIMIZERS[0]  # or "adamw_bnb_8bit"
     gradient_checkpointing: bool = False  # compute a layer's activations again in the backward pass
     lora_rank: int = 16
+    use_dora: bool = False
+    target_modules: str | None = None  # names of layers; None: all linear ones
     tune: bool = True  # the fast engine; False: transformers' model as it is
     keep_attention_dropout: bool = False  # as the config has it; the stock model always does
 
@@ -301,10 +303,11 @@ class TracedMemory(StepMemory):
 
 # %% ../../nbs/planning/30_memory.ipynb #6b78d2b7
 def step_memory(shape: Shape, recipe: Recipe) -> StepMemory:
-    "By the formula for a GPT-2, by a trace for any other model that can be traced."
+    "By the formula for a GPT-2 with the usual adapters, by a trace for any other model that can be traced."
     traced = TracedMemory(shape, recipe)
     with contextlib.suppress(ValueError):
-        if not shape.gpt2 and traced.trace: return traced
+        usual = shape.gpt2 and not (recipe.lora and (recipe.use_dora or recipe.target_modules))
+        if not usual and traced.trace: return traced
     return StepMemory(shape, recipe)
 
 # %% ../../nbs/planning/30_memory.ipynb #b4eaf48d

@@ -132,7 +132,8 @@ def possible_ways(planner):
     config, runtime, blocks = planner.config, planner.runtime, planner.blocks
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     step = Recipe(blocks, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
-                  tune=config.tune, lora_rank=config.lora_rank, keep_attention_dropout=config.keep_attention_dropout)
+                  tune=config.tune, lora_rank=config.lora_rank, use_dora=config.use_dora,
+                  target_modules=config.target_modules, keep_attention_dropout=config.keep_attention_dropout)
     sizes = [n for n in micro_batches(config) if n <= blocks] or [blocks]  # more may be asked for
     return [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
             for method, optimizer in methods(config, runtime) for on in checkpointing]
@@ -183,7 +184,7 @@ def describe(recipe: Recipe) -> str:
     "Its method in words."
     extras = ["8-bit AdamW"] if recipe.optimizer == OPTIMIZERS[1] else []
     if recipe.gradient_checkpointing: extras.append("gradient checkpointing")
-    method = "LoRA" if recipe.lora else "full training"
+    method = "full training" if not recipe.lora else "DoRA" if recipe.use_dora else "LoRA"
     return f"{method} with {' and '.join(extras)}" if extras else method
 
 # %% ../../nbs/planning/32_plan.ipynb #6484d6ec
@@ -269,7 +270,7 @@ class Plan(Record):
 
     def to_dict(self) -> dict:
         "Flat, with those fields of the recipe that a plan decides; `device` is the device's name."
-        own, fixed = super().to_dict(), ("lora_rank", "tune", "keep_attention_dropout")
+        own, fixed = super().to_dict(), ("lora_rank", "use_dora", "target_modules", "tune", "keep_attention_dropout")
         return {"fits": own.pop("fits"), **{k: v for k, v in own.pop("recipe").items() if k not in fixed}, **own}
 
     @classmethod
@@ -375,6 +376,9 @@ def plan_run(
     if config.method != "full":  # a rank above the width adds memory, and nothing that the width could not learn
         check_number("lora_rank", config.lora_rank, maximum=max(shape.width, FinetuneConfig.lora_rank),
                      hint="That is the model's width.")
+    if config.target_modules and hasattr(model, "named_modules"):
+        from colab_gpt2.model.lora import targets_of
+        targets_of(model, config.target_modules)
     if config.eval_stride:
         check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True,
                      hint="It can be at most the block size, or tokens would be left out.")

@@ -161,7 +161,9 @@ def meta_model(config, recipe):
         dtype = DTYPES[recipe.precision if recipe.lora else "fp32"]
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     if recipe.tune: tune_model(model, keep_attention_dropout=recipe.keep_attention_dropout)
-    return add_adapters(model, recipe.lora_rank, recipe.precision) if recipe.lora else model
+    if not recipe.lora: return model
+    how = dict(target_modules=recipe.target_modules, use_dora=recipe.use_dora)
+    return add_adapters(model, recipe.lora_rank, recipe.precision, **how)
 
 # %% ../../nbs/planning/29_trace.ipynb #d493cb22
 def as_fake(model, fake, operations):
