@@ -22,6 +22,7 @@ _MODULES = {
     "generation": "Sample generate stream",
     "signals": "Interrupted",
     "training": "FinetuneResult finetune",
+    "finding_rate": "RateCurve find_learning_rate",
     "tasks": "RunResult check fetch plan evaluate archive save restore ask_for_drive run demo bench",
     "two_runs": "Comparison compare",
     "panels.runtime": "RuntimePanel",

@@ -186,6 +186,7 @@ def command(example, *sources):
     sources = [source if isinstance(source, tuple) else (source, None) for source in sources]
 
     def register(function):
+        name = function.__name__.replace("_", "-")
         takes = list(inspect.signature(function).parameters.values())
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in takes[len(sources):] if p.name != "as_json"]
         offered = [*own, *(p for source in sources for p in config_options(*source)), *SHARED]
@@ -199,8 +200,8 @@ def command(example, *sources):
 
         called.__signature__ = inspect.Signature(offered)
         called.__annotations__ = {p.name: p.annotation for p in offered}
-        said = f"{function.__doc__}\n\nExample: colab-gpt2 {function.__name__} {example}".rstrip()
-        app.command(function.__name__, help=said, cls=Command)(called)
+        said = f"{function.__doc__}\n\nExample: colab-gpt2 {name} {example}".rstrip()
+        app.command(name, help=said, cls=Command)(called)
         return function
     return register
 
@@ -234,6 +235,15 @@ def plan(
 ):
     "Forecast memory and time, and choose batch and method."
     with bad_usage(): return tasks.plan(config, gpu=gpu)
+
+# %% ../nbs/65_cli.ipynb #64f1a001
+OF_RATE = f"model from_scratch seed weight_decay max_grad_norm trainer_args {OF_TEXT} {WORK}"
+
+@command("--model gpt2 --train-file my.txt", (FinetuneConfig(), OF_RATE))
+def find_rate(config, steps: option(int, "steps to take, each with a higher rate", min=10) = 60):
+    "Find a learning rate: a curve and a suggestion."
+    from colab_gpt2.finding_rate import find_learning_rate
+    return find_learning_rate(config, steps=steps)
 
 # %% ../nbs/65_cli.ipynb #0adbe161
 @command("--model gpt2 --output-dir gpt2-tuned", FinetuneConfig())

@@ -7,7 +7,7 @@ __all__ = ['check', 'save', 'fetch', 'plan', 'evaluate', 'archive', 'restore', '
            'bench']
 
 # %% ../nbs/64_tasks.ipynb #2c5823a9
-import json, os, tempfile, time, warnings
+import json, os, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -320,17 +320,11 @@ def bench(
     **changes,  # to `config`
 ) -> Bench:
     "Train for some steps and throw the result away: training tokens a second over the median step."
-    from colab_gpt2.preparing import prepare
-    from colab_gpt2.training import check_trainer_args, make_trainer, plan_training, train_model
+    from colab_gpt2.finding_rate import try_steps
     check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
     config = changed(config or DEMO, **changes)
-    check_trainer_args(config.trainer_args)
-    with tempfile.TemporaryDirectory() as scratch, reporting(progress) as report:
-        short = replace(config, max_steps=steps, save_steps=-1, output_dir=scratch)
-        ready = prepare(short, report, held_out=False)
-        planned = plan_training(config, ready.model.config, ready.train, ready.runtime)
-        trainer = make_trainer(short, ready.model, ready.tokenizer, ready.train, planned, report=report)
-        try: planned = train_model(trainer, planned)
+    with reporting(progress) as report:
+        try: trainer, planned, runtime = try_steps(config, steps, report)
         except Interrupted as e: raise Interrupted("Stopped; nothing was measured or kept.", e.code) from None
     speed, taken = trainer.meter.tokens_per_second(trainer.bar.tokens_per_step), trainer.state.global_step
-    return Bench(model=config.model, tokens_per_second=speed, steps=taken, plan=planned, runtime=ready.runtime)
+    return Bench(model=config.model, tokens_per_second=speed, steps=taken, plan=planned, runtime=runtime)

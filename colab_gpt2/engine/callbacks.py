@@ -46,13 +46,13 @@ class Meter(TrainerCallback):
 # %% ../../nbs/engine/40_callbacks.ipynb #4f113ad1
 class Bar(TrainerCallback):
     "Reports every step; a bar on the screen also shows the loss, the tokens a second, and the `status` of a mirror."
-    status = str  # of a mirror: by default ""
+    status, what = str, "Fine-tuning"  # of a mirror: by default ""; what the steps are for
 
     def __init__(self, meter, tokens_per_step, report):
         self.meter, self.tokens_per_step, self.report = meter, tokens_per_step, report
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.report("Fine-tuning", state.global_step, state.max_steps)
+        self.report(self.what, state.global_step, state.max_steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         if bar := getattr(self.report, "bar", None): bar.set_postfix_str(self.figures(state.log_history), refresh=False)

@@ -21,8 +21,9 @@ from ..errors import Sentence, about, fields_of, worded
 from ..model.loading import MODELS, model_context
 from .fields import Form, labels_of
 from .live import Live, describe_samples
-from .panel import Panel, button, fact, folded, listening, meter, row, sentence, take_values
+from .panel import Panel, button, fact, folded, folding, listening, meter, row, sentence, take_values
 from .pump import interrupts_reach
+from .rate import RatePanel
 from .snippets import differing
 from ..planning.plan import Plan, estimate_text, plan_run, step_time
 from ..runtime import check_runtime
@@ -130,10 +131,7 @@ class Settings(Panel):
         self.running, self.forecaster = False, Forecaster()
         self.refused = ""  # why a run with good values cannot be started
         self.form, self.more = Form(self.values, MAIN, SUGGESTED), Form(self.values, ADVANCED, SUGGESTED)
-        look = widgets.Layout(align_self="flex-start", margin="8px 0")
-        self.advanced = widgets.ToggleButton(description="Advanced", tooltip="More settings", layout=look)
-        self.advanced.observe(lambda _: self.fold(), "value")
-        self.fold()
+        self.advanced = folding("Advanced", "More settings", self.more.box)
         self.text, self.plan = widgets.HTML(), widgets.HTML(layout=widgets.Layout(margin="10px 0 0 0"))
         self.origin = " (from step 2)" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
@@ -166,10 +164,6 @@ class Settings(Panel):
         self.offer_again(self.refused)
         self.allow(not (self.values.problems or self.refused))
 
-    def fold(self):
-        self.more.box.layout.display = "" if self.advanced.value else "none"
-        self.advanced.icon = "caret-down" if self.advanced.value else "caret-right"
-
     def recount(self, fetched=None):
         "A text was fetched: what was estimated can be counted."
         self.forecaster.known.clear()
@@ -189,8 +183,11 @@ class Steering(Settings):
             stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
             save=button("Save now", lambda: self.wish("save"), tooltip="Save a checkpoint and continue"),
             sample=button("Sample now", lambda: self.wish("sample"), tooltip="Generate a text and continue"))
-        self.assemble(self.text, self.form.box, self.advanced, self.more.box, self.plan,
-                      row(*self.buttons.values(), self.again), self.status, self.progress, self.charts, self.samples)
+        self.finder = RatePanel(self)
+        self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
+        self.assemble(self.text, self.form.box, row(self.advanced, self.find), self.more.box, self.finder.box,
+                      self.plan, row(*self.buttons.values(), self.again), self.status, self.progress, self.charts,
+                      self.samples)
 
     def allow(self, start): self.enable(start=start)
 

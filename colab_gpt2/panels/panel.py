@@ -148,6 +148,17 @@ def row(*parts):
     look = widgets.Layout(flex_flow="row wrap", align_items="center", margin="8px 0 0 0")
     return widgets.HBox(list(parts), layout=look)
 
+# %% ../../nbs/panels/74_panel.ipynb #74f00001
+def folding(text, tooltip, box):
+    "A button that shows or hides `box`, which is hidden at first."
+    made = widgets.ToggleButton(description=text, tooltip=tooltip, layout=widgets.Layout(margin="8px 8px 8px 0"))
+    def fold(_=None):
+        box.layout.display = "" if made.value else "none"
+        made.icon = "caret-down" if made.value else "caret-right"
+    made.observe(fold, "value")
+    fold()
+    return made
+
 # %% ../../nbs/panels/74_panel.ipynb #2f4bd749
 @contextlib.contextmanager
 def listening(note):

@@ -135,7 +135,7 @@ def describe_lines(title, lines) -> str:
     return " ".join([f"{title}.", *said])
 
 # %% ../../nbs/panels/70_plots.ipynb #40fc6051
-def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=460, height=240) -> str:
+def line_chart(lines, title, *, x_label="step", x_range=None, x_log=False, log=False, width=460, height=240) -> str:
     """The SVG of a chart of Lines; empty where none has a point. `x_range`: first and last x, if not the points'.
     ValueError for a value ≤ 0 on a logarithmic axis."""
     lines = [line for line in (replace(line, points=thinned(line.points)) for line in lines) if line.points]
@@ -147,7 +147,8 @@ def line_chart(lines, title, *, x_label="step", x_range=None, log=False, width=4
     if not lines: body += draw_text((left + right) / 2, height / 2, "no values yet", "middle", "fill-opacity='.6'")
     else:
         xs = x_range or [x for line in lines for x, _ in line.points]
-        axes = Axis(min(xs), max(*xs, min(xs) + 1), left, right), axis_for(values, bottom, top, log)
+        far = max(*xs, min(xs) * 2 if x_log else min(xs) + 1)
+        axes = Axis(min(xs), far, left, right, x_log), axis_for(values, bottom, top, log)
         body += draw_axes(*axes, x_label) + draw_legend(lines, left, 37)
         body += "".join(draw_line(line, *axes) for line in lines) + draw_values(lines, *axes)
     said = html.escape(describe_lines(title, lines), quote=True)
