@@ -35,6 +35,7 @@ def smooth(losses, beta=0.9) -> list:
         found.append(mean / (1 - beta ** n))
     return found
 
+# %% ../nbs/64_finding_rate.ipynb #65f5b2a0
 def exploded(means) -> bool:
     "Whether the last of the smoothed losses is lost."
     return not means[-1] <= LOST * min(means)

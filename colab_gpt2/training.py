@@ -396,9 +396,8 @@ def finetune(
     started, config = time.monotonic(), check_run(changed(config, **changes))
     stop = StopOnInterrupt(config.output_dir)
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]
-    with stop.listening(), reporting(progress) as shown, contextlib.ExitStack() as opened:
-        report = all_told(shown, callbacks)
-        opened.enter_context(only_run(config.output_dir, report))
+    with (stop.listening(), reporting(progress) as shown,
+          only_run(config.output_dir, report := all_told(shown, callbacks)), contextlib.ExitStack() as opened):
         recover(config.output_dir)
         check_free(config, asked(config))  # what differs is said before anything slow
         tell(callbacks, "on_stage", LOADING, stop=stop)

@@ -65,6 +65,7 @@ def save_model(model, tokenizer, output_dir, ours=None) -> dict:
 # %% ../../nbs/engine/41_checkpoints.ipynb #cde56d37
 def _checksum(facts): return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/engine/41_checkpoints.ipynb #5362e7c9
 def sealed(facts, indent=None) -> str:
     "JSON of `facts` with a checksum of their own: a manifest, or a result."
     return json.dumps(facts | dict(checksum=_checksum(facts)), indent=indent)

@@ -29,6 +29,7 @@ def held_out(run) -> tuple:
     ends = (0, run.perplexity_before), (run.steps, run.perplexity_after)
     return run.evaluations or tuple((step, p.value) for step, p in ends if p)
 
+# %% ../../nbs/panels/80_compare.ipynb #f1317354
 def both_charts(runs) -> list:
     "The SVGs of two runs' losses and perplexities."
     looks = dict(color=ACCENT, marker="circle"), dict(dashes="5 4", marker="diamond")

@@ -24,6 +24,7 @@ USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses the defaul
 TIMEOUT = (10, 60)  # seconds: to connect, and between two pieces
 LONGEST_WAIT = 60  # seconds: a server that asks for more is given up
 
+# %% ../../nbs/text/10_downloads.ipynb #68f90808
 class TryAgain(ConnectionError):
     "An error that may pass by itself, in `wait` seconds or more."
     def __init__(self, message, wait=0.0):

@@ -19,6 +19,7 @@ class Row(NamedTuple):
     values: dict  # name of the column -> value
     place: str  # "line 17"
 
+# %% ../../nbs/text/10_fields.ipynb #066781ab
 class Document(NamedTuple):
     "A text that stands for itself; a story, an article, a book."
     text: str  # its line ends are \n

@@ -187,6 +187,7 @@ def is_table(path) -> bool:
     "Whether the file `path` holds rows."
     return suffix_of(path) in READERS
 
+# %% ../../nbs/text/10_formats.ipynb #5b59abad
 def rows_of(path, *options):
     "Yield the Rows of one table; `options` are those of `Source`."
     with Source(path, *options) as source: yield from READERS[suffix_of(path)](source)

@@ -26,6 +26,7 @@ def is_wikitext(rows, field=None) -> bool:
     texts = (values.get(field or "text") for values in rows)
     return any(isinstance(text, str) and TITLE.fullmatch(text) for text in texts)
 
+# %% ../../nbs/text/10_hub.ipynb #0130c678
 def write_lines(texts, path):
     "Write `texts`, the rows of WikiText, as lines of the file `path`."
     with open(path, "w", encoding="utf-8", newline="") as f:
