@@ -498,6 +498,27 @@ def test_of_two_machines_that_begin_at_once_the_later_one_is_refused_or_copies_n
     assert held(tmp_path/"disk") == ["checkpoint-100"] and first.error is None
 
 
+def test_the_training_never_waits_a_second_for_a_drive_that_does_not_answer(tmp_path, output, checkpoint, monkeypatch):
+    "Whatever it is told; and who trains the run elsewhere is heard of when the Drive answers."
+    options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))
+    first, second, answers = opened(output, **options), opened(output, **options), threading.Event()
+    elsewhere(monkeypatch, first.pulse)
+    def late(call): return lambda *args: (answers.wait(20), call(*args))[1]
+    for name in dir(FolderTarget):
+        call = getattr(second.target, name)
+        if callable(call) and not name.startswith("_"): monkeypatch.setattr(second.target, name, late(call))
+    checkpoint(100)
+    args, state = SimpleNamespace(output_dir=str(output)), SimpleNamespace(global_step=100)
+    for event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+        begun = time.monotonic()
+        getattr(second, event)(args, state, None, metrics={})
+        assert time.monotonic() - begun < 1, event
+    assert second.in_use() == [output/"checkpoint-100"]
+    answers.set()
+    while second.in_use() or not second.pulse.refused: time.sleep(0.002)
+    with pytest.raises(BlockingIOError, match="being trained now"): second.on_step_end(args, state, None)
+
+
 def test_a_run_can_be_seen_from_when_its_mirror_is_open_until_it_is_closed(tmp_path, output, monkeypatch, beating):
     "Loading, evaluating and probing come before the training."
     options = dict(runtime=HERE, mirror=str(tmp_path/"disk"))

@@ -95,7 +95,7 @@ class Heartbeat(Others):
     "Of this process; a thread of its own writes it, since a copy may hang."
     def __init__(self, target):
         super().__init__(target)
-        self.step, self.ended = 0, threading.Event()
+        self.step, self.ended, self.refused = 0, threading.Event(), None
         self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
 
     def write(self): self.target.write(self.name, json.dumps(self.who | dict(time=time.time(), step=self.step)))
@@ -115,6 +115,19 @@ class Heartbeat(Others):
         with contextlib.suppress(OSError):
             for name in self.former: self.target.remove(name)
         return max(filter(None, self.former.values()), key=lambda each: each["time"], default=None)
+
+    def glance(self):
+        "Look, in the background: a Drive may be slow. What it finds is `refused`."
+        try: self.look()
+        except OSError as e:  # what fails on a Drive is heard of when it is copied to
+            if isinstance(e, BlockingIOError): self.refused = e
+
+    def check(self, seconds=0):
+        "BlockingIOError if a glance that begins now ends within so many `seconds` and finds another, or if one has."
+        if seconds:
+            (thread := threading.Thread(target=self.glance, daemon=True)).start()
+            thread.join(seconds)
+        if self.refused: raise self.refused
 
     def run(self):
         while not self.ended.wait(self.target.beats):

@@ -136,12 +136,12 @@ class Mirror(Copying, TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         "Minutes after it was opened: another machine that began in the same moment can be seen now."
-        try: self.pulse and self.pulse.look()
-        except OSError as e:  # what fails on a Drive is heard of when it is copied to
-            if isinstance(e, BlockingIOError): raise
+        if self.pulse: self.pulse.check(.5)  # a slow Drive answers while the first steps are made
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.pulse: self.pulse.step = state.global_step
+        if not self.pulse: return
+        self.pulse.step = state.global_step
+        self.pulse.check()
 
     def on_save(self, args, state, control, **kwargs):
         self.offer(Path(args.output_dir)/f"checkpoint-{state.global_step}")
