@@ -9,7 +9,7 @@ __all__ = ['FinetuneConfig']
 import math, os
 from dataclasses import dataclass, field, fields, replace
 
-from .core import Record, existing, home, nearest
+from .core import LINK, Record, existing, home, nearest
 from .errors import Sentence, check_choice, check_number, check_utf8
 
 # %% ../nbs/04_config.ipynb #1da4635b
@@ -192,11 +192,14 @@ def check_value(f, given):
         raise ValueError(Sentence(f"{{{f.name}}} is {{value!r}}; it must be {{rule}}.", value=given, rule=rule))
 
 # %% ../nbs/04_config.ipynb #555209f8
+OF_HUB = "model", "tokenizer", "dataset", "train_file"
+
 def expand_paths(config):
     "Put the home folder in the place of `~`; ValueError for a path that no file can have: too long, or of no user."
     for f in fields(config):
         given = getattr(config, f.name)
         if not (f.metadata.get("path") and isinstance(given, (str, os.PathLike))): continue
+        if f.name in OF_HUB and LINK.fullmatch(str(given)): continue
         try: path = home(given)
         except ValueError as e: raise ValueError(Sentence("{%s} is {why}" % f.name, why=e)) from None
         if str(given)[:1] == "~": object.__setattr__(config, f.name, type(given)(path))

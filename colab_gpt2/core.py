@@ -93,6 +93,8 @@ def human_time(seconds):
 def home(path) -> Path:
     "`path`, with a home folder for `~` or `~user` at its beginning; ValueError if no path can be that."
     text = os.path.expanduser(path)
+    if re.match(r"\w+://", text):
+        raise ValueError(f"{text[:99]!r}: an address, not a path; give a file or folder of this machine.")
     try: os.fsencode(text)
     except UnicodeEncodeError: raise ValueError(f"{ascii(text)[:40]}: no path has half a character.") from None
     if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(name)) > 255 for name in Path(text).parts):
@@ -101,6 +103,18 @@ def home(path) -> Path:
     user = Path(text).parts[0][1:]
     why = f"there is no user {user!r} here" if user else "no home folder is known here"
     raise ValueError(f"{text!r}: {why}; give a path without ~.")
+
+# %% ../nbs/00_core.ipynb #ebdcd20b
+LINK = re.compile(r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/)(datasets/|spaces/)?"
+                  r"([\w.-]+(?:/(?!tree/|blob/|resolve/|viewer)[\w.-]+)?)(/tree/main|/viewer[^?#]*)?/?(.*)")
+PAGES = {None: "model", "datasets/": "data set", "spaces/": "space"}
+
+def from_link(text, kind=None) -> str:
+    "The id in an address of the Hub, which must be one of `kind` (a key of PAGES); any other text as it is."
+    if not (found := LINK.fullmatch(text)): return text
+    if found[1] != kind: raise ValueError(f"{text} is the address of a {PAGES[found[1]]}; a {PAGES[kind]} is needed.")
+    if found[4][:1] in ("", "?", "#"): return found[2]
+    raise ValueError(f"{text} is one file or revision; a {PAGES[kind]} is given as {found[2]}.")
 
 # %% ../nbs/00_core.ipynb #56e22cc0
 def existing(path) -> Path:
@@ -310,8 +324,12 @@ def atomic(path, folder=False, aside=None):
 # %% ../nbs/00_core.ipynb #19f5b3bd
 def weight_files(index) -> set:
     "The names in an index of weights; ValueError unless they are of safetensors files in its own folder."
-    try: names = {*map(str, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())}
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{index} is damaged: {e!r}") from e
+    try:
+        read = json.loads(Path(index).read_text(encoding="utf-8"))
+        names = {*map(str, read["weight_map"].values())}
+        if not (names and isinstance(read["metadata"], dict)): raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{index} is damaged: it needs a weight_map and metadata.") from e
     for name in names:
         if name.endswith(".safetensors") and PureWindowsPath(name).name == name: continue
         raise ValueError(f"{index} names {name!r}, but weights are safetensors files in its own folder.")

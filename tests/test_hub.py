@@ -181,7 +181,7 @@ for name in ("gpt2", "owner/name"):
     model, tokenizer = load_model(name), load_tokenizer(name)
     check_match(model, tokenizer)
     result[name] = [model.num_parameters(), str(model.dtype), len(tokenizer)]
-result["config"] = load_config("owner/name").n_positions
+result["config"] = load_config("https://huggingface.co/owner/name/tree/main").n_positions
 for name in ("owner/nmae", "owner/pickle", "owner/index", "gpt2-medium"):
     result[name], result[name + " tokenizer"] = failing(load_model, name), failing(load_tokenizer, name)
 result["seconds"] = time.monotonic() - began
@@ -215,6 +215,29 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
         "ConnectionError: The Hub gave no answer and openai-community/gpt2-medium is not complete in the cache. "
         "Without a network use 'tiny' or the folder of a model.")
     assert offline["seconds"] < 20  # huggingface_hub alone would retry for half a minute, twice for each
+
+
+DAMAGED_CODE = """
+from colab_gpt2.model.loading import load_model, load_tokenizer
+from pathlib import Path
+for name, load in (("tokenizer.json", load_tokenizer), ("model.safetensors", load_model), ("config.json", load_model)):
+    for cache in (None, os.environ["HF_HOME"] + "/other"):
+        load("owner/name", cache_dir=cache)
+        file = next(Path(cache or os.environ["HF_HOME"] + "/hub").rglob(f"snapshots/*/{name}")).resolve()
+        file.write_bytes(file.read_bytes()[:100])
+        said = failing(load, "owner/name", cache_dir=cache)
+        file.unlink()
+        load("owner/name", cache_dir=cache)
+        result[f"{name} {cache}"] = [said, str(file)]
+"""
+
+
+def test_a_damaged_file_in_the_cache_is_named_and_fetched_again_once_it_is_deleted(hub, ask):
+    hub.add("models", "owner/name", {f: (TINY/f).read_bytes() for f in os.listdir(TINY)})
+    told = ask(DAMAGED_CODE, imports=MODELS)
+    del told["stderr"]
+    for name, (said, file) in told.items():
+        assert f"{name.split()[0]} is damaged: " in said and said.endswith(f"To fetch it again, delete {file}")
 
 
 BUSY_CODE = """
@@ -334,11 +357,12 @@ def corpus(name, **options):
     found = load_corpus(name, progress=False, **options)
     return {split: found.path(split).read_text() for split in found.bytes} | dict(source=found.source)
 result["small"] = corpus("me/tides", dataset_config="small")
-result["large"] = corpus("hf://datasets/me/many")
+result["large"] = corpus("https://huggingface.co/datasets/me/many/tree/main")
 result["lines"] = corpus("me/wikitext", dataset_config="wikitext-2-raw-v1")
 result["chats"] = corpus("me/chats")
-result["own"] = corpus("python-docs", train_file="hf://datasets/me/many")
+result["own"] = corpus("python-docs", train_file="hf.co/datasets/me/many")
 result["unknown"] = failing(load_corpus, "me/unknown", download=False)
+result["page"] = failing(load_corpus, "https://huggingface.co/datasets/unknown", download=False)
 """
 
 
@@ -357,6 +381,7 @@ def test_a_data_set_of_the_hub_is_a_corpus_that_stays(hub, ask):
     assert 200 < len(texts["train"]) < 260
     assert {split: told["lines"][split] for split in TEXTS} == TEXTS and told["own"] == told["large"]
     assert told["unknown"] == "ConnectionError: me/unknown is not in the cache."
+    assert told["page"] == "ConnectionError: unknown is not in the cache."
     kept = [json.loads(line)["prompt"] for split in TEXTS for line in told["chats"][split].splitlines()]
     assert sorted(kept) == sorted(row["prompt"] for row in chat)
     assert {**ask(CORPORA, endpoint=CLOSED), "stderr": ""} == {**told, "stderr": ""}  # from the cache

@@ -3,6 +3,7 @@ import json, math, shutil, warnings
 from dataclasses import replace
 
 import pytest, torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers import BertConfig, BloomConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, PhiConfig
 from transformers import T5Config
@@ -330,12 +331,13 @@ def test_an_index_may_name_only_safetensors_of_its_own_folder(folder, tmp_path, 
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}, "metadata": {}}',
+                                  '{"weight_map": {"a": "a.safetensors"}, "metadata": []}'])
 @pytest.mark.parametrize("read", [load_model, check_model])
 def test_a_damaged_index_is_named(folder, tmp_path, text, read):
     parts = shards(folder, tmp_path)
     (parts/"model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="index.json is damaged") as e: read(parts)
+    with pytest.raises(ValueError, match="index.json is damaged: it needs a weight_map and metadata") as e: read(parts)
     assert "\n" not in str(e.value)
 
 
@@ -380,6 +382,18 @@ def test_no_code_and_no_shape_of_output_comes_from_a_config(folder, fields, monk
 def test_a_quantized_model_is_refused(folder):
     change_config(folder, quantization_config=dict(quant_method="gptq", bits=4))
     with pytest.raises(ValueError, match="is quantized, and is not loaded here"): load_model(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_that_are_no_floats_are_refused_though_no_config_says_so(folder, kind):
+    weights = load_file(folder/"model.safetensors")
+    changed = {name: w.to(kind) if ".mlp." in name and w.ndim == 2 else w for name, w in weights.items()}
+    save_file(changed | {"transformer.h.0.attn.bias": torch.ones(4, 4, dtype=torch.bool)}, folder/"model.safetensors")
+    told = rf"{folder}/model.safetensors is quantized .transformer.h.0.mlp.c_fc.weight is ([IU]8|BOOL|F8_E4M3)\)"
+    with pytest.raises(ValueError, match=told): load_model(folder)
+    mask = weights | {"transformer.h.0.attn.bias": torch.ones(4, 4, dtype=torch.uint8)}  # as old files of GPT-2 have
+    save_file(mask, folder/"model.safetensors", metadata=dict(format="pt"))
+    load_model(folder)
 
 
 @pytest.mark.parametrize("fields", [dict(n_layer=1_000_000), dict(n_layer=5000), dict(n_embd=10**6, n_head=1),

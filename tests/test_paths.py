@@ -210,6 +210,16 @@ def test_outside_colab_a_stand_in_may_have_any_name(tmp_path, monkeypatch, name)
 
 # ---- a text where a path belongs
 
+@pytest.mark.parametrize("field, value, told", [
+    ("train_file", "https://example.com/tides.txt", "an address, not a path"), ("mirror", "gs://bucket", "an address"),
+    ("output_dir", "https://huggingface.co/me/out", "an address"), ("model", "https://example.com/m", "an address"),
+    ("cache_dir", "s3://bucket/c", "an address"), ("dataset", "https://example.com/tides.zip", "an address")])
+def test_an_address_is_no_path_and_the_hubs_are_of_models_and_data_sets(field, value, told):
+    with pytest.raises(ValueError, match=told) as e: FinetuneConfig(**{field: value})
+    assert fields_of(e.value) == (field,)
+    FinetuneConfig(model="https://huggingface.co/gpt2", dataset="hf.co/datasets/a/b")
+
+
 def test_no_door_repeats_thousands_of_characters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path/"m")

@@ -20,7 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 import colab_gpt2
-from ..core import Record, home, human_bytes, nearest, weight_files
+from ..core import Record, from_link, home, human_bytes, nearest, weight_files
 from ..errors import shortened
 from ..runtime import cache_folder, check_mounted, memory, out_of_memory
 from ..text.hub import hub_trouble
@@ -65,7 +65,7 @@ MODELS = {info.name: info for info in (
 # %% ../../nbs/model/20_loading.ipynb #dd253990
 def locate(name):
     "The Path or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
-    text = str(name)
+    text = from_link(str(name))
     folder, known = home(text), text in MODELS and (MODELS[text].hub_id or TINY)
     if known and not (folder/"config.json").exists(): return known
     if folder.is_dir(): return folder
@@ -77,7 +77,7 @@ def locate(name):
         has, known = f" {folder.parent} has {', '.join(there[-9:])}." if there else "", ", ".join(MODELS)
         raise FileNotFoundError(
             f"There is no folder {text}.{has} Give a folder, a Hub id 'owner/name', or one of {known}.")
-    if "/" in text: return text
+    if "/" in text or text != str(name): return text
     near = nearest(text, MODELS)
     raise ValueError(f"Unknown model {text!r}, and no folder here.{near} A Hub id 'owner/name' works too.")
 
@@ -110,6 +110,11 @@ def from_cache(hub_id, cache_dir, *needs):
     except FileNotFoundError as e: raise ConnectionError(f"{hub_id} is not complete in the cache.") from e
     return folder
 
+# %% ../../nbs/model/20_loading.ipynb #edf0dca7
+def folder_of(place, cache_dir=None) -> Path:
+    "`place`, or where the Hub's cache has the model of that id; ConnectionError if it has not."
+    return Path(place) if Path(place).is_dir() else from_cache(place, cache_dir)
+
 # %% ../../nbs/model/20_loading.ipynb #20ad0004
 @contextlib.contextmanager
 def quiet():
@@ -133,20 +138,22 @@ _ADVICE = "Without a network use 'tiny' or the folder of a model."
 OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}
 
 # %% ../../nbs/model/20_loading.ipynb #303a8a1f
-def damage(place, why) -> str:
-    "What to say of `place`, of which a file cannot be read: in a folder, which."
+def damage(place, why, cache_dir=None) -> str:
+    "What to say of `place`, of which a file cannot be read: in a folder or the Hub's cache, which."
+    with contextlib.suppress(ConnectionError, ValueError): place = folder_of(place, cache_dir)
     for path in filter(Path.is_file, sorted(Path(place).glob("*.*"))):
         try:
             if path.suffix == ".json": json.loads(path.read_bytes())
             if path.suffix == ".safetensors": safe_open(path, "pt")
         except (ValueError, SafetensorError):
             place = path
+            if path.parents[1].name == "snapshots": why += f" To fetch it again, delete {path.resolve()}"
             if path.read_bytes()[:24] == b"version https://git-lfs.": why = "Git LFS's pointer; run `git lfs pull`"
             break
     return f"{place} is damaged: {why}"
 
 # %% ../../nbs/model/20_loading.ipynb #3b74c0ae
-def explain(error, place) -> Exception:
+def explain(error, place, cache_dir=None) -> Exception:
     "The exception of one line for `error`, which came up while `place` was loaded."
     errors = [error]
     while cause := errors[-1].__cause__ or errors[-1].__context__: errors.append(cause)
@@ -168,19 +175,19 @@ def explain(error, place) -> Exception:
     if answer is not None:
         told = f"The Hub answers {answer.status_code} {answer.reason_phrase} for {place}. Try again later."
     if answer is not None or kinds & OFFLINE: return ConnectionError(f"{told} {_ADVICE}")
-    if kinds & {"SafetensorError", "JSONDecodeError"}: return ValueError(damage(place, why))
+    if kinds & {"SafetensorError", "JSONDecodeError"}: return ValueError(damage(place, why, cache_dir))
     if isinstance(error, OSError): return FileNotFoundError(f"{place} lacks a file that a model needs: {why}")
     return ValueError(f"{place} cannot be loaded as a causal language model: {why}")
 
 # %% ../../nbs/model/20_loading.ipynb #8ac12c90
 @contextlib.contextmanager
-def loading(place):
+def loading(place, cache_dir=None):
     "Inside it is `quiet`, and errors become one line, but for those of memory and of the disk."
     try:
         with quiet(): yield
     except Exception as e:
         if out_of_memory(e) or isinstance(e, OSError) and e.errno: raise
-        raise explain(e, str(place)) from e
+        raise explain(e, str(place), cache_dir) from e
 
 # %% ../../nbs/model/20_loading.ipynb #74452046
 def ready(name, cache_dir, *needs):
@@ -218,7 +225,8 @@ def load_tokenizer(
     "The tokenizer of a model, a PreTrainedTokenizerFast. Errors as `load_model`."
     cache_dir = cache_dir and cache_folder(cache_dir)
     place = ready(name, cache_dir, TOKENIZERS)
-    with loading(place): tokenizer = AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
+    with loading(place, cache_dir):
+        tokenizer = AutoTokenizer.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
     if tokenizer.is_fast and tokenizer.vocab_size > 1: return tokenizer
     kind = type(tokenizer).__name__
     raise ValueError(f"{name} has a {kind} that is slow or empty; one with a tokenizer.json is needed.")
@@ -252,7 +260,7 @@ OURS = dict(_attn_implementation=None, _experts_implementation=None,  # transfor
 
 def read_config(place, cache_dir=None):
     "The config of the causal model in `place`, a folder or a Hub id, with what is `OURS` to decide."
-    with loading(place):
+    with loading(place, cache_dir):
         config = AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
         for name, value in OURS.items(): setattr(config, name, value)
     vars(config).pop("transformers_weights", None)  # the name of another file
@@ -267,8 +275,8 @@ def load_config(config, cache_dir=None):
     "`config` if it is a PretrainedConfig, else that of the causal model it names. Errors as `load_model`."
     if isinstance(config, PretrainedConfig): return config
     cache_dir = cache_dir and cache_folder(cache_dir)
-    info = MODELS.get(str(config))
-    if info and info.hub_id and locate(config) == info.hub_id:
+    place = locate(config)
+    if info := next((info for info in MODELS.values() if info.hub_id == place), None):
         return GPT2Config(n_layer=info.layers, n_embd=info.width, n_head=info.heads,
                           n_positions=info.context, vocab_size=info.vocabulary)
     return read_config(ready(config, cache_dir, ("config.json",)), cache_dir)
@@ -302,6 +310,17 @@ def new_model(config, seed=None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
+# %% ../../nbs/model/20_loading.ipynb #60cd11ea
+def check_floats(folder):
+    "ValueError if the weights in `folder` are no floats of 16 bits or more: they are quantized."
+    names = {WEIGHTS[0]} if (folder/WEIGHTS[0]).exists() else weight_files(folder/WEIGHTS[1])
+    for path in (folder/name for name in sorted(names)):
+        with safe_open(path, "pt") as file:
+            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys() if key.endswith("weight")}
+        for key, kind in kinds.items():
+            if kind in ("F64", "F32", "F16", "BF16"): continue
+            raise ValueError(f"{path} is quantized ({key} is {kind}). Choose the model as it was before.")
+
 # %% ../../nbs/model/20_loading.ipynb #9f0cd541
 def load_model(
     name="gpt2",  # one of MODELS, a Hub id "owner/name", or a folder
@@ -318,13 +337,14 @@ def load_model(
         place = ready(name, cache_dir, ("config.json",), WEIGHTS)
         config = load_config(config, cache_dir) if config else read_config(place, cache_dir)
         safely = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
-        with loading(place):
+        with loading(place, cache_dir):
             model, report = AutoModelForCausalLM.from_pretrained(
                 place, config=config, cache_dir=cache_dir, dtype=torch.float32, ignore_mismatched_sizes=True, **safely)
         for name, has, asked in sorted(report["mismatched_keys"]):
             raise ValueError(f"{place} has not the shapes of its config: {name} is {tuple(has)}, not {tuple(asked)}.")
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{place} is incomplete: it lacks {len(missing)} of its weights, such as {missing[0]}.")
+        with contextlib.suppress(ConnectionError): check_floats(folder_of(place, cache_dir))
     if model.config.model_type != "gpt2": check_reading(model, place)
     return model.eval()
 

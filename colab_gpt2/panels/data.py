@@ -14,7 +14,7 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from ..config import TEXT, pick_block_size
-from ..core import Record, atomic, human_bytes
+from ..core import LINK, Record, atomic, human_bytes
 from ..errors import Sentence
 from ..model.loading import load_config, model_context
 from .fields import Form
@@ -123,7 +123,7 @@ READING = "dataset_text_field", "on_bad_lines"
 def missing_files(values) -> dict:
     "Files, folders and patterns that lead nowhere, unless the config refuses them: field -> message."
     paths = {name: getattr(values.config, name) for name in FILES if name not in values.typed}
-    def there(path): return str(path).startswith("hf://") or os.path.exists(path) or glob.glob(path)
+    def there(path): return LINK.fullmatch(str(path)) or os.path.exists(path) or glob.glob(path)
     return {name: f"There is no file {path}." for name, path in paths.items()
             if path and not there(path)}
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core import Record, atomic, check_space, home, human_bytes, nearest, sha256_of
+from ..core import LINK, Record, atomic, check_space, home, human_bytes, nearest, sha256_of
 from ..errors import Sentence, about, explained
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
@@ -314,7 +314,7 @@ def load_hub(repository, root, config, names, reading=(None, "error"), report=si
         files = stream_hub(repository, config, splits, *reading, RULES, stage, report)
         held, read = drop_duplicates({split: path for split, path in files.items() if split != "train"}, stage)
         return files | held, replace(read, rule=f"at most {human_bytes(HELD)} each; {STREAMED}")
-    name, known, splits = repository.split("/")[1], repr([RULES, repository, config, names, reading]), {}
+    name, known, splits = repository.split("/")[-1], repr([RULES, repository, config, names, reading]), {}
     folder = root/f"{name[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
     try: return cached(folder, name, f"hf://datasets/{repository}", make)
     except OSError as e:
@@ -381,7 +381,7 @@ def load_corpus(
     ValueError for an unknown name or a text that cannot be used, FileNotFoundError for a file that does not exist,
     ConnectionError if no source of a published corpus has the right files and the cache does not either."""
     root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
-    if not eval_file and str(train_file).startswith("hf://"): name, train_file, field = train_file, None, "train_file"
+    if not eval_file and LINK.fullmatch(str(train_file)): name, train_file, field = train_file, None, "train_file"
     if train_file or eval_file:
         with reporting(progress) as report:
             return noted(load_files(train_file, eval_file, root, hold_out, reading, report))

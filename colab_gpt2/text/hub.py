@@ -10,6 +10,7 @@ import contextlib, errno, itertools, json, os, re, textwrap, warnings
 
 import requests
 
+from ..core import from_link
 from ..errors import Sentence, check_choice
 from ..reporting import Bars, counter, silent
 from ..runtime import check_mounted
@@ -77,10 +78,10 @@ def from_hub(repository, name, folder, report=silent):
 
 # %% ../../nbs/text/10_hub.ipynb #10c00011
 def hub_name(name):
-    "The repository that `name` stands for, as `USER/NAME` or `hf://datasets/USER/NAME`; None for a path."
-    found = re.fullmatch(r"(hf://datasets/)?(\w[\w.-]{,95}/[\w.-]{,96})", str(name))
-    is_file = not found or not found[1] and (os.path.exists(name) or suffix_of(name) in (*READERS, "txt", "md", "zip"))
-    return None if is_file else found[2]
+    "The repository that `name` stands for, as `USER/NAME` or an address of the Hub; None for a path."
+    if (linked := from_link(str(name), "datasets/")) != str(name): return linked
+    is_file = os.path.exists(name) or suffix_of(name) in (*READERS, "txt", "md", "zip")
+    return None if is_file or not re.fullmatch(r"\w[\w.-]{,95}/[\w.-]{,96}", str(name)) else str(name)
 
 # %% ../../nbs/text/10_hub.ipynb #10c000c0
 LOGIN = "log in by `hf auth login`, or set HF_TOKEN"
