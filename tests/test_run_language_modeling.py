@@ -151,7 +151,8 @@ def test_checkpoints_are_watched_evaluated_and_resumed(command, tmp_path):
     assert found["perplexity_4"] == pytest.approx(found["perplexity"], rel=1e-4)
     assert found["perplexity_2"] > found["perplexity_4"]
     code, said = command(f"{flags} --max_steps=6")
-    assert code == 1 and "--max_steps was 4, now it is 6" in said and "--should_continue" in said.splitlines()[-1]
+    assert code == 1 and "--max_steps was 4, now it is 6" in said
+    assert f"--resume={tmp_path/'a'}" in said.splitlines()[-1]
     unnamed = flags.replace("--model_name_or_path=tiny", "")  # the checkpoint is the model, as in 2020
     code, said = command(f"{unnamed} --max_steps=6 --should_continue --overwrite_output_dir")
     assert code == 0, said
@@ -161,6 +162,10 @@ def test_checkpoints_are_watched_evaluated_and_resumed(command, tmp_path):
     code, said = command(f"{named} --max_steps=7 --overwrite_output_dir")
     assert code == 0 and json.loads((tmp_path/"a"/"finetune.json").read_text())["steps"] == 7, said
     a = tmp_path/"a"
+    for steps, flag in enumerate((f"--resume_from_checkpoint={a/'checkpoint-7'}", f"--resume={a}"), 8):
+        code, said = command(f"{unnamed} --max_steps={steps} {flag}")
+        told = json.loads((a/"finetune.json").read_text())
+        assert code == 0 and told["resumed_from"].endswith(f"checkpoint-{steps - 1}"), said
     code, said = command(f"--output_dir={a} --model_name_or_path={a} {EVALUATE} --should_continue")
     assert code == 0 and results(tmp_path/"a"/"eval_results_lm.txt")["perplexity"] > 0, said
     older = flags.replace("=tiny", f"={a/'checkpoint-2'}")
@@ -188,6 +193,20 @@ def test_an_incomplete_checkpoint_is_not_resumed(command, tmp_path):
     (tmp_path/"a"/"checkpoint-3"/"model.safetensors").write_bytes(b"half")
     code, said = command(f"--output_dir={tmp_path/'a'} {TRAIN} --should_continue")
     assert code == 2 and "--should_continue: " in said and "has no complete checkpoint to resume from" in said
+
+
+def test_a_resume_by_the_flags_of_2020_is_done_or_told_in_a_line(command, tmp_path):
+    "By name, by the newer script's name, or by default; and what cannot be is told before anything begins."
+    flags = f"--output_dir={tmp_path/'a'} {TRAIN} --max_steps=1"
+    for asked in "--resume=/none", "--resume_from_checkpoint=true", "--resume_from_checkpoint=/none":
+        code, said = command(f"{flags} {asked}")
+        assert code == 2 and asked in said and "has no complete checkpoint to resume from" in said
+    code, said = command(f"{flags} --resume=/none --should_continue")
+    assert code == 2 and "--should_continue and --resume ask for the same" in said.splitlines()[-1]
+    assert not (tmp_path/"a").exists()
+    assert command(f"{flags} --resume_from_checkpoint=False --resume=auto")[0] == 0
+    code, said = command(f"{flags} --resume=never")
+    assert code == 1 and "is not empty; set --resume=auto to resume its run, --overwrite_output_dir" in said
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(folder, tmp_path):

@@ -72,20 +72,28 @@ def shape_of(value, given):
     if named == value: return {}, "nothing: it is the model's own"
     raise ValueError("the weights of --model_name_or_path come with their own config; leave one of them out.")
 
+# %% ../../nbs/legacy/90_flags.ipynb #6c9b5a63
+def resumed_by(given) -> list:
+    "The flags that name what is resumed, where all others leave it to the run itself."
+    asked = {name: given.get(name) for name in ("should_continue", "resume_from_checkpoint", "resume")}
+    return [name for name, value in asked.items() if str(value).lower() not in ("none", "false", "auto", "never")]
+
 # %% ../../nbs/legacy/90_flags.ipynb #6c9b5a64
 def type_of(value, given):
     "`--model_type`: it decides only where neither weights nor a config are named."
-    if {"model_name_or_path", "config_name", "should_continue"} & given.keys():
+    if {"model_name_or_path", "config_name"} & given.keys() or resumed_by(given):
         return {}, "nothing: the model's own config says what it is"
     if value != "gpt2": raise ValueError("a new model has the shape of gpt2; give --config_name for another.")
     return {"model": "gpt2", "from_scratch": True}, "random weights in the shape of gpt2"
 
 # %% ../../nbs/legacy/90_flags.ipynb #83eb9228
-def newest_checkpoint(output_dir) -> Path:
-    "The newest complete checkpoint in `output_dir`."
+def newest_checkpoint(folder) -> Path:
+    "The newest complete checkpoint in `folder`, or `folder` itself if it is one."
     from colab_gpt2.engine.checkpoints import find_checkpoints
-    if complete := find_checkpoints(output_dir): return complete[-1]
-    raise ValueError(f"{output_dir} has no complete checkpoint to resume from.")
+    folder = Path(folder)
+    if complete := find_checkpoints(folder): return complete[-1]
+    if folder in find_checkpoints(folder.parent): return folder
+    raise ValueError(f"{folder} has no complete checkpoint to resume from.")
 
 # %% ../../nbs/legacy/90_flags.ipynb #7465ae6f
 def start_of(value, given):
@@ -100,17 +108,20 @@ def start_of(value, given):
     return {"model": value, "resume": value}, f"model={value}, resume={value}: training continues from there"
 
 # %% ../../nbs/legacy/90_flags.ipynb #e10cbee8
-def continue_of(value, given):
-    "`--should_continue`: from the newest checkpoint in the output folder."
-    newest = newest_checkpoint(given["output_dir"])
+def resume_of(value, given):
+    "The flags of `resumed_by`: from a checkpoint, or, for a folder or True, from the newest in it."
+    if value in ("auto", "never"): return {"resume": value}, f"resume={value}"
+    if not (asked := resumed_by(given)): return {}, "nothing: the same run resumes by itself"
+    if asked[1:]: raise ValueError(f"--{asked[0]} and --{asked[1]} ask for the same; leave one of them out.")
+    path = str(newest_checkpoint(given["output_dir"] if str(value).lower() == "true" else value))
     named = {"model_name_or_path", "config_name"} & given.keys()
-    return {"resume": str(newest), **({} if named else {"model": str(newest)})}, f"resume={newest}"
+    return {"resume": path, **({} if named else {"model": path})}, f"resume={path}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #c34f7c86
 def overwrite_of(value, given):
     "`--overwrite_output_dir`: begin again, unless the command asks to resume: then, too, the script wanted the flag."
-    resumed = "should_continue" in given or "resume" in start_of(given.get("model_name_or_path", ""), given)[0]
-    if resumed: return {}, "nothing: a run that is resumed keeps what is there"
+    if resumed_by(given) or "resume" in start_of(given.get("model_name_or_path", ""), given)[0]:
+        return {}, "nothing: a run that is resumed keeps what is there"
     return {"overwrite_output_dir": True}, "overwrite_output_dir=True: it begins again, and earlier checkpoints go"
 
 # %% ../../nbs/legacy/90_flags.ipynb #07ea9836
@@ -119,7 +130,9 @@ MODEL = dict(
     model_type=Flag(str, type_of, "gpt2, for a new model without --config_name"),
     config_name=Flag(str, shape_of, "name or folder with the shape of a new model"),
     tokenizer_name=kept("tokenizer"), cache_dir=kept("cache_dir"),
-    should_continue=Flag(bool, continue_of, "resume from the newest checkpoint in the output folder"),
+    resume=replace(kept("resume"), become=resume_of),
+    should_continue=Flag(bool, resume_of, "resume from the newest checkpoint in the output folder"),
+    resume_from_checkpoint=Flag(str, resume_of, "resume from this checkpoint; True: the newest in the output folder"),
     overwrite_output_dir=replace(kept("overwrite_output_dir"), become=overwrite_of))
 
 # %% ../../nbs/legacy/90_flags.ipynb #0e0987ec
@@ -244,13 +257,13 @@ FLAGS = {**JOB, **MODEL, **DATA, **BATCH, **LEARNING, **JOURNAL, **MACHINE}
 
 # %% ../../nbs/legacy/90_flags.ipynb #1afb4bd4
 NAMES = dict(model="model_name_or_path", tokenizer="tokenizer_name", train_file="train_data_file",
-             eval_file="eval_data_file", resume="should_continue")
+             eval_file="eval_data_file")
 
 def name_of(name, *value) -> str:
     "The flag of 2020 for a field, with its `value`; Python's words where it had none."
     flag = NAMES.get(name, name)
-    if flag not in FLAGS or value in (("auto",), ("never",)): return in_python(name, *value)
-    return f"--{flag}" if not value or value[0] is True or name == "resume" else f"--{flag}={value[0]}"
+    if flag not in FLAGS: return in_python(name, *value)
+    return f"--{flag}" if not value or value[0] is True else f"--{flag}={value[0]}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #0bf3c5c8
 def truth(text):

@@ -14,7 +14,7 @@ from ..cli import one_line, quiet_libraries
 from ..config import FinetuneConfig, pick_block_size
 from ..core import atomic, home, printable
 from ..errors import fields_of, shortened
-from .flags import FLAGS, name_of, parse
+from .flags import FLAGS, name_of, parse, resumed_by
 from ..signals import catching, say
 from ..tasks import evaluate
 
@@ -40,13 +40,13 @@ def check_given(given):
     need("do_train do_eval", "without it or --do_eval there is nothing to do")
     if "do_train" in given: need("train_data_file train_data_files", "--do_train needs a text to train on")
     if "do_eval" in given: need("eval_data_file", "--do_eval needs a text to evaluate on")
-    if {"model_name_or_path", "should_continue"} & given.keys(): return
+    if "model_name_or_path" in given or resumed_by(given): return
     if "do_train" not in given: need("model_name_or_path", "name a saved model to evaluate")
     need("model_name_or_path config_name model_type", "name a model, or --model_type=gpt2 to make a new one")
     need("tokenizer_name", "a new model has no tokenizer of its own, as in --tokenizer_name=gpt2")
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #00c8e68b
-PATH = re.compile("_(dir|files?|path)$|^(config|tokenizer)_name$")  # flags whose value may begin with ~
+PATH = re.compile("_(dir|files?|path|checkpoint)$|^(config|tokenizer)_name$|^resume$")  # may begin with ~
 DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_total_limit=None, max_new_tokens=1,
                 eval_steps=-1)  # the last weights are saved
 
