@@ -1,5 +1,5 @@
 "What ends a training: a loss that is lost, and the time. What does not: a healthy run."
-import math, time
+import math, re, time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -108,9 +108,9 @@ def test_a_checkpoint_comes_by_the_clock_after_a_resume_too(clock):
     assert [step(seconds) for seconds in (149, 1)] == [False, True]
 
 
-def run_of(limit, clock, seconds=(10,), saving=0., steps=10):
-    "The steps that a run takes whose steps take so long, again and again."
-    state, control = SimpleNamespace(max_steps=steps, global_step=0), TrainerControl()
+def run_of(limit, clock, seconds=(10,), saving=0., steps=10, first=0):
+    "The step at which a run ends whose steps take so long, again and again."
+    state, control = SimpleNamespace(max_steps=steps, global_step=first), TrainerControl()
     limit.on_train_begin(None, state, control)
     while state.global_step < steps and not control.should_training_stop:
         limit.on_step_begin(None, state, control)
@@ -138,6 +138,23 @@ def test_the_longest_step_is_what_may_come_again(clock):
     stop, begun = StopOnInterrupt(), clock.now
     assert run_of(TimeLimit(60, stop=stop, why="because of it"), clock, seconds=(5, 30, 5)) == 2
     assert stop.why == " because of it, and the rest takes about 4 more sessions"
+
+
+def test_how_many_more_sessions_the_rest_takes_is_told_alike_by_short_sessions_and_long_ones(clock):
+    "A session of 100 s is ready to train after 40; some end early, and one step took three times as long."
+    first, told = 0, []
+    for budget, took in (100, 10), (100, 11), (55, 10), (100, (9, 27, 9)), (100, 10), (55, 9), (100, 10):
+        limit = TimeLimit(100, stop=(stop := StopOnInterrupt()), why="", began=clock.now)
+        limit.end, clock.now = clock.now + budget, clock.now + 40
+        first = run_of(limit, clock, took if isinstance(took, tuple) else (took,), steps=40, first=first)
+        told.append(int(re.search("about ([0-9]+) more", stop.why)[1]))
+    assert all(-3 < after - before < 2 for before, after in zip(told, told[1:])) and told[0] == 7, (told, first)
+
+
+def test_no_more_sessions_are_told_than_steps_are_left(clock):
+    stop = StopOnInterrupt()
+    run_of(TimeLimit(1, stop=stop, why=""), clock, steps=7)
+    assert stop.why.endswith("about 6 more sessions")
 
 
 def test_colab_ends_a_session_twelve_hours_after_its_start(monkeypatch):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0003
-import math, signal, time, warnings
+import math, signal, statistics, time, warnings
 from dataclasses import replace
 
 import torch
@@ -95,11 +95,12 @@ class StopOnInterrupt(Asked):
 # %% ../../nbs/engine/41_guards.ipynb #41aa000c
 class TimeLimit(Listener):
     """A run that ends within `seconds` of `began`, on time.monotonic(): with fewer steps than planned, but at `least`
-    so many; or, given `stop`, with a checkpoint in time, and one step at least. `why`: whose limit it is."""
-    def __init__(self, seconds, least=20, stop=None, why="", began=None):
+    so many; or, given `stop`, with a checkpoint in time, and one step at least. `why`: whose limit it is, which may
+    have begun before this run did: its `end`."""
+    def __init__(self, seconds, least=20, stop=None, why="", began=None, end=None):
         self.least, self.stop, self.why, self.mirror = least, stop, why, None
-        self.since = time.monotonic() if began is None else began
-        self.end = self.since + seconds
+        self.since = self.began = time.monotonic() if began is None else began
+        self.seconds, self.end, self.steps = seconds, end or self.since + seconds, []
         self.measuring = self.step = self.saving = self.evaluating = 0.  # seconds
 
     def on_stage(self, stage, plan=None, mirror=None, **facts):
@@ -117,20 +118,24 @@ class TimeLimit(Listener):
                 f"instead of {plan.steps}.")
         return replace(plan, steps=steps, seconds=steps * plan.step_seconds, reasons=(told, *plan.reasons))
 
-    def on_train_begin(self, args, state, control, **kwargs): self.first = state.global_step
-
-    def on_step_begin(self, args, state, control, **kwargs): self.since = time.monotonic()
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.since = time.monotonic()
+        if not self.steps: self.starting = self.since - self.began
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.step = max(0.9 * self.step, time.monotonic() - self.since)  # the first may compile
-        self.since = time.monotonic()
-        left, steps = state.max_steps - state.global_step, state.global_step - self.first
+        self.steps.append(time.monotonic() - self.since)
+        self.step, self.since = max(0.9 * self.step, self.steps[-1]), time.monotonic()  # the first may compile
+        left = state.max_steps - state.global_step
         kept_back = self.step + self.evaluating + 2 * (self.saving + getattr(self.mirror, "took", 0))
         if not (self.stop and left) or self.since + kept_back < self.end: return
         control.should_training_stop = control.should_save = True
-        rest = math.ceil(left / steps)
+        rest = self.sessions(left, self.seconds - self.starting - kept_back)
         more = f"the rest takes about {rest} more session{'s' * (rest > 1)}"
         self.stop.ask(OUT_OF_TIME, Sentence(" {why}, and {more}", why=self.why, more=more))
+
+    def sessions(self, left, room) -> int:
+        "So many more take the `left` steps, each of which has `room` seconds for steps, and makes one at least."
+        return math.ceil(left / max(1, math.ceil(room / (statistics.median(self.steps) or 1))))
 
     def on_evaluated(self, *told): self.evaluating, self.since = time.monotonic() - self.since, time.monotonic()
 
@@ -146,7 +151,8 @@ def limits_of(config, stop, began) -> list:
         why = Sentence("because {max_minutes} is {minutes:g}", minutes=config.max_minutes)
         limits.append(TimeLimit(60 * config.max_minutes, stop=stop, why=why, began=began))
     if in_colab() and began < COLAB_SECONDS - 600:  # past it, the session has more than is free
-        limits.append(TimeLimit(COLAB_SECONDS, stop=stop, why="because Colab ends a session after 12 hours", began=0.))
+        why = "because Colab ends a session after 12 hours"
+        limits.append(TimeLimit(COLAB_SECONDS, stop=stop, why=why, began=began, end=COLAB_SECONDS))
     return limits
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0012
