@@ -260,6 +260,11 @@ def evaluate(config):
     "Compute a model's perplexity on held-out text."
     return tasks.evaluate(config.model, config)
 
+# %% ../nbs/65_cli.ipynb #b45aff25
+def as_meant(text) -> str:
+    r"`text` with the characters that \n, \t, \r and \\ stand for."
+    return re.sub(r"\\([ntr\\])", lambda found: dict(n="\n", t="\t", r="\r").get(found[1], "\\"), text)
+
 # %% ../nbs/65_cli.ipynb #6baf5015
 @command("--model tiny --prompt ' = Rain = ' --seed 1", (TUNED, "model max_new_tokens tokenizer cache_dir"), Sampling())
 def generate(
@@ -268,7 +273,7 @@ def generate(
     prompt: option(str | None, "the text to continue, as typed (default: that of the model's own run)") = None,
     seed: option(int | None, "the same seed gives the same text", min=0) = None,
     samples: option(int, "how many", min=1) = 1,
-    stop: option(list[str] | None, "end before this text; may be repeated") = None,
+    stop: option(list[str] | None, r"end before this text, \n for a new line; may be repeated") = None,
     include_prompt: option(bool, "print the prompt before the text") = True,
     chat: option(bool, "answer the prompt, a question, by the chat template; without the prompt", "--chat") = False,
     as_json=False,
@@ -279,7 +284,7 @@ def generate(
     if prompt is None: prompt = tasks.prompt_of(config.model)
     with bad_usage():
         check_request(prompt, config.max_new_tokens, seed, samples)
-        options |= dict(prompt=prompt, chat=chat, stop=stop_strings(stop), **sampling.to_dict())
+        options |= dict(prompt=prompt, chat=chat, stop=stop_strings(map(as_meant, stop or ())), **sampling.to_dict())
     if as_json or samples != 1:
         made = generate(config.model, samples=samples, seed=seed, **options)
         if as_json: return dict(samples=made)

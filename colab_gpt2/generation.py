@@ -112,8 +112,12 @@ def encode_prompt(prompt, tokenizer, context, chat=False) -> list:
     return opening + ids[-room:]
 
 # %% ../nbs/61_generation.ipynb #61c00002
+NO_TEMPLATE = ("The tokenizer has no chat template: {chat} writes 'User: …' and 'Assistant:', which only a model that was "
+               "trained on chats answers.")
+
 def chat_text(prompt, tokenizer) -> str:
     "`prompt`, a question or a list of messages, as the chat template writes it before an answer."
+    if not tokenizer.chat_template: warnings.warn(Sentence(NO_TEMPLATE), stacklevel=4)
     give_template(tokenizer)
     if isinstance(prompt, str): prompt = [dict(role="user", content=prompt)]
     try: return render(tokenizer, prompt, {}, tokenize=False, add_generation_prompt=True)

@@ -1,5 +1,5 @@
 "The command line in this process: it refuses in one line and in its own names, and a command offers what it reads."
-import json
+import json, shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from colab_gpt2.cli import answer, name_of, one_line
 from colab_gpt2.errors import Sentence
-from colab_gpt2.model.loading import load_tokenizer
+from colab_gpt2.model.loading import TINY, load_tokenizer
 from colab_gpt2.reporting import reporting
 
 QUICK = ("--model", "tiny", "--block-size", "64", "--max-new-tokens", "8", "--output-dir", "out")
@@ -251,6 +251,24 @@ def test_a_dataset_that_is_not_known(cli):
     (("--model", "./a\x1b[2J"), 1, "./a\\u001b[2J")])
 def test_generate_refuses(cli, flags, code, said):
     refused(cli("generate", "--model", "tiny", *flags), code, said)
+
+
+def test_a_stop_of_a_shell_may_be_the_end_of_a_line(cli):
+    words = "generate", "--model", "tiny", "--seed", "1", "--json", "--prompt", " = Rain = \n", "--max-new-tokens", "40"
+    whole, *cut = (json.loads(cli(*words, *more).stdout)["samples"][0] for more in (
+        (), ("--stop", r"\n"), ("--stop", "\n"), ("--stop", r"\\n")))
+    assert "\n" in whole["text"] and cut[0]["text"] == cut[1]["text"] == whole["text"].partition("\n")[0]
+    assert cut[0]["stopped"] == "stop" and cut[2] == whole
+    assert r"\n for a new line" in " ".join(cli("generate", "--help").stdout.split())
+
+
+def test_a_question_to_a_model_without_a_chat_template_is_told(cli, tmp_path):
+    words = "generate", "--seed", "1", "--max-new-tokens", "2", "--prompt", "Why?", "--chat", "--model"
+    told = cli(*words, "tiny").stderr
+    assert told.startswith("note: The tokenizer has no chat template: --chat writes 'User: …'") and told.count("\n") == 1
+    shutil.copytree(TINY, tmp_path/"spoken")
+    (tmp_path/"spoken"/"chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert not cli(*words, str(tmp_path/"spoken")).stderr
 
 
 def test_a_terminal_gets_no_control_characters(cli):
