@@ -311,8 +311,11 @@ def test_saves_in_quick_succession_leave_a_copy_that_a_drive_has_had_time_to_upl
 # ---- room
 
 @pytest.mark.parametrize("quota, kind, line", [
-    (100_000, FULL, "Each new checkpoint, about 16.0 kB, is copied to the Drive"),
+    (100_000, FULL, "Each new checkpoint, about 16.0 kB, is copied to the Drive during the training; at most 3 "
+                    "are kept, which with the next one takes up to 64.0 kB of "),
+    (40_000, FULL, "; at most 1 is kept, which with the next one takes up to 32.0 kB of "),
     (20_000, WEIGHTS, "only their weights are copied. From them a lost session can be continued as from a model"),
+    (20_000, WEIGHTS, "free some space there, train adapters only (method='lora'), or set mirror to another folder."),
     (2_000, OFF, "nothing is copied, and a lost session is lost")])
 def test_room_is_told_before_the_run(colab, my_drive, output, checkpoint, quota, kind, line):
     with colab.faults(quota=quota): mirror = opened(output)

@@ -54,14 +54,19 @@ TOLD = {
     FULL: "Each new checkpoint, about {checkpoint}, is copied to {where} during the training{room}.",
     WEIGHTS: "{free} are free on {where}, too little for two checkpoints of about {checkpoint}: only their weights are "
              "copied. From them a lost session can be continued as from a model, but not resumed. To resume it, free "
-             "some space there, or set {mirror} to another folder.",
+             "some space there{adapters}, or set {mirror} to another folder.",
     OFF: "{free} are free on {where}, too little for a checkpoint's weights of about {weights} and their successors: "
-         "nothing is copied, and a lost session is lost. Free some space there, or set {mirror} to another folder."}
+         "nothing is copied, and a lost session is lost. Free some space there{adapters}, or set {mirror} to another "
+         "folder."}
 
-def fit_told(plan, free, kind, where) -> Sentence:
-    checkpoint, weights, _ = map(human_bytes, forecast_bytes(plan))
-    room = f"; {human_bytes(free)} are free there" if free < math.inf else ""
-    return Sentence(TOLD[kind], checkpoint=checkpoint, weights=weights, free=human_bytes(free), where=where, room=room)
+def fit_told(plan, free, kind, where, kept=1, held=0) -> Sentence:
+    "What of a run is copied, how much that takes, and what would take less; as `what_fits` has it."
+    checkpoint, weights, _ = forecast_bytes(plan)
+    room = (f"; at most {kept} {'are' if kept > 1 else 'is'} kept, which with the next one takes up to "
+            f"{human_bytes(checkpoint * (kept + 1))} of {human_bytes(free + held)}" if free < math.inf else "")
+    adapters = "" if plan.recipe.lora else Sentence(", train adapters only ({method=lora})")
+    return Sentence(TOLD[kind], checkpoint=human_bytes(checkpoint), weights=human_bytes(weights), room=room,
+                    free=human_bytes(free), where=where, adapters=adapters)
 
 # %% ../../nbs/storage/53_kept.ipynb #9df8c2fc
 def reason(error) -> str:

@@ -210,13 +210,13 @@ def fit(mirror, plan, failed=None) -> Mirror:
     try:
         with contextlib.suppress(OSError): target.recover()
         (complete, _), free = mirror.entries(), retried(target.free, may_pass)
-        spare = sum(entry.bytes for entry in mirror.may_go(complete))
-        kind, kept = what_fits(plan, free, sum(entry.bytes for entry in complete), spare)
+        spare, held = (sum(entry.bytes for entry in entries) for entries in (mirror.may_go(complete), complete))
+        kind, kept = what_fits(plan, free, held, spare)
         if failed and kind != OFF: raise failed
     except OSError as e:
         mirror.told = f"Nothing can be copied to {target.called} now; each new checkpoint tries again: {reason(e)}"
         return mirror
-    mirror.kind, mirror.kept, told = kind, kept, fit_told(plan, free, kind, target.called)
+    mirror.kind, mirror.kept, told = kind, kept, fit_told(plan, free, kind, target.called, kept, held)
     mirror.told = Sentence("{told} {top} is new: if a disk is to be mounted there, stop, and mount it first.",
                            told=told, top=target.root) if target.new else told
     return mirror
