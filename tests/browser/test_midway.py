@@ -43,11 +43,18 @@ def stopped_at(notebook):
     return step
 
 
-def load_again(notebook):
-    "As it is on the disk, in the middle of a run; the panel is there again and the curve in it grows."
+def load_again(notebook, tries=3):
+    """As it is on the disk, in the middle of a run; the panel is there again and the curve in it grows.
+
+    A widget that JupyterLab draws waits two seconds for its model, and looks ten times a second; where the kernel's
+    answer comes after the last look and before the end, it says for good that there is none. Whoever sees that loads
+    the page once more."""
     notebook.saved()
     notebook.page.reload()
     notebook.page.locator(notebook.at["cell"]).first.wait_for()
+    lost = notebook.page.get_by_text("Error displaying widget: model not found").first
+    curve(notebook).or_(lost).first.wait_for(timeout=60_000)
+    if lost.count() and tries > 1: return load_again(notebook, tries - 1)
     wait_until_it_grows(notebook)
 
 
