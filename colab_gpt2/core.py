@@ -82,6 +82,11 @@ def human_bytes(n):
     return f"{n:.1f} EB"
 
 # %% ../nbs/00_core.ipynb #cf3a7848
+def several(n, what) -> str:
+    "`n` of a thing as it is said: '2 files', but '1 file'."
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+# %% ../nbs/00_core.ipynb #0ba44680
 def human_time(seconds):
     "`seconds` as a person would say it: two units at most."
     seconds = round(seconds)

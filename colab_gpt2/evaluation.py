@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .core import Record
+from .core import Record, several
 from .errors import Sentence, check_choice, check_number
 from .model.heads import hidden_states, output_head
 from .model.loading import DTYPES, keeps_logits, lost_weight, model_context
@@ -72,7 +72,8 @@ class Perplexity(Record):
         return f"{shown(self)} per {self.unit} ({where})"
 
     def _rows(self):
-        text = f"{self.tokens:,} tokens of a text of {self.words:,} words and {self.bytes:,} bytes, in {self.precision}"
+        tokens, words, size = several(self.tokens, "token"), several(self.words, "word"), several(self.bytes, "byte")
+        text = f"{tokens} of a text of {words} and {size}, in {self.precision}"
         return [("perplexity", str(self)), ("scored", text)]
 
 # %% ../nbs/60_evaluation.ipynb #382cd17a

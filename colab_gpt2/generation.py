@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .core import Record
+from .core import Record, several
 from .errors import Sentence, about, check_number, check_utf8
 from .evaluation import evaluation_mode
 from .model.decoding import Noise, decode
@@ -179,7 +179,7 @@ class Sample(Record):
     def _repr_html_(self):
         why = dict(length="as many as asked for", stop="up to a stop string", end="up to the end of the text")
         text = f"<b>{html.escape(self.prompt)}</b>{html.escape(self.text)}"
-        facts = f"{self.tokens} new tokens, {why[self.stopped]}; seed {self.seed}"
+        facts = f"{several(self.tokens, 'new token')}, {why[self.stopped]}; seed {self.seed}"
         return f"<pre style='white-space:pre-wrap'>{text}</pre><small>{facts}</small>"
 
 # %% ../nbs/61_generation.ipynb #61a50003

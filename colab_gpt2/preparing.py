@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import PROMPT, TEXT, pick_block_size
-from .core import check_space, drive_top
+from .core import check_space, drive_top, several
 from .engine.checkpoints import find_checkpoints, list_files
 from .errors import Sentence
 from .evaluation import evaluation_mode
@@ -56,7 +56,7 @@ def warn_of_few_steps(config, blocks):
     steps = count_steps(config, len(blocks))
     if config.max_steps > 0 or steps >= 100: return
     told = "{steps} in all; 100 or more are needed to be noticed: set {max_steps=100}, or more {num_train_epochs}."
-    warnings.warn(Sentence(told, steps=f"{steps} step{'s' * (steps > 1)}"), stacklevel=2)
+    warnings.warn(Sentence(told, steps=several(steps, "step")), stacklevel=2)
 
 # %% ../nbs/62_preparing.ipynb #308bd869
 def warn_of_few_tokens(config, blocks, parameters):

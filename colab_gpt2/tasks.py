@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import PROMPT, TEXT, FinetuneConfig, changed, pick_block_size
-from .core import Record, home, human_bytes
+from .core import Record, home, human_bytes, several
 from .errors import Sentence, about, check_number
 from .reporting import reporting
 from .runtime import check_runtime, in_colab
@@ -309,7 +309,7 @@ class Bench(Record):
         batch = f"{r.micro_batch} × {r.gradient_accumulation_steps} blocks of {r.block_size} tokens, {r.precision}"
         speed = f"{self.tokens_per_second:,.0f} tokens/s, the median of {self.steps} steps without the first two"
         return [("model", self.model), ("speed", speed), ("batch", batch),
-                ("machine", f"{machine.device_name}, {machine.cores} cores")]
+                ("machine", f"{machine.device_name}, {several(machine.cores, 'core')}")]
 
 # %% ../nbs/64_tasks.ipynb #0f924c60
 def bench(

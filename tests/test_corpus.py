@@ -65,6 +65,9 @@ def test_too_little_to_hold_any_out(load, tmp_path):
     with pytest.raises(ValueError, match="one.txt has 13 bytes, too few to hold") as e: load(tmp_path/"one.txt")
     assert fields_of(e.value) == ("train_file", "eval_file")
     assert list((tmp_path/"cache"/"corpora").iterdir()) == []
+    for content, told in ("x", "has 1 byte, too few"), ("\n", "no text in its 1 byte."), ("", "no text in its 0 bytes"):
+        (tmp_path/"one.txt").write_text(content)
+        with pytest.raises(ValueError, match=told): load(tmp_path/"one.txt")
 
 
 @pytest.mark.parametrize("content", ["<|endoftext|>" * 99, (" \n" * 20 + "<|endoftext|>") * 99])

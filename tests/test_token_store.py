@@ -80,7 +80,7 @@ def test_no_warning_and_no_word_on_stdout(tiny, tmp_path, capfd, recwarn):
 
 @pytest.mark.parametrize("content, message", [
     (None, "a.txt does not exist"), (b"", "empty"), (b"\x00\x01\x02" * 99, "binary"), (b"caf\xe9 " * 99, "UTF-8"),
-    (b"x", "The text has 1 tokens, which is 0 blocks of block_size 8")])
+    (b"x", "The text has 1 token, which is 0 blocks of block_size 8")])
 def test_bad_texts_leave_nothing(tiny, tmp_path, content, message):
     if content is not None: (tmp_path/"a.txt").write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as e:

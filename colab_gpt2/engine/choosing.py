@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..core import Record, atomic, drive_top, retried
+from ..core import Record, atomic, drive_top, retried, several
 from .callbacks import Listener, tell
 from .checkpoints import full_disk_told, loadable
 from ..errors import Sentence, may_pass
@@ -67,8 +67,8 @@ def pick_interval(eval_steps, work) -> tuple:
     return math.ceil(work.steps / count), windows
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0013
-TOO_SHORT = "The run is too short to evaluate on the way, so its last weights are kept: {steps} steps."
-EVALUATED = ("The perplexity of the {split} text is evaluated every {every} steps, on {tokens:,} tokens: {share:.0%} "
+TOO_SHORT = "The run is too short to evaluate on the way, so its last weights are kept: {steps}."
+EVALUATED = ("The perplexity of the {split} text is evaluated every {every}, on {tokens:,} tokens: {share:.0%} "
              "of the work.")
 PATIENT = ("It stops when that has not fallen in {patience} evaluations: a text of {tokens:,} tokens is soon learnt by "
            "heart.")
@@ -76,12 +76,14 @@ PATIENT = ("It stops when that has not fallen in {patience} evaluations: a text 
 def plan_choosing(config, work) -> Schedule:
     "What `config` leaves open of when to evaluate and when to stop, from the `work`."
     (every, windows), patience = pick_interval(config.eval_steps, work), config.early_stopping_patience
-    if not every: return Schedule(0, 0, 0, (Sentence(TOO_SHORT, steps=work.steps),) if config.eval_steps != -1 else ())
+    short = Sentence(TOO_SHORT, steps=several(work.steps, "step"))
+    if not every: return Schedule(0, 0, 0, (short,) if config.eval_steps != -1 else ())
     an_epoch = work.text_tokens / work.step_tokens / every
     if patience is None: patience = max(PATIENCE, math.ceil(2 * an_epoch)) if work.text_tokens < SMALL_TEXT else 0
     share = math.ceil(work.steps / every) * windows * work.context / (
         PASSES[work.method] * work.steps * work.step_tokens)
-    reasons = [Sentence(EVALUATED, split=work.split, every=every, tokens=windows * work.stride, share=share)]
+    facts = dict(split=work.split, every=several(every, "step"), tokens=windows * work.stride, share=share)
+    reasons = [Sentence(EVALUATED, **facts)]
     if patience and (patience + 1) * every < work.steps:
         reasons.append(Sentence(PATIENT, patience=patience, tokens=work.text_tokens))
     return Schedule(every, windows, patience, tuple(reasons))

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from transformers import TrainerCallback
 
-from ..core import human_time
+from ..core import human_time, several
 from .callbacks import AFTER, LOADING, PROBING, SAVING, TRAINING, Listener
 from .checkpoints import find_checkpoints
 from ..errors import Sentence
@@ -114,8 +114,8 @@ class TimeLimit(Listener):
         if self.stop or not plan.step_seconds: return plan
         steps = max(self.least, int((self.end - time.monotonic() - self.measuring) / plan.step_seconds))
         if steps >= plan.steps: return plan
-        told = (f"A step takes {step_time(plan.step_seconds)} on this machine, so the run takes {steps} steps "
-                f"instead of {plan.steps}.")
+        told = (f"A step takes {step_time(plan.step_seconds)} on this machine, so the run takes "
+                f"{several(steps, 'step')} instead of {plan.steps}.")
         return replace(plan, steps=steps, seconds=steps * plan.step_seconds, reasons=(told, *plan.reasons))
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -130,7 +130,7 @@ class TimeLimit(Listener):
         if not (self.stop and left) or self.since + kept_back < self.end: return
         control.should_training_stop = control.should_save = True
         rest = self.sessions(left, self.seconds - self.starting - kept_back)
-        more = f"the rest takes about {rest} more session{'s' * (rest > 1)}"
+        more = f"the rest takes about {several(rest, 'more session')}"
         self.stop.ask(OUT_OF_TIME, Sentence(" {why}, and {more}", why=self.why, more=more))
 
     def sessions(self, left, room) -> int:

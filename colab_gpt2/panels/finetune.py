@@ -14,7 +14,7 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from ..config import TEXT, FinetuneConfig, pick_block_size, pick_learning_rate
-from ..core import human_bytes, human_time
+from ..core import human_bytes, human_time, several
 from ..engine.callbacks import AFTER, PROBING, Listener
 from ..engine.checkpoints import find_checkpoints
 from ..errors import Sentence, about, fields_of, worded
@@ -36,8 +36,9 @@ def describe_plan(plan: Plan, config) -> str:
     "The HTML of a Plan: memory as a bar, the rest in words, the reasons folded away."
     recipe, source = plan.recipe, "measured" if plan.source == "probe" else "estimated"
     memory = f"{human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)}, {source}"
-    time = f"{plan.steps:,} steps; how long one takes is measured when it starts"
-    if plan.seconds: time = f"about {human_time(plan.seconds)}, {plan.steps:,} steps of {step_time(plan.step_seconds)}"
+    steps = several(plan.steps, "step")
+    time = f"{steps}; how long one takes is measured when it starts"
+    if plan.seconds: time = f"about {human_time(plan.seconds)}, {steps} of {step_time(plan.step_seconds)}"
     blocks = f"{recipe.micro_batch} × {recipe.gradient_accumulation_steps} blocks of {recipe.block_size} tokens a step"
     weights = "LoRA" if recipe.method == "lora" else "all weights"
     rate = pick_learning_rate(config, plan.parameters, recipe.method)
@@ -103,7 +104,7 @@ def describe_result(result, samples) -> str:
     resumed += f" {escape(worded(result.stopped, labels_of(result.config)))}".rstrip()
     return (f"<p>Perplexity a {after.unit} on the {escape(after.split)} text, stride {after.stride}, context "
             f"{after.context}: <b>{before.value:,.2f} → {after.value:,.2f}</b>. "
-            f"{escape(result.model)} on {escape(result.dataset)}, {result.steps:,} steps{speed}, "
+            f"{escape(result.model)} on {escape(result.dataset)}, {several(result.steps, 'step')}{speed}, "
             f"{human_time(result.seconds)} in all; saved in {escape(result.output_dir)}.{resumed}</p>"
             f"{describe_samples(samples)}")
 

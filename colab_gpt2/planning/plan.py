@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from ..config import OPTIMIZERS, FinetuneConfig
-from ..core import Record, human_bytes, human_time
+from ..core import Record, human_bytes, human_time, several
 from ..errors import Sentence, check_number
 from ..model.loading import load_config
 from .memory import COSTS, Recipe, Shape, TracedMemory, forecast_memory, shape_of, step_memory
@@ -65,8 +65,9 @@ class TextSize(Record):
     def blocks(self) -> int:
         "ValueError where there is none."
         if blocks := self.tokens // self.block_size: return blocks
-        raise ValueError(Sentence("The text has {tokens} tokens and {block_size} is {size}: not one block. Choose a "
-                                  "smaller {block_size} or a longer text.", tokens=self.tokens, size=self.block_size))
+        raise ValueError(Sentence("The text has {tokens} and {block_size} is {size}: not one block. Choose a "
+                                  "smaller {block_size} or a longer text.", tokens=several(self.tokens, "token"),
+                                  size=self.block_size))
 
 # %% ../../nbs/planning/32_plan.ipynb #e3a06dbd
 def estimate_text(config: FinetuneConfig, block_size: int, size: int | None = None) -> TextSize:
@@ -241,7 +242,7 @@ def plan_rows(plan):
     how = f"{describe(recipe)}, {recipe.precision}{', torch.compile' if plan.torch_compile else ''}"
     time = "unknown"
     if plan.seconds is not None:
-        time = f"{human_time(plan.seconds)} for {plan.steps:,} steps of {step_time(plan.step_seconds)}"
+        time = f"{human_time(plan.seconds)} for {several(plan.steps, 'step')} of {step_time(plan.step_seconds)}"
     return [("fits", f"{'yes' if plan.fits else 'no'}, {plan.device}"),
             ("memory", f"{bar} {human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)} ({source})"),
             ("how", how), ("batch", batch), ("time", f"{time} ({source})"), ("why", "\n".join(plan.reasons))]
@@ -341,8 +342,8 @@ def other_reasons(planner: Planner):
     if device := device_of(runtime):
         time = (f"The time assumes {device.share:.0%} of the peak of {device.name} in products, {MOVED.share:.0%} of "
                 "its bandwidth, and leaves out evaluation and saving: a rough estimate until a step is measured.")
-    size = (f"{text.tokens:,} tokens ({text.source}) are {text.blocks:,} blocks; "
-            f"that makes {planner.steps:,} steps of {planner.blocks:,}.")
+    size = (f"{text.tokens:,} tokens ({text.source}) are {several(text.blocks, 'block')}; "
+            f"that makes {several(planner.steps, 'step')} of {planner.blocks:,}.")
     return [*reasons, f"Precision {runtime.precision}.", size, time]
 
 # %% ../../nbs/planning/32_plan.ipynb #10c26b04

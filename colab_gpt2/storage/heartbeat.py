@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be0003
 import calendar, contextlib, json, re, secrets, threading, time
 
-from ..core import retried
+from ..core import retried, several
 from ..engine.lock import TOUCHED, counts_here, is_running, this_run, watch
 from ..errors import Sentence, may_pass
 from ..reporting import silent
@@ -21,7 +21,7 @@ def moment(saved) -> int:
 def spoken(seconds) -> str:
     "A time as it is said: '2 minutes'."
     for unit, length in dict(hour=3600, minute=60, second=1).items():
-        if (n := int(seconds // length)) or length == 1: return f"{n} {unit}{'s' * (n != 1)}"
+        if (n := int(seconds // length)) or length == 1: return several(n, unit)
 
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be0008
 HEARTBEAT = re.compile(r"heartbeat.*\.json")

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core import LINK, Record, atomic, check_space, home, human_bytes, nearest, sha256_of
+from ..core import LINK, Record, atomic, check_space, home, human_bytes, nearest, several, sha256_of
 from ..errors import Sentence, about, explained
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
@@ -348,8 +348,9 @@ def noted(corpus):
     "`corpus`; a warning if little of it is held out, or if a syntax would be learned."
     held = min((size for split, size in corpus.bytes.items() if split != "train"), default=1000)
     if held < 1000:  # some 250 tokens
-        warnings.warn(Sentence("The held-out text of {name} has only {held} bytes: its perplexity says little. "
-                               "Give a longer text or {eval_file}.", name=corpus.name, held=held))
+        warnings.warn(Sentence("The held-out text of {name} has only {held}: its perplexity says little. "
+                               "Give a longer text or {eval_file}.", name=corpus.name,
+                               held=several(held, "byte")))
     for path in map(corpus.path, corpus.bytes):
         if path.suffix == ".jsonl" or stream_in(path): continue
         with open(path, "rb") as f: start = f.read(4000)

@@ -10,7 +10,7 @@ import codecs, glob, itertools, os, re, warnings
 from collections import Counter
 from pathlib import Path
 
-from ..core import check_space, home
+from ..core import check_space, home, several
 from ..errors import Sentence, about
 from ..reporting import silent
 from .encodings import Source, called
@@ -22,6 +22,10 @@ TEXTS = "txt", "md", "text"
 OTHER = ("ipynb html htm xml rtf pdf doc docx odt epub xls xlsx ods db sqlite pkl npy arrow zip tar tgz bz2 xz zst 7z "
          "rar png jpg jpeg gif webp svg mp3 mp4 wav safetensors bin").split()
 
+def empty(path):
+    "The ValueError on a file `path` of nothing but white space."
+    return ValueError(f"{called(path)} is empty: it holds no text in its {several(path.stat().st_size, 'byte')}.")
+
 def check_file(path) -> Path:
     "`path`, if it is a file of a kind that is read and holds something; what it is in full is seen while it is read."
     path = home(path)
@@ -32,7 +36,7 @@ def check_file(path) -> Path:
         raise ValueError(f"{called(path)} is a .{kind} file, not plain text. Save its text as UTF-8 in a .txt file.")
     try: blank = is_blank(path)
     except OSError as e: raise type(e)(f"{called(path)} cannot be read: {e.strerror}.") from e
-    if blank: raise ValueError(f"{called(path)} is empty: it holds no text in its {path.stat().st_size} bytes.")
+    if blank: raise empty(path)
     return path
 
 def is_blank(path): return path.stat().st_size < 1 << 16 and not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
@@ -55,7 +59,7 @@ def check_text(
     if is_table(path): read = sum(1 for _ in rows_in(path))
     else:
         with Source(path) as source: read = sum(1 for _ in text_documents(source))
-    if not read: raise ValueError(f"{called(path)} is empty: it holds no text in its {path.stat().st_size} bytes.")
+    if not read: raise empty(path)
     return path
 
 # %% ../../nbs/text/10_reading.ipynb #b49ac36f
@@ -175,8 +179,8 @@ def cut_text(path, folder, named):
     with open(path, "rb") as source:
         while source.seek(size - 1) + 1 and source.read(1).isspace(): size -= 1
         if size < 64:
-            raise ValueError(Sentence("{named} has {size} bytes, too few to hold some out for evaluation. "
-                                      "Give {train_file} and {eval_file}.", named=named, size=size))
+            raise ValueError(Sentence("{named} has {size}, too few to hold some out for evaluation. "
+                                      "Give {train_file} and {eval_file}.", named=named, size=several(size, "byte")))
         first = cut_near(source, size, 0.8)
         ends = first, cut_near(source, size, 0.9, first), total
         source.seek(0)

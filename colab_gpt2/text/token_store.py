@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from ..core import Record, atomic, human_bytes, sha256_of, tidy
+from ..core import Record, atomic, human_bytes, several, sha256_of, tidy
 from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
@@ -66,7 +66,7 @@ def check_trainable(blocks: Blocks, minimum_blocks=1) -> Blocks:
     "`blocks`, if there are enough to train on; else a ValueError that says what to do."
     if len(blocks) >= minimum_blocks: return blocks
     fits, text = blocks.tokens // minimum_blocks, f"The {blocks.split} text" if blocks.split else "The text"
-    said = f"{text} has {blocks.tokens:,} tokens, which is {len(blocks)} blocks of"
+    said = f"{text} has {several(blocks.tokens, 'token')}, which is {several(len(blocks), 'block')} of"
     advice = "Give a longer text or a {block_size} of {fits} or less." if fits >= 2 else "Give a longer text."
     raise ValueError(Sentence("{said} {block_size} {size}; training needs {minimum}. " + advice,
                               said=said, size=blocks.block_size, minimum=minimum_blocks, fits=fits))
