@@ -129,13 +129,19 @@ def kill_self(): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def trial_process(run, crash, log):
-    "The child: note in `log` when each step ended, and how many changes there were; die where `crash` says."
+    "The child: note in `log` when each step and each copy ended, and how many changes there were; die at `crash`."
     import torch
     from transformers.trainer_callback import CallbackHandler
+    from colab_gpt2.storage.kept import Kept
     torch.set_num_threads(1)
-    steps, counts, inner = open(log, "a"), {}, CallbackHandler.on_step_end
-    def note(*words):
-        print(*words, file=steps, flush=True)
+    steps, counts, inner, put = open(log, "a", buffering=1), {}, CallbackHandler.on_step_end, Kept.put
+    def note(*words): steps.write(f"{' '.join(map(str, words))}\n")  # in one piece, from several threads
+    def noted(self, path, report):
+        note("copy", time.time())
+        entry = put(self, path, report)
+        note("copied", time.time())
+        return entry
+    Kept.put = noted
     def on_step_end(self, args, state, control):
         control = inner(self, args, state, control)
         note("step", state.global_step, time.time())
@@ -166,7 +172,7 @@ class Trial(Record):
     starts: int
     outcome: str  # equal, refused or unequal
     why: str = ""  # of a refusal, the last line; of an inequality, what differs
-    lost: list = field(default_factory=list)  # of each kill: steps and seconds of training that were done again
+    lost: list = field(default_factory=list)  # of each kill: `work_lost`, and the `longest_copy` before it
     crashes: list = field(default_factory=list)
 
 
@@ -203,6 +209,17 @@ def read_log(log) -> tuple:
     return steps, next((json.loads(rest) for kind, rest in words if kind == "counts"), None)
 
 
+def longest_copy(log) -> float:
+    "The seconds of the longest copy to the mirror in one start, or of what there was of it when the start was killed."
+    begun, longest = None, 0.
+    for line in Path(log).read_text().splitlines() if Path(log).exists() else []:
+        kind, *rest = line.split()
+        if kind not in ("copy", "copied", "step"): continue
+        if begun is not None: longest = max(longest, float(rest[-1]) - begun)
+        if kind != "step": begun = float(rest[-1]) if kind == "copy" else None
+    return longest
+
+
 def work_lost(before, after) -> dict:
     """What one start did and the next did again: steps, and seconds from the end of the last step that was kept; with
     the longest time from one step to the next, in which a checkpoint may have been written."""
@@ -218,14 +235,14 @@ def work_lost(before, after) -> dict:
 def trial(side, kind, run, crashes, reference) -> Trial:
     "Start `run` in an empty folder with each of `crashes`, and then until it has finished."
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        kills, lost, earlier = 0, [], []
+        kills, lost, earlier, copied = 0, [], [], 0.
         for n in range(AGAIN + len(crashes)):
             crash, log = crashes[n] if n < len(crashes) else Crash(), Path(folder)/f"log-{n}"
             done = start(folder, run, crash, log)
             steps, finished = read_log(log)[0], bool(losses(folder))
-            if earlier: lost.append(work_lost(earlier, steps))
+            if earlier: lost.append(work_lost(earlier, steps) | dict(copy=copied))
             ended = done.returncode in (-signal.SIGKILL, -signal.SIGTERM) or crash.warning is not None and not finished
-            kills, earlier = kills + ended, steps if ended else []
+            kills, earlier, copied = kills + ended, steps if ended else [], longest_copy(log)
             if not ended: break
             if kind == MACHINE:
                 for gone in ("out", "cache"): shutil.rmtree(Path(folder)/gone, ignore_errors=True)
@@ -313,20 +330,21 @@ def torture(job, options) -> tuple:
 
 def rows_of(trials, interval=60 * MINUTES) -> list:
     """How many trials of each side and kind ended with the same model; and the most work that a kill of ours cost,
-    against the save interval with the step that outlasts it and the saving itself."""
+    against the save interval with the step that outlasts it and the saving itself; on a new machine with a copy too."""
     rows = []
     for side, kind in dict.fromkeys((t.side, t.kind) for t in trials):
         mine = [t for t in trials if (t.side, t.kind) == (side, kind)]
         counted = {side: [dict(n=sum(t.outcome == "equal" for t in mine))], "trials": [dict(n=len(mine))]}
         goal = target("equal after kill -9", "trials") if side == OURS else None
         rows.append(compare(f"equal after kill -9 {kind}, {side}", counted, "n", "trials", side, target=goal))
-    for where in ("", ON_NEW):
+    for where, peer in (("", "save interval"), (ON_NEW, "save interval and a copy")):
         lost = [one for t in trials if t.side == OURS and (t.kind == MACHINE) == bool(where) for one in t.lost]
         if not lost: continue
-        most = max(lost, key=lambda one: one["seconds"] / (interval + one["longest"]))
-        figures = {OURS: [dict(s=most["seconds"])], "save interval": [dict(s=interval + most["longest"])]}
-        goal = None if where else target("work lost at a kill", "save interval")  # the mirror comes a little later
-        rows.append(compare(f"work lost at a kill{where}, s, the most", figures, "s", "save interval", target=goal))
+        def may_cost(one): return interval + one["longest"] + bool(where) * one["copy"]
+        most = max(lost, key=lambda one: one["seconds"] / may_cost(one))
+        figures = {OURS: [dict(s=most["seconds"])], peer: [dict(s=may_cost(most))]}
+        goal = target("work lost at a kill", peer)
+        rows.append(compare(f"work lost at a kill{where}, s, the most", figures, "s", peer, target=goal))
     return rows
 
 

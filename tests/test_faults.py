@@ -398,8 +398,8 @@ def taken_for_complete(manifest) -> bool:
 
 @pytest.mark.parametrize("number", range(len(DRIVE_FAULTS)), ids=[fault.name for fault in DRIVE_FAULTS])
 def test_a_training_survives_its_drive(job, reference, number):
-    """With complete checkpoints here, nothing taken for complete there that is not, and a true sentence. When the fault is
-    over, the same command copies what was missing and trains nothing, and so does a new machine."""
+    """With complete checkpoints here, nothing taken for complete there that is not, and a true sentence. When the fault
+    is over, the same command copies what was missing and trains nothing, and so does a new machine."""
     (place := job/f"drive-{number}").mkdir()
     fault, ran = DRIVE_FAULTS[number], forked(train_with_a_mirror, number, cwd=place)
     row = ran.result

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]/"benchmarks"))
 import torture
-from torture import Crash, make_job, measure_reference, trial, work_lost
+from torture import Crash, Trial, longest_copy, make_job, measure_reference, rows_of, trial, work_lost
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -56,7 +56,7 @@ def test_a_new_machine_with_the_mirror_goes_on_where_the_old_one_was(run, refere
     "The output folder and the caches are gone."
     made = trial(torture.OURS, torture.MACHINE, run, [kill(reference)], reference)
     assert (made.outcome, made.why) == ("equal", ""), made
-    assert made.kills == 1 and made.lost[0]["steps"] < reference["steps"]
+    assert made.kills == 1 and made.lost[0]["steps"] < reference["steps"] and made.lost[0]["copy"] > 0
 
 
 # The harness
@@ -69,6 +69,17 @@ def test_work_is_lost_from_the_last_step_that_was_kept():
     assert work_lost([], [(1, 20.)])["steps"] == 0  # killed before its first step
     resumed = [(n, float(n)) for n in range(6, 11)]
     assert work_lost(resumed, [(6, 20.)])["steps"] == 5
+
+
+def test_what_a_new_machine_has_lost_is_compared_with_a_save_interval_and_a_copy(tmp_path):
+    (log := tmp_path/"log").write_text("step 1 10\ncopy 11\nstep 2 12\ncopied 13\nstep 3 19\ncopy 20\nstep 4 23.5\n")
+    assert longest_copy(log) == 3.5 and longest_copy(tmp_path/"none") == 0  # it was on its way
+    def made(kind, seconds):
+        lost = [dict(steps=1, seconds=seconds, longest=1., copy=2.)]
+        return Trial(torture.OURS, kind, kills=1, starts=2, outcome="equal", lost=lost)
+    here, new = rows_of([made(torture.EVENT, 2.), made(torture.MACHINE, 5.)], interval=3.)[2:]
+    assert (here.ratio.median, here.reached) == (0.5, True) and (new.peer.median, new.ratio.median) == (6, 5/6)
+    assert here.figure != new.figure and new.target == 1 and new.reached
 
 
 def test_a_run_that_is_not_what_it_was_is_found_out(run, reference):
