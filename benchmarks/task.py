@@ -97,9 +97,11 @@ def side_command(program, options, side, **changes) -> list:
     return [sys.executable, str(Path(program).resolve()), *words({**vars(options), **changes, "side": side})]
 
 
-def device_environment(options) -> dict:
-    "What hides the GPU from a side that is to run on the CPU."
-    return {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
+def device_environment(options, no_bf16=False) -> dict:
+    "What hides the GPU from a side that is to run on the CPU, and its bfloat16, as `make test-no-bf16` does."
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
+    if not no_bf16: return hidden
+    return {**hidden, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "PYTHONPATH": str(ROOT/"tests"/"no_bf16")}
 
 
 # What is trained, and on what
@@ -156,6 +158,18 @@ def stock_trainer(options, model, blocks, **arguments):
     given = TrainingArguments(output_dir="output", max_steps=options.steps, seed=options.seed, save_strategy="no",
                               report_to="none", disable_tqdm=True, use_cpu=options.device == "cpu", **arguments)
     return Trainer(model=model, args=given, train_dataset=blocks, data_collator=default_data_collator)
+
+
+def trl_trainer(options, model, tokenizer, blocks):
+    "TRL's SFTTrainer with its own defaults, one block a step; half precision only where the device has it."
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    given = SFTConfig(output_dir="output", max_steps=options.steps, seed=options.seed, save_strategy="no",
+                      per_device_train_batch_size=1, max_length=options.block_size, report_to="none",
+                      disable_tqdm=True, use_cpu=options.device == "cpu", **({"bf16": False} | half_precision(options)))
+    taken = Dataset.from_dict({"input_ids": [blocks[n]["input_ids"].tolist()
+                                             for n in range(min(options.steps, len(blocks)))]})
+    return SFTTrainer(model=model, args=given, train_dataset=taken, processing_class=tokenizer)
 
 
 def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtime, **changes):

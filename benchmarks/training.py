@@ -1,6 +1,8 @@
-"""How fast does GPT-2, or with --size smollm2-135m a Llama, learn, and in how much memory? Ours against three peers:
+"""How fast does GPT-2, or with --size smollm2-135m a Llama, learn, and in how much memory? Ours against four peers:
 
 tutorial        what the command of 2020 maps to: the stock Trainer's defaults, fp32, one block at a time
+trl             TRL's SFTTrainer with its defaults (recomputed activations, its own loss in chunks), one block at a
+                time, in the device's best half precision, if any
 stock           the stock Trainer in the device's best half precision, with as many blocks a step as ours, in the
                 fastest of the micro-batches tried
 stock-compiled  the same with torch_compile
@@ -17,11 +19,11 @@ from harness import alternate, compare, emit, report, run_side
 from targets import STANDARD, target
 from task import (device_environment, gpu_peak, half_precision, load_blocks, make_config, measure, memory_field,
                   model_flops_utilisation, our_trainer, parser, settle, side_command, stock_model, stock_trainer,
-                  warm_up_steps)
+                  trl_trainer, warm_up_steps)
 
 COMPILED = {"stock": False, "stock-compiled": True}
-PEERS, OURS = ("tutorial", *COMPILED), ("ours", "ours-single", "ours-compiled")
-SINGLE = ("tutorial", "ours-single")  # one block a step
+PEERS, OURS = ("tutorial", "trl", *COMPILED), ("ours", "ours-single", "ours-compiled")
+SINGLE = ("tutorial", "trl", "ours-single")  # one block a step
 PROBED = 3  # micro-batches that the library's probe learns from before the first step
 
 
@@ -34,7 +36,10 @@ def our_side(options, config, tokenizer, blocks) -> dict:
     return {**found, "plan": plan}
 
 
-def peer_side(options, config, blocks) -> dict:
+def peer_side(options, config, tokenizer, blocks) -> dict:
+    if options.side == "trl":
+        trainer = trl_trainer(options, stock_model(config, options.seed), tokenizer, blocks)
+        return measure(options, trainer, options.batch, trainer.train)[0]
     micro = options.micro_batch or 1
     faster = {} if options.side == "tutorial" else dict(torch_compile=COMPILED[options.side], **half_precision(options))
     arguments = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=options.batch // micro, **faster)
@@ -49,7 +54,7 @@ def train_side(options) -> dict:
     options.steps += warm_up_steps(options, options.batch)
     tokenizer, blocks = load_blocks(options)
     config = make_config(options, blocks.vocabulary_size)
-    if options.side in PEERS: found = peer_side(options, config, blocks)
+    if options.side in PEERS: found = peer_side(options, config, tokenizer, blocks)
     else: found = our_side(options, config, tokenizer, blocks)
     peak = gpu_peak(options)
     mfu = peak and model_flops_utilisation(config, options.block_size, found["tokens_per_second"], peak)
@@ -82,8 +87,9 @@ def speed_or_none(command, env) -> float | None:
 def speed(results, label) -> float: return statistics.median(run["tokens_per_second"] for run in results[label])
 
 
-def against_tutorial(options, results, goal) -> list:
-    memory, peer = memory_field(options), "tutorial"
+def against_one_block(options, results, peer, goal) -> list:
+    "The rows for a peer with its own defaults, one block a step."
+    memory = memory_field(options)
     def row(figure, field, ours="ours"):
         return compare(figure, results, field, peer, ours, target=goal(figure, peer))
     rows = [row("training, tokens/s", "tokens_per_second"), row("peak memory of training", memory)]
@@ -121,9 +127,11 @@ def utilisation(results, goal) -> list:
 def rows_of(options, results) -> list:
     "The comparisons with all peers that ran."
     of = "" if options.size == STANDARD else f", {options.size}"
+    if options.no_bf16: of += ", without bf16"
     def goal(figure, peer): return target(figure + of, peer, options.device)
     if "ours" not in results: return []
-    rows = against_tutorial(options, results, goal) if "tutorial" in results else []
+    alone = [label for label in SINGLE if label in PEERS and label in results]
+    rows = [row for label in alone for row in against_one_block(options, results, label, goal)]
     stock = sorted(set(results) & set(COMPILED), key=lambda label: speed(results, label), reverse=True)
     for label in stock:
         names = ("training, tokens/s", "peak memory of training")
@@ -141,9 +149,10 @@ def main():
     add("--micro-batches", type=int, nargs="+", default=[1, 2],
         help="micro-batches that the stock Trainer may choose from")
     add("--micro-batch", type=int, help="of one side")
+    add("--no-bf16", action="store_true", help="rehearse a CPU without bfloat16, as Colab's are")
     options = settle(options.parse_args())
     if options.side: return emit(**train_side(options))
-    env = device_environment(options)
+    env = device_environment(options, options.no_bf16)
     chosen = {label: fastest_micro_batch(options, label, env) for label in COMPILED if label in options.sides}
     def command(label):
         blocks = 1 if label in SINGLE else options.batch
@@ -153,6 +162,7 @@ def main():
     micro = {label: dict(chosen=n, tried=tried) for label, (n, tried) in chosen.items()}
     def report_all(results):
         question = f"training {options.size}" if options.size == "smollm2-135m" else "training"
+        question += " without bf16" * options.no_bf16
         report(question, results, rows_of(options, results), commands=commands, device=options.device,
                folder=options.results, micro_batches=micro, failed=failed)
     alternate(commands, options.rounds, env=dict.fromkeys(commands, env), failed=failed, each_round=report_all)
