@@ -93,7 +93,8 @@ def newest_checkpoint(folder) -> Path:
     folder = Path(folder)
     if complete := find_checkpoints(folder): return complete[-1]
     if folder in find_checkpoints(folder.parent): return folder
-    raise ValueError(f"{folder} has no complete checkpoint to resume from.")
+    raise ValueError(f"{folder} has no complete checkpoint to resume from. The same run resumes by itself, and from "
+                     "its mirror, if nothing is named.")
 
 # %% ../../nbs/legacy/90_flags.ipynb #7465ae6f
 def start_of(value, given):
