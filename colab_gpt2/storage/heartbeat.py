@@ -116,16 +116,14 @@ class Heartbeat(Others):
             for name in self.former: self.target.remove(name)
         return max(filter(None, self.former.values()), key=lambda each: each["time"], default=None)
 
-    def glance(self):
-        "Look, in the background: a Drive may be slow. What it finds is `refused`."
-        try: self.look()
-        except OSError as e:  # what fails on a Drive is heard of when it is copied to
-            if isinstance(e, BlockingIOError): self.refused = e
-
     def check(self, seconds=0):
-        "BlockingIOError if a glance that begins now ends within so many `seconds` and finds another, or if one has."
+        "BlockingIOError if a look, from now on and waited for so many `seconds`, finds another, or if one has."
+        def look():
+            try: self.look()
+            except OSError as e:  # what fails on a Drive is heard of when it is copied to
+                if isinstance(e, BlockingIOError): self.refused = e
         if seconds:
-            (thread := threading.Thread(target=self.glance, daemon=True)).start()
+            (thread := threading.Thread(target=look, daemon=True)).start()
             thread.join(seconds)
         if self.refused: raise self.refused
 

@@ -146,14 +146,11 @@ class Mirror(Copying, TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.offer(Path(args.output_dir)/f"checkpoint-{state.global_step}")
 
-    def start(self):
-        if self.target and not self.queue.thread: self.queue.start()
-
     def offer(self, path):
         "Copy a checkpoint, or the output folder of a finished run, as soon as possible; returns at once."
         if not self.target or self.kind == OFF: return
         self.queue.set(pending=Path(path))
-        self.start()
+        if not self.queue.thread: self.queue.start()
 
     def in_use(self) -> list:
         "Paths that must not be deleted now."
