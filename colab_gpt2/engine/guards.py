@@ -92,16 +92,20 @@ class StopOnInterrupt(Asked):
 
     def listening(self): return catching(self.handle)
 
+# %% ../../nbs/engine/41_guards.ipynb #41aa001a
+def sessions_for(steps, room, a_step) -> int:
+    "How many sessions `steps` take, each of which has `room` seconds for steps, and makes one at least."
+    return math.ceil(steps / max(1, math.ceil(room / (a_step or 1))))
+
 # %% ../../nbs/engine/41_guards.ipynb #41aa000c
 class TimeLimit(Listener):
     """A run that ends within `seconds` of `began`, on time.monotonic(): with fewer steps than planned, but at `least`
-    so many; or, given `stop`, with a checkpoint in time, and one step at least. `why`: whose limit it is, which may
-    have begun before this run did: its `end`."""
+    so many; or, given `stop`, with a checkpoint in time, and one step at least. `why`: whose limit, or `end`, it is."""
     def __init__(self, seconds, least=20, stop=None, why="", began=None, end=None):
         self.least, self.stop, self.why, self.mirror = least, stop, why, None
         self.since = self.began = time.monotonic() if began is None else began
         self.seconds, self.end, self.steps = seconds, end or self.since + seconds, []
-        self.measuring = self.step = self.saving = self.evaluating = 0.  # seconds
+        self.measuring = self.starting = self.step = self.saving = self.evaluating = 0.  # seconds
 
     def on_stage(self, stage, plan=None, mirror=None, **facts):
         now, self.mirror = time.monotonic(), mirror or self.mirror
@@ -118,9 +122,9 @@ class TimeLimit(Listener):
                 f"{several(steps, 'step')} instead of {plan.steps}.")
         return replace(plan, steps=steps, seconds=steps * plan.step_seconds, reasons=(told, *plan.reasons))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.since = time.monotonic()
-        if not self.steps: self.starting = self.since - self.began
+    def on_train_begin(self, *args, **kwargs): self.starting = self.starting or time.monotonic() - self.began
+
+    def on_step_begin(self, args, state, control, **kwargs): self.since = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(time.monotonic() - self.since)
@@ -129,13 +133,9 @@ class TimeLimit(Listener):
         kept_back = self.step + self.evaluating + 2 * (self.saving + getattr(self.mirror, "took", 0))
         if not (self.stop and left) or self.since + kept_back < self.end: return
         control.should_training_stop = control.should_save = True
-        rest = self.sessions(left, self.seconds - self.starting - kept_back)
+        rest = sessions_for(left, self.seconds - self.starting - kept_back, statistics.median(self.steps))
         more = f"the rest takes about {several(rest, 'more session')}"
         self.stop.ask(OUT_OF_TIME, Sentence(" {why}, and {more}", why=self.why, more=more))
-
-    def sessions(self, left, room) -> int:
-        "So many more take the `left` steps, each of which has `room` seconds for steps, and makes one at least."
-        return math.ceil(left / max(1, math.ceil(room / (statistics.median(self.steps) or 1))))
 
     def on_evaluated(self, *told): self.evaluating, self.since = time.monotonic() - self.since, time.monotonic()
 

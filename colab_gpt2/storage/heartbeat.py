@@ -66,7 +66,7 @@ def heartbeats(target) -> dict:
 class Others:
     "Who else trains one run in a `target`."
     def __init__(self, target):
-        self.target, self.who, self.former = target, heartbeat(0), {}
+        self.target, self.who, self.former, self.refused = target, heartbeat(0), {}, None
         self.name = f"heartbeat-{secrets.token_hex(4)}.json"
 
     def others(self) -> dict: return {name: each for name, each in heartbeats(self.target).items() if name != self.name}
@@ -90,12 +90,23 @@ class Others:
             if other and other != self.former.get(name) and began(other) < began(self.who):
                 if name in self.former or silence(other, self.target): refuse(other, self.target)
 
+    def check(self, seconds=0):
+        "BlockingIOError if a look, from now on and waited for so many `seconds`, finds another, or if one has."
+        def look():
+            try: self.look()
+            except OSError as e:  # what fails on a Drive is heard of when it is copied to
+                if isinstance(e, BlockingIOError): self.refused = e
+        if seconds:
+            (thread := threading.Thread(target=look, daemon=True)).start()
+            thread.join(seconds)
+        if self.refused: raise self.refused
+
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be0a14
 class Heartbeat(Others):
     "Of this process; a thread of its own writes it, since a copy may hang."
     def __init__(self, target):
         super().__init__(target)
-        self.step, self.ended, self.refused = 0, threading.Event(), None
+        self.step, self.ended = 0, threading.Event()
         self.thread = threading.Thread(target=self.run, name="heartbeat", daemon=True)
 
     def write(self): self.target.write(self.name, json.dumps(self.who | dict(time=time.time(), step=self.step)))
@@ -115,17 +126,6 @@ class Heartbeat(Others):
         with contextlib.suppress(OSError):
             for name in self.former: self.target.remove(name)
         return max(filter(None, self.former.values()), key=lambda each: each["time"], default=None)
-
-    def check(self, seconds=0):
-        "BlockingIOError if a look, from now on and waited for so many `seconds`, finds another, or if one has."
-        def look():
-            try: self.look()
-            except OSError as e:  # what fails on a Drive is heard of when it is copied to
-                if isinstance(e, BlockingIOError): self.refused = e
-        if seconds:
-            (thread := threading.Thread(target=look, daemon=True)).start()
-            thread.join(seconds)
-        if self.refused: raise self.refused
 
     def run(self):
         while not self.ended.wait(self.target.beats):
