@@ -112,8 +112,8 @@ def encode_prompt(prompt, tokenizer, context, chat=False) -> list:
     return opening + ids[-room:]
 
 # %% ../nbs/61_generation.ipynb #61c00002
-NO_TEMPLATE = ("The tokenizer has no chat template: {chat} writes 'User: …' and 'Assistant:', which only a model that was "
-               "trained on chats answers.")
+NO_TEMPLATE = ("The tokenizer has no chat template: {chat} writes 'User: …' and 'Assistant:', which only a model that "
+               "was trained on chats answers.")
 
 def chat_text(prompt, tokenizer) -> str:
     "`prompt`, a question or a list of messages, as the chat template writes it before an answer."

@@ -256,7 +256,8 @@ def test_training_end_to_end(end_to_end, tmp_path):
     of = {label: (run["left_out"], len(run["step_seconds"])) for label, run in first.items()}
     # Blocks that ours learnt from before its first step; 12 blocks are left out in all, 4 and more count.
     probed = 3 * first["ours"]["plan"]["micro_batch"]
-    assert of == {"tutorial": (12, 16), "trl": (12, 16), "stock": (6, 8), "ours-single": (9, 16), "ours": ((12 - probed) // 2, 8)}
+    assert of == {"tutorial": (12, 16), "trl": (12, 16), "stock": (6, 8), "ours-single": (9, 16),
+                  "ours": ((12 - probed) // 2, 8)}
     assert "tutorial" in ran.stdout and "round 1 of 1, ours" in ran.stderr
 
 

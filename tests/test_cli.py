@@ -265,7 +265,8 @@ def test_a_stop_of_a_shell_may_be_the_end_of_a_line(cli):
 def test_a_question_to_a_model_without_a_chat_template_is_told(cli, tmp_path):
     words = "generate", "--seed", "1", "--max-new-tokens", "2", "--prompt", "Why?", "--chat", "--model"
     told = cli(*words, "tiny").stderr
-    assert told.startswith("note: The tokenizer has no chat template: --chat writes 'User: …'") and told.count("\n") == 1
+    assert told.startswith("note: The tokenizer has no chat template: --chat writes 'User: …'")
+    assert told.count("\n") == 1
     shutil.copytree(TINY, tmp_path/"spoken")
     (tmp_path/"spoken"/"chat_template.jinja").write_text("{{ messages[0].content }}")
     assert not cli(*words, str(tmp_path/"spoken")).stderr
