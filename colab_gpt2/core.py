@@ -323,7 +323,10 @@ def atomic(path, folder=False, aside=None):
         if aside: path.rename(aside)
         if not (folder and path.is_dir()): replace(target, path)  # another process may have made it meanwhile
         else:
-            for child in sorted(target.iterdir(), key=lambda p: p.stat().st_size): replace(child, path/child.name)
+            files = (file for file in target.rglob("*") if file.is_file())
+            for file in sorted(files, key=lambda file: file.stat().st_size):
+                make_folder((to := path/file.relative_to(target)).parent)
+                replace(file, to)
         _sync(place)
 
 # %% ../nbs/00_core.ipynb #19f5b3bd

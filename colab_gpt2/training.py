@@ -13,27 +13,28 @@ from pathlib import Path
 from transformers.trainer_callback import TrainerState
 
 from .config import FinetuneConfig, changed
-from .core import Record, atomic, home, human_time, retried
+from .core import Record, home, human_time
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
-from .engine.checkpoints import find_checkpoints, recover, remove_checkpoint, save_model, sealed
+from .engine.checkpoints import find_checkpoints, recover, remove_checkpoint
 from .engine.choosing import BEST, finish
 from .engine.guards import Diverged, StopOnDivergence, StopOnInterrupt, TimeLimit, limits_of, skipped_steps
 from .engine.guards import warn_of_idle
 from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
 from .engine.trainer import check_trainer_args, make_trainer, training_arguments
-from .errors import Sentence, about, may_pass
+from .errors import Sentence, about
 from .evaluation import ALSO, Perplexity
 from .generation import Sample
-from .measuring import evaluate_and_sample, evaluation_of, in_one_line, make_chooser
+from .measuring import ADAPTED_BY, evaluate_and_sample, evaluation_of, in_one_line, make_chooser, save_run
+from .measuring import write_result
 from .model.loading import MODELS, load_model, quiet
-from .model.lora import merge_adapters
+from .model.lora import adapters_of, merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
 from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
 from .preparing import warn_of_few_tokens
 from .reporting import reporting
-from .resuming import ELSEWHERE, RESULT, Found, asked, check_free, check_output_dir, checksum_of, chosen
+from .resuming import ELSEWHERE, Found, asked, check_free, check_output_dir, checksum_of, chosen
 from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
 from .resuming import source_of, where_to_resume
 from .runtime import Runtime
@@ -70,6 +71,7 @@ RISEN = ("The perplexity has risen from {before:.2f} to {after:.2f}: lower {lear
          "{num_train_epochs}.")
 NO_STEP = "raise {num_train_epochs} or {max_steps}, and set {resume} to {path}"
 NO_MORE = "set {model} to {path}, and {output_dir} to a new folder"
+ADAPTED = "; LoRA's adapters alone in its adapters/"
 
 # %% ../nbs/63_training.ipynb #4bab8d55
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def rows_of(result) -> list:
             ("steps", f"{result.steps} ({result.epochs:.2f} epochs)"), *chosen_rows(result),
             ("speed", f"{speed:,.0f} tokens/s" if speed else "-"),
             *([("trained", no_step(result))] if result.repeated or not speed else []),
-            ("time", human_time(result.seconds)), ("saved in", result.output_dir),
+            ("time", human_time(result.seconds)),
+            ("saved in", result.output_dir + ADAPTED * (ADAPTED_BY in result.files)),
             *((f"sample {when}", sample) for when, sample in result.samples.items())]
 
 # %% ../nbs/63_training.ipynb #eafea48d
@@ -251,19 +254,23 @@ def ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown):
 
 # %% ../nbs/63_training.ipynb #e9a40a5b
 def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tuple:
-    "(model, plan as carried out, facts for a FinetuneResult). The optimizer is gone: evaluation needs its memory."
+    """(model, what writes its adapters, or None, plan as carried out, facts for a FinetuneResult). The optimizer is
+    gone: evaluation needs its memory."""
     trainer, plan = train_or_go_back(config, prepared, plan, found, run, callbacks, shown)
     model, state, speed = trainer.model, trainer.state, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step)
     losses = [dict(step=entry["step"], loss=entry["loss"]) for entry in state.log_history if "loss" in entry]
     with in_one_line(config.output_dir, plan.recipe):
         chosen = finish(trainer.chooser, state, model) if trainer.chooser else {}
     del trainer
+    adapters = None
     if plan.recipe.method == "lora":
+        lost = config.from_scratch or Path(config.model).resolve() == Path(config.output_dir).resolve()  # their base
+        if not lost: adapters = adapters_of(model, config.model)
         model = merge_adapters(model, lambda: starting_model(config, prepared.tokenizer)).to(prepared.runtime.device)
     release_memory()
     facts = dict(steps=state.global_step, epochs=state.epoch or 0., tokens_per_second=speed, losses=losses,
                  **chosen)
-    return model, plan, facts
+    return model, adapters, plan, facts
 
 # %% ../nbs/63_training.ipynb #7d3cd2aa
 def read_finished(output_dir) -> FinetuneResult | None:
@@ -273,13 +280,6 @@ def read_finished(output_dir) -> FinetuneResult | None:
     try: result = FinetuneResult.from_dict(told)
     except (ValueError, TypeError, KeyError): return  # another version's, or another tool's file
     return replace(result, output_dir=str(folder), config=replace(result.config, output_dir=str(folder)), repeated=True)
-
-# %% ../nbs/63_training.ipynb #5b1a3410
-def write_result(output_dir, told):
-    "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
-    def write():
-        with atomic(Path(output_dir)/RESULT) as file: file.write_text(sealed(told, indent=1))
-    with in_one_line(output_dir): retried(write, may_pass, attempts=6)
 
 # %% ../nbs/63_training.ipynb #ffe78b30
 def follow(config, found) -> FinetuneConfig:
@@ -362,13 +362,9 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     for sentence in filter(None, (told, mirror.told)): warnings.warn(sentence, stacklevel=3)
     tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told)
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
-    model, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
+    model, adapters, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
     tell(callbacks, "on_stage", SAVING)
-    known = read_result(place)  # what is there, unless it was changed
-    ours = None if config.overwrite_output_dir or known and "files" not in known else known.get("files", {})
-    write_result(place, dict(fingerprint=run))
-    def save(): return save_model(model, prepared.tokenizer, place, ours)
-    with in_one_line(place): files = retried(save, may_pass, attempts=6)
+    files = save_run(config, model, prepared.tokenizer, adapters, run)
     tell(callbacks, "on_stage", AFTER)
     chose = facts.get("best_step") is not None and config.load_best_model_at_end
     after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks, chose)

@@ -3,10 +3,11 @@ import shutil
 from dataclasses import replace
 
 import pytest, torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GPT2Config, TrainerCallback
 
-from colab_gpt2 import finetune, perplexity
+from colab_gpt2 import archive_model, extract_archive, finetune, perplexity
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.engine.callbacks import Listener
 from colab_gpt2.engine.choosing import BEST, BestWeights, Work, plan_choosing
@@ -205,6 +206,35 @@ def test_adapters_are_chosen_and_merged(run, plain, tmp_path):
     same(run(tmp_path/"out", **settings), result)
     merged = perplexity(load_model(str(tmp_path/"out")), chosen_on(run, tmp_path/"out"), progress=False)
     assert merged.value == pytest.approx(min(value for _, value in result.evaluations), rel=1e-4)
+    on_base(tmp_path/"out", plain[1])
+
+
+def on_base(folder, base):
+    "The adapters in `folder`, on `base`, which they name, give the logits of the model there."
+    kept = PeftModel.from_pretrained(load_model(str(base)), folder/"adapters").eval()
+    assert kept.peft_config["default"].base_model_name_or_path == str(base)
+    ids = torch.arange(32)[None]
+    with torch.no_grad(): logits = [model(input_ids=ids).logits for model in (kept, load_model(str(folder)).eval())]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_kept_adapters_go_with_their_model_wherever_it_goes(run, plain, tmp_path):
+    "To the mirror, and from there to a new machine; into its archive; and away with it."
+    settings = dict(model=str(plain[1]), method="lora", max_steps=2, eval_steps=-1, early_stopping_patience=None)
+    out, mirror = tmp_path/"out", dict(mirror=str(tmp_path/"mirror"))
+    result = run(out, **settings, **mirror)
+    assert "out; LoRA's adapters alone in its adapters/" in str(result._rows())
+    kept = archive_model(out, tmp_path/"a.tar.gz", progress=False)
+    shutil.rmtree(out)
+    again = run(out, **settings, **mirror)
+    assert again.repeated and again.files == result.files
+    assert archive_model(out, tmp_path/"b.tar.gz", progress=False).sha256 == kept.sha256
+    on_base(extract_archive(tmp_path/"a.tar.gz", tmp_path/"new", progress=False), plain[1])
+    (out/"adapters"/"adapter_model.safetensors").write_bytes(b"?")
+    with pytest.warns(UserWarning, match="is skipped: adapters/adapter_model"): run(out, **settings)
+    on_base(out, plain[1])
+    full = run(out, overwrite_output_dir=True, **{**settings, "method": "full"})
+    assert not (out/"adapters").exists() and "LoRA's" not in str(full._rows())
 
 
 def chosen_on(run, folder):

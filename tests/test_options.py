@@ -4,11 +4,12 @@ import copy
 import pytest
 import torch
 from helpers.toys import small_trainer
+from peft import PeftModel
 from transformers import GPT2Config, LlamaConfig, Trainer, TrainingArguments, default_data_collator, get_scheduler
 
 from colab_gpt2.config import LENGTHENED, SCHEDULES, FinetuneConfig
 from colab_gpt2.engine.trainer import make_trainer
-from colab_gpt2.model.lora import add_adapters, merge_adapters
+from colab_gpt2.model.lora import adapters_of, add_adapters, merge_adapters
 from colab_gpt2.model.loading import new_model
 from colab_gpt2.planning.memory import Recipe, shape_of, step_memory
 from colab_gpt2.planning.plan import TextSize, named_runtime, plan_run
@@ -147,7 +148,7 @@ HOW = [dict(), dict(use_rslora=True), dict(use_dora=True), dict(target_modules="
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("config, some", [(GPT2, "c_attn"), (LLAMA, "q_proj, v_proj")], ids=["gpt2", "llama"])
-def test_adapters_of_every_kind_are_counted_in_the_plan_and_merged_without_a_change(config, some, how):
+def test_adapters_of_every_kind_are_counted_merged_and_kept_without_a_change(config, some, how, tmp_path):
     how = {name: some if name == "target_modules" else given for name, given in how.items()}
     adapted = add_adapters(new_model(config, seed=0), 4, **how)
     trained, ids = [p for p in adapted.parameters() if p.requires_grad], rows()[0]["input_ids"][None]
@@ -156,8 +157,12 @@ def test_adapters_of_every_kind_are_counted_in_the_plan_and_merged_without_a_cha
         adapted(input_ids=ids, labels=ids).loss.backward()
         optimizer.step(), optimizer.zero_grad()
     with torch.no_grad(): learnt = adapted.eval()(input_ids=ids).logits
+    write = adapters_of(adapted, "base")
     merged = merge_adapters(adapted, lambda: new_model(config, seed=0))
-    torch.testing.assert_close(merged(input_ids=ids).logits, learnt, atol=1e-5, rtol=1e-5)
+    write(tmp_path/"adapters")
+    kept = PeftModel.from_pretrained(new_model(config, seed=0), tmp_path/"adapters").eval()
+    for model in merged, kept:
+        torch.testing.assert_close(model(input_ids=ids).logits, learnt, atol=1e-5, rtol=1e-5)
     counted = {k: v for k, v in how.items() if k != "use_rslora"}
     recipe = Recipe(2, 32, method="lora", lora_rank=4, device="cpu", **counted)
     assert step_memory(shape_of(config), recipe).trained == sum(p.numel() for p in trained)

@@ -36,8 +36,10 @@ def full_disk_told(folder, model):
 MANIFEST = "whole.json"
 
 def list_files(folder) -> dict:
-    "Name to bytes of the files in `folder`, without the manifest."
-    return {f.name: f.stat().st_size for f in sorted(Path(folder).iterdir()) if f.is_file() and f.name != MANIFEST}
+    "Name to bytes of the files in `folder` and in its adapters/, without the manifest."
+    folder = Path(folder)
+    files = (f for f in sorted([*folder.iterdir(), *folder.glob("adapters/*")]) if f.is_file() and f.name != MANIFEST)
+    return {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #41aa5a01
 def keep_others(folder, new, ours):
@@ -50,14 +52,16 @@ def keep_others(folder, new, ours):
         warnings.warn(f"{Path(folder, name)} is not as a run wrote it: it is kept as {kept}.")
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
-def save_model(model, tokenizer, output_dir, ours=None) -> dict:
-    """Write weights, config and tokenizer; on an error `output_dir` stays as it was. -> name to SHA-256 of the files.
-    Given `ours` (such a dict), a file that is there and is neither one of these nor a new one becomes NAME.before."""
+def save_model(model, tokenizer, output_dir, ours=None, adapters=None) -> dict:
+    """Write weights, config and tokenizer, and by `adapters(folder)` those; on an error `output_dir` stays as it was.
+    -> name to SHA-256 of the files. Given `ours` (such a dict), a file that is there and is neither one of these nor a
+    new one becomes NAME.before."""
     check_finite(model)
     set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
     with atomic(output_dir, folder=True) as folder:
         with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
+        if adapters: adapters(folder/"adapters")
         sums = checksums(folder, list_files(folder))
         if ours is not None: keep_others(output_dir, sums, ours)
     return sums

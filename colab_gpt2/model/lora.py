@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/model/23_lora.ipynb #b413b74a
-import contextlib, warnings
+import contextlib, copy, warnings
 
 import torch
+from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import Sentence
@@ -50,11 +51,29 @@ def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, **o
     for module in adapted.modules(): module.cast_input_dtype_enabled = False  # peft's; autocast casts
     return adapted
 
+# %% ../../nbs/model/23_lora.ipynb #23a50008
+def weights_of(adapted) -> dict:
+    "Those of its adapters, in RAM, by peft's names."
+    import peft
+    return {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(adapted).items()}
+
+# %% ../../nbs/model/23_lora.ipynb #23a5000a
+def adapters_of(adapted, base):
+    "A function that writes the adapters of now into a new folder, for peft to put on `base`, a model's name or path."
+    weights, settings = weights_of(adapted), copy.copy(adapted.peft_config["default"])
+    settings.base_model_name_or_path, settings.inference_mode = str(base), True
+    settings.target_modules = sorted(settings.target_modules)  # a set has another order in each process
+    def write(folder):
+        folder.mkdir()
+        save_file(weights, folder/"adapter_model.safetensors", dict(format="pt"))
+        settings.save_pretrained(folder)
+    return write
+
 # %% ../../nbs/model/23_lora.ipynb #cbf0db77
 def merge_adapters(adapted, load):
     "The untouched model that `load()` gives, in fp32 and in RAM, with the adapters of `adapted` in its weights."
     import peft
-    adapters = {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(adapted).items()}
+    adapters = weights_of(adapted)
     adapted.to("meta")  # never two models in memory
     with quiet_peft(): fresh = peft.get_peft_model(load(), adapted.peft_config["default"])
     peft.set_peft_model_state_dict(fresh, adapters)

@@ -36,7 +36,8 @@ class Entry(Record):
 def read_entry(name, text) -> Entry:
     "The entry `name` with the manifest `text`; ValueError if that is corrupted."
     manifest = unsealed(text)
-    if all(PureWindowsPath(file).name == file for file in manifest["sha256"]): return Entry(name, manifest)
+    names = [file.removeprefix("adapters/") for file in manifest["sha256"]]
+    if all(PureWindowsPath(name).name == name for name in names): return Entry(name, manifest)
     raise ValueError(f"{MANIFEST} names files outside its folder")
 
 # %% ../../nbs/storage/52_targets.ipynb #e426eb34
@@ -52,7 +53,9 @@ def complete_entry(target, name) -> Entry:
 def damaged_in_transit(entry, source, place, report) -> list:
     "Copy the files of `entry`; -> the names of those that are missing in `source`, or have another digest there."
     def intact(name, digest):
-        try: return retried(lambda: copy_once(source/name, place/name, report), may_pass) == digest
+        try:
+            (place/name).parent.mkdir(exist_ok=True)
+            return retried(lambda: copy_once(source/name, place/name, report), may_pass) == digest
         except FileNotFoundError:
             if (source/name).exists(): raise
             return False
@@ -184,8 +187,9 @@ class Repository:
 
     def sizes(self, name=""):
         "Name to bytes of what is in the folder `name`, None for a folder."
-        def look(): return [*self.api.list_repo_tree(self.repo, f"{self.run}/{name}".rstrip("/"))]
-        return {Path(each.path).name: getattr(each, "size", None) for each in self.ask(look)}
+        where = f"{self.run}/{name}".rstrip("/")
+        def look(): return [*self.api.list_repo_tree(self.repo, where, recursive=bool(name))]
+        return {each.path.removeprefix(f"{where}/"): getattr(each, "size", None) for each in self.ask(look)}
 
 # %% ../../nbs/storage/52_targets.ipynb #6cd0116c
 class HubTarget(Repository):
@@ -246,10 +250,10 @@ def put_commit(target, entry, source, report):
     target.commit(entry.name, files | {f"{entry.name}/{MANIFEST}": sealed(entry.manifest).encode()})
     def digest(info):  # small files are not in the Hub's store of large ones, and have git's only
         if info.lfs: return info.lfs.sha256
-        file = source/Path(info.path).name
+        file = source/info.path.removeprefix(f"{where}/")
         return sha256_of(file) if info.blob_id == git_sha1(file) else ""
     there = target.ask(lambda: target.api.get_paths_info(target.repo, [f"{where}/{name}" for name in sums]))
-    if {Path(info.path).name: digest(info) for info in there} != sums:
+    if {info.path.removeprefix(f"{where}/"): digest(info) for info in there} != sums:
         raise OSError(f"{entry.name} did not arrive in {target.called} as it was")
     report(f"Copying {entry.name}", entry.bytes, entry.bytes)
 
@@ -263,6 +267,7 @@ def fetch_files(target, entry, folder, report) -> list:
     damaged, add = [], counter(report, f"Fetching {entry.name}", entry.bytes)
     with tempfile.TemporaryDirectory(dir=folder) as here:
         for name, digest in entry.manifest["sha256"].items():
+            (folder/name).parent.mkdir(exist_ok=True)
             try: os.replace(target.download(f"{entry.name}/{name}", here), folder/name)
             except FileNotFoundError: damaged.append(name)
             else:
