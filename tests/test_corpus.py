@@ -518,10 +518,11 @@ def test_a_file_of_another_kind_is_named_as_what_it_is(load, tmp_path, name):
         assert "\n" not in str(e.value) and fields_of(e.value) == (argument,)
 
 
-@pytest.mark.parametrize("line", ['{"text": "It ebbs."}', '[{"text": "It ebbs."},', "<!DOCTYPE html>", "<?xml ?>"])
-def test_a_text_that_looks_like_json_or_html_is_noted(load, tmp_path, line):
+@pytest.mark.parametrize("line", ['{"text": "It ebbs."}', '[{"text": "It ebbs."},', "<!DOCTYPE html>", "<?xml ?>",
+                                  r"{\rtf1\ansi It ebbs.}", "%PDF-1.4", "%!PS-Adobe-3.0"])
+def test_a_text_in_the_syntax_of_another_program_is_noted(load, tmp_path, line):
     (tmp_path/"a.txt").write_text(f"{line}\n" * 900)
-    with pytest.warns(UserWarning, match="a is JSON or HTML, whose syntax will be"):
+    with pytest.warns(UserWarning, match="a is JSON, HTML or RTF, whose syntax will be"):
         load(tmp_path/"a.txt")
 
 

@@ -160,6 +160,8 @@ def test_a_config_may_be_a_folder(folder, kind):
 def test_unknown_names(load, tmp_path):
     with pytest.raises(ValueError, match="Unknown model 'DistilGPT', .* Did you mean 'distilgpt2'"): load("DistilGPT")
     with pytest.raises(FileNotFoundError, match="There is no folder .*/output"): load(tmp_path/"output")
+    for name in "output/", "my folder/model", "a//b":
+        with pytest.raises(FileNotFoundError, match=f"There is no folder {name}"): load(name)
     (tmp_path/"file").touch()
     with pytest.raises(NotADirectoryError, match="is a file; a model is a folder"): load(tmp_path/"file")
 

@@ -146,6 +146,7 @@ def test_empty_rows_are_left_out_and_counted(read):
     values = [*records(["It ebbs.", "", " \n", "It flows."]), {"text": None}]
     assert read("a.jsonl", lines(values), skipped=counts) == ["It ebbs.", "It flows."] and counts["empty"] == 3
     assert read("a.csv", table(["It ebbs.", "", " "])) == ["It ebbs."]
+    assert read("a.csv", "text,text,,\nIt ebbs.,b,,\n") == ["It ebbs."]  # of two with one name, the first
 
 
 def test_where_nothing_is_left_it_is_said_why(read, refused):
@@ -176,7 +177,7 @@ BAD = {  # name -> (content, what is said, what is left with on_bad_lines="skip"
     "open.csv": ('id,text\n1,"It\nebbs."\n2,"It flows.\n3,Twice.\n4,"Thrice."\n', "line 4: a quotation mark is not", 3),
     "end.csv": ('id,text\n1,"It ebbs."\n2,"It flows.', "line 3: a quotation mark is not closed", 1),
     "long.csv": ("id,text\n1,It ebbs.\n2,It ebbs, it flows.\n", "line 3: 3 columns, where the first line has 2", 1),
-    "short.csv": ('id,text\n1,"It\n\nebbs."\n2\n3,Twice.\n', "line 5: 1 columns, where the first line has 2", 2),
+    "short.csv": ('id,text\n1,"It\n\nebbs."\n2\n3,Twice.\n', "line 5: 1 column, where the first line has 2", 2),
     "zero.csv": ("id,text\n1,It ebbs.\n2,It\0flows.\n", "line 3: a zero byte", 1),
     "latin.csv": ("id,text\n1,It ebbs.\n2,größe\n".encode("latin-1"), "line 3: the byte 0xf6, which is not UTF-8", 1),
     "cut.jsonl": ('{"text": "It ebbs."}\n\n{"text": "It fl', "line 3: broken or cut off JSON", 1),
@@ -255,7 +256,7 @@ def test_a_folder_without_text_says_what_it_has(refused, tmp_path, names, said):
 
 
 def test_a_name_of_two_lines_is_told_in_one(refused):
-    assert refused("po\nem.csv", "id,text\n1\n").startswith("po\\nem.csv, line 2: 1 columns")
+    assert refused("po\nem.csv", "id,text\n1\n").startswith("po\\nem.csv, line 2: 1 column,")
 
 
 def test_what_may_be_used_where_it_stands(tmp_path):

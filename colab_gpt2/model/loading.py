@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'TINY', 'MODELS', 'ModelInfo', 'load_tokenizer', 'load_model', 'model_context']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
-import contextlib, inspect, json, warnings
+import contextlib, inspect, json, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,8 @@ MODELS = {info.name: info for info in (
 )}
 
 # %% ../../nbs/model/20_loading.ipynb #dd253990
+ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # of a model on the Hub
+
 def locate(name):
     "The Path or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
     text = from_link(str(name))
@@ -72,7 +74,7 @@ def locate(name):
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
     of_a_run = folder.name.startswith("checkpoint-") or "/" in text and (folder.parent/"config.json").exists()
-    if of_a_run or isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1:
+    if of_a_run or isinstance(name, Path) or text.startswith((".", "~", "/")) or not ID.fullmatch(text):
         there = sorted((p.parent.name for p in folder.parent.glob("*/config.json")), key=lambda name: (len(name), name))
         has, known = f" {folder.parent} has {', '.join(there[-9:])}." if there else "", ", ".join(MODELS)
         raise FileNotFoundError(

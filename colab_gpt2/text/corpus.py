@@ -354,8 +354,8 @@ def noted(corpus):
     for path in map(corpus.path, corpus.bytes):
         if path.suffix == ".jsonl" or stream_in(path): continue
         with open(path, "rb") as f: start = f.read(4000)
-        marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml))', start) and "JSON or HTML"
-        if kind := marked or looks_like_table(start) and "a table (CSV)":
+        marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml)|(rtf|pdf-|ps-adobe-)\d)', start)
+        if kind := "JSON, HTML or RTF" if marked else looks_like_table(start) and "a table (CSV)":
             warnings.warn(f"{corpus.name} is {kind}, whose syntax will be learned, or measured.")
             break
     return corpus

@@ -9,6 +9,7 @@ __all__ = []
 import contextlib, csv, json, re, shutil, tempfile, warnings
 from pathlib import Path
 
+from ..core import several
 from .encodings import Source, broken_off
 from .fields import Document, Row
 
@@ -99,11 +100,12 @@ def csv_rows(source):
     start = source.start.decode(source.encoding, errors="ignore")
     found = records(source, **dialect_of(start))
     header = [name.strip() for name in next(found, (0, ()))[1]]
+    header = [f"{name}.{n}" if (n := header[:at].count(name)) else name for at, name in enumerate(header)]  # as pandas
     if long := next((name for name in header if len(name.split()) > 3), ""):
         warnings.warn(f"The first line of {source.faults.called} is read as the names of columns: {long[:60]!r}.")
     for line, values in found:
         if len(values) == len(header): yield Row(dict(zip(header, values)), f"line {line}")
-        elif values: source.faults.add(f"line {line}", f"{len(values)} columns, where the first line has {len(header)}")
+        elif values: source.faults.add(f"line {line}", f"{several(len(values), 'column')}, where the first line has {len(header)}")
 
 # %% ../../nbs/text/10_formats.ipynb #10a00010
 def as_row(value, place, source):
