@@ -240,6 +240,7 @@ def check_config(config):
 def changed(config=None, **changes):
     "`config`, else a FinetuneConfig, with `changes`; a TypeError for an unknown name."
     config = config or FinetuneConfig()
+    if not isinstance(config, Record): raise TypeError(f"{config!r} is no config; set fields by name, as model='tiny'.")
     names = [f.name for f in fields(config)]
     for name in changes:
         if name not in names: raise TypeError(f"{type(config).__name__} has no {name!r}.{nearest(name, names)}")

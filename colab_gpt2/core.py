@@ -97,6 +97,7 @@ def human_time(seconds):
 # %% ../nbs/00_core.ipynb #c024d5c9
 def home(path) -> Path:
     "`path`, with a home folder for `~` or `~user` at its beginning; ValueError if no path can be that."
+    if not isinstance(path, (str, os.PathLike)): raise TypeError(f"{path!r} is not one path, a text or a Path.")
     text = os.path.expanduser(path)
     if re.match(r"\w+://", text):
         raise ValueError(f"{text[:99]!r}: an address, not a path; give a file or folder of this machine.")

@@ -126,7 +126,7 @@ def chat_text(prompt, tokenizer) -> str:
 # %% ../nbs/61_generation.ipynb #a493b238
 def stop_strings(stop) -> tuple:
     "`stop`, one string, several or None, as a tuple."
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops = (stop,) if isinstance(stop, (str, bytes, int)) else tuple(stop or ())
     for s in stops:
         if s == "": raise ValueError(Sentence("{stop} has ''; a stop string has one character or more."))
         check_utf8("stop", s)

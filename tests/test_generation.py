@@ -173,6 +173,7 @@ def test_the_prompt_is_taken_as_typed(tokenizer):
     ("max_new_tokens", 0, "max_new_tokens is 0"), ("max_new_tokens", 10**12, "max_new_tokens is 1000000000000"),
     ("max_new_tokens", -5, "max_new_tokens is -5"), ("seed", -1, "seed is -1"), ("seed", "x", "seed is 'x'"),
     ("stop", "", "stop has ''"), ("stop", ["a", ""], "stop has ''"), ("stop", [3], "stop is 3"),
+    ("stop", 3, "stop is 3; it must be text"), ("stop", b"x", "stop is b'x'"),
     ("prompt", 7, "prompt is 7; it must be text"), ("prompt", b"a", "prompt is b'a'"),
     ("prompt", "a\udcff", "prompt is 'a.udcff'; it must be text in UTF-8"), ("prompt", "\ud83e\udd96" * 999, "ud83e"),
     ("tokenizer", None, "needs a loaded tokenizer")])

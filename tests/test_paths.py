@@ -220,6 +220,18 @@ def test_an_address_is_no_path_and_the_hubs_are_of_models_and_data_sets(field, v
     FinetuneConfig(model="https://huggingface.co/gpt2", dataset="hf.co/datasets/a/b")
 
 
+@pytest.mark.parametrize("given", [None, 3, b"t.txt", ["t.txt", "e.txt"]], ids=str)
+def test_what_is_not_one_path_is_told(given, tmp_path):
+    calls = [home, lambda path: load_corpus(**{"train_file" if path else "name": path}, cache_dir=tmp_path)]
+    for call in calls:
+        with pytest.raises(TypeError, match="is not one path, a text or a Path"): call(given)
+
+
+@pytest.mark.parametrize("given", ["tiny", 3, {"model": "tiny"}], ids=str)
+def test_what_is_no_config_is_told(given):
+    with pytest.raises(TypeError, match="is no config; set fields by name, as model='tiny'"): finetune(given)
+
+
 def test_no_door_repeats_thousands_of_characters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path/"m")

@@ -74,7 +74,7 @@ def locate(name):
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
     of_a_run = folder.name.startswith("checkpoint-") or "/" in text and (folder.parent/"config.json").exists()
-    if of_a_run or isinstance(name, Path) or text.startswith((".", "~", "/")) or not ID.fullmatch(text):
+    if of_a_run or isinstance(name, Path) or text.startswith((".", "~", "/")) or "/" in text and not ID.fullmatch(text):
         there = sorted((p.parent.name for p in folder.parent.glob("*/config.json")), key=lambda name: (len(name), name))
         has, known = f" {folder.parent} has {', '.join(there[-9:])}." if there else "", ", ".join(MODELS)
         raise FileNotFoundError(

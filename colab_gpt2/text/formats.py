@@ -105,7 +105,9 @@ def csv_rows(source):
         warnings.warn(f"The first line of {source.faults.called} is read as the names of columns: {long[:60]!r}.")
     for line, values in found:
         if len(values) == len(header): yield Row(dict(zip(header, values)), f"line {line}")
-        elif values: source.faults.add(f"line {line}", f"{several(len(values), 'column')}, where the first line has {len(header)}")
+        elif values:
+            has = several(len(values), "column")
+            source.faults.add(f"line {line}", f"{has}, where the first line has {len(header)}")
 
 # %% ../../nbs/text/10_formats.ipynb #10a00010
 def as_row(value, place, source):

@@ -80,7 +80,7 @@ def from_hub(repository, name, folder, report=silent):
 def hub_name(name):
     "The repository that `name` stands for, as `USER/NAME` or an address of the Hub; None for a path."
     if (linked := from_link(str(name), "datasets/")) != str(name): return linked
-    is_file = os.path.exists(name) or suffix_of(name) in (*READERS, "txt", "md", "zip")
+    is_file = os.path.exists(str(name)) or suffix_of(name) in (*READERS, "txt", "md", "zip")
     return None if is_file or not re.fullmatch(r"\w[\w.-]{,95}/[\w.-]{,96}", str(name)) else str(name)
 
 # %% ../../nbs/text/10_hub.ipynb #10c000c0
