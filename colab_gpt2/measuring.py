@@ -46,6 +46,8 @@ def in_one_line(output_dir, recipe=None):
         raise MemoryError(out_of_memory_told(recipe)) from e
 
 # %% ../nbs/63_measuring.ipynb #5b1a3410
+ADAPTED_BY = "adapters/adapter_config.json"
+
 def write_result(output_dir, told):
     "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
     def write():
@@ -53,8 +55,6 @@ def write_result(output_dir, told):
     with in_one_line(output_dir): retried(write, may_pass, attempts=6)
 
 # %% ../nbs/63_measuring.ipynb #ffe78b3d
-ADAPTED_BY = "adapters/adapter_config.json"
-
 def save_run(config, model, tokenizer, adapters, run) -> dict:
     "Of the `run`, to its folder, where other adapters than its own go; -> name to SHA-256 of the files."
     place, known = config.output_dir, read_result(config.output_dir)  # what is there, unless it was changed
@@ -62,8 +62,7 @@ def save_run(config, model, tokenizer, adapters, run) -> dict:
     other = Path(place, ADAPTED_BY).parent
     if not adapters and ADAPTED_BY in known.get("files", ()) and other.is_dir(): remove_checkpoint(other)
     write_result(place, dict(fingerprint=run))
-    with in_one_line(place):
-        return retried(lambda: save_model(model, tokenizer, place, ours, adapters), may_pass, attempts=6)
+    with in_one_line(place): return retried(lambda: save_model(model, tokenizer, place, ours, adapters), may_pass, 6)
 
 # %% ../nbs/63_measuring.ipynb #e9a40a53
 def sampling_of(config) -> Sampling:
