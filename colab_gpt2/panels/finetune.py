@@ -185,6 +185,7 @@ class Steering(Settings):
             save=button("Save now", lambda: self.wish("save"), tooltip="Save a checkpoint and continue"),
             sample=button("Sample now", lambda: self.wish("sample"), tooltip="Generate a text and continue"))
         self.finder = RatePanel(self)
+        self.finder.box.remove_class("cg-panel")  # one frame for both
         self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
         self.assemble(self.text, self.form.box, row(self.advanced, self.find), self.more.box, self.finder.box,
                       self.plan, row(*self.buttons.values(), self.again), self.status, self.progress, self.charts,
