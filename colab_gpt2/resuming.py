@@ -107,6 +107,9 @@ def check_output_dir(output_dir) -> Path:
     if os.path.lexists(path) and not path.is_dir():
         what = "a link that leads nowhere" if not path.exists() else "a file"
         raise NotADirectoryError(Sentence("{output_dir} {path} is {what}; give a folder.", path=path, what=what))
+    if re.fullmatch(r"checkpoint-\d+", path.name):  # the run above would read, keep and delete it as its own
+        told = "{output_dir} {path} is called as a checkpoint; give {above} to continue that run, or another name."
+        raise ValueError(Sentence(told, path=path, above=path.parent))
     try:
         with tempfile.TemporaryFile(dir=existing(path)): pass
     except OSError as e:

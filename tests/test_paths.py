@@ -232,6 +232,12 @@ def test_what_is_no_config_is_told(given):
     with pytest.raises(TypeError, match="is no config; set fields by name, as model='tiny'"): finetune(given)
 
 
+def test_a_run_is_not_called_as_a_checkpoint_of_the_run_above(tmp_path):
+    with pytest.raises(ValueError, match=f"checkpoint-9 is called as a checkpoint; give {tmp_path} to cont") as told:
+        finetune(model="tiny", output_dir=tmp_path/"checkpoint-9")
+    assert fields_of(told.value) == ("output_dir",) and not any(tmp_path.iterdir())
+
+
 def test_no_door_repeats_thousands_of_characters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_model(tmp_path/"m")
