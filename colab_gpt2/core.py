@@ -185,13 +185,13 @@ def current_umask():
     return mask
 
 # %% ../nbs/00_core.ipynb #daff6793
-def _sync(path):
+def sync(path):
     "Have the system write the file or the folder `path` to the disk now."
     if os.name != "posix": return  # Windows opens no folder
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     except OSError as e:
-        if e.errno != errno.EINVAL: raise  # as a file system says that syncs files only
+        if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP): raise  # of what syncs files only
     finally: os.close(handle)
 
 # %% ../nbs/00_core.ipynb #9256aece
@@ -199,7 +199,7 @@ def make_folder(path) -> list:
     "Make the folder `path` and those above it; -> the new ones, each synced in the one that it is in."
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in new: _sync(folder.parent)
+    for folder in new: sync(folder.parent)
     return new
 
 # %% ../nbs/00_core.ipynb #5af3bc20
@@ -208,9 +208,9 @@ def _settle(folder):
     for root, folders, files in os.walk(folder):
         for path in (Path(root, name) for name in files):
             path.chmod(0o666 & ~current_umask())
-            _sync(path)
+            sync(path)
         for name in folders: Path(root, name).chmod(0o777 & ~current_umask())
-        _sync(root)
+        sync(root)
 
 # %% ../nbs/00_core.ipynb #4da8cefb
 def leftovers(folder, living=False) -> list[Path]:
@@ -328,7 +328,7 @@ def atomic(path, folder=False, aside=None):
             for file in sorted(files, key=lambda file: file.stat().st_size):
                 make_folder((to := path/file.relative_to(target)).parent)
                 replace(file, to)
-        _sync(place)
+        sync(place)
 
 # %% ../nbs/00_core.ipynb #19f5b3bd
 def weight_files(index) -> set:

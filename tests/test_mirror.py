@@ -25,6 +25,7 @@ from helpers.toys import newest
 from helpers.archives import tree
 from helpers.colab_stub import colab, stub
 from helpers.forks import forked
+from helpers.power import Disk
 from helpers.servers import Hub
 
 HERE, COLAB = SimpleNamespace(colab=""), SimpleNamespace(colab="kernel")
@@ -728,6 +729,16 @@ def test_a_copy_of_the_same_name_that_fails_leaves_what_was_there(tmp_path, outp
     full[0] = None
     copy(mirror, path)
     assert mirror.newest().manifest == read_manifest(path) and mirror.error is None
+
+
+def test_a_loss_of_power_leaves_a_copy_to_resume_from(tmp_path, output, checkpoint, monkeypatch):
+    "What takes its place is on the disk before, with its folder, and before anything older goes."
+    paths = [checkpoint(step) for step in (300, 400)]
+    mirror = opened(output, runtime=HERE, mirror=str(tmp_path/"disk"))
+    with monkeypatch.context() as patched:
+        disk = Disk(tmp_path/"disk", patched)
+        for path in (*paths, paths[1]): copy(mirror, path)
+    assert (disk.faults, disk.pending, names(mirror)) == ([], {}, ["checkpoint-400"]) and mirror.error is None
 
 
 def test_a_session_that_ends_while_a_copy_takes_its_place_loses_none(tmp_path, output, checkpoint, monkeypatch):

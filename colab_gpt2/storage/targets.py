@@ -10,7 +10,7 @@ import contextlib, errno, hashlib, math, os, re, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ..core import DRIVES, Record, check_space, discard, existing, retried, sha256_of
+from ..core import DRIVES, Record, check_space, discard, existing, retried, sha256_of, sync
 from ..engine.checkpoints import MANIFEST, check_sizes, list_files, sealed, unsealed
 from ..errors import Sentence, may_pass
 from ..reporting import counter
@@ -110,7 +110,10 @@ class Folder:
     def made(self, *names) -> Path:
         "A folder, made below the root: never the root, which would take the place of a Drive that is not mounted."
         place = self.root
-        for part in self.path(*names).relative_to(place).parts: (place := place/part).mkdir(exist_ok=True)
+        for part in self.path(*names).relative_to(place).parts:
+            if (place := place/part).exists(): continue
+            place.mkdir(exist_ok=True)
+            sync(place.parent)
         return place
 
 # %% ../../nbs/storage/52_targets.ipynb #cec3c406
@@ -136,8 +139,11 @@ class FolderTarget(Folder):
         self.settle(entry.name)
 
     def settle(self, name):
+        "On the disk before anything older goes: a loss of power leaves one of them."
+        for folder, *_ in os.walk(self.path(NEW + name)): sync(folder)
         self.remove(name)
         os.rename(self.path(NEW + name), self.path(name))
+        sync(self.folder)
 
     def recover(self):
         "What was complete when a session ended, before it had its place, takes it now."
