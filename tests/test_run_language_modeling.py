@@ -90,6 +90,7 @@ def test_the_same_command_again_trains_nothing(command, folder, tutorial, monkey
     monkeypatch.setattr("colab_gpt2.training.train", lambda *args: pytest.fail("it trains again"))
     code, said = command(COMMAND)
     assert code == 0 and results(folder/"output"/"eval_results_lm.txt") == was, said
+    assert "note: this run is finished already, and nothing is trained.\n" in said
     after = {p.name: p.stat().st_mtime_ns for p in (folder/"output").iterdir() if p.name in before}
     assert after == before
 

@@ -125,6 +125,7 @@ def work(job) -> dict:
         size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))
         config = replace(config, block_size=size, eval_stride=size)
         result = finetune(config, callbacks=[watcher()], progress=job.progress) if job.train else None
+    if result and result.repeated: say("note: this run is finished already, and nothing is trained.")
     if not job.evaluate: return {}
     def measure(model): return evaluate(model, replace(config, train_file=None), progress=job.progress).find("token")
     found = result.perplexity_after if result else measure(config.model)
