@@ -14,7 +14,7 @@ from colab_gpt2.errors import fields_of
 from colab_gpt2.model.fitting import add_rows, end_ids, set_ids
 from colab_gpt2.model.loading import new_model
 from colab_gpt2.preparing import keeps_apart
-from colab_gpt2.text.chats import code, give_template, notes_on
+from colab_gpt2.text.chats import code, first_question, give_template, notes_on
 
 TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
 WORDS = "The tide 潮水 día 🦖🦖 <b> is ...".split() + ["`def f(x):\n    return x`", "Zoë\n\n", " - one\n - two ", "\t&"]
@@ -237,6 +237,13 @@ def run(place):
             warnings.simplefilter("ignore", UserWarning)
             return finetune(**{**options, **changes})
     return run
+
+
+@pytest.mark.parametrize("row", [dict(messages=[dict(role="system", content="Tell."), *spoken("", "It ebbs.")[1:]]),
+                                 dict(messages=spoken("", "It ebbs.")), dict(prompt="", completion="It ebbs.")], ids=str)
+def test_where_nobody_asks_the_sample_answers_a_greeting(tmp_path, row):
+    write_rows(tmp_path/"a.jsonl", [row] * 3)
+    assert first_question(tmp_path/"a.jsonl") == "Hello!"
 
 
 def test_answers_are_learnt_and_end(run, place, shell):

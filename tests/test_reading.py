@@ -218,6 +218,8 @@ REFUSED = {
     "one.json": ('{\n "text": "It ebbs."}', "one.json is one JSON obj"),
     "photo.txt": (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1", "photo.txt is binary, not text: byte 4 is zero"),
     "nested.json": ('{"data": [{"text": "It ebbs."}]}', "nested.json has no column with text; it has data (lists)"),
+    "shared.json": ('[{"conversations": [{"from": "human", "value": "Why?"}]}]', "it has conversations (lists). "
+                    "Give 'messages' with role and content to learn conversations."),
     "numbers.csv": ("id,n\n1,2\n", "numbers.csv has no column with text; it has id (numbers), n (numbers)"),
     "empty.csv": ("id,text\n1,\n2, \n", "empty.csv has no column with text; it has id (numbers), text (empty)"),
     "names.csv": ('"a\nb",c\n1,2\n', "names.csv has no column with text; it has a\\nb (numbers), c (numbers)"),

@@ -258,15 +258,15 @@ def coded_rows(path, tokenizer, on_bad_lines, left_out, report=silent):
 
 # %% ../../nbs/text/14_chats.ipynb #14c00056
 def first_question(path) -> str:
-    "What the first conversation of the .jsonl file `path` begins with: a prompt, or what a user asks."
+    "What the first conversation of the .jsonl file `path` begins with: a prompt, or what a user asks, or a greeting."
     with open(path, encoding="utf-8-sig") as file:
         for line in file:
             with contextlib.suppress(ValueError):  # to be left out, or told of by `coded_rows`
                 prompt, completion = parts_of(json.loads(line))
-                if isinstance(prompt, str): return prompt
-                asked = [m["content"] for m in (prompt or []) + completion if m["role"] == "user"]
+                spoken = [dict(role="user", content=prompt)] if isinstance(prompt, str) else (prompt or []) + completion
+                asked = [m["content"] for m in spoken if m["role"] == "user" and m["content"].strip()]
                 if asked: return asked[0]
-    return ""
+    return "Hello!"
 
 # %% ../../nbs/text/14_chats.ipynb #14c00026
 def write_chats(path, file, tokenizer, report=silent, on_bad_lines="error") -> dict:

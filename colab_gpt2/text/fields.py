@@ -61,6 +61,7 @@ def pick_field(rows, wanted, called) -> str:
     if len(texts) == 1: return texts[0]
     near = wanted is not None and difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
     told = "{called} has no column with text; it has {there}."
+    if "conversations" in kinds: told += " Give 'messages' with role and content to learn conversations."
     if texts: told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
     elif wanted in kinds: told = "{dataset_text_field} is {wanted!r}, which holds {kind} in {called}; it has {there}."
     elif wanted: told = "{dataset_text_field} is {wanted!r}, which {called} has not; it has {there}.{near}"
