@@ -111,7 +111,7 @@ def home(path) -> Path:
     raise ValueError(f"{text!r}: {why}; give a path without ~.")
 
 # %% ../nbs/00_core.ipynb #ebdcd20b
-LINK = re.compile(r"(?:hf://|(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/)(datasets/|spaces/)?"
+LINK = re.compile(r"(?i:hf://|(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/)(datasets/|spaces/)?"
                   r"([\w.-]+(?:/(?!tree/|blob/|resolve/|viewer)[\w.-]+)?)(/tree/main|/viewer[^?#]*)?/?(.*)")
 PAGES = {None: "model", "datasets/": "data set", "spaces/": "space"}
 

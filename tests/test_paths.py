@@ -217,7 +217,9 @@ def test_outside_colab_a_stand_in_may_have_any_name(tmp_path, monkeypatch, name)
 def test_an_address_is_no_path_and_the_hubs_are_of_models_and_data_sets(field, value, told):
     with pytest.raises(ValueError, match=told) as e: FinetuneConfig(**{field: value})
     assert fields_of(e.value) == (field,)
-    FinetuneConfig(model="https://huggingface.co/gpt2", dataset="hf.co/datasets/a/b")
+    page = FinetuneConfig(model="https://HuggingFace.co/gpt2", dataset="hf.co/datasets/a/b").dataset
+    with pytest.raises(ValueError, match="train_file is on the Hub: give dataset_test_split, no eval_file"):
+        load_corpus(train_file=page, eval_file="e.txt")
 
 
 @pytest.mark.parametrize("given", [None, 3, b"t.txt", ["t.txt", "e.txt"]], ids=str)

@@ -326,6 +326,8 @@ FILES = "train_file", "eval_file"
 
 def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error"), report=silent):
     "The Corpus of your files; a single `train_file` is cut in three if `hold_out`."
+    if LINK.fullmatch(str(train_file)):
+        raise ValueError(Sentence("{train_file} is on the Hub: give {dataset_test_split}, no {eval_file}."))
     if train_file and not eval_file and hold_out:
         with about("train_file"): return load_path(home(train_file), root, report, reading)
     files, asked, given = {}, dict(zip(SPLITS, FILES)), dict(zip(FILES, (train_file, eval_file)))
