@@ -318,10 +318,10 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     result = replace(result, output_dir=config.output_dir, config=config, repeated=True)
     if result.evaluated == (now := evaluation_of(config, prepared)): return result
     model, measured = load_model(str(folder)).to(prepared.runtime.device), []
-    for each in prepared.model, model:
-        measured.append(evaluate_and_sample(config, prepared, each, result.plan.recipe.precision, report, callbacks))
+    best, how = result.best_step is not None and config.load_best_model_at_end, result.plan.recipe.precision
+    for each, chose in (prepared.model, False), (model, best):
+        measured.append(evaluate_and_sample(config, prepared, each, how, report, callbacks, chose))
     (before, first), (after, second) = measured
-    if result.best_step is not None and prepared.choosing is prepared.held_out: after = replace(after, chose=True)
     result = replace(result, perplexity_before=before, perplexity_after=after, evaluated=now,
                      samples=dict(before=first, after=second))
     write_result(config.output_dir, replace(result, repeated=False).to_dict())

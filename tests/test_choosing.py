@@ -274,6 +274,9 @@ def test_a_text_that_chose_says_so_and_one_of_a_token_cannot(run, plain, text, t
     assert "this text also chose the weights" in str(one._rows())
     again = run(tmp_path/"one", max_steps=4, eval_file=str(text/"text.txt"), eval_stride=8)
     assert again.repeated and again.perplexity_after.chose
+    last = dict(max_steps=4, eval_file=str(text/"text.txt"), load_best_model_at_end=False)
+    found = [run(tmp_path/"last", **last), run(tmp_path/"last", **last, eval_stride=8)]  # the last weights: not chosen
+    assert found[1].repeated and not any(each.perplexity_after.chose for each in found)
     (tmp_path/"a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"The a\.txt text has 1 token; perplexity"):
         run(tmp_path/"two", max_steps=4, eval_file=str(tmp_path/"a.txt"), early_stopping_patience=None)
