@@ -163,10 +163,11 @@ def within_time(trainer, plan) -> Plan:
 # %% ../nbs/63_training.ipynb #21f15d24
 def train_model(trainer, plan, resumed_from=None) -> Plan:
     "Train the trainer's model in place; -> the plan as carried out. `Interrupted` if it was stopped before its end."
-    if trainer.chooser: trainer.chooser.begin(plan.steps, resumed_from)
+    listeners, output_dir = trainer.callback_handler.callbacks, Path(trainer.args.output_dir)
+    with in_one_line(output_dir):
+        if trainer.chooser: trainer.chooser.begin(plan.steps, resumed_from)
     if resumed_from and load_finished(trainer, resumed_from, plan.steps): return plan
     if trainer.args.device.type == "cpu": keep_freed_memory()
-    listeners, output_dir = trainer.callback_handler.callbacks, Path(trainer.args.output_dir)
     with in_one_line(output_dir, plan.recipe), trainer.stop.listening(), quiet(), contextlib.ExitStack() as around:
         if plan.recipe.gradient_checkpointing: around.enter_context(gradient_checkpointing(trainer.model))
         tell(listeners, "on_stage", PROBING)

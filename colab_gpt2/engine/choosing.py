@@ -114,7 +114,7 @@ class BestWeights:
 
     def begin_from(self, checkpoint=None):
         "With those of a checkpoint that is resumed, or none."
-        self.path.unlink(missing_ok=True)
+        retried(lambda: self.path.unlink(missing_ok=True), may_pass)
         if checkpoint and (there := Path(checkpoint)/BEST).exists(): link(there, self.path)
 
     def keep(self, model):
