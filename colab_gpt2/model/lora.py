@@ -65,7 +65,8 @@ def adapters_of(adapted, base):
     settings.target_modules = sorted(settings.target_modules)  # a set has another order in each process
     def write(folder):
         folder.mkdir()
-        save_file(weights, folder/"adapter_model.safetensors", dict(format="pt"))
+        alone = {name: weight.clone() for name, weight in weights.items()}  # an embedding with new rows is the head too
+        save_file(alone, folder/"adapter_model.safetensors", dict(format="pt"))
         settings.save_pretrained(folder)
     return write
 
