@@ -143,6 +143,17 @@ def test_a_drive_that_is_unmounted_and_mounted_again(colab, my_drive, output, ch
     mirror.close()
 
 
+def test_a_drive_that_is_unmounted_when_a_copy_is_complete_is_named(colab, my_drive, output, checkpoint, monkeypatch):
+    from google.colab import drive
+    settle, mirror = FolderTarget.settle, opened(output)
+    def unmounted(target, name):
+        drive._unmount()
+        settle(target, name)
+    monkeypatch.setattr(FolderTarget, "settle", unmounted)
+    copy(mirror, checkpoint(100))
+    assert mirror.status() == "Drive: checkpoint-100 failed (not mounted)" and os.listdir(colab.mountpoint) == []
+
+
 def test_a_drive_that_was_never_mounted_is_said_before_the_run(colab, output, checkpoint, monkeypatch):
     monkeypatch.setattr(room, "MOUNT", colab.mountpoint)
     mirror = opened(output)

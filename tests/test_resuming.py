@@ -255,15 +255,15 @@ def test_a_folder_with_foreign_files_is_refused_and_one_with_leftovers_is_not(ru
 
 def test_a_run_without_checkpoints_that_is_killed_when_its_model_is_saved_begins_again(run, tmp_path, monkeypatch):
     "The folder says whose the model is before it is there."
-    from colab_gpt2 import training
+    from colab_gpt2 import measuring
     options = dict(save_steps=-1)
-    save = training.save_model
+    save = measuring.save_model
     def saved(*given):
         save(*given)
         raise RuntimeError("killed")
-    monkeypatch.setattr(training, "save_model", saved)
+    monkeypatch.setattr(measuring, "save_model", saved)
     with pytest.raises(RuntimeError, match="killed"): run(tmp_path/"out", **options)
-    monkeypatch.setattr(training, "save_model", save)
+    monkeypatch.setattr(measuring, "save_model", save)
     again = run(tmp_path/"out", **options)
     assert again.resumed_from is None
     assert again.files["model.safetensors"] == sha256_of(tmp_path/"out"/"model.safetensors")

@@ -131,12 +131,15 @@ class FolderTarget(Folder):
     def put(self, entry, source, report):
         "Beside what is there of this name, whose place it takes when it is complete."
         self.remove(NEW + entry.name)
-        try: copy_entry(entry, Path(source), self.made(NEW + entry.name), report)
-        except BaseException as e:
-            with contextlib.suppress(OSError): self.remove(NEW + entry.name)  # it takes room
-            if isinstance(e, FileNotFoundError): self.path()  # has the mount gone?
+        try:
+            try: copy_entry(entry, Path(source), self.made(NEW + entry.name), report)
+            except BaseException:
+                with contextlib.suppress(OSError): self.remove(NEW + entry.name)  # it takes room
+                raise
+            self.settle(entry.name)
+        except FileNotFoundError:
+            self.path()  # has the mount gone?
             raise
-        self.settle(entry.name)
 
     def settle(self, name):
         "On the disk before anything older goes: a loss of power leaves one of them."
