@@ -145,11 +145,11 @@ def test_a_drive_that_is_unmounted_and_mounted_again(colab, my_drive, output, ch
 
 def test_a_drive_that_is_unmounted_when_a_copy_is_complete_is_named(colab, my_drive, output, checkpoint, monkeypatch):
     from google.colab import drive
-    settle, mirror = FolderTarget.settle, opened(output)
-    def unmounted(target, name):
-        drive._unmount()
-        settle(target, name)
-    monkeypatch.setattr(FolderTarget, "settle", unmounted)
+    sync, mirror = targets.sync, opened(output)
+    def unmounted(path):
+        if ".new-" in str(path): drive._unmount()
+        sync(path)
+    monkeypatch.setattr(targets, "sync", unmounted)
     copy(mirror, checkpoint(100))
     assert mirror.status() == "Drive: checkpoint-100 failed (not mounted)" and os.listdir(colab.mountpoint) == []
 
