@@ -51,7 +51,7 @@ test-colab: .venv-colab/ready
 test-browser: .venv/browser .venv-colab/browser | /usr/bin/chromium
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/browser
 
-# A hundred toy runs that are killed and started again, and a dozen of each peer: within ten minutes of two cores.
+# A hundred toy runs that are killed and started again, and a dozen of each peer: five minutes of two quiet cores.
 torture: .venv/ready
 	.venv/bin/python benchmarks/torture.py
 
