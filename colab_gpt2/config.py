@@ -52,13 +52,12 @@ class DataFields(Record):
     output_dir: str = value("gpt2-tuned", "where the model and its checkpoints go", label="Output folder", path=True)
 
 # %% ../nbs/04_config.ipynb #3ddc96a0
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay", "cosine_with_restarts",
+LENGTHENED = "warmup_stable_decay"  # its rate falls at the end only
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", LENGTHENED, "cosine_with_restarts",
              "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt")
-LENGTHENED = SCHEDULES[4]  # its rate falls at the end only
 
-def decay_begins(trainer_args, steps) -> int:
-    "The step of so many from which the rate of LENGTHENED falls: for the last tenth, unless `trainer_args` say more."
-    given = trainer_args.get("lr_scheduler_kwargs")
+def decay_begins(given, steps) -> int:
+    "The step of so many from which LENGTHENED falls: in the last tenth, or as its options `given` say."
     last = given.get("num_decay_steps") if isinstance(given, dict) else None
     return steps - (last or math.ceil(steps / 10))
 

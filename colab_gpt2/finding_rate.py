@@ -114,8 +114,9 @@ def try_steps(config, steps, report, ramp=None) -> tuple:
         if ramp and times > 1.5: warnings.warn(f"The text is short: the steps read it {times:.0f} times.", stacklevel=3)
         own = [ramp] if ramp else []
         trainer = make_trainer(config, ready.model, ready.tokenizer, ready.train, plan, own, report)
-        if ramp: trainer.remove_callback(StopOnDivergence)  # that the loss is lost in the end is the point
-        trainer.bar.what = "Trying learning rates" if ramp else trainer.bar.what
+        if ramp:
+            trainer.bar.what = "Trying learning rates"
+            trainer.remove_callback(StopOnDivergence)  # that the loss is lost in the end is the point
         return trainer, train_model(trainer, plan), ready.runtime
 
 # %% ../nbs/64_finding_rate.ipynb #64f00015

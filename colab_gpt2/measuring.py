@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .core import atomic, drive_top, human_bytes, retried
 from .engine.callbacks import tell
-from .engine.checkpoints import find_checkpoints, remove_checkpoint, save_model, sealed
+from .engine.checkpoints import ADAPTED, find_checkpoints, remove_checkpoint, save_model, sealed
 from .engine.choosing import Chooser, Work
 from .errors import Sentence, errno_of, explained, may_pass
 from .evaluation import NotFinite, check_measure, perplexity, windows_of
@@ -46,7 +46,7 @@ def in_one_line(output_dir, recipe=None):
         raise MemoryError(out_of_memory_told(recipe)) from e
 
 # %% ../nbs/63_measuring.ipynb #5b1a3410
-ADAPTED_BY = "adapters/adapter_config.json"
+ADAPTED_BY = f"{ADAPTED}/adapter_config.json"
 
 def write_result(output_dir, told):
     "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
@@ -56,10 +56,10 @@ def write_result(output_dir, told):
 
 # %% ../nbs/63_measuring.ipynb #ffe78b3d
 def save_run(config, model, tokenizer, adapters, run) -> dict:
-    "Of the `run`, to its folder, where other adapters than its own go; -> name to SHA-256 of the files."
+    "Of the `run`, to its folder, from which other adapters go; -> name to SHA-256 of the files."
     place, known = config.output_dir, read_result(config.output_dir)  # what is there, unless it was changed
     ours = None if config.overwrite_output_dir or known and "files" not in known else known.get("files", {})
-    other = Path(place, ADAPTED_BY).parent
+    other = Path(place, ADAPTED)
     if not adapters and ADAPTED_BY in known.get("files", ()) and other.is_dir(): remove_checkpoint(other)
     write_result(place, dict(fingerprint=run))
     with in_one_line(place): return retried(lambda: save_model(model, tokenizer, place, ours, adapters), may_pass, 6)

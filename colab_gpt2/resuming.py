@@ -12,8 +12,8 @@ from pathlib import Path
 
 from .config import LENGTHENED, decay_begins, pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
-from .engine.checkpoints import check_complete, check_intact, find_checkpoints, list_checkpoints
-from .engine.checkpoints import read_manifest, unsealed
+from .engine.checkpoints import ADAPTED, check_complete, check_intact, find_checkpoints
+from .engine.checkpoints import list_checkpoints, read_manifest, unsealed
 from .engine.choosing import BEST
 from .engine.lock import LOCK
 from .errors import Sentence, may_pass
@@ -163,7 +163,7 @@ def found_in(folder) -> list:
 def strangers(folder) -> list:
     "Names in a folder that no run of ours has left there: neither checkpoints, nor leftovers, nor a lock."
     folder = Path(folder)
-    ours = {LOCK, RESULT, BEST, "runs", "adapters", *(path.name for path in folder.glob("checkpoint-*"))}
+    ours = {LOCK, RESULT, BEST, "runs", ADAPTED, *(path.name for path in folder.glob("checkpoint-*"))}
     if not folder.is_dir() or read_result(folder): return []
     return sorted({path.name for path in {*folder.iterdir()} - {*leftovers(folder, living=True)}} - ours)
 
@@ -208,7 +208,8 @@ def source_of(config, now) -> Found:
     there = [each for each in (*found_in(path), *found_in(path.parent)) if path in (each.path, each.path.parent)]
     def fallen(each):  # a longer run does not begin with the end of a shorter one
         schedules = {each.run.get("lr_scheduler_type"), now["lr_scheduler_type"]}
-        return schedules == {LENGTHENED} and each.step > decay_begins(each.run["trainer_args"], each.steps)
+        own = each.run["trainer_args"].get("lr_scheduler_kwargs")
+        return schedules == {LENGTHENED} and each.step > decay_begins(own, each.steps)
     if not (found := newest_intact(sorted((each for each in there if each.files is None), key=fallen))):
         raise FileNotFoundError(Sentence(NOTHING, path=path))
     if not differences(found.run, now, FIXED): return found

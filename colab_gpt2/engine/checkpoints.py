@@ -33,12 +33,12 @@ def full_disk_told(folder, model):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #2eeef7c4
-MANIFEST = "whole.json"
+MANIFEST, ADAPTED = "whole.json", "adapters"
 
 def list_files(folder) -> dict:
     "Name to bytes of the files in `folder` and in its adapters/, without the manifest."
     folder = Path(folder)
-    files = (f for f in sorted([*folder.iterdir(), *folder.glob("adapters/*")]) if f.is_file() and f.name != MANIFEST)
+    files = (f for f in sorted([*folder.iterdir(), *folder.glob(f"{ADAPTED}/*")]) if f.is_file() and f.name != MANIFEST)
     return {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #41aa5a01
@@ -61,7 +61,7 @@ def save_model(model, tokenizer, output_dir, ours=None, adapters=None) -> dict:
     with atomic(output_dir, folder=True) as folder:
         with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
-        if adapters: adapters(folder/"adapters")
+        if adapters: adapters(folder/ADAPTED)
         sums = checksums(folder, list_files(folder))
         if ours is not None: keep_others(output_dir, sums, ours)
     return sums

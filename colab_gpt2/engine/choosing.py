@@ -82,8 +82,8 @@ def plan_choosing(config, work) -> Schedule:
     if patience is None: patience = max(PATIENCE, math.ceil(2 * an_epoch)) if work.text_tokens < SMALL_TEXT else 0
     share = math.ceil(work.steps / every) * windows * work.context / (
         PASSES[work.method] * work.steps * work.step_tokens)
-    facts = dict(split=work.split, every=several(every, "step"), tokens=windows * work.stride, share=share)
-    reasons = [Sentence(EVALUATED, **facts)]
+    tokens, steps = windows * work.stride, several(every, "step")
+    reasons = [Sentence(EVALUATED, split=work.split, every=steps, tokens=tokens, share=share)]
     if patience and (patience + 1) * every < work.steps:
         reasons.append(Sentence(PATIENT, patience=patience, tokens=work.text_tokens))
     return Schedule(every, windows, patience, tuple(reasons))

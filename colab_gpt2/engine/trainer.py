@@ -86,7 +86,7 @@ def schedule_options(arguments, steps) -> dict:
     "`lr_scheduler_kwargs` of a run of so many steps."
     given = arguments.lr_scheduler_kwargs or {}
     if arguments.lr_scheduler_type != LENGTHENED: return given
-    return dict(num_decay_steps=steps - decay_begins({}, steps)) | given
+    return dict(num_decay_steps=steps - decay_begins(None, steps)) | given
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3f
 class SettingsOfNow(MicroBatchTrainer):
@@ -128,7 +128,7 @@ class BlockTrainer(SettingsOfNow):
     def falls(self):
         "The step from which a rate falls that is constant before: a longer run begins there, so its checkpoint stays."
         if self.args.lr_scheduler_type != LENGTHENED: return
-        return decay_begins(dict(lr_scheduler_kwargs=self.args.lr_scheduler_kwargs), self.state.max_steps)
+        return decay_begins(self.args.lr_scheduler_kwargs, self.state.max_steps)
 
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 

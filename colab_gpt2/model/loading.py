@@ -150,7 +150,8 @@ def damage(place, why, cache_dir=None) -> str:
         except (ValueError, SafetensorError):
             place = path
             if path.parents[1].name == "snapshots": why += f" To fetch it again, delete {path.resolve()}"
-            if path.read_bytes()[:24] == b"version https://git-lfs.": why = "Git LFS's pointer; run `git lfs pull`"
+            with open(path, "rb") as file: start = file.read(24)
+            if start == b"version https://git-lfs.": why = "Git LFS's pointer; run `git lfs pull`"
             break
     return f"{place} is damaged: {why}"
 

@@ -40,9 +40,8 @@ def read_heartbeat(text) -> dict:
 # %% ../../nbs/storage/53_heartbeat.ipynb #53be000a
 def silence(last, target) -> float:
     "So many seconds the heartbeat `last` must stand still from now on, for its machine to be lost; 0 where it is."
-    now, here = time.time(), counts_here(last)
-    due = min(last["time"] + target.beats, now)
-    mine = here and last["process"] == this_run()["process"]  # which had no time to delete it
+    due = min(last["time"] + target.beats, now := time.time())
+    mine = counts_here(last) and last["process"] == this_run()["process"]  # which had no time to delete it
     return 0 if mine or not is_running(last, due, False) else min(last["time"], now) + target.beats + 4 * TOUCHED - now
 
 TRAINED = ("This run is being trained now, by process {process} on {machine}: at step {step} {age} ago. Two would "

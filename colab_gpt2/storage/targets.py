@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from ..core import DRIVES, Record, check_space, discard, existing, retried, sha256_of, sync
-from ..engine.checkpoints import MANIFEST, check_sizes, list_files, sealed, unsealed
+from ..engine.checkpoints import ADAPTED, MANIFEST, check_sizes, list_files, sealed, unsealed
 from ..errors import Sentence, may_pass
 from ..reporting import counter
 from ..runtime import is_folder
@@ -36,7 +36,7 @@ class Entry(Record):
 def read_entry(name, text) -> Entry:
     "The entry `name` with the manifest `text`; ValueError if that is corrupted."
     manifest = unsealed(text)
-    names = [file.removeprefix("adapters/") for file in manifest["sha256"]]
+    names = [file.removeprefix(f"{ADAPTED}/") for file in manifest["sha256"]]
     if all(PureWindowsPath(name).name == name for name in names): return Entry(name, manifest)
     raise ValueError(f"{MANIFEST} names files outside its folder")
 
