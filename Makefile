@@ -59,7 +59,7 @@ torture: .venv/ready
 bench: .venv/ready
 	failed=0; for question in training equality best packing sampling forecast mirror; do \
 		.venv/bin/python benchmarks/$$question.py --device cpu || failed=1; done; \
-	.venv/bin/python benchmarks/training.py --device cpu --no-bf16 --sides tutorial trl ours-single || failed=1; \
+	.venv/bin/python benchmarks/training.py --device cpu --no-bf16 --sides tutorial trl nanogpt ours-single || failed=1; \
 	.venv/bin/python benchmarks/table.py --page || failed=1; exit $$failed
 
 # After a change to a notebook: run it twice and keep what its cells show; `python tools/show.py NOTEBOOK` does it for one.

@@ -1,8 +1,9 @@
-"""How fast does GPT-2, or with --size smollm2-135m a Llama, learn, and in how much memory? Ours against four peers:
+"""How fast does GPT-2, or with --size smollm2-135m a Llama, learn, and in how much memory? Ours against five peers:
 
 tutorial        what the command of 2020 maps to: the stock Trainer's defaults, fp32, one block at a time
 trl             TRL's SFTTrainer with its defaults (recomputed activations, its own loss in chunks), one block at a
                 time, in the device's best half precision, if any
+nanogpt         nanoGPT's plain loop with its defaults, without dropout, in fp32 on a CPU, one block at a time
 stock           the stock Trainer in the device's best half precision, with as many blocks a step as ours, in the
                 fastest of the micro-batches tried
 stock-compiled  the same with torch_compile
@@ -17,13 +18,13 @@ import statistics, sys
 
 from harness import alternate, compare, emit, report, run_side
 from targets import STANDARD, target
-from task import (device_environment, gpu_peak, half_precision, load_blocks, make_config, measure, memory_field,
+from task import (ARCHITECTURES, device_environment, gpu_peak, half_precision, load_blocks, make_config, measure, memory_field,
                   model_flops_utilisation, our_trainer, parser, settle, side_command, stock_model, stock_trainer,
                   trl_trainer, warm_up_steps)
 
 COMPILED = {"stock": False, "stock-compiled": True}
-PEERS, OURS = ("tutorial", "trl", *COMPILED), ("ours", "ours-single", "ours-compiled")
-SINGLE = ("tutorial", "trl", "ours-single")  # one block a step
+PEERS, OURS = ("tutorial", "trl", "nanogpt", *COMPILED), ("ours", "ours-single", "ours-compiled")
+SINGLE = ("tutorial", "trl", "nanogpt", "ours-single")  # one block a step
 PROBED = 3  # micro-batches that the library's probe learns from before the first step
 
 
@@ -40,6 +41,10 @@ def peer_side(options, config, tokenizer, blocks) -> dict:
     if options.side == "trl":
         trainer = trl_trainer(options, stock_model(config, options.seed), tokenizer, blocks)
         return measure(options, trainer, options.batch, trainer.train)[0]
+    if options.side == "nanogpt":
+        from nanogpt import PlainLoop
+        loop = PlainLoop(options, config, blocks, next(iter(half_precision(options)), "fp32"))
+        return measure(options, loop, options.batch, loop.train)[0]
     micro = options.micro_batch or 1
     faster = {} if options.side == "tutorial" else dict(torch_compile=COMPILED[options.side], **half_precision(options))
     arguments = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=options.batch // micro, **faster)
@@ -151,6 +156,7 @@ def main():
     add("--micro-batch", type=int, help="of one side")
     add("--no-bf16", action="store_true", help="rehearse a CPU without bfloat16, as Colab's are")
     options = settle(options.parse_args())
+    if options.size in ARCHITECTURES: options.sides = [side for side in options.sides if side != "nanogpt"]  # a GPT-2
     if options.side: return emit(**train_side(options))
     env = device_environment(options, options.no_bf16)
     chosen = {label: fastest_micro_batch(options, label, env) for label in COMPILED if label in options.sides}

@@ -150,9 +150,9 @@ def test_targets_of_training_are_against_the_tutorial_and_the_faster_stock_train
     assert (SINGLE_SPEED, "stock") not in rows
     assert found[SPEED, "stock-compiled"] == (2.0, 2.0, True) and rows[SPEED, "stock"].target is None
     assert all(row.rule is None for row in training_rows(FIGURES, size="toy").values())
-    rows = training_rows(FIGURES | {"trl": (125, 7e9)}, no_bf16=True)
+    rows = training_rows(FIGURES | {"trl": (125, 7e9), "nanogpt": (240, 5e9)}, no_bf16=True)
     assert {at: row.target for at, row in rows.items() if row.target} == {
-        (SINGLE_SPEED, "tutorial"): 2.3, (SINGLE_SPEED, "trl"): 2.3}
+        (SINGLE_SPEED, "tutorial"): 2.3, (SINGLE_SPEED, "trl"): 2.3, (SINGLE_SPEED, "nanogpt"): 1.25}
 
 
 def test_targets_on_a_gpu_are_for_our_faster_side():
@@ -239,24 +239,25 @@ def kept(tmp_path, question): return json.loads(next((tmp_path/"results").glob(f
 
 
 def test_training_end_to_end(end_to_end, tmp_path):
-    ran = end_to_end("training.py", *TOY, "--sides", "tutorial", "trl", "stock", "ours-single", "--micro-batches", "2",
-                      "--steps", "2", "--rounds", "1", "--results", "results")
+    ran = end_to_end("training.py", *TOY, "--sides", "tutorial", "trl", "nanogpt", "stock", "ours-single",
+                     "--micro-batches", "2", "--steps", "2", "--rounds", "1", "--results", "results")
     assert ran.returncode == 0, ran.stderr
     said = kept(tmp_path, "training")
     assert [(row["figure"], row["peer_label"]) for row in said["rows"]] == [
-        *[(figure, peer) for peer in ("tutorial", "trl") for figure in (SPEED, MEMORY, SINGLE_SPEED, SINGLE_MEMORY)],
+        *[(figure, peer) for peer in ("tutorial", "trl", "nanogpt")
+          for figure in (SPEED, MEMORY, SINGLE_SPEED, SINGLE_MEMORY)],
         (SPEED, "stock"), (MEMORY, "stock"), (SINGLE_SPEED, "stock")]
     assert {row["target"] for row in said["rows"]} == {None}  # none was set for a toy
     first = {label: runs[0] for label, runs in said["runs"].items()}
     tokens = {label: run["tokens_per_step"] for label, run in first.items()}
-    assert tokens == {"tutorial": 32, "trl": 32, "stock": 64, "ours-single": 32, "ours": 64}
+    assert tokens == {"tutorial": 32, "trl": 32, "nanogpt": 32, "stock": 64, "ours-single": 32, "ours": 64}
     for run in first.values():
         assert run["tokens_per_second"] == pytest.approx(run["tokens_per_step"] / run["seconds_per_step"])
         assert 8 < run["training_loss"] < 10 and run["peak_bytes"] > 1e8  # ln(8192) = 9.01
     of = {label: (run["left_out"], len(run["step_seconds"])) for label, run in first.items()}
     # Blocks that ours learnt from before its first step; 12 blocks are left out in all, 4 and more count.
     probed = 3 * first["ours"]["plan"]["micro_batch"]
-    assert of == {"tutorial": (12, 16), "trl": (12, 16), "stock": (6, 8), "ours-single": (9, 16),
+    assert of == {"tutorial": (12, 16), "trl": (12, 16), "nanogpt": (12, 16), "stock": (6, 8), "ours-single": (9, 16),
                   "ours": ((12 - probed) // 2, 8)}
     assert "tutorial" in ran.stdout and "round 1 of 1, ours" in ran.stderr
 

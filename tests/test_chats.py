@@ -69,6 +69,16 @@ def test_masks_of_two_hundred_conversations_are_those_of_trl(tokenizer, kind):
     assert max(len(ids) for ids, _ in ours) > 2000 and all(max(labels) >= 0 > min(labels) for _, labels in ours)
 
 
+def test_answers_found_by_comparing_renderings_are_those_that_trl_finds_by_marks(tokenizer):
+    "Both sides ask transformers where a template has marks. Without them ours finds the answer and the line's end."
+    rows, unmarked = [dict(messages=conversation(n)) for n in range(200)], copy.deepcopy(tokenizer)
+    unmarked.chat_template = re.sub(r"\{%- (end)?generation %\}", "", tokenizer.chat_template)
+    (line,), end = tokenizer("\n")["input_ids"], tokenizer.eos_token_id
+    found = [(ids, [-100 if (before, label) == (end, line) else label for before, label in zip([0, *ids], labels)])
+             for ids, labels in labels_of_ours(unmarked, rows)]
+    assert found == labels_of_trl(tokenizer, rows, assistant_only=True)
+
+
 @pytest.mark.parametrize("name", ["llama3", "gemma", "phi3"])
 def test_templates_that_mark_no_answer_give_the_masks_of_those_that_trl_marks(tokenizer, name):
     import trl
