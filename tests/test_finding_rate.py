@@ -99,9 +99,10 @@ def test_the_command_line_has_a_table_and_one_json_object(quick, monkeypatch, tm
 
 
 def test_a_click_finds_a_rate_and_another_takes_it(quick):
-    panel = FinetunePanel(quick)
-    assert panel.finder.box.layout.display == "none" and panel.finder.use.disabled
+    panel = FinetunePanel(quick).ready()
+    assert panel.finder.box.layout.display == "none"
     panel.find.value = True
+    assert panel.finder.box.layout.display == "" and panel.finder.use.disabled
     panel.finder.find.click()
     curve = panel.finder.result
     assert panel.finder.error is None, panel.finder.said
@@ -113,7 +114,7 @@ def test_a_click_finds_a_rate_and_another_takes_it(quick):
 
 
 def test_stop_ends_the_search_with_the_curve_so_far(quick):
-    panel = FinetunePanel(quick).finder
+    panel = FinetunePanel(quick).ready().finder
     report = panel.report
     def stopping(what, done, total):
         if what == "Trying learning rates" and done == 7: panel.halt.click()
@@ -121,4 +122,4 @@ def test_stop_ends_the_search_with_the_curve_so_far(quick):
     panel.report = stopping
     curve = panel.start()
     assert curve.ended.startswith("stopped at step") and panel.use.disabled and panel.said.startswith("No suggestion")
-    assert not panel.running and panel.halt.disabled
+    assert not panel.running and panel.halt.layout.display == "none"

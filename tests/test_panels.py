@@ -96,20 +96,20 @@ def test_a_cell_of_a_notebook_passes_on_the_text_as_it_is():
 def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
-    panel = colab_gpt2.FinetunePanel()
+    panel = colab_gpt2.FinetunePanel().ready()
     assert (panel.config.model, panel.config.dataset) == ("tiny", "python-docs")
     assert "no GPU" in panel.text.value and not panel.buttons["start"].disabled
     panel.values.set(model="gpt2")
     assert "no GPU" not in panel.text.value and "no GPU" not in colab_gpt2.FinetunePanel(model="gpt2").text.value
     monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cuda", ""))
     monkeypatch.setattr("colab_gpt2.text.hub.hub_trouble", lambda: "gave no answer")
-    text = colab_gpt2.DataPanel()
+    text = colab_gpt2.DataPanel().ready()
     assert "The Hub gave no answer" in text.said
     with monkeypatch.context() as here:
         here.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
         text.start()
         assert text.error is None
-        training = colab_gpt2.FinetunePanel(text)
+        training = colab_gpt2.FinetunePanel(text).ready()
         assert "The Hub gave no answer" in training.text.value  # though the text's panel has said something else since
     monkeypatch.setattr("colab_gpt2.text.hub.hub_trouble", lambda: "")
     assert colab_gpt2.DataPanel().config == FinetuneConfig()
@@ -117,9 +117,9 @@ def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
 
 def test_a_text_that_was_fetched_is_counted(quick, monkeypatch):
     import colab_gpt2.panels.finetune as module
-    text = colab_gpt2.DataPanel(quick)
+    text = colab_gpt2.DataPanel(quick).ready()
     monkeypatch.setattr(module, "COUNTED", 100)  # bytes: as if the text were a long one
-    training = colab_gpt2.FinetunePanel(text)
+    training = colab_gpt2.FinetunePanel(text).ready()
     assert "an estimate from" in training.plan.value
     monkeypatch.setattr(module, "COUNTED", 10**6)
     text.start()
@@ -136,7 +136,7 @@ def upload(widget, name, text):
 
 def test_two_uploads_of_one_name_stay_two_texts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache")))
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache"))).ready()
     panel.choice.value = "a text of my own"
     for widget, text in zip(panel.uploads, ("Read this .", "Measure on this .")): upload(widget, "text.txt", text)
     assert panel.error is None
@@ -149,7 +149,7 @@ def test_two_uploads_of_one_name_stay_two_texts(tmp_path, monkeypatch):
 def test_the_same_file_can_be_uploaded_again(tmp_path, monkeypatch):
     "After another text was chosen, or when another panel was busy the first time."
     monkeypatch.chdir(tmp_path)
-    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache")))
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache"))).ready()
     for _ in range(2):
         panel.choice.value = "a text of my own"
         upload(panel.uploads[0], "text.txt", "Read this .")
@@ -164,7 +164,7 @@ def test_the_same_file_can_be_uploaded_again(tmp_path, monkeypatch):
 
 
 def test_another_text_of_the_same_name_is_another_forecast(quick, tmp_path):
-    panel = colab_gpt2.FinetunePanel(quick, max_steps=-1)
+    panel = colab_gpt2.FinetunePanel(quick, max_steps=-1).ready()
     before = panel.forecaster.plan(panel.config).steps
     Path(quick.train_file).write_text(Path(quick.train_file).read_text() * 5)
     panel.values.set(seed=8)
@@ -173,7 +173,7 @@ def test_another_text_of_the_same_name_is_another_forecast(quick, tmp_path):
 
 def test_a_path_that_no_file_can_have_is_marked(quick):
     "Such as the text itself, pasted where its path belongs."
-    panel = colab_gpt2.DataPanel(quick)
+    panel = colab_gpt2.DataPanel(quick).ready()
     field = panel.own.rows["train_file"]
     good = field.widget.value
     refused = {"The tide came in. " * 20: "characters long, too long for a path", "a\0b": "There is no file",
@@ -190,7 +190,7 @@ def test_start_is_on_again_when_what_refused_it_has_gone(quick):
     "The folder was emptied in the file browser, of which no panel hears."
     Path(quick.output_dir).mkdir()
     (Path(quick.output_dir)/"notes.txt").write_text("x")
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     assert panel.buttons["start"].disabled and panel.again.layout.display == ""
     (Path(quick.output_dir)/"notes.txt").unlink()
     panel.again.click()
@@ -203,12 +203,12 @@ def test_start_is_on_again_when_what_refused_it_has_gone(quick):
 
 def test_a_model_that_was_restored_into_the_awaited_folder_serves(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = colab_gpt2.FinetunePanel(quick, max_steps=2, output_dir="tuned")
+    first = colab_gpt2.FinetunePanel(quick, max_steps=2, output_dir="tuned").ready()
     first.start()
     assert colab_gpt2.DrivePanel(first, drive="mine").start()
     Path("tuned").rename("moved"), Path("tuned.tar.gz").unlink()
-    panel = colab_gpt2.FinetunePanel(quick, output_dir="tuned")
-    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel, drive="mine", restore_to="tuned")
+    panel = colab_gpt2.FinetunePanel(quick, output_dir="tuned").ready()
+    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel, drive="mine", restore_to="tuned")
     assert writing.start() is None and "no finished model yet" in writing.said
     keeping.mount()
     assert keeping.restore() and writing.start() and keeping.start()
@@ -220,7 +220,7 @@ def test_a_model_that_was_restored_into_the_awaited_folder_serves(quick, tmp_pat
 
 
 def test_another_output_folder_in_mid_run_is_not_gone_on_in(quick):
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     def leave(): panel.form.rows["output_dir"].widget.value = "elsewhere"; panel.live.stop()
     assert panel.start(callbacks=[At(2, leave)]) is None and "Stopped at step" in panel.said
     assert f"set “Output folder” to {quick.output_dir} again" in panel.said
@@ -230,14 +230,14 @@ def test_another_output_folder_in_mid_run_is_not_gone_on_in(quick):
                                    ({"name": "text.txt", "content": memoryview(b"Read this .")},)])
 def test_an_upload_is_received_in_the_shape_of_either_version(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache")))
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache"))).ready()
     panel.receive("train_file", value)
     assert panel.said.startswith("text.txt uploaded") and Path(panel.config.train_file).read_text() == "Read this ."
 
 
 def test_two_panels_edit_one_config(quick):
-    text = colab_gpt2.DataPanel(quick)
-    training = colab_gpt2.FinetunePanel(text, seed=3)
+    text = colab_gpt2.DataPanel(quick).ready()
+    training = colab_gpt2.FinetunePanel(text, seed=3).ready()
     training.form.rows["block_size"].widget.value = "32"
     assert training.config == text.config == replace(quick, block_size=32, seed=3)
     assert "blocks of 32" in dict(text.start()._rows())["Train"]
@@ -262,7 +262,7 @@ class At:
 
 
 def test_the_interrupt_button_is_stop_and_save(quick, capfd):
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     assert panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))]) is None
     saved = Path(quick.output_dir)/"checkpoint-5"
     assert panel.said == f"Stopped at step 5 of 12; saved in {saved}. Start resumes from there."
@@ -280,8 +280,8 @@ def test_what_follows_waits_for_a_finished_model(quick):
     from colab_gpt2.model.loading import TINY
     from colab_gpt2.panels.panel import UNFINISHED
     shutil.copytree(TINY, quick.output_dir)
-    panel = colab_gpt2.FinetunePanel(quick, overwrite_output_dir=True)
-    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel)
+    panel = colab_gpt2.FinetunePanel(quick, overwrite_output_dir=True).ready()
+    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel)
     panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))])
     assert [(after.start(), after.said, after.result) for after in (writing, keeping)] == [(None, UNFINISHED, None)] * 2
     assert panel.start().steps == 12 and writing.start().whole
@@ -291,7 +291,7 @@ def test_what_follows_waits_for_a_finished_model(quick):
 def test_stop_works_before_the_training(quick, what):
     "In whatever stands before the first step: in a sentence, and nothing half written is left."
     from colab_gpt2.engine.callbacks import Listener
-    panel, heard = colab_gpt2.FinetunePanel(replace(quick, max_new_tokens=40)), []
+    panel, heard = colab_gpt2.FinetunePanel(replace(quick, max_new_tokens=40)).ready(), []
     class Press(Listener):
         def on_stage(self, stage, **facts): panel.live.pump = self.click
         def click(self):
@@ -310,8 +310,8 @@ def test_stop_works_before_the_training(quick, what):
 def test_the_result_is_that_of_the_last_run(quick, where, left):
     "The first run ends, the second is stopped: while it trains it leaves no model, afterwards one without a result."
     from colab_gpt2.panels.panel import UNFINISHED
-    panel = colab_gpt2.FinetunePanel(quick)
-    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
+    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel)
     assert panel.start() is panel.result is not None and writing.start().whole
     panel.values.set(overwrite_output_dir=True, seed=7)
     def stop():
@@ -323,7 +323,7 @@ def test_the_result_is_that_of_the_last_run(quick, where, left):
 
 
 def test_a_run_that_is_refused_leaves_the_result(quick):
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     result = panel.start()
     panel.values.set(seed=7)
     assert panel.buttons["start"].disabled and "“Seed” was 42, now it is 7" in panel.plan.value
@@ -334,7 +334,7 @@ def test_a_run_that_is_refused_leaves_the_result(quick):
 
 def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     def fail(): raise MemoryError(Sentence("Out of memory at a micro-batch of 1; set a smaller {block_size}."))
-    panel = colab_gpt2.FinetunePanel(quick, save_steps=3)
+    panel = colab_gpt2.FinetunePanel(quick, save_steps=3).ready()
     assert panel.start(callbacks=[At(4, fail)]) is None and "“Block size”" in panel.said
     rows = panel.form.rows
     rows["block_size"].widget.value = "32"
@@ -350,7 +350,7 @@ def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     (MemoryError("Out of memory"), "Out of memory"), (KeyboardInterrupt(), "Stopped.")])
 def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, said):
     def fail(): raise error
-    panel = colab_gpt2.FinetunePanel(quick, save_steps=3, overwrite_output_dir=True)
+    panel = colab_gpt2.FinetunePanel(quick, save_steps=3, overwrite_output_dir=True).ready()
     assert panel.start(callbacks=[At(4, fail)]) is None
     assert said in panel.said and "resumes at step 3 of 12" in panel.plan.value
     assert not panel.buttons["start"].disabled
@@ -361,7 +361,7 @@ def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, sa
 def test_another_run_is_refused_by_what_differs(quick):
     "What lies in the folder is another run's: it is neither resumed nor overwritten, unless that is said."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     assert panel.buttons["start"].disabled and "“Max steps” was 2, now it is 12" in panel.plan.value
     panel.form.rows["resume"].widget.value = quick.output_dir  # to train it further
     assert not panel.buttons["start"].disabled and "continues from" in panel.plan.value
@@ -374,7 +374,7 @@ def test_run_all_again_shows_the_finished_run(quick, tmp_path, monkeypatch):
     "As after a restart of the kernel: nothing is trained, and every step does what it did before."
     monkeypatch.chdir(tmp_path)
     def run_all():
-        training = colab_gpt2.FinetunePanel(quick, eval_steps=4)
+        training = colab_gpt2.FinetunePanel(quick, eval_steps=4).ready()
         panels = training, colab_gpt2.GeneratePanel(training), colab_gpt2.DrivePanel(training, drive="mine")
         before = training.plan.value
         monkeypatch.setattr(colab_gpt2.DrivePanel, "packed", {})  # which the kernel has forgotten
@@ -411,7 +411,7 @@ def test_another_session_resumes_without_a_field_touched(quick, tmp_path, lost):
     quick = replace(quick, mirror=str(tmp_path/"mirror"))
     colab_gpt2.FinetunePanel(quick).start(callbacks=[At(4, interrupt)])
     if lost: shutil.rmtree(quick.output_dir), shutil.rmtree(quick.cache_dir)
-    panel, said = colab_gpt2.FinetunePanel(quick), []
+    panel, said = colab_gpt2.FinetunePanel(quick).ready(), []
     assert lost or "resumes at step 5 of 12" in panel.plan.value
     assert panel.start(callbacks=[Heard(panel, said)]) and panel.error is None
     assert said[0].startswith("Resuming at step 5 of 12") and "It resumed from" in panel.kept
@@ -421,7 +421,7 @@ def test_another_session_resumes_without_a_field_touched(quick, tmp_path, lost):
 
 def test_a_run_out_of_time_says_how_it_resumes(quick):
     "A session that is too short for the run: the next Start, or Run all, does the rest."
-    panel = colab_gpt2.FinetunePanel(quick, max_minutes=1e-3)
+    panel = colab_gpt2.FinetunePanel(quick, max_minutes=1e-3).ready()
     assert panel.start() is None and panel.error is None
     assert re.match(r"Stopped at step \d+ of 12.*; saved in .* Start resumes from there\.$", panel.said)
     assert re.search(r"resumes at step \d+ of 12", panel.plan.value) and not panel.buttons["start"].disabled
@@ -429,7 +429,7 @@ def test_a_run_out_of_time_says_how_it_resumes(quick):
 
 def test_a_run_that_diverges_goes_back_and_says_so(quick):
     "The weights are lost at a step: from the checkpoint before it the run ends, at half the rate, with a note."
-    panel, lost = colab_gpt2.FinetunePanel(quick, save_steps=3), [True]
+    panel, lost = colab_gpt2.FinetunePanel(quick, save_steps=3).ready(), [True]
     result = panel.start(callbacks=[At(4, lost.clear, lose=lost)])
     assert result and result.steps == 12 and panel.error is None and panel.said.startswith("Done in")
     assert "learning rate" in panel.status.value.lower() and "Note:" in panel.status.value
@@ -438,7 +438,7 @@ def test_a_run_that_diverges_goes_back_and_says_so(quick):
 def test_a_mirror_that_fails_is_a_line_and_the_run_goes_on(quick, tmp_path):
     (tmp_path/"mirror").mkdir()
     def fail(): (tmp_path/"mirror").rename(tmp_path/"gone"); (tmp_path/"mirror").write_text("in its place")
-    panel = colab_gpt2.FinetunePanel(quick, mirror=str(tmp_path/"mirror"), save_steps=3)
+    panel = colab_gpt2.FinetunePanel(quick, mirror=str(tmp_path/"mirror"), save_steps=3).ready()
     assert panel.start(callbacks=[At(4, fail)]) and panel.error is None
     assert "Training goes on; what is not copied is on this machine only." in panel.progress.value
 
@@ -447,8 +447,8 @@ def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch,
     "As after a second Run all: the training is refused, and the steps after it use what is there."
     monkeypatch.chdir(tmp_path)
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
-    panel = colab_gpt2.FinetunePanel(quick)
-    writing, keeping = colab_gpt2.GeneratePanel(panel), colab_gpt2.DrivePanel(panel, drive=str(tmp_path/"drive"))
+    panel = colab_gpt2.FinetunePanel(quick).ready()
+    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel, drive=str(tmp_path/"drive"))
     assert panel.start() is None and writing.start().before is not None and keeping.start().copy.path.exists()
     assert all("Note: This model is from an earlier run" in after.status.value for after in (writing, keeping))
     panel.values.set(overwrite_output_dir=True)
@@ -459,8 +459,8 @@ def test_what_was_suggested_for_tiny_is_not_left_to_another_model(monkeypatch):
     "A panel made for GPT-2 has the defaults, without a GPU too; one that leaves `tiny` leaves its learning rate."
     monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
     assert colab_gpt2.FinetunePanel(model="gpt2").config == FinetuneConfig()
-    text = colab_gpt2.DataPanel()
-    training = colab_gpt2.FinetunePanel(text)
+    text = colab_gpt2.DataPanel().ready()
+    training = colab_gpt2.FinetunePanel(text).ready()
     training.form.rows["num_train_epochs"].widget.value = "3"
     training.form.rows["model"].widget.value = "gpt2"
     text.choice.value = "wikitext-2-raw-v1"
@@ -468,7 +468,7 @@ def test_what_was_suggested_for_tiny_is_not_left_to_another_model(monkeypatch):
 
 
 def test_a_bad_value_is_marked_where_it_was_typed(quick):
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     rows = panel.form.rows | panel.more.rows
     typed = ("model", "./nofolder"), ("model", "no-such/model"), ("tokenizer", "nope"), ("eval_stride", "100000")
     for name, bad in typed:
@@ -482,18 +482,18 @@ def test_a_bad_value_is_marked_where_it_was_typed(quick):
 
 
 def test_a_perplexity_that_rises_is_no_success(quick):
-    panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.02, max_steps=4)
+    panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.02, max_steps=4).ready()
     assert panel.start() and "Note: The perplexity has risen from" in panel.status.value
     assert "lower “Learning rate”, or train fewer “Epochs”" in panel.status.value
 
 
 def test_the_samples_begin_with_ones_own_text(quick):
     "And so do the texts of the panel after it, and of a panel for that folder on another day."
-    panel = colab_gpt2.FinetunePanel(quick, max_steps=2, prompt=None)
+    panel = colab_gpt2.FinetunePanel(quick, max_steps=2, prompt=None).ready()
     assert panel.form.rows["prompt"].widget.placeholder == "automatic" and "prompt" not in panel.python()
-    writing = colab_gpt2.GeneratePanel(panel)
+    writing = colab_gpt2.GeneratePanel(panel).ready()
     assert panel.start() and [prompt for _, prompt, _ in panel.live.samples] == [" = Article 0 = \n"] * 2
-    later = colab_gpt2.GeneratePanel(model=quick.output_dir)
+    later = colab_gpt2.GeneratePanel(model=quick.output_dir).ready()
     assert writing.config.prompt == later.config.prompt == " = Article 0 = \n"
     panel.values.set(prompt="The", overwrite_output_dir=True)
     assert panel.start() and writing.config.prompt == "The"
@@ -502,7 +502,7 @@ def test_the_samples_begin_with_ones_own_text(quick):
 @pytest.mark.parametrize("name", ["save", "stop"])
 def test_a_click_saves_no_weights_that_are_lost(quick, name):
     "A loss that nobody logs: the click comes when the training's own look at it is over for this step."
-    panel = colab_gpt2.FinetunePanel(quick, logging_steps=100, save_steps=3, on_divergence="stop")
+    panel = colab_gpt2.FinetunePanel(quick, logging_steps=100, save_steps=3, on_divergence="stop").ready()
     click = At(4, lambda: setattr(panel.live, "pump", panel.buttons[name].click), lose=True)
     assert panel.start(callbacks=[click]) is None and isinstance(panel.error, FloatingPointError)
     assert "“Learning rate”" in panel.said
@@ -511,7 +511,7 @@ def test_a_click_saves_no_weights_that_are_lost(quick, name):
 
 def test_a_run_outlives_its_pump_and_its_picture(quick, recwarn):
     def fail(**parts): raise RuntimeError("not today")
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     result = panel.start(callbacks=[At(2, lambda: vars(panel.live).update(pump=fail, show=fail))])
     assert result.steps == 12 and panel.error is None and not [w for w in recwarn if "switched off" in str(w.message)]
     for what in ("Listening for clicks", "Drawing the run"):
@@ -520,7 +520,7 @@ def test_a_run_outlives_its_pump_and_its_picture(quick, recwarn):
 
 def test_a_warning_of_the_forecast_is_a_note(quick, recwarn):
     from colab_gpt2.planning.plan import named_runtime
-    panel = colab_gpt2.FinetunePanel(quick)
+    panel = colab_gpt2.FinetunePanel(quick).ready()
     panel.forecaster.runtime = named_runtime("T4")
     panel.values.set(precision="bf16")
     assert panel.plan.value.count("has no bf16 in hardware and will emulate it") == 1
@@ -529,7 +529,7 @@ def test_a_warning_of_the_forecast_is_a_note(quick, recwarn):
 
 
 def test_a_second_panel_waits_while_one_is_at_work(quick):
-    panel, other = colab_gpt2.FinetunePanel(quick), colab_gpt2.GeneratePanel(model="tiny")
+    panel, other = colab_gpt2.FinetunePanel(quick).ready(), colab_gpt2.GeneratePanel(model="tiny")
     assert panel.start(callbacks=[At(2, other.start)]) is not None
     assert other.result is None and other.said == "3. Fine-tune is busy. Wait until it is done, or stop it."
 
@@ -537,7 +537,7 @@ def test_a_second_panel_waits_while_one_is_at_work(quick):
 def test_pump_and_pictures_cost_under_two_percent(quick):
     "A step of the smallest model is the hardest case: 48 blocks of 256 tokens take it some seconds."
     Path(quick.train_file).write_text(page(4000))
-    panel = colab_gpt2.FinetunePanel(quick, block_size=256, effective_batch_size=16, max_steps=10)
+    panel = colab_gpt2.FinetunePanel(quick, block_size=256, effective_batch_size=16, max_steps=10).ready()
     result = panel.start()
     share = panel.live.spent / result.seconds
     assert share < 0.02, f"{share:.1%} of {result.seconds:.1f} s"
@@ -550,7 +550,7 @@ def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert colab_gpt2.DrivePanel().config.drive is None  # the mounted one
     panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint),
-                                  restore_to=str(tmp_path/"back"))
+                                  restore_to=str(tmp_path/"back")).ready()
     saved = panel.start()
     assert panel.error is None and "MyDrive" in str(saved.copy.path) and "look for it" in panel.view.value.lower()
     assert (panel.restore()/"config.json").exists()
@@ -558,7 +558,7 @@ def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
 
 def test_a_copy_that_failed_is_tried_again(colab, tmp_path):
     from colab_gpt2.model.loading import TINY
-    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint))
+    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint)).ready()
     with colab.faults(full=4096): assert panel.start() is None and "is full" in panel.said
     assert panel.start().copy.path.stat().st_size == (tmp_path/"tiny.tar.gz").stat().st_size
 
@@ -572,7 +572,7 @@ from colab_gpt2 import FinetunePanel
 from colab_gpt2.config import FinetuneConfig
 class Says(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs): print("step", state.global_step, flush=True)
-panel = FinetunePanel({config!r}, max_steps=4000, save_steps=-1)
+panel = FinetunePanel({config!r}, max_steps=4000, save_steps=-1).ready()
 display(panel)
 print(panel.buttons["stop"].model_id)
 """

@@ -197,7 +197,12 @@ class DataPanel(TextChoice):
         self.fetched = None  # what `view` shows, as `source` tells it
         buttons = row(self.fetch, self.halt, self.again)
         self.assemble(self.choice, self.files, buttons, self.status, self.far, self.view)
-        if not isinstance(before, Panel): self.say(self.values.suggestion, "ℹ")
+
+    def ready(self):
+        new = not self.is_ready
+        super().ready()
+        if new and not self.said: self.say(self.values.suggestion, "ℹ")
+        return self
 
     def source(self):
         names = (*TEXT, "model", "tokenizer", "block_size")
@@ -221,6 +226,7 @@ class DataPanel(TextChoice):
     def calls(self): return [("fetch", "fetch", differing(self.config, (*TEXT, "cache_dir")), "corpus")]
 
     def start(self):
+        self.ready()
         if not self.fetch.disabled: return self.work(self.fetch_and_look, "Loading the text …", self.describe)
         self.say(next(iter(self.values.problems.values()), "The text is being loaded."), "⚠")
 

@@ -113,7 +113,7 @@ class DriveView(DriveSource):
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
         self.target = Form(self.values, ["restore_to"])
         self.kept_there = widgets.Dropdown(options=self.nothing, description="On the Drive", **wide(440))
-        self.kept_there.observe(lambda _: self.refresh(), "value")
+        self.kept_there.observe(lambda _: self.follow(), "value")
         self.buttons = dict(
             mount=button("Mount", self.mount, tooltip="Mount the Drive and list its archives"),
             save=button("Save", self.start, primary=True, tooltip="Pack the model and save it on the Drive"),
@@ -171,6 +171,7 @@ class DrivePanel(DriveView):
 
     def start(self):
         "-> the Saved, or None."
+        self.ready()
         if self.awaited: self.before.refresh()  # it may have been restored, or made by others
         if self.config.model != self.awaited: return self.work(self.pack_and_save, "Saving …", self.describe)
         self.say(UNFINISHED, "⚠")

@@ -43,15 +43,25 @@ def find_problems(config, given) -> dict:
 # %% ../../nbs/panels/73_fields.ipynb #b1564f6b
 class Values:
     "A frozen config that can be changed, and what was typed that it refuses."
-    def __init__(self, config, suggestion="", goes_with=None):
+    def __init__(self, config, suggestion="", goes_with=None, begin=None):
         self.config, self.began, self.name_of = config, config, labels_of(config)
         self.suggestion = suggestion  # why it begins like this
         self.goes_with = goes_with or {}  # field -> those chosen for its first value
+        self.begin = begin  # finds out all three, if that takes time
         self.typed, self.problems, self.refused, self.listeners = {}, {}, set(), []
         self.doubts = {}  # field -> message: what a plan says against good values
 
+    def settle(self):
+        "Begin with what `begin` finds out, which is done once, before anything else is set."
+        begin, self.begin = self.begin, None
+        if not begin: return
+        self.config, self.suggestion, self.goes_with = begin()
+        self.began = self.config
+        self.tell()
+
     def set(self, **changes):
         "Change fields; ValueError or TypeError if the config refuses."
+        self.settle()
         self.change(changes)
         self.offer(changes)
 
@@ -66,6 +76,7 @@ class Values:
 
     def offer(self, values):
         "What fits of `values`, and of what didn't fit before, reaches the config; the rest is marked."
+        self.settle()
         tried = {name: v for name, v in (self.typed | values).items() if v != getattr(self.config, name)}
         problems, again = find_problems(self.config, tried), {*values, *self.refused}
         self.change({name: value for name, value in tried.items() if name not in problems})
@@ -143,27 +154,20 @@ def make_widget(make, f, value, suggestions=()):
     if suggestions: return make(widgets.Combobox, options=list(suggestions), ensure_option=False, **common)
     return make(widgets.Text, **common)
 
-# %% ../../nbs/panels/73_fields.ipynb #68769b5d
-def make_slider(make, f):
-    "A slider next to the widget of the field `f`, if its metadata has `min`, `max` and `step`; else None."
-    if "max" not in f.metadata: return None
-    slider = widgets.IntSlider if kinds(f) == (int,) else widgets.FloatSlider
-    ends = {name: f.metadata[name] for name in ("min", "max", "step")}
-    return make(slider, dict(width="136px"), value=f.default, readout=False, continuous_update=False, **ends)
+# %% ../../nbs/panels/73_fields.ipynb #8c8d2834
+TOOLTIP = "tooltip" if "tooltip" in widgets.Text.class_traits() else "description_tooltip"  # ipywidgets 8 and 7
 
 # %% ../../nbs/panels/73_fields.ipynb #9bf7a8e8
 class Row:
     "A field's widget and, next to it, its help or what is wrong with its value."
     def __init__(self, make, f, value, edited, suggestions=(), help=""):
         self.field, self.help, self.widget = f, help, make_widget(make, f, value, suggestions)
-        self.slider, self.hint = make_slider(make, f), make(widgets.HTML, dict(flex="1 1 240px", min_width="0"))
-        parts = [part for part in (self.widget, self.slider, self.hint) if part]
-        self.box = make(widgets.HBox, dict(flex_flow="row wrap", align_items="center"), children=parts)
+        self.hint, look = make(widgets.HTML, dict(flex="1 1 240px", min_width="0")), dict(flex_flow="row wrap")
+        self.box = make(widgets.HBox, look | dict(align_items="center"), children=[self.widget, self.hint])
         self.box.add_class("cg-row")
         self.mark("")
         self.show(value)
         self.widget.observe(lambda change: edited(), "value")
-        if self.slider: self.slider.observe(lambda change: self.show(change["new"]), "value")
 
     @property
     def is_typed(self) -> bool: return isinstance(self.widget, widgets.Text | widgets.Textarea)
@@ -173,9 +177,7 @@ class Row:
         return None if self.widget.value == AUTOMATIC else self.widget.value
 
     def show(self, value):
-        "Show `value`, if it isn't shown in other letters; a slider's ends give way."
-        if slider := self.slider:
-            slider.min, slider.max, slider.value = min(slider.min, value), max(slider.max, value), value
+        "Show `value`, if it isn't shown in other letters."
         if self.read() == value: return
         if self.is_typed: self.widget.value = write_typed(value)
         else: self.widget.value = AUTOMATIC if value is None else value
@@ -184,7 +186,9 @@ class Row:
         (self.widget.add_class if wrong else self.widget.remove_class)("cg-invalid")
         kind, said = ("cg-bad' role='alert", f"⚠ {wrong}") if wrong else ("cg-hint", self.help)
         shown = f"<span class='{kind}'>{html.escape(said, quote=False)}</span>"
-        if self.hint.value != shown: self.hint.value = shown  # an equal value would be read out again
+        if self.hint.value == shown: return  # an equal value would be read out again
+        self.hint.value = shown
+        setattr(self.widget, TOOLTIP, said)  # ties the hint to the field for those who hear the page
 
 # %% ../../nbs/panels/73_fields.ipynb #80446347
 class Form:

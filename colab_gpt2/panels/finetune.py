@@ -168,7 +168,7 @@ class Settings(Panel):
     def recount(self, fetched=None):
         "A text was fetched: what was estimated can be counted."
         self.forecaster.known.clear()
-        self.refresh()
+        self.follow()
 
     def allow(self, start): pass  # a subclass has the button
 
@@ -187,6 +187,7 @@ class Steering(Settings):
         self.finder = RatePanel(self)
         self.finder.box.remove_class("cg-panel")  # one frame for both
         self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
+        self.find.observe(lambda _: self.finder.ready(), "value")
         self.assemble(self.text, self.form.box, row(self.advanced, self.find), self.more.box, self.finder.box,
                       self.plan, row(*self.buttons.values(), self.again), self.status, self.progress, self.charts,
                       self.samples)
@@ -217,6 +218,7 @@ class Trained(Steering):
     left = None  # the folder in which this panel's last run trained
 
     def refresh(self):
+        self.values.settle()
         self.look_for_model()
         super().refresh()
 

@@ -20,7 +20,6 @@ from .fields import Values
 from .plots import on_paper
 from .pump import interrupts_reach, pump
 from .snippets import as_python, as_shell
-from ..tasks import GOES_WITH, suggest
 
 # %% ../../nbs/panels/74_panel.ipynb #72027801
 def asset(name) -> str:
@@ -88,13 +87,20 @@ def forget_locals(error):
         error = error.__cause__ or error.__context__
     gc.collect()  # a Trainer's parts refer to each other
 
+# %% ../../nbs/panels/74_panel.ipynb #ab72fe2d
+KINDS = {"⏳": "busy", "✓": "done", "⚠": "needs", "■": "stopped", "ℹ": "told", "": "told"}
+WORDS = {"⏳": "Working", "✓": "Done", "⚠": "Needs you", "■": "Stopped"}
+
 # %% ../../nbs/panels/74_panel.ipynb #9d20b7e5
 def state(text, sign="", notes=(), error=None) -> str:
     "The HTML of a sentence of state, with notes and, folded away, the traceback of `error`."
-    kind, role = ("cg-error", "alert") if error else ("cg-note", "status")
+    kind, word, role = "failed" if error else KINDS[sign], WORDS.get(sign, ""), "alert" if error else "status"
+    if error: sign, word = "✗", "Failed"
+    if text.startswith(word): word = ""  # as "Done in 30 s" does
+    head = f"<b><span aria-hidden='true'>{sign}</span> {word}</b>" if sign else ""
     beneath = "".join(f"<br><span class='cg-lead'>Note: {escape(note)}</span>" for note in notes)
     if error: beneath += folded("For a bug report", "".join(traceback.format_exception(error)))
-    return f"<div class='{kind}' role='{role}'><b>{sign}</b> {escape(text)}{beneath}</div>"
+    return f"<div class='cg-state cg-{kind}' role='{role}'>{head} {escape(text)}{beneath}</div>"
 
 # %% ../../nbs/panels/74_panel.ipynb #a70f2efc
 class Shown:
@@ -178,7 +184,7 @@ class Frame(Shown):
 
     def __init__(self, values):
         super().__init__()
-        self.values, self.said, self.notes = values, "", []
+        self.values, self.said, self.notes, self.is_ready = values, "", [], False
         self.status, self.code = widgets.HTML(), widgets.HTML()
         self.again = button("Check again", lambda: self.refresh(), tooltip="See whether what was missing is there now")
         self.again.layout.display = "none"
@@ -190,8 +196,21 @@ class Frame(Shown):
         lead = f"<span class='cg-lead'>{escape(self.lead)}</span>"
         head = widgets.HTML(f"<style>{PICTURE_STYLE}{PANEL_STYLE}</style>{title}{lead}")
         self.box.children = head, *parts, *(widget for widget in (self.status, self.code) if widget not in parts)
-        self.values.listeners.append(self.refresh)
-        self.refresh()
+        self.values.listeners.append(self.follow)
+        if not self.said: self.status.value = state("Loading …", "⏳")
+
+    def _ipython_display_(self):
+        super()._ipython_display_()
+        self.ready()
+
+    def ready(self):
+        "Find out what to show, if that was not done; -> itself."
+        if not self.is_ready: self.refresh()
+        return self
+
+    def follow(self):
+        "The values have changed."
+        if self.is_ready: self.refresh()
 
     @property
     def config(self): return self.values.config
@@ -206,6 +225,10 @@ class Frame(Shown):
 
     def refresh(self):
         "Show the config; a subclass adds to it."
+        if not self.is_ready:
+            self.is_ready = True
+            self.values.settle()
+            if not self.said: self.status.value = ""
         shown = folded("The same in Python", self.python()) + folded("The same in a shell", self.shell())
         if self.code.value != shown: self.code.value = shown
 
@@ -236,6 +259,7 @@ class Panel(Frame):
         if Panel.at_work:
             self.say(f"{Panel.at_work} is busy. Wait until it is done, or stop it.", "⏳")
             return None
+        if not self.is_ready: self.refresh()
         Panel.at_work, self.error, self.notes = self.title, None, []
         self.say(doing, "⏳")
         try:
@@ -265,6 +289,7 @@ class Stoppable(Panel):
         super().__init__(values)
         self.running, self.stopping, self.told = False, False, 0.0  # `told`: when progress was last shown
         self.far, self.halt = widgets.HTML(), button("Stop", self.stop)
+        self.halt.layout.display = "none"
 
     def work(self, action, doing, done=None):
         "As any panel; the notebook's interrupt button stops it too."
@@ -279,7 +304,7 @@ class Stoppable(Panel):
 
     def refresh(self):
         super().refresh()
-        self.halt.disabled = not self.running
+        self.halt.layout.display = "" if self.running else "none"
 
     def stop(self): self.stopping = True
 
@@ -291,6 +316,13 @@ class Stoppable(Panel):
         self.told = time.monotonic()
         self.far.value = progress_bar(what[:1].upper() + what[1:], done, total, f"{done / total:.0%}" if total else "")
 
+# %% ../../nbs/panels/74_panel.ipynb #56430a72
+def begin_with(given) -> tuple:
+    "(config, why, what goes with what): `given`, and what is suggested on this machine, which imports torch."
+    from colab_gpt2.tasks import GOES_WITH, suggest
+    config, why = suggest()
+    return changed(config, **given), why, GOES_WITH
+
 # %% ../../nbs/panels/74_panel.ipynb #e6208252
 def take_values(before, given) -> Values:
     """The Values of a new panel: those of the panel or FinetuneConfig `before`, changed by `given`; without both model
@@ -300,8 +332,7 @@ def take_values(before, given) -> Values:
         before.values.set(**given)
         return before.values
     if before is not None or {"model", "dataset", "train_file"} & given.keys(): return Values(changed(before, **given))
-    config, why = suggest()
-    return Values(changed(config, **given), why, GOES_WITH)
+    return Values(changed(None, **given), begin=lambda: begin_with(given))
 
 # %% ../../nbs/panels/74_panel.ipynb #b2d74f59
 UNFINISHED = "There is no finished model yet: finish the training in step 3, or name another model here."

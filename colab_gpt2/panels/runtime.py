@@ -66,6 +66,7 @@ class RuntimePanel(Panel):
         self.keep(self.view.value)
         return self.finish(runtime)
 
-    def _ipython_display_(self):
-        super()._ipython_display_()
-        if not self.result: self.start()
+    def ready(self):
+        super().ready()
+        if not (self.result or Panel.at_work): self.start()
+        return self
