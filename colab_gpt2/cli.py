@@ -19,7 +19,7 @@ from . import __version__, tasks
 from .config import TEXT, FinetuneConfig
 from .core import Record, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
-from .model.sampling import Sampling
+from .model.sampling import Sampling, check_request
 from .signals import ENDING, catching, say
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
@@ -279,7 +279,7 @@ def generate(
     as_json=False,
 ):
     "Generate text from a prompt."
-    from colab_gpt2.generation import check_request, generate, stop_strings, stream
+    from colab_gpt2.generation import generate, stop_strings, stream
     options = {name: getattr(config, name) for name in ("max_new_tokens", "tokenizer", "cache_dir")}
     if prompt is None: prompt = tasks.prompt_of(config.model)
     with bad_usage():

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from .core import Record, several
-from .errors import Sentence, about, check_number, check_utf8
+from .errors import Sentence, about, check_utf8
 from .evaluation import evaluation_mode
 from .model.decoding import Noise, decode
 from .model.fitting import check_match, end_ids
 from .model.loading import load_model, load_tokenizer, model_context
-from .model.sampling import Sampling
+from .model.sampling import Sampling, check_request
 from .reporting import counter, reporting
 from .runtime import find_device, memory, out_of_memory
 from .text.chats import give_template, render
@@ -131,14 +131,6 @@ def stop_strings(stop) -> tuple:
         if s == "": raise ValueError(Sentence("{stop} has ''; a stop string has one character or more."))
         check_utf8("stop", s)
     return stops
-
-# %% ../nbs/61_generation.ipynb #b5361c5c
-def check_request(prompt, max_new_tokens, seed=None, samples=1):
-    "ValueError for a prompt or a number that no request can have; a million texts take weeks."
-    check_utf8("prompt", prompt)
-    check_number("max_new_tokens", max_new_tokens, minimum=1, maximum=10**7, integer=True)
-    check_number("samples", samples, minimum=1, maximum=10**6, integer=True)
-    if seed is not None: check_number("seed", seed, minimum=0, maximum=2**64 - 1, integer=True)
 
 # %% ../nbs/61_generation.ipynb #6cb2e11f
 class Request:

@@ -375,7 +375,8 @@ def test_run_all_again_shows_the_finished_run(quick, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     def run_all():
         training = colab_gpt2.FinetunePanel(quick, eval_steps=4).ready()
-        panels = training, colab_gpt2.GeneratePanel(training), colab_gpt2.DrivePanel(training, drive="mine")
+        panels = (training, colab_gpt2.GeneratePanel(training, seed=1),
+                  colab_gpt2.DrivePanel(training, drive="mine"))
         before = training.plan.value
         monkeypatch.setattr(colab_gpt2.DrivePanel, "packed", {})  # which the kernel has forgotten
         return panels, before, [panel.start() for panel in panels]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..config import value
 from ..core import Record
-from ..errors import Sentence, check_number
+from ..errors import Sentence, check_number, check_utf8
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e06
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Sampling(Record):
         check_number("top_k", self.top_k, minimum=0, integer=True, hint="0 keeps every token.")
         check_number("top_p", self.top_p, above=0, maximum=1)
         check_number("repetition_penalty", self.repetition_penalty, above=0, hint="1 is no penalty.")
+
+# %% ../../nbs/model/24_sampling.ipynb #b5361c5c
+def check_request(prompt, max_new_tokens, seed=None, samples=1):
+    "ValueError for a prompt or a number that no request can have; a million texts take weeks."
+    check_utf8("prompt", prompt)
+    check_number("max_new_tokens", max_new_tokens, minimum=1, maximum=10**7, integer=True)
+    check_number("samples", samples, minimum=1, maximum=10**6, integer=True)
+    if seed is not None: check_number("seed", seed, minimum=0, maximum=2**64 - 1, integer=True)
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e0b
 def penalise(logits, tokens, penalty):

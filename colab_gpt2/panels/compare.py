@@ -16,7 +16,7 @@ from ..config import FinetuneConfig, changed, expand_paths, value
 from ..core import Record
 from ..errors import Sentence
 from ..evaluation import shown
-from ..generation import check_request
+from ..model.sampling import check_request
 from .fields import Form, Values, label_of
 from .live import describe_samples
 from .panel import AfterTraining, button, row

@@ -224,12 +224,14 @@ def test_own_text_by_hand(ran, tmp_path):
 def test_generate_by_hand(ran):
     panel = ran.panel(WRITING)
     panel.get_by_label("Prompt", exact=True).fill(" = Lists = \n")
+    press(panel, "More settings")
     fill(panel, "Seed", "7")
     press(panel, "Generate")
-    assert "with seed 7" in wait_said(panel, "Done, with seed 7")
-    texts = panel.locator("pre[tabindex]").all_inner_texts()
+    assert "seed 7" in wait_said(panel, "Done · seed 7")
+    newest = panel.locator(".cg-columns").first  # those of the run before are below, folded
+    texts = newest.locator("pre[tabindex]").all_inner_texts()
     assert len(texts) == 2 and all("= Lists =" in text for text in texts) and texts[0] != texts[1]
-    panel.get_by_role("button", name="Copy").last.click()
+    newest.get_by_role("button", name="Copy").last.click()
     panel.get_by_text("Copied").wait_for()
     ran.page.context.grant_permissions(["clipboard-read"])
     assert ran.page.evaluate("navigator.clipboard.readText()") == texts[1]
@@ -237,18 +239,17 @@ def test_generate_by_hand(ran):
 
 
 def test_stop_the_texts(ran, record_property):
-    "A slider moved with the keyboard, and Stop while the words come."
+    "Stop, which takes the place of Generate while the words come."
     panel = ran.panel(WRITING)
-    panel.locator(".ui-slider-handle, .noUi-handle").first.press("End")
-    expect(panel.get_by_label("New tokens", exact=True)).to_have_value("1000")
+    fill(panel, "New tokens", "1000")
     press(panel, "Generate")
-    text = panel.locator("pre[tabindex]").last
+    text = panel.locator(".cg-columns").first.locator("pre[tabindex]").last
     began = text.inner_text()
     expect(text).not_to_have_text(began)
     ran.picture("writing", panel)
     clicked = time.monotonic()
     press(panel, "Stop")
-    wait_said(panel, "Stopped, with seed")
+    wait_said(panel, "Stopped · seed")
     seconds = time.monotonic() - clicked
     record_property("seconds from Stop to stopped", f"{seconds:.2f}")
     assert seconds < 3 and ran.server.ask("print(writing.result.whole)") == "False\n"
