@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .core import Record, several
+from .engine.trying import find_unfinished, load_unfinished
 from .errors import Sentence, about, check_utf8
 from .evaluation import evaluation_mode
 from .model.decoding import Noise, decode
@@ -82,9 +83,13 @@ class TextPieces:
 # %% ../nbs/61_generation.ipynb #499ed2e0
 def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
     "The model and tokenizer, loaded where they are names, and on `device`, by default the GPU for a name."
-    field, tokenizer = ("model", model) if tokenizer is None else ("tokenizer", tokenizer)
+    stopped = None if isinstance(model, nn.Module) else find_unfinished(model)
+    if stopped: warnings.warn(stopped.told, stacklevel=4)
+    own = stopped.checkpoint if stopped else model
+    field, tokenizer = ("model", own) if tokenizer is None else ("tokenizer", tokenizer)
     if not isinstance(model, nn.Module):
-        with about("model"): model = load_model(model, cache_dir=cache_dir)
+        with about("model"):
+            model = load_unfinished(stopped, cache_dir) if stopped else load_model(model, cache_dir=cache_dir)
         device = device or ("cuda" if find_device()[0] == "cuda" else "cpu")
     if isinstance(tokenizer, nn.Module):
         raise ValueError(Sentence("A loaded model needs a loaded {tokenizer} too; see load_tokenizer."))
@@ -233,7 +238,7 @@ def collect_all(request, report) -> list[Sample]:
 # %% ../nbs/61_generation.ipynb #c49f8276
 @takes_sampling
 def generate(
-    model="gpt2",  # a loaded model, or a name or folder for `load_model`
+    model="gpt2",  # a loaded model, a name or folder for `load_model`, or the folder of a run that was stopped
     prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
     *,
     tokenizer=None,  # needed with a loaded model

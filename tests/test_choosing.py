@@ -7,10 +7,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GPT2Config, TrainerCallback
 
-from colab_gpt2 import archive_model, extract_archive, finetune, perplexity
+from colab_gpt2 import archive_model, extract_archive, finetune, generate, perplexity
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.engine.callbacks import Listener
 from colab_gpt2.engine.choosing import BEST, BestWeights, Work, plan_choosing
+from colab_gpt2.engine.trying import find_unfinished, load_unfinished
 from colab_gpt2.errors import fields_of
 from colab_gpt2.model.loading import load_model, load_tokenizer, new_model
 from colab_gpt2.preparing import prepare
@@ -107,6 +108,27 @@ def test_a_new_machine_chooses_the_same_weights_from_the_mirror(run, plain, tmp_
     assert list((tmp_path/"mirror").rglob(BEST))
     shutil.rmtree(tmp_path/"out")
     same(run(tmp_path/"out", **mirror), result)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_that_was_stopped_can_be_tried(run, tmp_path, method):
+    "With its best weights, those of step 4, which the checkpoint of step 5 has beside its own; and it says so."
+    notes, out = Notes(), tmp_path/"out"
+    with pytest.raises(RuntimeError, match="killed"):
+        run(out, callbacks=[notes, Dies(8)], method=method, max_steps=40, save_steps=5)
+    found = find_unfinished(out)
+    assert (found.checkpoint.name, found.step, found.steps, found.best) == ("checkpoint-5", 4, 40, True)
+    model, best, layer = load_unfinished(found), notes.weights[4], "transformer.h.0.attn.c_attn.weight"
+    expected = best.get(layer)
+    if method == "lora":
+        down, up = (best[f"base_model.model.{layer}".replace("weight", f"lora_{x}.default.weight")] for x in "AB")
+        expected = best[f"base_model.model.{layer}".replace("weight", "base_layer.weight")] + 2 * (up @ down).T
+    assert torch.allclose(model.get_parameter(layer), expected, atol=1e-6)
+    asked = dict(prompt="The", max_new_tokens=9, seed=1, progress=False)
+    with pytest.warns(UserWarning, match="out: step 4 of 40, the best so far, not finished"):
+        made = generate(str(out), **asked)
+    assert made == generate(model, tokenizer=load_tokenizer("tiny"), **asked)
+    with pytest.raises(FileNotFoundError, match="holds no complete model"): load_model(out)  # a training names it
 
 
 def test_the_last_weights_can_be_asked_for(run, plain, tmp_path):

@@ -95,6 +95,11 @@ def trained(model) -> dict:
     "The parameters of `model` that are trained, by name; tied ones once."
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+def put_weights(path, model):
+    "The file `path` of trained parameters into `model`, tensor by tensor."
+    with torch.no_grad(), loadable(path), safe_open(path, "pt") as file:
+        for name, p in trained(model).items(): p.copy_(file.get_tensor(name))
+
 def link(file, place):
     "Give `file` a second name `place`; a copy where the file system has one name for each."
     try: os.link(file, place)
@@ -127,10 +132,8 @@ class BestWeights:
         with atomic(self.path) as file, full_disk_told(file.parent, model): save_file(weights, file)
 
     def restore(self, model):
-        "Into `model`, tensor by tensor."
         self.wait()
-        with torch.no_grad(), loadable(self.path), safe_open(self.path, "pt") as file:
-            for name, p in trained(model).items(): p.copy_(file.get_tensor(name))
+        put_weights(self.path, model)
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0020
 STOPPED = "Stopped at step {step}: the held-out perplexity has not fallen since step {best} ({value:.1f}). {kept}"
