@@ -43,10 +43,11 @@ def find_problems(config, given) -> dict:
 # %% ../../nbs/panels/73_fields.ipynb #b1564f6b
 class Values:
     "A frozen config that can be changed, and what was typed that it refuses."
-    def __init__(self, config, suggestion="", goes_with=None, begin=None):
+    def __init__(self, config, suggestion="", goes_with=None, begin=None, exists=lambda value: True):
         self.config, self.began, self.name_of = config, config, labels_of(config)
         self.suggestion = suggestion  # why it begins like this
-        self.goes_with = goes_with or {}  # field -> those chosen for its first value
+        self.goes_with, self.exists = goes_with or {}, exists  # field -> those chosen for its first value; is there one?
+        self.away = set()  # fields of `goes_with` that have left their first value
         self.begin = begin  # finds out all three, if that takes time
         self.typed, self.problems, self.refused, self.listeners = {}, {}, set(), []
         self.doubts = {}  # field -> message: what a plan says against good values
@@ -65,14 +66,23 @@ class Values:
         self.change(changes)
         self.offer(changes)
 
-    def touched(self, name): return getattr(self.config, name) != getattr(self.began, name)
+    def after(self, **changes):
+        """The config with `changes`. What was chosen for a field's first value goes with it to its default, and comes
+        back with it, unless it was touched."""
+        stale = {}
+        for name in self.turning(changes):
+            first, defaults = ({f.name: get(f) for f in fields(self.config) if f.name in self.goes_with[name]}
+                               for get in (lambda f: getattr(self.began, f.name), lambda f: f.default))
+            old, new = (defaults, first) if name in self.away else (first, defaults)
+            stale |= {other: new[other] for other in old if getattr(self.config, other) == old[other]}
+        return replace(self.config, **(stale | changes))
 
-    def change(self, changes):
-        "As `replace`; untouched values that were chosen for a field's first value go with it."
-        left = [name for name in changes if not self.touched(name) and changes[name] != getattr(self.began, name)]
-        chosen = {other for name in left for other in self.goes_with.get(name, ()) if not self.touched(other)}
-        stale = {f.name: f.default for f in fields(self.config) if f.name in chosen}
-        self.config = replace(self.config, **(stale | changes))
+    def turning(self, changes) -> set:
+        "The fields of `goes_with` that `changes` take away from their first value, or back to it."
+        return {name for name in self.goes_with.keys() & changes.keys()
+                if (changes[name] == getattr(self.began, name)) == (name in self.away) and self.exists(changes[name])}
+
+    def change(self, changes): self.config, self.away = self.after(**changes), self.away ^ self.turning(changes)
 
     def offer(self, values):
         "What fits of `values`, and of what didn't fit before, reaches the config; the rest is marked."

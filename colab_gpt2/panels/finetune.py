@@ -25,7 +25,7 @@ from .panel import Panel, button, fact, folded, folding, listening, meter, row, 
 from .pump import interrupts_reach
 from .rate import RatePanel
 from .snippets import differing
-from ..planning.plan import Plan, estimate_text, plan_run, step_time
+from ..planning.plan import BYTES_A_TOKEN, Plan, TextSize, estimate_text, plan_run, step_time
 from ..runtime import check_runtime
 from ..tasks import corpus_for_plan, shape_for_plan, size_for_plan
 from ..resuming import asked, foresee
@@ -70,13 +70,29 @@ class Forecaster:
 
     def plan(self, config) -> Plan:
         "The plan of `config`; errors name the fields that they are about."
-        model = config.model, config.tokenizer, config.from_scratch, config.cache_dir
-        if model not in self.known: self.known[model] = shape_for_plan(config, False)
+        model = self.model(config)
         text = (*model, *(getattr(config, name) for name in (*TEXT, "block_size")), *self.files(config))
-        if text not in self.known: self.known[text] = known_size(config, self.known[model])
-        self.size = self.known[text]
+        shape = self.shape(config)
+        if text not in self.known: self.known[text] = known_size(config, shape)
+        self.size, self.last = self.known[text], config
         if self.measured and self.measured[0] == self.key(config): return self.measured[1]
-        return plan_run(self.known[model], self.size, self.runtime, config)
+        return plan_run(shape, self.size, self.runtime, config)
+
+    def model(self, config): return config.model, config.tokenizer, config.from_scratch, config.cache_dir
+
+    def shape(self, config):
+        model = self.model(config)
+        if model not in self.known: self.known[model] = shape_for_plan(config, False)
+        return self.known[model]
+
+    def glance(self, config) -> Plan:
+        "The plan of `config`, which may have another model than the one planned last: its tokens are estimated then."
+        if config.model == self.last.model: return self.plan(config)
+        shape = self.shape(config)
+        now, then = (BYTES_A_TOKEN["tiny" if (c.tokenizer or c.model) == "tiny" else "gpt2"] for c in (config, self.last))
+        tokens, longest = int(self.size.tokens * then / now), pick_block_size(config, model_context(shape))
+        text = TextSize(tokens, min(longest, max(tokens, 2)), "an estimate")
+        return plan_run(shape, text, self.runtime, config)
 
     def run(self, config) -> dict:
         "What identifies the run that was planned last, as far as it is known without the model: see `resuming`."

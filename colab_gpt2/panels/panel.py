@@ -321,7 +321,14 @@ def begin_with(given) -> tuple:
     "(config, why, what goes with what): `given`, and what is suggested on this machine, which imports torch."
     from colab_gpt2.tasks import GOES_WITH, suggest
     config, why = suggest()
-    return changed(config, **given), why, GOES_WITH
+    return changed(config, **given), why, {name: set(others) - given.keys() for name, others in GOES_WITH.items()}
+
+# %% ../../nbs/panels/74_panel.ipynb #88e4af2d
+def model_exists(name) -> bool:
+    "Whether `name` is a known model, a folder, or may be one of the Hub."
+    from colab_gpt2.model.loading import locate
+    try: return bool(locate(name))
+    except (OSError, ValueError): return False
 
 # %% ../../nbs/panels/74_panel.ipynb #e6208252
 def take_values(before, given) -> Values:
@@ -332,7 +339,7 @@ def take_values(before, given) -> Values:
         before.values.set(**given)
         return before.values
     if before is not None or {"model", "dataset", "train_file"} & given.keys(): return Values(changed(before, **given))
-    return Values(changed(None, **given), begin=lambda: begin_with(given))
+    return Values(changed(None, **given), begin=lambda: begin_with(given), exists=model_exists)
 
 # %% ../../nbs/panels/74_panel.ipynb #b2d74f59
 UNFINISHED = "There is no finished model yet: finish the training in step 3, or name another model here."
