@@ -198,15 +198,17 @@ def save_or_say_why(archive, folder, drive, progress=True) -> dict:
     except FAILURES as e: return dict(path=None, why=Sentence("{why}", why=e), failed=True)
     return dict(path=str(copy.path), why=None, failed=False, note=copy.note)
 
+# %% ../nbs/64_tasks.ipynb #228156f0
+def same_run(place, other) -> bool:
+    "Whether the models in `place` and `other`, folders or archives, are of one run, as far as both tell."
+    from colab_gpt2.resuming import differences
+    both = [run_in(each).get("fingerprint") for each in (place, other)]
+    return all(told and isinstance(told, dict) for told in both) and not differences(*both)
+
 # %% ../nbs/64_tasks.ipynb #5ea28b06
 def place_for(path, folder) -> Path:
     "`path`, or with a number if the archive there holds another run than `folder`."
-    from colab_gpt2.resuming import differences
-    ours = run_in(folder).get("fingerprint", {})
-    def same(there):
-        theirs = run_in(there).get("fingerprint")
-        return isinstance(theirs, dict) and theirs and ours and not differences(theirs, ours)
-    place = free_name(path, same)
+    place = free_name(path, lambda there: same_run(there, folder))
     told = f"{path} holds another run and stays; this one is packed into {place}."
     if place != path: warnings.warn(told, stacklevel=3)
     return place

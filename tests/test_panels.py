@@ -210,7 +210,7 @@ def test_a_model_that_was_restored_into_the_awaited_folder_serves(quick, tmp_pat
     panel = colab_gpt2.FinetunePanel(quick, output_dir="tuned").ready()
     writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel, drive="mine", restore_to="tuned")
     assert writing.start() is None and "no finished model yet" in writing.said
-    keeping.mount()
+    keeping.loading.value = True  # the fold lists what is there
     assert keeping.restore() and writing.start() and keeping.start()
     panel.form.rows["output_dir"].widget.value = "new"
     assert panel.saved is None and writing.start() is None and not panel.buttons["start"].disabled
@@ -370,25 +370,26 @@ def test_another_run_is_refused_by_what_differs(quick):
 
 # Run all again, on this machine or on a new one
 
-def test_run_all_again_shows_the_finished_run(quick, tmp_path, monkeypatch):
-    "As after a restart of the kernel: nothing is trained, and every step does what it did before."
+def test_restart_and_run_all_three_times(quick, tmp_path, monkeypatch):
+    "Nothing is trained again, every step does what it did before, and one archive is here and one on the Drive."
     monkeypatch.chdir(tmp_path)
     def run_all():
         training = colab_gpt2.FinetunePanel(quick, eval_steps=4).ready()
         panels = (training, colab_gpt2.GeneratePanel(training, seed=1),
                   colab_gpt2.DrivePanel(training, drive="mine"))
         before = training.plan.value
-        monkeypatch.setattr(colab_gpt2.DrivePanel, "packed", {})  # which the kernel has forgotten
         return panels, before, [panel.start() for panel in panels]
     (first, *_), _, (result, sides, saved) = run_all()
-    panels, before, (again, *after) = run_all()
-    assert "finished already" in before and panels[0].said.startswith("Shown as it ended")
-    assert (again.perplexity_after, panels[0].drawn) == (result.perplexity_after, first.drawn)
+    for _ in range(2):
+        panels, before, (again, *after) = run_all()
+        assert "finished already" in before and panels[0].said.startswith("Shown as it ended")
+        assert (again.perplexity_after, panels[0].drawn) == (result.perplexity_after, first.drawn)
+        for panel in (first, panels[0]): assert "evaluated every 4 steps" in panel.plan.value  # in the reasons
+        assert panels[0].live.samples == first.live.samples and panels[0].live.losses == first.live.losses
+        assert after[0] == sides and after[1].copy.sha256 == saved.copy.sha256
+        assert [panel.error for panel in panels] == [None] * 3 and not any(panel.notes for panel in panels)
     assert f"best: step {result.best_step}: " in first.drawn and len(result.evaluations) == 3
-    for panel in (first, panels[0]): assert "evaluated every 4 steps" in panel.plan.value  # in the reasons
-    assert panels[0].live.samples == first.live.samples and panels[0].live.losses == first.live.losses
-    assert after[0] == sides and after[1].copy.sha256 == saved.copy.sha256
-    assert [panel.error for panel in panels] == [None] * 3 and not any(panel.notes for panel in panels)
+    assert len(list(tmp_path.rglob("*.tar.gz"))) == 2
 
 
 class Heard:
@@ -546,22 +547,87 @@ def test_pump_and_pictures_cost_under_two_percent(quick):
 
 # The Drive, with the stub of Colab
 
-def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
+def tiny_panel(tmp_path, **values):
     from colab_gpt2.model.loading import TINY
+    return colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), **values).ready()
+
+
+def shown(panel): return [name for name, made in panel.buttons.items() if made.layout.display != "none"]
+
+
+def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
+    "Save mounts it, Download hands the file to the browser, and Restore numbers its folder."
     monkeypatch.chdir(tmp_path)
     assert colab_gpt2.DrivePanel().config.drive is None  # the mounted one
-    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint),
-                                  restore_to=str(tmp_path/"back")).ready()
+    panel = tiny_panel(tmp_path, drive=str(colab.mountpoint), restore_to=str(tmp_path/"back"))
+    panel.loading.value = True
+    assert shown(panel) == ["save", "mount"] and panel.said == ""  # nobody is asked for a look
     saved = panel.start()
     assert panel.error is None and "MyDrive" in str(saved.copy.path) and "look for it" in panel.view.value.lower()
+    assert shown(panel) == ["save", "download", "restore"] and panel.link.outputs == ()
+    panel.buttons["download"].click()
+    assert colab.stub.downloads == [str(tmp_path/"tiny.tar.gz")] and "browser downloads tiny.tar.gz" in panel.said
+    (tmp_path/"tiny.tar.gz").unlink()
+    panel.buttons["download"].click()  # from the Drive
+    assert colab.stub.downloads[1:] == [str(saved.copy.path)]
+    assert [(panel.restore()/"config.json").exists() and panel.restored.name for _ in "ab"] == ["back", "back-2"]
+
+
+def test_a_saved_model_is_found_in_a_later_session(colab, tmp_path):
+    tiny_panel(tmp_path, drive=str(colab.mountpoint)).start()
+    panel = tiny_panel(tmp_path, drive=str(colab.mountpoint), restore_to=str(tmp_path/"back"))
+    panel.loading.value = True
+    assert shown(panel) == ["save", "restore"] and panel.said == "Choose a model and press Restore."
     assert (panel.restore()/"config.json").exists()
 
 
 def test_a_copy_that_failed_is_tried_again(colab, tmp_path):
-    from colab_gpt2.model.loading import TINY
-    panel = colab_gpt2.DrivePanel(model=str(TINY), archive=str(tmp_path/"tiny.tar.gz"), drive=str(colab.mountpoint)).ready()
+    panel = tiny_panel(tmp_path, drive=str(colab.mountpoint))
     with colab.faults(full=4096): assert panel.start() is None and "is full" in panel.said
+    assert shown(panel) == ["save", "mount"]
     assert panel.start().copy.path.stat().st_size == (tmp_path/"tiny.tar.gz").stat().st_size
+
+
+def test_a_drive_that_is_refused_is_a_sentence(colab, tmp_path):
+    panel = tiny_panel(tmp_path, drive=str(colab.mountpoint))
+    with colab.faults(authorization_denied=True): assert panel.start() is None
+    assert panel.said.startswith("Drive was not authorised") and shown(panel) == ["save", "mount"]
+    assert panel.start()
+
+
+def test_outside_colab_there_is_a_link_and_nothing_to_mount(tmp_path, monkeypatch):
+    "The link is relative to the notebook, and in an output, where front ends make it one of theirs."
+    monkeypatch.chdir(tmp_path)
+    panel = tiny_panel(tmp_path, drive="mine")
+    panel.loading.value = True
+    assert shown(panel) == ["save"] and panel.start() and shown(panel) == ["save", "restore"]
+    [output] = panel.link.outputs
+    assert "href='tiny.tar.gz' download>Download tiny.tar.gz (" in output["data"]["text/html"]
+    assert str(tmp_path/"tiny.tar.gz") in panel.view.value
+    panel.values.set(archive=str(tmp_path.parent/"elsewhere.tar.gz"))
+    assert panel.link.outputs == () and panel.view.value == panel.said == ""  # that was of another file
+    assert panel.start() and panel.link.outputs == ()  # no front end looks there
+    (tmp_path.parent/"elsewhere.tar.gz").unlink()
+
+
+def test_a_strangers_archive_stays_and_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for content in (b"of another", None):
+        if content: (tmp_path/"tiny.tar.gz").write_bytes(content)
+        panel = tiny_panel(tmp_path, drive="mine")
+        assert panel.start().archive.path.name == "tiny-2.tar.gz"
+        assert "tiny.tar.gz is another file and stays" in panel.status.value or not content
+    assert (tmp_path/"tiny.tar.gz").read_bytes() == b"of another" and len(list(tmp_path.glob("*.tar.gz"))) == 2
+
+
+def test_a_restored_model_is_written_with_and_trained_further(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = colab_gpt2.FinetunePanel(quick, max_steps=2)
+    writing, keeping = colab_gpt2.GeneratePanel(training), colab_gpt2.DrivePanel(training, drive="mine")
+    assert training.start() and keeping.start() and keeping.restore() == Path("restored")
+    keeping.buttons["use"].click()
+    assert writing.config.model == training.config.model == "restored" and keeping.config.model == quick.output_dir
+    assert writing.start() and "restored" in keeping.said
 
 
 # In a real kernel

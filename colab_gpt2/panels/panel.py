@@ -352,7 +352,12 @@ class AfterTraining(Stoppable):
     def __init__(self, before, values):
         super().__init__(values)
         self.before = before
-        if before: before.followers.append(lambda result: self.take(before))
+        def follow(told): self.use(str(told)) if isinstance(told, Path) else self.take(before)
+        if before: before.followers.append(follow)
+
+    def use(self, folder):
+        "Work with the model in `folder`, which was restored."
+        if hasattr(self.config, "model"): self.values.set(model=folder)
 
     def take(self, panel):
         "`panel` has another model, or none yet."

@@ -163,6 +163,12 @@ def flush_drive():
         reason = f"{type(e).__name__}: {e}"
         raise OSError(f"Drive did not confirm its uploads ({reason}). Look for them on drive.google.com.") from e
 
+# %% ../../nbs/storage/51_drive.ipynb #51d0b001
+def to_browser(path):
+    "Have Colab's page download the file `path`."
+    from google.colab import files
+    files.download(str(path))
+
 # %% ../../nbs/storage/51_drive.ipynb #f2a1fcc8
 NOTE = ("Read back, but from this machine: Drive uploads in the background and may fail silently. "
         "Look for it on drive.google.com before you close the runtime.")

@@ -11,7 +11,7 @@ from front_ends import ROOT
 pytestmark = pytest.mark.timeout(300)
 RESUMING = re.compile(r"Resuming at step \d+ of \d+\. Your last session saved this .* before it ended\.")
 TITLES = MACHINE, TEXT, TRAINING, WRITING, DRIVE = (
-    "1. The machine", "2. The text", "3. Fine-tune", "4. Generate", "5. Save to Drive")
+    "1. The machine", "2. The text", "3. Fine-tune", "4. Generate", "5. Save your model")
 PICTURES = dict(machine=MACHINE, text=TEXT, trained=TRAINING, written=WRITING, saved=DRIVE)
 
 
@@ -258,8 +258,7 @@ def test_stop_the_texts(ran, record_property):
 def test_drive_by_hand(ran):
     "Mounted, saved, broken: what went wrong is a sentence that says what to do; then it works again."
     panel = ran.panel(DRIVE)
-    press(panel, "Mount")
-    wait_said(panel, "The Drive is at /content/drive/MyDrive")
+    press(panel, "More")
     fill(panel, "Drive folder", "elsewhere")
     ran.server.ask("from google.colab import _stub; _stub.faults.set(full=4096)")
     press(panel, "Save")
@@ -270,6 +269,7 @@ def test_drive_by_hand(ran):
     press(panel, "Save")
     archive = re.search(r"Saved (\S+),", wait_said(panel, "Saved"))[1]
     assert (drive_of(ran)/"MyDrive"/"elsewhere"/archive).exists()
+    press(panel, "Load a saved model")
     press(panel, "Restore")
     wait_said(panel, "Restored to")
     ran.picture("restored", panel)
