@@ -18,6 +18,7 @@ from .errors import Sentence, check_choice, check_number
 from .model.heads import hidden_states, output_head
 from .model.loading import DTYPES, keeps_logits, lost_weight, model_context
 from .reporting import counter, reporting
+from .runtime import check_device
 from .text.chats import Conversations
 from .text.token_store import Blocks
 
@@ -205,7 +206,7 @@ def perplexity(
     stride, context = check_measure(model, blocks, stride, context)
     if batch_size is not None: check_number("batch_size", batch_size, 1, integer=True)
     check_choice("precision", precision, DTYPES)
-    device = torch.device(device or next(model.parameters()).device)
+    device = check_device(device) or next(model.parameters()).device
     chat, found = isinstance(blocks, Conversations), spread(windows_of(blocks, context, stride), most)
     tokens, total = blocks.answers if chat else blocks.tokens - 1, sum(scored for *_, scored in found)
     vocabulary, length = model.get_input_embeddings().weight.shape[0], max(end - start for start, end, _ in found)

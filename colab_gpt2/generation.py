@@ -22,7 +22,7 @@ from .model.fitting import check_match, end_ids
 from .model.loading import load_model, load_tokenizer, model_context
 from .model.sampling import Sampling, check_request
 from .reporting import counter, reporting
-from .runtime import find_device, memory, out_of_memory
+from .runtime import check_device, find_device, memory, out_of_memory
 from .text.chats import give_template, render
 from .text.tokens import check_ids, notes_on, opening_ids
 
@@ -87,6 +87,7 @@ def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
     if stopped: warnings.warn(stopped.told, stacklevel=4)
     own = stopped.checkpoint if stopped else model
     field, tokenizer = ("model", own) if tokenizer is None else ("tokenizer", tokenizer)
+    device = check_device(device)
     if not isinstance(model, nn.Module):
         with about("model"):
             model = load_unfinished(stopped, cache_dir) if stopped else load_model(model, cache_dir=cache_dir)

@@ -18,7 +18,7 @@ from .core import check_space, drive_top, several
 from .engine.checkpoints import find_checkpoints, list_files
 from .errors import Sentence
 from .evaluation import evaluation_mode
-from .model.fitting import add_rows, check_match, keep_rope, save_tokenizer, set_ids
+from .model.fitting import add_rows, check_match, keep_names, save_tokenizer, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, model_context
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, count_steps, effective_batch, pick_run_precision
@@ -178,7 +178,7 @@ def starting_model(config, tokenizer) -> PreTrainedModel:
         check_match(model, tokenizer)
         if config.tokenizer: add_rows(model, max(tokenizer.get_vocab().values()) + 1)
         set_ids(model, tokenizer)
-    keep_rope(model.config)
+    keep_names(model.config)
     return model
 
 # %% ../nbs/62_preparing.ipynb #8d30ea46

@@ -134,10 +134,11 @@ def lacks_code(gpu) -> str:
     return f"this torch has no code for sm_{gpu.major}{gpu.minor} ({gpu.name}): choose a T4, or install {other}"
 
 # %% ../nbs/03_runtime.ipynb #cd55ca8d
+def first_line(error): return (str(error).splitlines() or [type(error).__name__])[0]  # CUDA's go on for a screen
+
 def find_device():
     "`('cuda' | 'mps' | 'cpu', what torch said if it failed)`."
     import torch
-    def first_line(error): return (str(error).splitlines() or [type(error).__name__])[0]  # CUDA's go on for a screen
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -147,6 +148,15 @@ def find_device():
         except (RuntimeError, AssertionError, OSError) as error: return "cpu", first_line(error)
     if torch.backends.mps.is_available(): return "mps", ""
     return "cpu", first_line(caught[0].message) if caught else ""
+
+# %% ../nbs/03_runtime.ipynb #18174e59
+def check_device(device):
+    "The torch.device of `device`, or None for None; ValueError where nothing can be computed on it here."
+    import torch
+    try: return device if device is None else torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as e:
+        said = "{device} is {value!r}, which cannot be used here ({why}). Leave it out, or set {device=cpu}."
+        raise ValueError(Sentence(said, value=device, why=first_line(e))) from e
 
 # %% ../nbs/03_runtime.ipynb #2748cfc7
 def describe_device(device):

@@ -157,7 +157,8 @@ def test_a_report_ends_the_work(small, make_blocks):
     (dict(stride=0), "stride is 0; it must be a whole number ≥ 1 and ≤ 16"),
     (dict(stride=9, context=8), "stride is 9; .* ≤ 8"), (dict(stride=math.nan), "stride is nan"),
     (dict(context=17), "context is 17; .* The model's context is 16 tokens."), (dict(context=1), "context is 1"),
-    (dict(batch_size=0), "batch_size is 0"), (dict(precision="half"), "precision is 'half'")])
+    (dict(batch_size=0), "batch_size is 0"), (dict(precision="half"), "precision is 'half'"),
+    (dict(device="cuda:99"), "device is 'cuda:99', which cannot be used here .*set device='cpu'")])
 def test_bad_settings(small, make_blocks, options, message):
     blocks = make_blocks(np.zeros(40, int))
     with pytest.raises(ValueError, match=message) as e: perplexity(small, blocks, progress=False, **options)

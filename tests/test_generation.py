@@ -358,3 +358,11 @@ def test_a_name_goes_to_the_device_that_works(tokenizer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but torch has no code for this GPU
     monkeypatch.setattr(generation, "find_device", lambda: ("cpu", "no kernel image"))
     assert generate("tiny", "a", max_new_tokens=1)[0].tokens == 1
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", 99])
+def test_a_device_that_this_machine_or_torch_lacks_is_one_line(device):
+    said = f"device is '?{device}'?, which cannot be used here .*set device='cpu'"
+    with pytest.raises(ValueError, match=said) as e: generate("tiny", "a", device=device)
+    assert "\n" not in str(e.value) and fields_of(e.value) == ("device",)
+    with pytest.raises(ValueError, match=said): next(stream("tiny", "a", device=device))

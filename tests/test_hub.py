@@ -3,8 +3,9 @@ import hashlib, io, json, os, shutil, subprocess, sys, tempfile, warnings, zipfi
 from types import SimpleNamespace
 
 import huggingface_hub, pytest
+from transformers import GPT2Config
 
-from colab_gpt2.model.loading import TINY
+from colab_gpt2.model.loading import TINY, new_model
 from colab_gpt2.text.corpus import WIKITEXT
 from colab_gpt2.text.hub import hub_trouble
 from helpers.colab_stub import stub
@@ -220,24 +221,28 @@ def test_models_from_the_hub_then_from_its_cache(hub, ask):
 DAMAGED_CODE = """
 from colab_gpt2.model.loading import load_model, load_tokenizer
 from pathlib import Path
-for name, load in (("tokenizer.json", load_tokenizer), ("model.safetensors", load_model), ("config.json", load_model)):
-    for cache in (None, os.environ["HF_HOME"] + "/other"):
-        load("owner/name", cache_dir=cache)
-        file = next(Path(cache or os.environ["HF_HOME"] + "/hub").rglob(f"snapshots/*/{name}")).resolve()
-        file.write_bytes(file.read_bytes()[:100])
-        said = failing(load, "owner/name", cache_dir=cache)
-        file.unlink()
-        load("owner/name", cache_dir=cache)
-        result[f"{name} {cache}"] = [said, str(file)]
+other = os.environ["HF_HOME"] + "/other"
+for name, load, cache in (("tokenizer.json", load_tokenizer, None), ("model.safetensors", load_model, other),
+                          ("config.json", load_model, None)):
+    load("owner/name", cache_dir=cache)
+    file = next(Path(cache or os.environ["HF_HOME"] + "/hub").rglob(f"snapshots/*/{name}")).resolve()
+    file.write_bytes(file.read_bytes()[:100])
+    said = failing(load, "owner/name", cache_dir=cache)
+    file.unlink()
+    load("owner/name", cache_dir=cache)
+    result[name] = [said, str(file)]
 """
 
 
-def test_a_damaged_file_in_the_cache_is_named_and_fetched_again_once_it_is_deleted(hub, ask):
-    hub.add("models", "owner/name", {f: (TINY/f).read_bytes() for f in os.listdir(TINY)})
+def test_a_damaged_file_in_the_cache_is_named_and_fetched_again_once_it_is_deleted(hub, ask, tmp_path):
+    small = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=8192)
+    new_model(small, seed=0).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"): shutil.copy(TINY/name, tmp_path)
+    hub.add("models", "owner/name", {f: (tmp_path/f).read_bytes() for f in os.listdir(tmp_path)})
     told = ask(DAMAGED_CODE, imports=MODELS)
     del told["stderr"]
     for name, (said, file) in told.items():
-        assert f"{name.split()[0]} is damaged: " in said and said.endswith(f"To fetch it again, delete {file}")
+        assert f"{name} is damaged: " in said and said.endswith(f"To fetch it again, delete {file}")
 
 
 BUSY_CODE = """

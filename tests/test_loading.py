@@ -9,6 +9,7 @@ from transformers import BertConfig, BloomConfig, GPT2Config, GPTJConfig, GPTNeo
 from transformers import T5Config
 
 from colab_gpt2.config import FinetuneConfig
+from colab_gpt2.engine.checkpoints import save_model
 from colab_gpt2.errors import fields_of
 from colab_gpt2.generation import generate
 from colab_gpt2.model.fitting import add_rows, check_match, end_ids, save_tokenizer, set_ids
@@ -162,6 +163,10 @@ def test_unknown_names(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder .*/output"): load(tmp_path/"output")
     for name in "output/", "my folder/model", "a//b":
         with pytest.raises(FileNotFoundError, match=f"There is no folder {name}"): load(name)
+    for name, how in ("a.tar.gz", "colab-gpt2 restore --name"), ("A.TGZ", "restore --name"), ("a.zip", "unzip"):
+        with pytest.raises(ValueError, match=f"an archive. Restore it first: .*{how} .*{name}, then give its"):
+            load(tmp_path/name)
+    with pytest.raises(ValueError, match="restore --name 'a b.tgz', then"): load("a b.tgz")
     (tmp_path/"file").touch()
     with pytest.raises(NotADirectoryError, match="is a file; a model is a folder"): load(tmp_path/"file")
 
@@ -459,6 +464,18 @@ def test_a_saved_gpt2_has_the_files_of_older_tools(tmp_path):
     save_tokenizer(load_tokenizer("tiny"), tmp_path)
     entries, merges = json.loads((tmp_path/"vocab.json").read_text()), (tmp_path/"merges.txt").read_text().splitlines()
     assert entries["<|endoftext|>"] == 0 and len(entries) == 8192 and merges[0].startswith("#version")
+
+
+def test_a_saved_gpt2_has_the_names_by_which_mlx_and_llama_cpp_know_it(tmp_path):
+    tokenizer = load_tokenizer("tiny")
+    model = starting_model(FinetuneConfig(model="tiny"), tokenizer)
+    save_model(model, tokenizer, tmp_path)
+    weights, config = load_file(tmp_path/"model.safetensors"), json.loads((tmp_path/"config.json").read_text())
+    assert {"wte.weight", "h.0.attn.c_attn.weight", "ln_f.bias"} < {*weights} and "transformer" not in str([*weights])
+    assert (config["n_ctx"], config["architectures"]) == (512, ["GPT2LMHeadModel"])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    assert again.lm_head.weight is again.transformer.wte.weight
 
 
 def test_the_packaged_tokenizer_is_one_that_transformers_4_knows():

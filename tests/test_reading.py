@@ -1,5 +1,5 @@
 "Files as they are found: formats, encodings, columns, folders; and what is wrong, in one line, with its place."
-import csv, gzip, io, json, random, tracemalloc
+import bz2, csv, gzip, io, json, lzma, random, tracemalloc
 from collections import Counter
 
 import pytest
@@ -63,10 +63,23 @@ def refused(read, tmp_path):
 # ---- what is read
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", ["", ".gz", ".bz2", ".XZ"])
 def test_every_format_gives_the_same_documents(read, name, packed):
-    content = gzip.compress(FORMATS[name]) if packed else FORMATS[name]
-    assert read(name + ".gz" * packed, content) == TIDES
+    packing = {".gz": gzip.compress, ".bz2": bz2.compress, ".XZ": lzma.compress}
+    assert read(name + packed, packing.get(packed, bytes)(FORMATS[name])) == TIDES
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.txt", "It ebbs.\r\nIt flows.\r\n\x1a"), ("b.txt", "It ebbs.\nIt flows.\n" + "\x1a" * 99),
+    ("c.csv", "text\r\n\"It ebbs.\nIt flows.\n\"\r\n\x1a"), ("d.jsonl", '{"text": "It ebbs.\\nIt flows.\\n"}\n\x1a')])
+def test_the_ctrl_z_that_ends_a_text_of_dos_is_dropped_and_told(read, name, text):
+    counts = Counter()
+    assert read(name, text, skipped=counts) == ["It ebbs.\nIt flows.\n"]
+    assert counts["Ctrl-Z at the end"] == 1
+
+
+def test_a_ctrl_z_within_a_text_stays(read):
+    assert read("a.txt", "It ebbs.\x1a\n\x1aIt flows.\n") == ["It ebbs.\x1a\n\x1aIt flows.\n"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
@@ -194,7 +207,9 @@ BAD = {  # name -> (content, what is said, what is left with on_bad_lines="skip"
     "after.json": ('[{"text": "It ebbs."}]\n{"text": "It flows."}', "line 1: the list ends here", 1),
     "latin.txt": ("It ebbs.\nDie größte Brücke.\nTwice.\n".encode("cp1252"), "line 2: the byte 0xf6", 1),
     "cut.txt.gz": (gzip.compress(b"It ebbs.\n" * 9 + random.Random(1).randbytes(99).hex().encode())[:-20],
-                   "the gzip file is cut off here", 1),
+                   "the compressed file is cut off or damaged here", 1),
+    "damaged.xz": (lzma.compress(b"It ebbs.\n" + random.Random(1).randbytes(99_999).hex().encode())[:-99] + bytes(99),
+                   "the compressed file is cut off or damaged here", 1),
 }
 
 
@@ -213,8 +228,10 @@ REFUSED = {
     "text.csv": ("id,text\n", "text.csv has no rows."),
     "n.parquet": (parquet(n=[1, 2]), "n.parquet has no column with text"),
     "no.parquet": (b"PAR1 no", "no.parquet is no parquet file, or is damaged"),
-    "plain.gz": (b"It ebbs.", "plain.gz is no gzip"),
-    "a.csv.gz": (b"id,text\n1,a", "a.csv.gz is no gzip file"),
+    "plain.gz": (b"It ebbs.", "plain.gz is no intact .gz file"),
+    "a.csv.gz": (b"id,text\n1,a", "a.csv.gz is no intact .gz file"),
+    "plain.bz2": (b"It ebbs.", "plain.bz2 is no intact .bz2 file. Compress it again, or take .bz2 off its name."),
+    "cut.xz": (lzma.compress(b"It ebbs.")[:20], "cut.xz is no intact .xz file"),
     "one.json": ('{\n "text": "It ebbs."}', "one.json is one JSON obj"),
     "photo.txt": (b"\xff\xd8\xff\xe0\0\x10JFIF\0\1", "photo.txt is binary, not text: byte 4 is zero"),
     "nested.json": ('{"data": [{"text": "It ebbs."}]}', "nested.json has no column with text; it has data (lists)"),
@@ -263,7 +280,8 @@ def test_a_name_of_two_lines_is_told_in_one(refused):
 
 def test_what_may_be_used_where_it_stands(tmp_path):
     plain = {"a.txt": b"It ebbs.", "b.raw": b"\xef\xbb\xbfIt ebbs.\n", "c.txt": b"a\r\n", "d.txt": b"\xf6",
-             "e.csv": b"a", "f.txt.gz": b"a", "g.txt": "a".encode("utf-16"), "h.txt": b"It\0ebbs."}
+             "e.csv": b"a", "f.txt.gz": b"a", "g.txt": "a".encode("utf-16"), "h.txt": b"It\0ebbs.",
+             "i.txt.xz": b"a", "j.txt": b"It ebbs.\n\x1a"}
     for name, content in plain.items(): (tmp_path/name).write_bytes(content)
     assert [name for name in plain if is_plain(tmp_path/name)] == ["a.txt", "b.raw"]
 

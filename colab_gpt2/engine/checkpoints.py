@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core import atomic, checksums, leftovers, retried, scratch, tidy
 from ..errors import Sentence, errno_of, explained, may_pass
-from ..model.fitting import save_tokenizer, set_ids
+from ..model.fitting import published, save_tokenizer, set_ids
 from ..model.loading import lost_weight, quiet
 from ..runtime import out_of_memory
 
@@ -59,7 +59,7 @@ def save_model(model, tokenizer, output_dir, ours=None, adapters=None) -> dict:
     check_finite(model)
     set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
     with atomic(output_dir, folder=True) as folder:
-        with quiet(), full_disk_told(folder, model): model.save_pretrained(folder)
+        with quiet(), full_disk_told(folder, model): model.save_pretrained(folder, state_dict=published(model))
         save_tokenizer(tokenizer, folder)
         if adapters: adapters(folder/ADAPTED)
         sums = checksums(folder, list_files(folder))

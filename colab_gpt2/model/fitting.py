@@ -69,9 +69,10 @@ def add_rows(model, entries):
             if weight is not None: weight[rows:] = weight[:rows].mean(0)
 
 # %% ../../nbs/model/26_fitting.ipynb #1bb039ae
-def keep_rope(config):
-    "Let `config` have its `rope_parameters` under the names of transformers 4 as well."
+def keep_names(config):
+    "Let `config` have its context and `rope_parameters` under the names of transformers 4 as well."
     text = config.get_text_config()
+    if text.model_type == "gpt2": text.n_ctx = text.n_positions
     rope, theta = getattr(text, "rope_parameters", None) or {}, "rope_theta"
     if theta not in rope: return
     older = {name: rope[name] for name in (theta, "partial_rotary_factor") if name in rope}
@@ -79,6 +80,13 @@ def keep_rope(config):
         older |= dict(rotary_emb_base=rope[theta], rotary_pct=rope.get("partial_rotary_factor", 1.0))
     if rope.get("rope_type", "default") != "default": older["rope_scaling"] = rope
     vars(text).update(older)
+
+# %% ../../nbs/model/26_fitting.ipynb #447695fd
+def published(model):
+    "The weights of a GPT-2 under their names on the Hub; None of another model, or with an output layer of its own."
+    if model.config.model_type != "gpt2" or not model.config.tie_word_embeddings: return None
+    own = ((name.removeprefix("transformer."), weight) for name, weight in model.state_dict().items())
+    return {name: weight for name, weight in own if name != "lm_head.weight"}
 
 # %% ../../nbs/model/26_fitting.ipynb #050b9f4c
 def save_tokenizer(tokenizer, folder):

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'TINY', 'MODELS', 'ModelInfo', 'load_tokenizer', 'load_model', 'model_context']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
-import contextlib, inspect, json, re, warnings
+import contextlib, inspect, json, re, shlex, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,9 @@ def locate(name):
     folder, known = home(text), text in MODELS and (MODELS[text].hub_id or TINY)
     if known and not (folder/"config.json").exists(): return known
     if folder.is_dir(): return folder
+    if archive := re.search(r"\.(tar\.gz|tgz|zip)$", text.lower()):
+        how = "unzip" if archive[1] == "zip" else "colab-gpt2 restore --name"
+        raise ValueError(f"{text} is an archive. Restore it first: {how} {shlex.quote(text)}, then give its folder.")
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
     of_a_run = folder.name.startswith("checkpoint-") or "/" in text and (folder.parent/"config.json").exists()

@@ -82,7 +82,7 @@ def uploaded_files(value) -> dict:
 # %% ../../nbs/panels/76_data.ipynb #2e9d40b7
 def upload_button(text, receive):
     "A FileUpload that hands its value to `receive` and is emptied, so that the same file can be chosen again."
-    made = widgets.FileUpload(description=text, accept=".txt,.md,.csv,.tsv,.json,.jsonl,.parquet,.gz",
+    made = widgets.FileUpload(description=text, accept=".txt,.md,.csv,.tsv,.json,.jsonl,.parquet,.gz,.bz2,.xz",
                               layout=widgets.Layout(width="auto"))
     def take(change):
         value = made.value

@@ -248,7 +248,7 @@ def load_text(path, root, reading=(None, "error"), report=silent):
 def split_named(path):
     "The split that a folder, a text or (a part of) a table is called after, or None."
     if path.is_dir(): return split_of(f"{path.name}.txt")
-    return split_of(re.sub(r"(-\d\S*)?\.\w+(\.gz)?$", ".txt", path.name) if is_table(path) else path.name)
+    return split_of(re.sub(r"(-\d\S*)?\.\w+(\.gz|\.bz2|\.xz)?$", ".txt", path.name) if is_table(path) else path.name)
 
 def texts_in(folder):
     "Texts and tables, not those below."

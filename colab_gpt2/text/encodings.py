@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00003
-import codecs, contextlib, gzip, io, os, re, warnings, zlib
+import bz2, codecs, contextlib, gzip, io, lzma, os, re, warnings, zlib
 from collections import Counter
 
 from ..core import printable
@@ -82,6 +82,8 @@ def bad_character(text) -> str:
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00113
 ENDS = {"\n": "Unix", "\r\n": "Windows", "\r": "old Mac"}
+DOS_END = "\x1a"
+PACKED = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 
 def advice_on(line, text) -> str:
     "What to do about a `line` that is not UTF-8; the open file `text` goes on after it."
@@ -95,11 +97,22 @@ def broken_off(source):
     "What reading a Source can raise, in a line; where it breaks off, that is a bad line."
     name = source.faults.called
     try: yield
-    except gzip.BadGzipFile as e:
-        raise ValueError(f"{name} is no gzip file. Take .gz off its name, or compress it again.") from e
-    except (EOFError, zlib.error): source.faults.add(f"line {source.line + 1}", "the gzip file is cut off here")
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as e:
+        if getattr(e, "errno", 0): raise type(e)(f"{name} cannot be read: {e.strerror}.") from e
+        broken, suffix = "the compressed file is cut off or damaged here", source.path.suffix
+        if source.start: return source.faults.add(f"line {source.line + 1}", broken)
+        raise ValueError(f"{name} is no intact {suffix} file. Compress it again, or take {suffix} off its name.") from e
     except UnicodeDecodeError as e: source.faults.add(f"line {source.line + 1}", f"no {e.encoding} from here on")
-    except OSError as e: raise type(e)(f"{name} cannot be read: {e.strerror}.") from e
+
+# %% ../../nbs/text/10_encodings.ipynb #35a66d04
+def without_end(lines, skipped):
+    "Yield the `lines`, an iterator, the last without Ctrl-Z at its end, which the Counter `skipped` is told."
+    for line in lines:
+        while line[-1] == DOS_END and (more := next(lines, "")):
+            yield line
+            line = more
+        if ended := line[-1] == DOS_END: skipped["Ctrl-Z at the end"] += 1
+        if line := line.rstrip(DOS_END * ended): yield line
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00015
 class Source:
@@ -109,11 +122,12 @@ class Source:
         self.path, self.line, self.start, self.report = path, 0, b"", report
         self.faults = Faults(called(path), on_bad_lines, skipped)
         with broken_off(self): self.raw = open(path, "rb")
-        self.data = gzip.GzipFile(fileobj=self.raw) if path.suffix.lower() == ".gz" else self.raw
+        packed = PACKED.get(path.suffix.lower())
+        self.data = packed.open(self.raw) if packed else self.raw
         self.tell()
 
     def __enter__(self):
-        with contextlib.suppress(OSError, EOFError, zlib.error): self.start = self.data.read1(1 << 16)
+        with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError): self.start = self.data.read1(1 << 16)
         self.data.seek(0)
         self.encoding = encoding_of(self.start)
         self.text = io.TextIOWrapper(self.data, self.encoding, errors="surrogateescape")
@@ -128,7 +142,7 @@ class Source:
         "Yield the lines, without those that have bad characters; a line of over `limit` characters comes in parts."
         begins = True
         with broken_off(self):
-            while line := self.text.readline(limit):
+            for line in without_end(iter(lambda: self.text.readline(limit), ""), self.faults.skipped):
                 self.line, begins = self.line + begins, line[-1] == "\n"
                 if not self.line % 1000: self.tell()
                 if not (wrong := bad_character(line)): yield line

@@ -10,7 +10,7 @@ import contextlib, csv, json, re, shutil, tempfile, warnings
 from pathlib import Path
 
 from ..core import several
-from .encodings import Source, broken_off
+from .encodings import PACKED, Source, broken_off
 from .fields import Document, Row
 
 # %% ../../nbs/text/10_formats.ipynb #10a00005b
@@ -185,7 +185,8 @@ READERS = {**dict.fromkeys(("csv", "tsv", "tab"), csv_rows), **dict.fromkeys(("j
 
 def suffix_of(path) -> str:
     "What the name of a file says is in it: 'csv' for a.csv and A.CSV.gz."
-    return Path(str(path).lower().removesuffix(".gz")).suffix[1:]
+    path = Path(str(path).lower())
+    return Path(path.stem if path.suffix in PACKED else path).suffix[1:]
 
 def is_table(path) -> bool:
     "Whether the file `path` holds rows."

@@ -13,14 +13,14 @@ from pathlib import Path
 from ..core import check_space, home, several
 from ..errors import Sentence, about
 from ..reporting import silent
-from .encodings import Source, called
+from .encodings import DOS_END, PACKED, Source, called
 from .fields import documents, is_chat, pick_field
 from .formats import END, READERS, is_table, rows_of, suffix_of, text_documents, write_documents
 
 # %% ../../nbs/text/10_reading.ipynb #610cb670
 TEXTS = "txt", "md", "text"
-OTHER = ("ipynb html htm xml rtf pdf doc docx odt epub xls xlsx ods db sqlite pkl npy arrow zip tar tgz bz2 xz zst 7z "
-         "rar png jpg jpeg gif webp svg mp3 mp4 wav safetensors bin").split()
+OTHER = ("ipynb html htm xml rtf pdf doc docx odt epub xls xlsx ods db sqlite pkl npy arrow zip tar tgz tbz2 txz zst "
+         "7z rar png jpg jpeg gif webp svg mp3 mp4 wav safetensors bin").split()
 
 def empty(path):
     "The ValueError on a file `path` of nothing but white space."
@@ -54,7 +54,7 @@ def check_text(
     path,  # of a text or a table; `~` is the home folder
 ) -> Path:
     """`path`, if all of it can be read; else FileNotFoundError, IsADirectoryError, or ValueError with the wrong line.
-    A text may be UTF-8 or UTF-16, and compressed (.gz)."""
+    A text may be UTF-8 or UTF-16, and compressed (.gz, .bz2, .xz)."""
     path = check_file(path)
     if is_table(path): read = sum(1 for _ in rows_in(path))
     else:
@@ -65,12 +65,12 @@ def check_text(
 # %% ../../nbs/text/10_reading.ipynb #b49ac36f
 def is_plain(path) -> bool:
     "Whether the file `path` is a text that can be used as it stands."
-    if is_table(path) or Path(path).suffix.lower() == ".gz": return False
+    if is_table(path) or Path(path).suffix.lower() in PACKED: return False
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with open(path, "rb") as f:
         try:
             while piece := f.read(1 << 20):
-                if b"\r" in piece or b"\0" in piece: return False
+                if b"\r" in piece or b"\0" in piece or piece.endswith(DOS_END.encode()): return False
                 decoder.decode(piece)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError: return False
@@ -92,7 +92,7 @@ def files_in(folder) -> list:
     kinds = ", ".join(f".{kind}" for kind in ("txt", "md", *READERS))
     if not found:
         held = f"none of its {len(seen)} files ({other}) is a text or a table" if seen else "it is empty"
-        raise FileNotFoundError(f"{called(folder)} holds no corpus: {held}. It needs {kinds}, or .gz of these; other "
+        raise FileNotFoundError(f"{called(folder)} holds no corpus: {held}. It needs {kinds}, compressed or not; other "
                                 f"texts are read by a pattern, as {called(folder)}/*.tex.")
     if other:
         passed = f"{len(seen) - len(found)} of {len(seen)} files are passed over ({other})"

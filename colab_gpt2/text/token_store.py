@@ -17,7 +17,7 @@ from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
 from .downloads import sole_owner
-from .encodings import Source
+from .encodings import PACKED, Source
 from .formats import is_table
 from .reading import check_text
 from .streams import open_stream, size_of, stream_in
@@ -165,7 +165,7 @@ def write_tokens(path, file, encoder, report=silent, write=write_part):
 def check_utf8(path) -> Path:
     "`path`, if it is a text in UTF-8 as it stands; errors as `check_text`."
     with Source(path := check_text(path)) as source: told = source.encoding
-    told = "compressed" if path.suffix.lower() == ".gz" else "a table" if is_table(path) else told.upper()
+    told = "compressed" if path.suffix.lower() in PACKED else "a table" if is_table(path) else told.upper()
     if told[:5] == "UTF-8": return path
     raise ValueError(Sentence("{path} is {told}, and a text in UTF-8 is needed: that of load_corpus(…), "
                               "where it is the {train_file}.", path=path, told=told))
