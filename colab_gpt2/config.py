@@ -64,21 +64,25 @@ def decay_begins(given, steps) -> int:
 @dataclass(frozen=True)
 class StepFields(DataFields):
     "How many steps there are, of how many blocks, and how far they go."
-    num_train_epochs: float = value(
-        2.0, "how many times to read the training text", label="Epochs", above=0, maximum=10**6)
+    num_train_epochs: float | None = value(
+        None, "how many times to read the training text (default: 2; more where it is short)", label="Epochs", above=0,
+        maximum=10**6)
     max_steps: int = value(
         -1, "stop after so many steps, whatever {num_train_epochs} says (-1: no limit)", minimum=-1, maximum=10**9)
     block_size: int | None = value(
-        None, "tokens in a training example (default: the model's context, 1024 at most)", minimum=2)
-    effective_batch_size: int = value(
-        8, "blocks in an optimizer step, however they are divided", label="Effective batch", minimum=1, maximum=10**9)
+        None, "tokens in a training example (default: the model's context, 1024 at most; less for a short text)",
+        minimum=2)
+    effective_batch_size: int | None = value(
+        None, "blocks in an optimizer step, however they are divided (default: 8; for a short text 4)",
+        label="Effective batch", minimum=1, maximum=10**9)
     per_device_train_batch_size: int | None = value(
         None, "blocks in a micro-batch (default: what fits)", label="Micro-batch", minimum=1)
     gradient_accumulation_steps: int | None = value(
         None, "micro-batches in a step (default: {effective_batch_size} over what fits)", label="Accumulation steps",
         minimum=1)
     learning_rate: float | None = value(
-        None, "peak learning rate (default: 5e-5; below 20 million parameters 1e-4; for LoRA 2e-4)", above=0)
+        None, "peak learning rate (default: 5e-5; below 20 million parameters 1e-4, on a short text 5e-4; for LoRA "
+        "2e-4)", above=0)
     weight_decay: float = value(0.0, "AdamW weight decay", minimum=0)
     warmup_steps: float = value(0.05, "steps of rising learning rate; below 1, a share of all steps", minimum=0)
     lr_scheduler_type: str = value(
@@ -207,7 +211,7 @@ def expand_paths(config):
 def check_batch(config):
     "Micro-batch and accumulation steps decide the batch where both are given; one alone must divide it."
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    if micro and steps: return
+    if micro and steps or not config.effective_batch_size: return
     for name, given in (("per_device_train_batch_size", micro), ("gradient_accumulation_steps", steps)):
         if given and config.effective_batch_size % given:
             message = "{%s} is {given}, which does not divide {effective_batch_size} {batch}; change one of them."
@@ -246,16 +250,65 @@ def changed(config=None, **changes):
     return replace(config, **changes)
 
 # %% ../nbs/04_config.ipynb #5087b756
-def pick_learning_rate(config, parameters, method="full") -> float:
-    "`config`'s own peak, else by the size of the model and the method."
+SHORT = 100_000  # tokens: some 400 kB
+
+def pick_learning_rate(config, parameters, method="full", tokens=SHORT) -> float:
+    "`config`'s own peak, else by the size of the model, the method, and how many tokens the text has."
     if config.learning_rate: return config.learning_rate
     if method == "lora": return 2e-4
-    return 1e-4 if parameters < 20e6 else 5e-5
+    return 5e-5 if parameters >= 20e6 else 1e-4 if tokens >= SHORT else 5e-4
+
+# %% ../nbs/04_config.ipynb #04b00012
+def effective_batch(config) -> int | None:
+    "Blocks in an optimizer step: the product of micro-batch and accumulation steps where both are given."
+    micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    return micro * steps if micro and steps else config.effective_batch_size
+
+# %% ../nbs/04_config.ipynb #04b00013
+def count_steps(config, blocks: int) -> int:
+    "As the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
+    if config.max_steps > 0: return config.max_steps
+    return math.ceil(config.num_train_epochs * math.ceil(blocks / effective_batch(config)))
+
+# %% ../nbs/04_config.ipynb #04b00015
+BATCHES, EPOCHS = (8, 4), 2.
+ENOUGH, AIM = 100, 150  # steps: a text that gives fewer is divided further, and is read for so many
+MOST_READ = 600_000  # tokens in all the epochs of that, where larger batches were asked for
+
+def settled(config, tokens, block_size):
+    "`config` with a batch and epochs, where it has none, for a text of so many `tokens` in such blocks."
+    each = config.per_device_train_batch_size or config.gradient_accumulation_steps or 1
+    own, blocks = effective_batch(config), max(1, tokens // block_size)
+    def with_(batch, epochs=EPOCHS):
+        return replace(config, effective_batch_size=batch, num_train_epochs=config.num_train_epochs or float(epochs))
+    tried = [with_(n) for n in ([own] if own else [math.ceil(n / each) * each for n in BATCHES])]
+    if config.max_steps > 0: return tried[0]
+    found = next((c for c in tried if count_steps(c, blocks) >= ENOUGH), None)
+    batch = effective_batch(tried[-1])
+    return found or with_(batch, max(EPOCHS, math.ceil(min(AIM / math.ceil(blocks / batch), MOST_READ / tokens))))
 
 # %% ../nbs/04_config.ipynb #668ad414
-def pick_block_size(config, context: int) -> int:
-    "`config`'s own, which must fit the `context` in tokens, else the context, 1024 at most."
+BLOCK, SHORT_BLOCK, LEAST_BLOCK = 1024, 256, 32
+
+def pick_block_size(config, context: int, tokens: int | None = None) -> int:
+    "`config`'s own, which must fit the `context`, else as long as that, and a text of so many `tokens`, allow."
     if config.block_size and config.block_size > context:
         message = "{block_size} is {value}, but the model's context is {context} tokens; take {context} or less."
         raise ValueError(Sentence(message, value=config.block_size, context=context))
-    return config.block_size or min(context, 1024)
+    size, stride = config.block_size or min(context, BLOCK), config.eval_stride or 1
+    if config.block_size or tokens is None or config.max_steps > 0: return size
+    once, short = replace(config, num_train_epochs=config.num_train_epochs or EPOCHS), max(SHORT_BLOCK, stride)
+    def few(): return count_steps(settled(once, tokens, size), tokens // size) < ENOUGH
+    while size > short and few(): size = max(short, size // 2)
+    return min(size, max(LEAST_BLOCK, stride, tokens // 16))  # sixteen blocks at least
+
+# %% ../nbs/04_config.ipynb #04b00020
+SHORT_TOLD = "Short text: {epochs:g} epochs in batches of {batch} blocks of {size} tokens, {steps} steps."
+
+def short_told(config, tokens, block_size) -> str:
+    "What a settled `config` does on a short text, where that is what would be chosen; else ''."
+    auto = settled(replace(config, num_train_epochs=None, effective_batch_size=None), tokens, block_size)
+    epochs, batch = config.num_train_epochs, effective_batch(config)
+    if config.max_steps > 0 or config != auto or (epochs, batch) == (EPOCHS, BATCHES[0]): return ""
+    steps = count_steps(config, max(1, tokens // block_size))
+    return SHORT_TOLD.format(epochs=epochs, batch=batch, size=block_size, steps=steps)

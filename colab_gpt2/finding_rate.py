@@ -108,7 +108,7 @@ def try_steps(config, steps, report, ramp=None) -> tuple:
     quiet = config.trainer_args | dict(logging_strategy="steps", report_to="none")
     with tempfile.TemporaryDirectory() as place, same_chance():
         config = replace(config, max_steps=steps, save_steps=-1, logging_steps=1, output_dir=place, trainer_args=quiet)
-        ready = prepare(config, report, held_out=False)
+        config = (ready := prepare(config, report, held_out=False)).config
         plan = plan_training(config, ready.model.config, ready.train, ready.runtime)
         times = steps * min(plan.blocks_per_step, len(ready.train)) / len(ready.train)
         if ramp and times > 1.5: warnings.warn(f"The text is short: the steps read it {times:.0f} times.", stacklevel=3)

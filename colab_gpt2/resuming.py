@@ -10,14 +10,13 @@ import os, re, tempfile, warnings, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import LENGTHENED, decay_begins, pick_learning_rate
+from .config import LENGTHENED, decay_begins, effective_batch, pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
 from .engine.checkpoints import ADAPTED, check_complete, check_intact, find_checkpoints
 from .engine.checkpoints import list_checkpoints, read_manifest, unsealed
 from .engine.choosing import BEST
 from .engine.lock import LOCK
 from .errors import Sentence, may_pass
-from .planning.plan import effective_batch
 from .runtime import check_mounted
 
 # %% ../nbs/62_resuming.ipynb #62aa0006
@@ -26,7 +25,7 @@ ADAPTERS = "lora_rank", "use_rslora", "use_dora", "target_modules"  # fields of 
 def asked(config) -> dict:
     "What `config` says of what decides a run's result; None stands for what is left to the run."
     adapters = {name: getattr(config, name) if config.method == "lora" else None for name in ADAPTERS}
-    epochs = None if config.max_steps > 0 else float(config.num_train_epochs)
+    epochs = None if config.max_steps > 0 or not config.num_train_epochs else float(config.num_train_epochs)
     dropout = config.keep_attention_dropout or not config.tune
     def planned(name): return "planned" if getattr(config, name) is None else getattr(config, name)
     return dict(
@@ -71,7 +70,7 @@ def chosen(plan, config) -> dict:
     "What a plan has decided of what `asked` leaves open."
     recipe = plan.recipe
     rank = {name: getattr(config, name) for name in ADAPTERS} if recipe.method == "lora" else {}
-    rate = pick_learning_rate(config, plan.parameters, recipe.method)
+    rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
     return dict(block_size=recipe.block_size, method=recipe.method, optim=recipe.optimizer, learning_rate=rate, **rank)
 
 # %% ../nbs/62_resuming.ipynb #62aa0014

@@ -316,7 +316,7 @@ def look_for(config, prepared, report, opened) -> tuple:
 def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     "The result of the finished run in `folder`; evaluated again if `config` evaluates in another way."
     result = FinetuneResult.from_dict(read_result(folder))
-    result = replace(result, output_dir=config.output_dir, config=config, repeated=True)
+    result = replace(result, output_dir=config.output_dir, config=prepared.asked, repeated=True)
     if result.evaluated == (now := evaluation_of(config, prepared)): return result
     model, measured = load_model(str(folder)).to(prepared.runtime.device), []
     best, how = result.best_step is not None and config.load_best_model_at_end, result.plan.recipe.precision
@@ -370,8 +370,8 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     chose = facts.get("best_step") is not None and config.load_best_model_at_end
     after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks, chose)
     result = FinetuneResult(
-        model=config.model, parameters=model.num_parameters(), dataset=prepared.dataset, plan=plan, config=config,
-        train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0], **facts,
+        model=config.model, parameters=model.num_parameters(), dataset=prepared.dataset, config=prepared.asked,
+        plan=plan, train_tokens=prepared.train.tokens, perplexity_before=before[0], perplexity_after=after[0], **facts,
         samples=dict(before=before[1], after=after[1]), output_dir=place, runtime=prepared.runtime, files=files,
         resumed_from=found and str(found.path), seconds=time.monotonic() - started, fingerprint=run,
         evaluated=evaluation_of(config, prepared))
@@ -398,7 +398,7 @@ def finetune(
         recover(config.output_dir)
         check_free(config, asked(config))  # what differs is said before anything slow
         tell(callbacks, "on_stage", LOADING, stop=stop)
-        config = replace(config, prompt=(prepared := prepare(config, report)).prompt)
+        config = (prepared := prepare(config, report)).config
         found, mirror, run = look_for(config, prepared, report, opened)
         try:
             if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)

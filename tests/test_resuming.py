@@ -168,7 +168,7 @@ LONGER = ("num_train_epochs was 2.0, now it is 3.0; lr_scheduler_type was linear
 OTHERS = [(dict(seed=7), "seed was 42, now it is 7. Restore that", True),
           (dict(learning_rate=1e-4, num_train_epochs=3, lr_scheduler_type="cosine"), LONGER, True),
           (dict(block_size=16, method="lora"), "block_size was 32, now it is 16; method was full, now", True),
-          (dict(learning_rate=None), "learning_rate was 0.001, now it is 0.0001", False),
+          (dict(learning_rate=None), "learning_rate was 0.001, now it is 0.0005", False),
           (dict(from_scratch=True), "the weights of model .*toy are others. Restore", False)]
 
 @pytest.mark.parametrize("changes, said, at_once", OTHERS, ids=lambda given: str(given)[:30])

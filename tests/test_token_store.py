@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import colab_gpt2
-from colab_gpt2.config import FinetuneConfig
+from colab_gpt2.config import FinetuneConfig, count_steps
 from colab_gpt2.errors import fields_of
 from colab_gpt2.preparing import prepare, warn_of_few_steps, warn_of_few_tokens
 from colab_gpt2.text import token_store
@@ -423,9 +423,9 @@ FIFTY = "".join(f"Verse {i} of the song about the tide and the moon, sung at nig
 @pytest.mark.parametrize("lines", [3, 10, 37, 50])
 def test_a_short_text_is_trained_on_to_its_end(tmp_path, lines):
     config = run_of(tmp_path, "".join(FIFTY.splitlines(True)[:lines]))
-    train = prepare(config, held_out=False).train
-    with pytest.warns(UserWarning, match="steps in all; 100 or more"): warn_of_few_steps(config, train)
-    assert len(train) * train.block_size > 0.95 * train.tokens and train.block_size <= 512
+    config, train = (prepared := prepare(config, held_out=False)).config, prepared.train
+    assert len(train) * train.block_size > 0.95 * train.tokens and train.block_size == config.block_size <= 68
+    assert count_steps(config, len(train)) >= 100
 
 def test_a_text_that_will_be_learned_by_heart_is_noted(tmp_path):
     config = run_of(tmp_path, FIFTY, num_train_epochs=200)
@@ -441,7 +441,7 @@ def test_a_text_that_will_be_learned_by_heart_is_noted(tmp_path):
         warn_of_few_tokens(replace(config, num_train_epochs=4), train, 6_967_296)
 
 def test_few_steps_are_noted_where_they_were_not_asked_for(tmp_path):
-    config = run_of(tmp_path, FIFTY)
+    config = run_of(tmp_path, FIFTY, block_size=512, num_train_epochs=2)
     with pytest.warns(UserWarning) as caught: warn_of_few_steps(config, prepare(config, held_out=False).train)
     [note] = [w.message for w in caught]
     assert str(note).startswith("2 steps in all; 100 or more are needed to be noticed: set max_steps=100")

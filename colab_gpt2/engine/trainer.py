@@ -213,7 +213,7 @@ def training_arguments(config, plan) -> TrainingArguments:
     "ValueError if TrainingArguments refuses a value of `config.trainer_args`."
     recipe = plan.recipe
     decided = dict(
-        learning_rate=pick_learning_rate(config, plan.parameters, recipe.method), optim=recipe.optimizer,
+        learning_rate=pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens), optim=recipe.optimizer,
         per_device_train_batch_size=plan.blocks_per_step,  # MicroBatchTrainer divides it
         bf16=recipe.precision == "bf16", fp16=recipe.precision == "fp16", use_cpu=recipe.device == "cpu",
         save_strategy="steps" if (config.save_steps or -1) > 0 else "no", save_steps=max(config.save_steps or 1, 1),
@@ -221,7 +221,7 @@ def training_arguments(config, plan) -> TrainingArguments:
         dataloader_pin_memory=recipe.device == "cuda", accelerator_config=dict(non_blocking=recipe.device == "cuda"),
         disable_tqdm=True, report_to="none")
     try:
-        same = {name: getattr(config, name) for name in SAME}
+        same = {name: value for name in SAME if (value := getattr(config, name)) is not None}
         if plan.steps == 1: same["warmup_steps"] = 0  # or the rate of its one step would be 0
         arguments = TrainingArguments(**{**same, **decided, **config.trainer_args})
         check_parts(arguments)
@@ -258,7 +258,8 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     if config.save_steps is None: own.append(SaveByTime(config.save_minutes))
     bar = Bar(meter, min(plan.blocks_per_step, len(blocks)) * blocks.block_size, report)
     some = range(0, len(blocks), math.ceil(len(blocks) / 4))  # four at most
-    guard = StopOnDivergence(pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method),
+    usual = pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method, plan.tokens)
+    guard = StopOnDivergence(usual,
                              [default_data_collator([blocks[i]]) for i in some])
     if config.resume not in ("auto", "never"): guard.again = "another {output_dir}"  # what it continues from stays
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..config import TEXT, FinetuneConfig, pick_block_size, pick_learning_rate
+from ..config import TEXT, FinetuneConfig, pick_block_size, pick_learning_rate, settled
 from ..core import human_bytes, human_time, several
 from ..engine.callbacks import AFTER, PROBING, Listener
 from ..engine.checkpoints import find_checkpoints
@@ -41,7 +41,7 @@ def describe_plan(plan: Plan, config) -> str:
     if plan.seconds: time = f"about {human_time(plan.seconds)}, {steps} of {step_time(plan.step_seconds)}"
     blocks = f"{recipe.micro_batch} × {recipe.gradient_accumulation_steps} blocks of {recipe.block_size} tokens a step"
     weights = "LoRA" if recipe.method == "lora" else "all weights"
-    rate = pick_learning_rate(config, plan.parameters, recipe.method)
+    rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
     reasons = "\n".join(worded(reason, labels_of(config)) for reason in plan.reasons)
     return "".join([f"<b>{'It fits' if plan.fits else '⚠ It may not fit'}</b>",
                     meter("Memory", plan.peak_bytes, plan.limit_bytes, memory),
@@ -58,11 +58,14 @@ def known_size(config, shape):
     with about("train_file" if config.train_file else "dataset"):
         corpus = corpus_for_plan(config, False, progress=False)
     size = corpus.path("train").stat().st_size if corpus else 0
-    if size > COUNTED: return estimate_text(config, pick_block_size(config, context), size)
+    if size > COUNTED: return estimate_text(config, context, size)
     with about("tokenizer" if config.tokenizer else "model"):
         return size_for_plan(config, context, False, progress=False)
 
 # %% ../../nbs/panels/78_finetune.ipynb #0455ff28
+DIVIDED = ("block_size", "num_train_epochs", "max_steps", "effective_batch_size", "per_device_train_batch_size",
+           "gradient_accumulation_steps", "eval_stride")  # what decides the block size of a text
+
 class Forecaster:
     "Plans for a config as it changes: models and texts are read once, a measured plan is kept."
     def __init__(self, runtime=None):
@@ -71,7 +74,7 @@ class Forecaster:
     def plan(self, config) -> Plan:
         "The plan of `config`; errors name the fields that they are about."
         model = self.model(config)
-        text = (*model, *(getattr(config, name) for name in (*TEXT, "block_size")), *self.files(config))
+        text = (*model, *(getattr(config, name) for name in (*TEXT, *DIVIDED)), *self.files(config))
         shape = self.shape(config)
         if text not in self.known: self.known[text] = known_size(config, shape)
         self.size, self.last = self.known[text], config
@@ -90,12 +93,14 @@ class Forecaster:
         if config.model == self.last.model: return self.plan(config)
         shape = self.shape(config)
         now, then = (BYTES_A_TOKEN["tiny" if (c.tokenizer or c.model) == "tiny" else "gpt2"] for c in (config, self.last))
-        tokens, longest = int(self.size.tokens * then / now), pick_block_size(config, model_context(shape))
+        tokens = int(self.size.tokens * then / now)
+        longest = pick_block_size(config, model_context(shape), tokens)
         text = TextSize(tokens, min(longest, max(tokens, 2)), "an estimate")
         return plan_run(shape, text, self.runtime, config)
 
     def run(self, config) -> dict:
         "What identifies the run that was planned last, as far as it is known without the model: see `resuming`."
+        config = settled(config, getattr(self.size, "room", self.size.tokens), self.size.block_size)
         return {**asked(config), "block_size": self.size.block_size, "text": getattr(self.size, "sha256", None)}
 
     def keep(self, config, plan):

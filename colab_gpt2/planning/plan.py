@@ -10,7 +10,8 @@ import math, warnings
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from ..config import OPTIMIZERS, FinetuneConfig
+from ..config import OPTIMIZERS, FinetuneConfig, count_steps, effective_batch, pick_block_size, settled
+from ..config import short_told
 from ..core import Record, human_bytes, human_time, several
 from ..errors import Sentence, check_number
 from ..model.loading import load_config
@@ -70,23 +71,17 @@ class TextSize(Record):
                                   size=self.block_size))
 
 # %% ../../nbs/planning/32_plan.ipynb #e3a06dbd
-def estimate_text(config: FinetuneConfig, block_size: int, size: int | None = None) -> TextSize:
+def estimate_text(config: FinetuneConfig, context: int, size: int | None = None) -> TextSize:
     "The training text of `config`, of `size` bytes or as published, in tokens of tiny's tokenizer or of GPT-2's."
+    def sized(tokens, source): return TextSize(tokens, pick_block_size(config, context, tokens), source)
     tokenizer = "tiny" if (config.tokenizer or config.model) == "tiny" else "gpt2"
     if size is None and tokenizer == "gpt2" and config.dataset in KNOWN_TOKENS:
-        return TextSize(KNOWN_TOKENS[config.dataset], block_size,
-                        "the known count of GPT-2's tokenizer; nothing was downloaded")
+        return sized(KNOWN_TOKENS[config.dataset], "the known count of GPT-2's tokenizer; nothing was downloaded")
     if not (size := size or TRAIN_BYTES.get(config.dataset)):
         raise ValueError(Sentence("How long {dataset} {name} is, is not known until it has been loaded once.",
                                   name=config.dataset))
     each = BYTES_A_TOKEN[tokenizer]
-    return TextSize(int(size / each), block_size, f"an estimate from {human_bytes(size)} at {each} bytes a token")
-
-# %% ../../nbs/planning/32_plan.ipynb #6bae4103
-def effective_batch(config: FinetuneConfig) -> int:
-    "Blocks in an optimizer step: the product of micro-batch and accumulation steps where both are given."
-    micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    return micro * steps if micro and steps else config.effective_batch_size
+    return sized(int(size / each), f"an estimate from {human_bytes(size)} at {each} bytes a token")
 
 # %% ../../nbs/planning/32_plan.ipynb #1cf93331
 def micro_batches(config: FinetuneConfig):
@@ -96,12 +91,6 @@ def micro_batches(config: FinetuneConfig):
     # each divisor up to the root has its partner above it, so that a batch of a billion takes no time
     small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]
     return sorted({*small, *(batch // n for n in small)}, reverse=True)
-
-# %% ../../nbs/planning/32_plan.ipynb #0899c11e
-def count_steps(config: FinetuneConfig, blocks: int) -> int:
-    "As the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
-    if config.max_steps > 0: return config.max_steps
-    return math.ceil(config.num_train_epochs * math.ceil(blocks / effective_batch(config)))
 
 # %% ../../nbs/planning/32_plan.ipynb #3b826ced
 def methods(config: FinetuneConfig, runtime: Runtime):
@@ -344,7 +333,8 @@ def other_reasons(planner: Planner):
                 "its bandwidth, and leaves out evaluation and saving: a rough estimate until a step is measured.")
     size = (f"{text.tokens:,} tokens ({text.source}) are {several(text.blocks, 'block')}; "
             f"that makes {several(planner.steps, 'step')} of {planner.blocks:,}.")
-    return [*reasons, f"Precision {runtime.precision}.", size, time]
+    told = short_told(planner.config, text.tokens, text.block_size)
+    return [*reasons, f"Precision {runtime.precision}.", *filter(None, [told]), size, time]
 
 # %% ../../nbs/planning/32_plan.ipynb #10c26b04
 def make_plan(planner: Planner) -> Plan:
@@ -384,6 +374,7 @@ def plan_run(
         check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True,
                      hint="It can be at most the block size, or tokens would be left out.")
     text = TextSize(getattr(blocks, "room", blocks.tokens), size, getattr(blocks, "source", TextSize.source))
+    config = settled(config, text.tokens, size)
     plan = make_plan(Planner(shape, text, runtime, config))
     if shape.gpt2 or shape is model or not config.tune: return plan
     from colab_gpt2.model.tune import loss_told
