@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import PROMPT, TEXT, pick_block_size
+from .config import PROMPT, TEXT, FinetuneConfig, count_steps, effective_batch, pick_block_size, settled
 from .core import check_space, drive_top, several
 from .engine.checkpoints import find_checkpoints, list_files
 from .errors import Sentence
@@ -21,7 +21,7 @@ from .evaluation import evaluation_mode
 from .model.fitting import add_rows, check_match, keep_names, save_tokenizer, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, model_context
 from .model.tune import return_freed_memory
-from .planning.plan import check_packages, count_steps, effective_batch, pick_run_precision
+from .planning.plan import check_packages, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
 from .text.chats import Conversations, first_question, notes_on, tokenize_split
@@ -50,20 +50,28 @@ def without_waste(blocks) -> Blocks:
     count, rest = divmod(blocks.tokens, blocks.block_size)
     return replace(blocks, block_size=max(2, blocks.tokens // (count + 1))) if rest > blocks.tokens / 20 else blocks
 
+# %% ../nbs/62_preparing.ipynb #b8c551f9
+def settled_for(config, blocks):
+    "`config` with the batch, the epochs and the block size of a run on `blocks`, where it leaves them open."
+    size = None if isinstance(blocks, Conversations) else blocks.block_size
+    config = settled(config, getattr(blocks, "room", blocks.tokens), blocks.block_size)
+    return replace(config, block_size=config.block_size or size)
+
 # %% ../nbs/62_preparing.ipynb #b8c551fa
 def warn_of_few_steps(config, blocks):
     "A run of a few steps changes nothing that can be seen."
-    steps = count_steps(config, len(blocks))
+    steps = count_steps(settled_for(config, blocks), len(blocks))
     if config.max_steps > 0 or steps >= 100: return
     told = "{steps} in all; 100 or more are needed to be noticed: set {max_steps=100}, or more {num_train_epochs}."
     warnings.warn(Sentence(told, steps=several(steps, "step")), stacklevel=2)
 
 # %% ../nbs/62_preparing.ipynb #308bd869
 def warn_of_few_tokens(config, blocks, parameters):
-    "A text that is much smaller than the model and read again and again is learned by heart."
-    per_epoch = len(blocks) / min(len(blocks), effective_batch(config))
-    epochs = config.max_steps / per_epoch if config.max_steps > 0 else config.num_train_epochs
-    if epochs < 10 or blocks.tokens > parameters: return
+    "A text that is much smaller than the model and read again and again, as nothing chose, is learned by heart."
+    auto = settled_for(replace(config, num_train_epochs=None), blocks)
+    per_epoch = len(blocks) / min(len(blocks), effective_batch(auto))
+    epochs = config.max_steps / per_epoch if config.max_steps > 0 else config.num_train_epochs or 0
+    if epochs < 10 or epochs <= auto.num_train_epochs or blocks.tokens > parameters: return
     told = ("{tokens:,} tokens are read {epochs:.0f} times by a model of {parameters:,} parameters: it will learn this "
             "by heart. Give a longer text, or fewer {%s}.")
     told %= "max_steps" if config.max_steps > 0 else "num_train_epochs"
@@ -76,6 +84,8 @@ def training_blocks(config, corpus, tokenizer, context, report=silent, notes=Tru
         told = "{eval_file} is {path!r} and {train_file} is missing; give both."
         raise ValueError(Sentence(told, path=config.eval_file))
     blocks = blocks_of(config, corpus, "train", tokenizer, context, report, split="train")
+    if not (config.block_size or isinstance(blocks, Conversations)):
+        blocks = replace(blocks, block_size=pick_block_size(config, context, blocks.tokens))
     blocks = check_trainable(blocks if config.block_size else without_waste(blocks))
     if notes: warn_of_few_steps(config, blocks)
     return blocks
@@ -192,7 +202,8 @@ class Prepared:
     held_out: Blocks | None
     choosing: Blocks | None  # what steps are chosen on: another held-out text where there is one
     dataset: str  # the name of the text
-    prompt: str  # of the samples
+    asked: FinetuneConfig  # with a prompt for the samples
+    config: FinetuneConfig  # with what the text decides, too
 
 # %% ../nbs/62_preparing.ipynb #a81d563e
 def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -> Prepared:
@@ -210,13 +221,15 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     report("Reading the text", 0, 1)
     given = config, corpus, tokenizer, model_context(model), report
     train = fitted(training_blocks(*given, notes=False), model) if train else None
-    prompt = pick_prompt(config, corpus) if held_out else PROMPT
+    asked = settled = replace(config, prompt=pick_prompt(config, corpus) if held_out else PROMPT)
+    if train is not None: settled = settled_for(asked, train)
+    given = settled, *given[1:]
     held_out = fitted(held_out_blocks(*given, notes=train is None), model) if held_out else None
     both = train is not None and held_out is not None  # a text of less than a block is false
-    choosing = choosing_blocks(config, corpus, held_out, *given[2:]) if both else None
+    choosing = choosing_blocks(settled, corpus, held_out, *given[2:]) if both else None
     if choosing is not held_out: choosing = fitted(choosing, model)
     rows = model.get_input_embeddings().num_embeddings
     for blocks in (train, held_out, choosing):
         if blocks is not None: check_ids(blocks.stream, rows, tokenizer, "The {split} text", split=blocks.split)
     return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name, train=train,
-                    held_out=held_out, choosing=choosing, prompt=prompt)
+                    held_out=held_out, choosing=choosing, asked=asked, config=settled)

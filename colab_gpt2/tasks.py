@@ -11,7 +11,7 @@ import json, os, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PROMPT, TEXT, FinetuneConfig, changed, pick_block_size
+from .config import PROMPT, TEXT, FinetuneConfig, changed
 from .core import Record, home, human_bytes, several
 from .errors import Sentence, about, check_number
 from .reporting import reporting
@@ -76,7 +76,7 @@ def size_for_plan(config, context, download, progress=True):
         from colab_gpt2.preparing import training_blocks
         with reporting(progress) as report: return training_blocks(config, corpus, tokenizer, context, report)
     from colab_gpt2.planning.plan import estimate_text
-    return estimate_text(config, pick_block_size(config, context), corpus and corpus.bytes["train"])
+    return estimate_text(config, context, corpus and corpus.bytes["train"])
 
 # %% ../nbs/64_tasks.ipynb #f5111d56
 def plan(
@@ -282,9 +282,10 @@ def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> Ru
     return run(config, callbacks=[*callbacks, *limit], **options)
 
 # %% ../nbs/64_tasks.ipynb #fd0a4950
-GOES_WITH = dict(model=(  # the demo's, for its model
-    "block_size", "effective_batch_size", "learning_rate", "logging_steps", "max_new_tokens", "temperature", "top_k",
-    "repetition_penalty"))
+AUTOMATIC = "block_size", "effective_batch_size", "learning_rate", "num_train_epochs"  # see `settled`
+GOES_WITH = dict(  # the demo's, for its model and its text
+    model=(*AUTOMATIC[:3], "logging_steps", "max_new_tokens", "temperature", "top_k", "repetition_penalty"),
+    train_file=AUTOMATIC, dataset=AUTOMATIC)
 
 def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."
