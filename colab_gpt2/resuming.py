@@ -247,15 +247,14 @@ def where_to_resume(config, now, report=None) -> Found | None:
     return newest_intact((each for each in found_in(config.output_dir) if not differences(each.run, now)), report)
 
 # %% ../nbs/62_resuming.ipynb #6c2c6832
-def foresee(config, now) -> str:
-    "What a run will do with what its folder holds, as far as `now` tells; '' if that is nothing. Refuses as above."
+def foresee(config, now) -> tuple:
+    "(a button's words for a run, what it will do with what its folder holds, or ''), as `now` tells. Refuses as above."
     folder = check_output_dir(config.output_dir)
-    if config.overwrite_output_dir:
-        there = folder.is_dir() and any(folder.iterdir())
-        return f"This run begins from the beginning and overwrites what is in {folder}." if there else ""
+    if config.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
+        return "Replace and train", f"This run begins from the beginning and overwrites what is in {folder}."
     check_free(config, now)
     own = next((each for each in found_in(folder) if not differences(each.run, now)), None)
-    if own and own.files: return "This run is finished already: its model and its result are shown."
-    if own: return f"This run resumes at step {own.step} of {own.steps}."
-    if config.resume in ("auto", "never"): return ""
-    return f"This run continues from {config.resume}, with the settings of now."
+    if own and own.files: return "Show the result", "This run is finished already: its model and its result are shown."
+    if own: return f"Continue from step {own.step}", f"This run resumes at step {own.step} of {own.steps}."
+    if config.resume in ("auto", "never") or config.overwrite_output_dir: return "Train", ""
+    return "Train further", f"This run continues from {config.resume}, with the settings of now."

@@ -14,7 +14,7 @@ from colab_gpt2.errors import fields_of
 from colab_gpt2.generation import generate
 from colab_gpt2.model.fitting import add_rows, check_match, end_ids, save_tokenizer, set_ids
 from colab_gpt2.model.loading import MODELS, TINY, load_config, load_model, load_tokenizer, model_context, new_model
-from colab_gpt2.panels.finetune import Forecaster
+from colab_gpt2.panels.forecast import Forecaster
 from colab_gpt2.planning.plan import TextSize, plan_run
 from colab_gpt2.preparing import prepare, starting_model
 from colab_gpt2.runtime import check_runtime

@@ -116,7 +116,7 @@ def test_panels_begin_with_what_works_here(monkeypatch, tmp_path):
 
 
 def test_a_text_that_was_fetched_is_counted(quick, monkeypatch):
-    import colab_gpt2.panels.finetune as module
+    import colab_gpt2.panels.forecast as module
     text = colab_gpt2.DataPanel(quick).ready()
     monkeypatch.setattr(module, "COUNTED", 100)  # bytes: as if the text were a long one
     training = colab_gpt2.FinetunePanel(text).ready()

@@ -18,7 +18,7 @@ from ..errors import Sentence
 from ..evaluation import shown
 from ..model.sampling import check_request
 from .fields import Form, Values, label_of
-from .live import describe_samples
+from .panel import describe_samples
 from .panel import AfterTraining, button, row
 from .plots import ACCENT, Line, line_chart
 from ..two_runs import Comparison, compare

@@ -6,115 +6,55 @@
 __all__ = ['FinetunePanel']
 
 # %% ../../nbs/panels/78_finetune.ipynb #a07893a2
-import glob, itertools
-from dataclasses import fields, replace
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..config import TEXT, FinetuneConfig, pick_block_size, pick_learning_rate, settled
+import colab_gpt2
+from ..config import TEXT, FinetuneConfig, pick_learning_rate
 from ..core import human_bytes, human_time, several
-from ..engine.callbacks import AFTER, PROBING, Listener
-from ..engine.checkpoints import find_checkpoints
-from ..errors import Sentence, about, fields_of, worded
-from ..model.loading import MODELS, model_context
+from ..errors import Sentence, fields_of, worded
+from ..model.known import MODELS
 from .fields import Form, labels_of
-from .live import Live, describe_samples
-from .panel import Panel, button, fact, folded, folding, listening, meter, row, sentence, take_values
+from .panel import Panel, button, describe_samples, fact, folded, folding, listening, meter, row
+from .panel import sentence, take_values
 from .pump import interrupts_reach
 from .rate import RatePanel
 from .snippets import differing
-from ..planning.plan import BYTES_A_TOKEN, Plan, TextSize, estimate_text, plan_run, step_time
-from ..runtime import check_runtime
-from ..tasks import corpus_for_plan, shape_for_plan, size_for_plan
-from ..resuming import asked, foresee
-from ..training import Interrupted, finetune, read_finished
+from ..signals import Interrupted
+from ..storage.drive import free_name
 
 # %% ../../nbs/panels/78_finetune.ipynb #eb59c059
-def describe_plan(plan: Plan, config) -> str:
+def describe_time(plan) -> str:
+    "How many steps a Plan has, and how long they take, in words."
+    from colab_gpt2.planning.plan import step_time
+    steps = several(plan.steps, "step")
+    if not plan.seconds: return f"{steps}; how long one takes is measured when it starts"
+    return f"about {human_time(plan.seconds)}, {steps} of {step_time(plan.step_seconds)}"
+
+# %% ../../nbs/panels/78_finetune.ipynb #e69bb37e
+def describe_plan(plan, config) -> str:
     "The HTML of a Plan: memory as a bar, the rest in words, the reasons folded away."
     recipe, source = plan.recipe, "measured" if plan.source == "probe" else "estimated"
     memory = f"{human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)}, {source}"
-    steps = several(plan.steps, "step")
-    time = f"{steps}; how long one takes is measured when it starts"
-    if plan.seconds: time = f"about {human_time(plan.seconds)}, {steps} of {step_time(plan.step_seconds)}"
     blocks = f"{recipe.micro_batch} × {recipe.gradient_accumulation_steps} blocks of {recipe.block_size} tokens a step"
     weights = "LoRA" if recipe.method == "lora" else "all weights"
     rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
     reasons = "\n".join(worded(reason, labels_of(config)) for reason in plan.reasons)
     return "".join([f"<b>{'It fits' if plan.fits else '⚠ It may not fit'}</b>",
                     meter("Memory", plan.peak_bytes, plan.limit_bytes, memory),
-                    fact("Time", f"{time} ({source}), plus evaluation before and after"),
+                    fact("Time", f"{describe_time(plan)} ({source}), plus evaluation before and after"),
                     fact("Batch", f"{blocks}, {weights}, {recipe.precision}, learning rate {rate:g}"),
                     folded("Why", reasons)])
 
-# %% ../../nbs/panels/78_finetune.ipynb #b7576327
-COUNTED = 20_000_000  # bytes, which take some ten seconds to tokenize
-
-def known_size(config, shape):
-    "The text of `config` for a plan, without a download: counted, estimated, or as published."
-    context = model_context(shape)
-    with about("train_file" if config.train_file else "dataset"):
-        corpus = corpus_for_plan(config, False, progress=False)
-    size = corpus.path("train").stat().st_size if corpus else 0
-    if size > COUNTED: return estimate_text(config, context, size)
-    with about("tokenizer" if config.tokenizer else "model"):
-        return size_for_plan(config, context, False, progress=False)
-
-# %% ../../nbs/panels/78_finetune.ipynb #0455ff28
-DIVIDED = ("block_size", "num_train_epochs", "max_steps", "effective_batch_size", "per_device_train_batch_size",
-           "gradient_accumulation_steps", "eval_stride")  # what decides the block size of a text
-
-class Forecaster:
-    "Plans for a config as it changes: models and texts are read once, a measured plan is kept."
-    def __init__(self, runtime=None):
-        self.runtime, self.known, self.measured = runtime or check_runtime(), {}, None
-
-    def plan(self, config) -> Plan:
-        "The plan of `config`; errors name the fields that they are about."
-        model = self.model(config)
-        text = (*model, *(getattr(config, name) for name in (*TEXT, *DIVIDED)), *self.files(config))
-        shape = self.shape(config)
-        if text not in self.known: self.known[text] = known_size(config, shape)
-        self.size, self.last = self.known[text], config
-        if self.measured and self.measured[0] == self.key(config): return self.measured[1]
-        return plan_run(shape, self.size, self.runtime, config)
-
-    def model(self, config): return config.model, config.tokenizer, config.from_scratch, config.cache_dir
-
-    def shape(self, config):
-        model = self.model(config)
-        if model not in self.known: self.known[model] = shape_for_plan(config, False)
-        return self.known[model]
-
-    def glance(self, config) -> Plan:
-        "The plan of `config`, which may have another model than the one planned last: its tokens are estimated then."
-        if config.model == self.last.model: return self.plan(config)
-        shape = self.shape(config)
-        now, then = (BYTES_A_TOKEN["tiny" if (c.tokenizer or c.model) == "tiny" else "gpt2"] for c in (config, self.last))
-        tokens = int(self.size.tokens * then / now)
-        longest = pick_block_size(config, model_context(shape), tokens)
-        text = TextSize(tokens, min(longest, max(tokens, 2)), "an estimate")
-        return plan_run(shape, text, self.runtime, config)
-
-    def run(self, config) -> dict:
-        "What identifies the run that was planned last, as far as it is known without the model: see `resuming`."
-        config = settled(config, getattr(self.size, "room", self.size.tokens), self.size.block_size)
-        return {**asked(config), "block_size": self.size.block_size, "text": getattr(self.size, "sha256", None)}
-
-    def keep(self, config, plan):
-        self.measured = self.key(config), plan
-
-    def key(self, config):
-        return replace(config, resume="auto", overwrite_output_dir=False, prompt=None), self.files(config)
-
-    def files(self, config):
-        "Size and time of each file of the text, maybe in folders or of a pattern: another may take its name."
-        named = [name for name in (config.dataset, config.train_file, config.eval_file) if name]
-        found = (glob.glob(pattern, recursive=True) for name in named for pattern in (name, f"{name}/**"))
-        paths = map(Path, itertools.chain(named, *found))
-        return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
+# %% ../../nbs/panels/78_finetune.ipynb #98a58a61
+def describe_summary(config, plan=None) -> str:
+    "The HTML of a run's settings in one line."
+    text = config.train_file and Path(config.train_file).name or config.dataset
+    parts = [config.model, text, *([describe_time(plan)] if plan else []), f"into {config.output_dir}"]
+    return f"<p class='cg-line'>{' · '.join(escape(part) for part in parts)}</p>"
 
 # %% ../../nbs/panels/78_finetune.ipynb #4620edac
 def describe_result(result, samples) -> str:
@@ -130,11 +70,27 @@ def describe_result(result, samples) -> str:
             f"{describe_samples(samples)}")
 
 # %% ../../nbs/panels/78_finetune.ipynb #81825838
-MAIN = ("model", "num_train_epochs", "block_size", "effective_batch_size", "learning_rate", "output_dir", "resume",
-        "overwrite_output_dir", "prompt")
+MAIN = ("model", "num_train_epochs", "output_dir")
+GROUPS = {
+    "How it learns": "prompt block_size effective_batch_size learning_rate max_steps weight_decay warmup_steps "
+                     "lr_scheduler_type max_grad_norm seed method lora_rank use_rslora use_dora target_modules "
+                     "from_scratch tokenizer on_divergence",
+    "When it stops": "early_stopping_patience eval_steps load_best_model_at_end eval_split eval_stride max_minutes",
+    "Speed and memory": "per_device_train_batch_size gradient_accumulation_steps precision optim "
+                        "gradient_checkpointing torch_compile tune keep_attention_dropout",
+    "Samples": "max_new_tokens temperature top_k top_p repetition_penalty",
+    "Saving and resuming": "resume overwrite_output_dir save_minutes save_steps logging_steps mirror"}
 ELSEWHERE = (*TEXT, "cache_dir", "save_total_limit", "trainer_args")
 SUGGESTED = dict(model=MODELS, resume=("auto", "never"), mirror=("auto", "off"))
-ADVANCED = tuple(f.name for f in fields(FinetuneConfig) if f.name not in MAIN + ELSEWHERE)
+
+# %% ../../nbs/panels/78_finetune.ipynb #1fade8c4
+class Groups:
+    "A Form for each of some groups of fields (heading -> names), under their headings; `rows` are those of all."
+    def __init__(self, values, groups, suggestions=None):
+        forms = {heading: Form(values, names.split(), suggestions) for heading, names in groups.items()}
+        heads = [widgets.HTML(f"<p class='cg-group' role='heading' aria-level='4'>{heading}</p>") for heading in forms]
+        self.rows = {name: row for form in forms.values() for name, row in form.rows.items()}
+        self.box = widgets.VBox([part for head, form in zip(heads, forms.values()) for part in (head, form.box)])
 
 # %% ../../nbs/panels/78_finetune.ipynb #e7a1249e
 def describe_text(values, origin="") -> str:
@@ -150,10 +106,10 @@ class Settings(Panel):
     "The settings of a run and its forecast, made again whenever one of them changes."
     def __init__(self, before=None, **values):
         super().__init__(take_values(before, values))
-        self.running, self.forecaster = False, Forecaster()
-        self.refused = ""  # why a run with good values cannot be started
-        self.form, self.more = Form(self.values, MAIN, SUGGESTED), Form(self.values, ADVANCED, SUGGESTED)
-        self.advanced = folding("Advanced", "More settings", self.more.box)
+        self.running, self.forecaster, self.planned = False, None, None  # `planned`: the Plan
+        self.verb, self.refused = "Train", ""  # what the main button says; why a run with good values cannot be started
+        self.form, self.more = Form(self.values, MAIN, SUGGESTED), Groups(self.values, GROUPS, SUGGESTED)
+        self.advanced = folding("More settings", "All other settings", self.more.box)
         self.text, self.plan = widgets.HTML(), widgets.HTML(layout=widgets.Layout(margin="10px 0 0 0"))
         self.origin = " (from step 2)" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
@@ -161,37 +117,43 @@ class Settings(Panel):
     def calls(self): return [("finetune", "finetune", differing(self.config), "result")]
 
     def look_ahead(self, note):
-        "(the plan, or None; the error that refuses a run, or None); `note` hears what Start would do."
-        plan = None
+        "(the plan, or None; the error that refuses a run, or None); `note` hears what a run would do."
+        from colab_gpt2.panels.forecast import Forecaster
+        plan, self.forecaster = None, self.forecaster or Forecaster()
         try:
             plan = self.forecaster.plan(self.config)
-            note(foresee(self.config, self.forecaster.run(self.config)))
+            self.verb, told = self.forecaster.foresee(self.config)
+            note(told)
         except Exception as e: return plan, e
         return plan, None
 
     def refresh(self):
-        "The text, the forecast, and what Start would do: the engine says it."
+        "The text, the forecast, and what a run would do: the engine says it."
         super().refresh()
         if self.running: return
         notes = []
-        with listening(notes.append): plan, error = self.look_ahead(notes.append)
+        with listening(notes.append): self.planned, error = self.look_ahead(notes.append)
         self.refused = sentence(error, self.name_of) if error else ""
-        named = fields_of(error) if error and not plan else ()
+        named = fields_of(error) if error and not self.planned else ()
         if self.values.doubt(dict.fromkeys(named, self.refused)): return  # everyone was told, this panel too
         self.text.value = describe_text(self.values, self.origin)
-        if plan: shown, notes = describe_plan(plan, self.config), [*notes, self.refused]
-        else: shown = f"<div class='cg-error' role='alert'>⚠ {escape(self.refused)}</div>"
+        self.foretell(notes)
+        self.offer_again(self.refused)
+        self.allow(not (self.values.problems or self.refused), isinstance(error, FileExistsError))
+
+    def foretell(self, notes):
+        "Show the forecast, and under it the `notes` and why no run can be started."
+        shown = f"<div class='cg-error' role='alert'>⚠ {escape(self.refused)}</div>"
+        if self.planned: shown, notes = describe_plan(self.planned, self.config), [*notes, self.refused]
         said = [escape(worded(note, self.name_of)) for note in notes if note]
         self.plan.value = shown + "".join(f"<p class='cg-note'>{note}</p>" for note in said)
-        self.offer_again(self.refused)
-        self.allow(not (self.values.problems or self.refused))
 
     def recount(self, fetched=None):
         "A text was fetched: what was estimated can be counted."
-        self.forecaster.known.clear()
+        if self.forecaster: self.forecaster.known.clear()
         self.follow()
 
-    def allow(self, start): pass  # a subclass has the button
+    def allow(self, start, taken=False): pass  # a subclass has the buttons; `taken`: another run is in the folder
 
 # %% ../../nbs/panels/78_finetune.ipynb #c8a1f95b
 class Steering(Settings):
@@ -199,24 +161,50 @@ class Steering(Settings):
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
         self.live = None
-        self.progress, self.charts, self.samples = (widgets.HTML() for _ in range(3))
+        self.summary, self.progress, self.chart, self.samples = (widgets.HTML() for _ in range(4))
         self.buttons = dict(
-            start=button("Start", self.start, primary=True),
+            start=button("Train", self.start, primary=True),
             stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
             save=button("Save now", lambda: self.wish("save"), tooltip="Save a checkpoint and continue"),
             sample=button("Sample now", lambda: self.wish("sample"), tooltip="Generate a text and continue"))
+        self.aside = button("", self.step_aside, tooltip="Keep what is there, and train into another folder")
+        self.replacing = button("Replace it", lambda: self.values.set(overwrite_output_dir=True),
+                                tooltip="Begin again, and overwrite what is there")
         self.finder = RatePanel(self)
         self.finder.box.remove_class("cg-panel")  # one frame for both
         self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
         self.find.observe(lambda _: self.finder.ready(), "value")
-        self.assemble(self.text, self.form.box, row(self.advanced, self.find), self.more.box, self.finder.box,
-                      self.plan, row(*self.buttons.values(), self.again), self.status, self.progress, self.charts,
-                      self.samples)
+        self.settings = widgets.VBox([self.text, self.form.box, row(self.advanced, self.find), self.more.box,
+                                      self.finder.box])
+        self.fold = folding("Settings", "Show or hide the settings", self.settings)
+        self.fold.value = True
+        self.assemble(row(self.fold, self.summary), self.settings, self.plan,
+                      row(*self.buttons.values(), self.aside, self.replacing, self.again), self.status,
+                      self.progress, self.chart, self.samples)
+        self.enable()
 
-    def allow(self, start): self.enable(start=start)
+    def allow(self, start, taken=False):
+        self.enable(start=start)
+        self.buttons["start"].description = self.verb
+        self.aside.description = f"Train into {self.free_folder()}" if taken else ""
+        for made in (self.aside, self.replacing): made.layout.display = "" if taken else "none"
+
+    def free_folder(self): return str(free_name(Path(self.config.output_dir), lambda there: False))
+
+    def step_aside(self): self.values.set(output_dir=self.free_folder(), resume="auto")
 
     def enable(self, **able):
-        for name, made in self.buttons.items(): made.disabled = not able.get(name, False)
+        "The buttons named can be pressed; those that have no use now are not there."
+        for name, made in self.buttons.items():
+            made.disabled = not able.get(name, False)
+            made.layout.display = "" if self.running == (name != "start") else "none"
+
+    def arrange(self):
+        "Settings and forecast give way to a run, and then one line tells them."
+        self.fold.layout.display = "none" if self.running or not self.live else ""
+        self.plan.layout.display = self.code.layout.display = "none" if self.running else ""
+        self.summary.value = describe_summary(self.live.config, self.planned) if self.live else ""
+        (self.box.add_class if self.running else self.box.remove_class)("cg-running")
 
     def show(self, **parts):
         "HTML for the regions; only what is new is sent."
@@ -226,11 +214,14 @@ class Steering(Settings):
 
     def stop(self):
         if not self.running: return
+        self.say("Stopping after this step …", "⏳")
         self.live.stop()
         self.enable()
 
     def wish(self, what):
-        if self.running: self.live.wishes.add(what)
+        if not self.running: return
+        self.say({"save": "Saving after this step …", "sample": "A sample comes after this step …"}[what], "⏳")
+        self.live.wishes.add(what)
 
 # %% ../../nbs/panels/78_finetune.ipynb #6f56fb17
 class Trained(Steering):
@@ -246,6 +237,7 @@ class Trained(Steering):
     def look_for_model(self):
         "A finished model in the output folder is `earlier`, unless this panel's run began or left it."
         if self.running or self.left == self.config.output_dir or self.saved and not self.earlier: return
+        from colab_gpt2.training import read_finished
         result = read_finished(self.config.output_dir)
         found = result and result.config
         if found == self.saved: return
@@ -263,6 +255,7 @@ class Trained(Steering):
 
     def resume_next(self):
         "The next start resumes a run that was to overwrite, once it has left a checkpoint."
+        from colab_gpt2.engine.checkpoints import find_checkpoints
         if self.left == self.config.output_dir and find_checkpoints(self.left):
             self.values.set(overwrite_output_dir=False)
 
@@ -271,23 +264,31 @@ class FinetunePanel(Trained):
     "The training: `config` is a FinetuneConfig, shared with the panel `before`; `result` is a run's FinetuneResult."
     draws = True
     title = "3. Fine-tune"
-    lead = "Training runs in this cell. Buttons work while the model trains; the notebook's own stop button means Stop."
+    lead = "The model learns from your text. You can watch, stop it, and continue later."
 
     def start(self, callbacks=()):
         "-> the FinetuneResult, or None if it was refused, stopped or failed."
         self.refresh()  # what refused it may have gone
-        doing = "Training… Buttons take effect after the current step."
+        doing = "Training. You can use the buttons, or the cell's ■ button, while it runs."
         if not self.buttons["start"].disabled: return self.work(lambda: self.run(callbacks), doing, self.describe)
         why = next(iter(self.values.problems.values()), self.refused)
         self.say(f"Not started: {worded(why, self.name_of)}", "⚠")
 
-    def run(self, callbacks=()):
+    def begin(self):
+        "Make room for a run; -> those who hear of it."
+        from colab_gpt2.panels.live import Live, Probed
         self.live, self.running, self.left = Live(self.config, self.show), True, None
-        self.show(progress="", charts="", samples="")
+        self.show(progress="", chart="", samples="")
         self.enable(stop=True, save=True, sample=True)
-        heard = [self.live, Probed(self), *callbacks]
+        for fold in (self.advanced, self.find, self.fold): fold.value = False
+        self.arrange()
+        return [self.live, Probed(self)]
+
+    def run(self, callbacks=()):
+        heard = [*self.begin(), *callbacks]
         try:
-            with interrupts_reach(self.live.stop): result = finetune(self.config, callbacks=heard, progress=False)
+            with interrupts_reach(self.live.stop):
+                result = colab_gpt2.finetune(self.config, callbacks=heard, progress=False)
         except (Exception, KeyboardInterrupt) as e:
             self.live.end("Stopped" if isinstance(e, KeyboardInterrupt) else "Failed")
             self.resume_next()
@@ -296,8 +297,15 @@ class FinetunePanel(Trained):
         finally:
             self.running = False
             self.refresh()
-        self.keep(describe_result(result, self.live.samples), self.live.charts())
+            self.arrange()
+        self.keep(describe_result(result, self.live.samples), [self.live.chart()])
         return self.finish(result)
+
+    def draw_plan(self, plan, config):
+        "A timed step has corrected the plan."
+        self.planned, self.plan.value = plan, describe_plan(plan, config)
+        if plan.source == "probe": self.forecaster.keep(config, plan)
+        self.arrange()
 
     def take(self, result):
         "The run has ended, or had ended before: then it is shown as it was."
@@ -315,28 +323,10 @@ class FinetunePanel(Trained):
 
     def interrupted(self, error):
         if isinstance(error, Interrupted) and error.advice:  # it can be resumed
-            folder, onward = self.live.config.output_dir, "Start resumes from there."
+            folder, onward = self.live.config.output_dir, "Press Continue to go on from there."
             if folder != self.config.output_dir:
                 onward = Sentence("To resume from there, set {output_dir} to {folder} again.", folder=folder)
             error = Sentence("{saved} {onward}", saved=error.saved, onward=worded(onward, self.name_of))
         super().interrupted(error)
         if not (self.live and self.live.losses): return
-        self.keep(f"<p>{escape(self.said)}</p>{describe_samples(self.live.samples)}", self.live.charts())
-
-# %% ../../nbs/panels/78_finetune.ipynb #34edc8e9
-class Probed(Listener):
-    "Shows in `panel` the plan that a timed step has corrected, and each checkpoint."
-    def __init__(self, panel): self.panel = panel
-
-    def on_stage(self, stage, plan=None, resuming="", **facts):
-        panel, config = self.panel, self.panel.live.config
-        if stage in (PROBING, AFTER): panel.leave(config if stage == AFTER else None)
-        if plan: panel.plan.value = describe_plan(plan, config)
-        if plan and plan.source == "probe": panel.forecaster.keep(config, plan)
-        if not resuming: return
-        said = " ".join(resuming.split())
-        panel.notes = [note for note in panel.notes if note != said]  # the engine warns of it, too
-        panel.say(said, "⏳")
-
-    def on_save(self, args, state, control, **kwargs):
-        self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.live.config.output_dir}.", "✓")
+        self.keep(f"<p>{escape(self.said)}</p>{describe_samples(self.live.samples)}", [self.live.chart()])

@@ -17,7 +17,8 @@ from ..core import Record, home
 from ..errors import Sentence
 from ..model.sampling import Sampling, check_request
 from .fields import Form, Values
-from .panel import EARLIER, UNFINISHED, AfterTraining, asset, button, folding, row, sentence
+from .panel import EARLIER, UNFINISHED, AfterTraining, asset, button, describe_samples, folding, row
+from .panel import sentence
 from .pump import pump
 from ..tasks import DEMO, prompt_of, run_in
 

@@ -10,46 +10,46 @@ import math, time, warnings
 from dataclasses import replace
 from html import escape
 
-from ..core import human_time
+import torch
+
+from ..core import human_bytes, human_time
 from ..engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, Listener
 from ..generation import stream
-from .panel import fact, progress_bar
+from .panel import describe_samples, fact, progress_bar
 from .plots import ACCENT, Line, line_chart
 from .pump import pump
+from ..runtime import memory
 
 # %% ../../nbs/panels/77_live.ipynb #eda4f857
 READABLE = 8  # times the best perplexity: what is above is not drawn
 
-def charts(losses, measured=(), steps=None, best=None) -> list:
-    """The SVGs of the `losses`, (step, nats a token), and the perplexities with those `measured`, (step, perplexity);
+def chart(losses, measured=(), steps=None, best=None) -> str:
+    """The SVG of the perplexities of the `losses`, (step, nats a token), and of those `measured`, (step, perplexity);
     the step `best` is marked."""
-    ends, measured = (0, steps) if steps else None, [point for point in measured if math.isfinite(point[1])]
+    measured = [point for point in measured if math.isfinite(point[1])]
     learnt = [(step, math.exp(loss)) for step, loss in losses if loss < 700]  # exp(710) is beyond a float
     found = [point for point in measured if point[0] == best]
     top = READABLE * found[0][1] if found else math.inf
     def line(label, points, **look): return Line(label, tuple(p for p in points if p[1] <= top), **look)
     held_out = line("held-out text", measured, dashes="5 4", marker="diamond")
     drawn = [line("training text", learnt, color=ACCENT), held_out, line(f"best: step {best}", found, marker="ring")]
-    return [line_chart([Line("training text", tuple(losses), color=ACCENT)], "Loss (nats a token)", x_range=ends),
-            line_chart(drawn, "Perplexity (logarithmic)", x_range=ends, log=True)]
-
-# %% ../../nbs/panels/77_live.ipynb #10bbcaec
-def bold(text) -> str:
-    "HTML of a bold text."
-    return f"<b>{escape(text)}</b>"
-
-# %% ../../nbs/panels/77_live.ipynb #29595377
-def describe_samples(samples, head=bold) -> str:
-    "The HTML of generated texts, (title, prompt, text) each, side by side where there is room."
-    if not samples: return ""
-    columns = "".join(f"<div>{head(title)}<pre class='cg-text' tabindex='0'>{bold(prompt)}{escape(text)}</pre></div>"
-                      for title, prompt, text in samples)
-    return f"<div class='cg-columns'>{columns}</div>"
+    ends = (0, steps) if steps else None
+    return line_chart(drawn, "Perplexity (logarithmic)", x_range=ends, log=True, width=760, height=270)
 
 # %% ../../nbs/panels/77_live.ipynb #3c9e08d1
 LABELS = {LOADING: "Loading the model and the text", BEFORE: "Evaluating the original model",
           PROBING: "Timing one step", TRAINING: "Training", SAVING: "Saving the model",
           AFTER: "Evaluating the trained model"}
+
+# %% ../../nbs/panels/77_live.ipynb #a88cad44
+def in_use() -> str:
+    "What is in use of the machine's memory and of its GPU's, in words."
+    total, free = memory()
+    parts = [f"memory {human_bytes(total - free)} of {human_bytes(total)}"]
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        parts.insert(0, f"GPU memory {human_bytes(total - free)} of {human_bytes(total)}")
+    return " · ".join(parts)
 
 # %% ../../nbs/panels/77_live.ipynb #d82b56ca
 class Course:
@@ -72,7 +72,7 @@ class Course:
         self.samples = [(f"{when.capitalize()} the training", sample.prompt, sample.text)
                         for when, sample in result.samples.items()]
 
-    def progress(self): return self.bar() + self.copies()
+    def progress(self): return self.bar() + ("" if self.ended else fact("In use", in_use())) + self.copies()
 
     def copies(self):
         "What the Drive holds, and what an error of it means."
@@ -97,15 +97,14 @@ class Course:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         return " · ".join(parts)
 
-    def charts(self): return charts(self.losses, self.evaluations.items() or self.measured, self.steps, self.best)
+    def chart(self): return chart(self.losses, self.evaluations.items() or self.measured, self.steps, self.best)
 
     def parts(self):
-        drawn = f"<div class='cg-columns'>{''.join(self.charts())}</div>" if self.losses else ""
-        return dict(progress=self.progress(), charts=drawn, samples=describe_samples(self.samples))
+        return dict(progress=self.progress(), chart=self.chart(), samples=describe_samples(self.samples))
 
 # %% ../../nbs/panels/77_live.ipynb #b07d2e46
 class Steered(Course):
-    "A run shown by `show(progress=, charts=, samples=)`, HTML each, that can be stopped and has `wishes`."
+    "A run shown by `show(progress=, chart=, samples=)`, HTML each, that can be stopped and has `wishes`."
     def __init__(self, config, show, pump=pump, every=0.5):
         super().__init__()
         self.config, self.show, self.pump, self.every = config, show, pump, every  # seconds between pictures
@@ -202,3 +201,20 @@ class Live(Steered, Listener):
         if self.stopping: control.should_training_stop = True  # the click may have come after StopOnInterrupt's turn
         if self.stopping or "save" in self.wishes: control.should_save = True
         self.wishes.clear()
+
+# %% ../../nbs/panels/77_live.ipynb #34edc8e9
+class Probed(Listener):
+    "Shows in `panel` the plan that a timed step has corrected, and each checkpoint."
+    def __init__(self, panel): self.panel = panel
+
+    def on_stage(self, stage, plan=None, resuming="", **facts):
+        panel, config = self.panel, self.panel.live.config
+        if stage in (PROBING, AFTER): panel.leave(config if stage == AFTER else None)
+        if plan: panel.draw_plan(plan, config)
+        if not resuming: return
+        said = " ".join(resuming.split())
+        panel.notes = [note for note in panel.notes if note != said]  # the engine warns of it, too
+        panel.say(said, "⏳")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.live.config.output_dir}.", "⏳")

@@ -69,6 +69,19 @@ def folded(title, text) -> str:
     "`text` as it is, behind a title to click."
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
+# %% ../../nbs/panels/74_panel.ipynb #10bbcaec
+def bold(text) -> str:
+    "HTML of a bold text."
+    return f"<b>{escape(text)}</b>"
+
+# %% ../../nbs/panels/74_panel.ipynb #29595377
+def describe_samples(samples, head=bold) -> str:
+    "The HTML of generated texts, (title, prompt, text) each, side by side where there is room."
+    if not samples: return ""
+    columns = "".join(f"<div>{head(title)}<pre class='cg-text' tabindex='0'>{bold(prompt)}{escape(text)}</pre></div>"
+                      for title, prompt, text in samples)
+    return f"<div class='cg-columns'>{columns}</div>"
+
 # %% ../../nbs/panels/74_panel.ipynb #a17dbb9a
 def sentence(error, name_of=in_python) -> str:
     "An exception in one line, its fields called by `name_of`."

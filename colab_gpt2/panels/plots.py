@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/panels/70_plots.ipynb #748ca100
-import html, math
+import html, math, re
 from dataclasses import dataclass, replace
 
 # %% ../../nbs/panels/70_plots.ipynb #ea967600
@@ -84,7 +84,8 @@ def draw_line(line, x_axis, y_axis) -> str:
     "The SVG of a line and its markers."
     places = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    marks = "".join(_MARKERS[line.marker].format(x=x, y=y) for x, y in places)
+    marker = _MARKERS[line.marker or "circle" * (len(places) == 1)]  # one point alone makes no line
+    marks = "".join(marker.format(x=x, y=y) for x, y in places)
     return (f"<g fill='{line.color}' stroke='{line.color}'><polyline points='{path}' fill='none' stroke-width='2' "
             f"stroke-linejoin='round' stroke-dasharray='{line.dashes}'/>{marks}</g>")
 
@@ -157,8 +158,9 @@ def line_chart(lines, title, *, x_label="step", x_range=None, x_log=False, log=F
             f"font-family='system-ui,sans-serif' font-size='12'>{body}</svg>")
 
 # %% ../../nbs/panels/70_plots.ipynb #4e2318d9
-def on_paper(charts, width=460, height=240, gap=16) -> str:
-    "One SVG of the SVGs `charts`, one under the other, dark on white."
+def on_paper(charts, gap=16) -> str:
+    "One SVG of the SVGs `charts` of one size, one under the other, dark on white."
+    width, height = (int(re.search(rf" {name}='(\d+)'", charts[0])[1]) for name in ("width", "height"))
     wide, step = width + 2 * gap, height + gap
     placed = "".join(f"<g transform='translate({gap} {gap + n * step})'>{chart}</g>" for n, chart in enumerate(charts))
     tall = gap + len(charts) * step

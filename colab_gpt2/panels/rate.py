@@ -10,14 +10,13 @@ import math
 
 import ipywidgets as widgets
 
-from ..cli import OF_RATE
-from ..finding_rate import RateCurve, find_learning_rate
+import colab_gpt2
 from .panel import Stoppable, button, row, take_values
 from .plots import ACCENT, Line, line_chart
 from .snippets import differing
 
 # %% ../../nbs/panels/77_rate.ipynb #77f00006
-def rate_chart(curve: RateCurve) -> str:
+def rate_chart(curve) -> str:
     "The SVG of a RateCurve: the loss of each step, smoothed too, by the learning rate, and the suggestion."
     top = 1.3 * max(curve.smoothed[:1], default=0.)
     def points(losses): return tuple((x, y if y <= top else math.nan) for x, y in zip(curve.rates, losses))
@@ -43,6 +42,7 @@ class RatePanel(Stoppable):
         self.assemble(row(self.find, self.halt, self.use), self.status, self.far, self.view)
 
     def calls(self):
+        from colab_gpt2.cli import OF_RATE
         return [("find-rate", "find_learning_rate", differing(self.config, OF_RATE.split()), "curve")]
 
     def refresh(self):
@@ -59,9 +59,9 @@ class RatePanel(Stoppable):
         "-> the RateCurve, or None."
         return self.work(self.look, self.doing, self.describe)
 
-    def look(self) -> RateCurve:
+    def look(self):
         self.result = None
-        curve = find_learning_rate(self.config, progress=self.report)
+        curve = colab_gpt2.find_learning_rate(self.config, progress=self.report)
         self.view.value = rate_chart(curve)
         self.keep("", [self.view.value])
         return self.finish(curve)

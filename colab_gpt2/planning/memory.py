@@ -13,7 +13,8 @@ from functools import cached_property
 from ..config import METHODS, OPTIMIZERS, PRECISIONS
 from ..core import Record
 from ..errors import check_choice, check_number
-from ..model.loading import check_causal, gpt2_parameters, model_context
+from ..model.known import gpt2_parameters
+from ..model.loading import check_causal, model_context
 from ..model.loss import CHUNK_SIZE, EXACT_LOGITS, EXACT_ROWS
 from .trace import trace_step
 
