@@ -17,8 +17,8 @@ from ..core import Record, home
 from ..errors import Sentence
 from ..model.sampling import Sampling, check_request
 from .fields import Form, Values
-from .panel import EARLIER, UNFINISHED, AfterTraining, asset, button, describe_samples, folding, row
-from .panel import sentence
+from .panel import EARLIER, UNFINISHED, AfterTraining, asset, bold, button, describe_samples, folding
+from .panel import row, sentence
 from .pump import pump
 from ..tasks import DEMO, prompt_of, run_in
 
@@ -150,7 +150,6 @@ def describe_settings(settings, seed="") -> str:
 # %% ../../nbs/panels/79_generate.ipynb #79b0000e
 def describe_sides(sides, head=None) -> str:
     "The HTML of Sides; `head(title)` is that of a text's title."
-    from colab_gpt2.panels.live import bold, describe_samples
     samples = [(title, sides.prompt, text) for title, text in zip(sides.titles, sides.texts())]
     how = describe_settings(sides.settings, sides.seed) + ("" if sides.whole else " · stopped")
     return f"{describe_samples(samples, head or bold)}<p class='cg-line cg-lead'>{escape(how)}</p>"
