@@ -274,7 +274,7 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_follows_waits_for_a_finished_model(quick):
+def test_what_follows_waits_for_a_finished_model_or_tries_a_checkpoint(quick):
     "An older model lies in the folder; the run that is to replace it is stopped, and later resumed to its end."
     import shutil
     from colab_gpt2.model.loading import TINY
@@ -283,8 +283,11 @@ def test_what_follows_waits_for_a_finished_model(quick):
     panel = colab_gpt2.FinetunePanel(quick, overwrite_output_dir=True).ready()
     writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel)
     panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))])
-    assert [(after.start(), after.said, after.result) for after in (writing, keeping)] == [(None, UNFINISHED, None)] * 2
-    assert panel.start().steps == 12 and writing.start().whole
+    assert (keeping.start(), keeping.said, keeping.result, writing.said) == (None, UNFINISHED, None, "")
+    assert "(step 5 of 12, not finished)" in writing.choice.value
+    assert writing.start().titles == ("Before: tiny", f"After: {quick.output_dir} (step 5 of 12, not finished)")
+    assert "Note: " in writing.status.value and "step 5 of 12, not finished" in writing.kept
+    assert panel.start().steps == 12 and "not finished" not in "".join(writing.start().titles)
 
 
 @pytest.mark.parametrize("what", ["Fetching", "Loading", "train.txt", "eval.txt", "Perplexity", "Generating"])
@@ -309,7 +312,6 @@ def test_stop_works_before_the_training(quick, what):
 @pytest.mark.parametrize("where, left", [("training", False), ("evaluating after", True)])
 def test_the_result_is_that_of_the_last_run(quick, where, left):
     "The first run ends, the second is stopped: while it trains it leaves no model, afterwards one without a result."
-    from colab_gpt2.panels.panel import UNFINISHED
     panel = colab_gpt2.FinetunePanel(quick).ready()
     writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel)
     assert panel.start() is panel.result is not None and writing.start().whole
@@ -319,7 +321,7 @@ def test_the_result_is_that_of_the_last_run(quick, where, left):
     assert panel.start(callbacks=[At(2, lambda: setattr(panel.live, "pump", stop))]) is None
     assert panel.result is None and panel.said.startswith("Stopped")
     assert bool(panel.saved) == (keeping.awaited is None) == left
-    assert writing.start().whole if left else (writing.start(), writing.said) == (None, UNFINISHED)
+    assert writing.start().whole and ("not finished" in writing.result.titles[1]) != left
 
 
 def test_a_run_that_is_refused_leaves_the_result(quick):

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import Record
-from .checkpoints import list_checkpoints, read_manifest
+from .checkpoints import find_checkpoints, read_manifest
 from .choosing import BEST, best_of, put_weights
 from ..errors import Sentence
 from ..model.fitting import add_rows, set_ids
 from ..model.loading import load_model, load_tokenizer, locate
 from ..model.lora import quiet_peft
+from ..resuming import differences, read_result
 
 # %% ../../nbs/engine/46_trying.ipynb #46a00006
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Unfinished(Record):
 
 # %% ../../nbs/engine/46_trying.ipynb #46a00008
 def find_unfinished(model) -> Unfinished | None:
-    "What there is to try if `model` is the folder of a run that has left checkpoints, and no model."
+    "What there is to try if `model` is the folder of a run that has left checkpoints, and no model, or an older run's."
     try: folder = locate(model)
     except (ValueError, OSError): return None
-    if not isinstance(folder, Path) or (folder/"config.json").exists(): return None
-    found = ((path, manifest) for path in reversed(list_checkpoints(folder)) if (manifest := read_manifest(path)))
-    path, manifest = next(found, (None, None))
-    if path is None: return None
+    if not isinstance(folder, Path) or not (found := find_checkpoints(folder)): return None
+    path, manifest = found[-1], read_manifest(found[-1])
+    finished = (folder/"config.json").exists() and read_result(folder).get("fingerprint")
+    if finished and not differences(finished, manifest["run"]): return None
     step, best = manifest["step"], (path/BEST).exists()
     if best:
         state = json.loads((path/"trainer_state.json").read_text(encoding="utf-8"))
