@@ -292,6 +292,7 @@ class FinetunePanel(Trained):
         except (Exception, KeyboardInterrupt) as e:
             self.live.end("Stopped" if isinstance(e, KeyboardInterrupt) else "Failed")
             self.resume_next()
+            self.finish(None)  # a checkpoint can be tried
             raise
         else: self.take(result)
         finally:

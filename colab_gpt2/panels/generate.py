@@ -6,9 +6,10 @@
 __all__ = ['GeneratePanel', 'ChatPanel']
 
 # %% ../../nbs/panels/79_generate.ipynb #a75b7ea4
-import secrets, time
+import json, secrets, time
 from dataclasses import dataclass, field, fields, replace
 from html import escape
+from pathlib import Path
 
 import ipywidgets as widgets
 
@@ -90,8 +91,10 @@ def in_turn(streams):
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00005
 def titles_of(models, base=None) -> tuple:
-    "The titles of the texts of `models`, a name or two; `base`: from what the last of them was made."
-    return (f"Before: {models[0]}", f"After: {models[1]}") if len(models) == 2 and models[0] == base else tuple(models)
+    "The titles of the texts of `models`, a name or two, with the step of an unfinished run; `base`: what the last was."
+    from colab_gpt2.engine.trying import find_unfinished
+    names = tuple(f"{model} ({found})" if (found := find_unfinished(model)) else model for model in models)
+    return (f"Before: {names[0]}", f"After: {names[1]}") if len(names) == 2 and models[0] == base else names
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00008
 def stamp(model) -> int:
@@ -203,11 +206,13 @@ class Sources(AfterTraining):
     def take(self, panel):
         "The models, and what was not typed here, from `panel`."
         super().take(panel)
-        config = panel.saved or panel.config
+        config, live = panel.saved or panel.config, getattr(panel, "live", None)
         self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
         self.writer.loaded.clear()  # the folder has other weights now, and a training needs the memory
         self.say("")
-        self.adopt(vars(config), model=config.output_dir, compare_with=config.model)
+        run = vars(config)
+        if live and live.config.output_dir == config.output_dir: run = run | dict(prompt=live.config.prompt)  # it chose
+        self.adopt(run, model=config.output_dir, compare_with=config.model)
 
     def adopt(self, run, **models):
         "What was not typed here, from a `run`, and the `models`."
@@ -241,18 +246,36 @@ class Sources(AfterTraining):
         return self.writer.load(self.config.models, self.tokenizers, self.cache_dir, say)
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00016
-def describe_choice(config) -> str:
+def describe_choice(config, base=None) -> str:
     "The HTML of what *Generate* would do."
     seed = "a new seed each time" if config.seed is None else f"seed {config.seed}"
-    told = f"{' beside '.join(config.models[::-1])} · {describe_settings(config.settings())} · {seed}"
-    return f"<span class='cg-lead'>{escape(told)}</span>"
+    told = f"{' · '.join(titles_of(config.models, base))} · {describe_settings(config.settings())} · {seed}"
+    return f"<p class='cg-line cg-lead'>{escape(told)}</p>"
+
+# %% ../../nbs/panels/79_generate.ipynb #79b0001b
+def models_here(folder=".") -> list:
+    "The folders of runs in `folder`, the newest first, and the names of the known models."
+    from colab_gpt2.model.loading import MODELS
+    found = {path.parents[deep]: path.stat().st_mtime for deep, name in enumerate(("finetune.json", "*/whole.json"))
+             for path in Path(folder).glob(f"*/{name}")}
+    return [*map(str, sorted(found, key=found.get, reverse=True)), *MODELS]
+
+# %% ../../nbs/panels/79_generate.ipynb #79b0001e
+TALKS = "This model has learnt conversations: ChatPanel, or the tab Chat of the app, talks with it."
+
+def converses(model) -> bool:
+    "Whether the tokenizer in the folder `model`, or in a checkpoint of it, has a chat template."
+    places = home(model), *home(model).glob("checkpoint-*")
+    if any((place/"chat_template.jinja").exists() for place in places): return True
+    try: return "chat_template" in json.loads((places[0]/"tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return False
 
 # %% ../../nbs/panels/79_generate.ipynb #5c0de7a1
 class GeneratePanel(Sources):
     "Texts: `config` is a GenerateConfig, `result` a Sides."
     title, lead = "4. Generate", "The model continues a prompt. Use it for style, not for facts."
     verb, first = "Generate", ("prompt", "model", "compare_with")
-    asked = None  # the config of what was said last
+    asked, suits_chat = None, True  # the config of what was said last; whether ChatPanel is worth a word
 
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
@@ -275,17 +298,25 @@ class GeneratePanel(Sources):
         unknown = unknown_models(self.values, self.awaited)
         if self.values.doubt(unknown) and self.is_ready: return  # everyone was told, this panel too
         super().refresh()
-        if not self.running and self.config != self.asked: self.say(UNFINISHED if self.waits else "", "ℹ")
-        wrong = self.values.problems | unknown
+        if not self.running and self.config != self.asked: self.say(self.about_model(), "ℹ")
+        wrong, found = self.values.problems | unknown, models_here()
         if wrong.keys() & self.more.rows.keys(): self.fold.value = True
+        for name in {"model", "compare_with"} & (rows := self.form.rows | self.more.rows).keys():
+            rows[name].widget.options = found
         self.offer_again(unknown)
-        self.choice.value = describe_choice(self.config)
+        self.choice.value = describe_choice(self.config, self.base)
         self.show_buttons(bool(wrong))
 
     @property
     def waits(self) -> bool:
-        "Whether the model is yet to be made."
-        return self.config.model == self.awaited
+        "Whether the model is yet to be made, and no checkpoint is there to try."
+        model = self.config.model
+        return model == self.awaited and titles_of((model,)) == (model,)
+
+    def about_model(self) -> str:
+        "What is said before anything is asked."
+        if self.waits: return UNFINISHED
+        return TALKS if self.suits_chat and converses(self.config.model) else ""
 
     def show_buttons(self, wrong):
         shown = dict(start=not self.running, stop=self.running, repeat=not self.running and bool(self.writer.texts))
@@ -337,7 +368,7 @@ def describe_chat(messages) -> str:
 class ChatPanel(GeneratePanel):
     "A conversation with the model: `messages`, and `result`, a Sides with the last question and its answer."
     title, lead = "Chat", "A model that was trained on conversations answers, and remembers them until Clear."
-    verb, first, messages = "Send", ("prompt", "model"), ()
+    verb, first, messages, suits_chat = "Send", ("prompt", "model"), (), False
 
     def others(self): return dict(clear=button("Clear", self.clear))
 
