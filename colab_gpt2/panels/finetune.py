@@ -18,6 +18,7 @@ from ..core import human_bytes, human_time, several
 from ..errors import Sentence, fields_of, worded
 from ..model.known import MODELS
 from .fields import Form, labels_of
+from .models import ModelCards
 from .panel import Panel, button, describe_samples, fact, folded, folding, listening, meter, row
 from .panel import sentence, take_values
 from .pump import interrupts_reach
@@ -109,6 +110,7 @@ class Settings(Panel):
         self.running, self.forecaster, self.planned = False, None, None  # `planned`: the Plan
         self.verb, self.refused = "Train", ""  # what the main button says; why a run with good values cannot be started
         self.form, self.more = Form(self.values, MAIN, SUGGESTED), Groups(self.values, GROUPS, SUGGESTED)
+        self.cards = ModelCards(self.values, lambda config: self.forecaster.glance(config))
         self.advanced = folding("More settings", "All other settings", self.more.box)
         self.text, self.plan = widgets.HTML(), widgets.HTML(layout=widgets.Layout(margin="10px 0 0 0"))
         self.origin = " (from step 2)" if isinstance(before, Panel) else ""
@@ -137,6 +139,7 @@ class Settings(Panel):
         named = fields_of(error) if error and not self.planned else ()
         if self.values.doubt(dict.fromkeys(named, self.refused)): return  # everyone was told, this panel too
         self.text.value = describe_text(self.values, self.origin)
+        if self.planned: self.cards.refresh()
         self.foretell(notes)
         self.offer_again(self.refused)
         self.allow(not (self.values.problems or self.refused), isinstance(error, FileExistsError))
@@ -174,8 +177,8 @@ class Steering(Settings):
         self.finder.box.remove_class("cg-panel")  # one frame for both
         self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
         self.find.observe(lambda _: self.finder.ready(), "value")
-        self.settings = widgets.VBox([self.text, self.form.box, row(self.advanced, self.find), self.more.box,
-                                      self.finder.box])
+        self.settings = widgets.VBox([self.text, self.cards.box, self.form.box, row(self.advanced, self.find),
+                                      self.more.box, self.finder.box])
         self.fold = folding("Settings", "Show or hide the settings", self.settings)
         self.fold.value = True
         self.assemble(row(self.fold, self.summary), self.settings, self.plan,
