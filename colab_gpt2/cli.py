@@ -327,6 +327,13 @@ def restore(
     "Fetch an archive from the Drive, verify and unpack it."
     return tasks.restore(name, folder, drive=drive)
 
+# %% ../nbs/65_cli.ipynb #64e1a001
+@command("--json")
+def runs(folder: option(str, "whose folders are looked into") = ".", drive: DriveFolder = None):
+    "List the runs on this machine and on the Drive."
+    from colab_gpt2.your_runs import runs
+    return runs(folder, drive)
+
 # %% ../nbs/65_cli.ipynb #64c1a001
 Run = Annotated[str, typer.Argument(help="a run's output folder, or its archive")]
 

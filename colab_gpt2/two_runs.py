@@ -58,8 +58,10 @@ def told_by(run) -> Told:
         except ValueError: return None
     place = told["output_dir"] if isinstance(run, Record) else str(run)
     parts = {name: told.get(name) or {} for name in ("config", "fingerprint", "evaluated")}
+    name = Path(place).name
+    if name == "finished": name = Path(told.get("output_dir") or place).name  # a mirror's folder
     return Told(
-        name=Path(place).name or place, place=place, **parts, best_step=told.get("best_step"),
+        name=name or place, place=place, **parts, best_step=told.get("best_step"),
         steps=told.get("steps", 0), losses=tuple((row["step"], row["loss"]) for row in told.get("losses") or ()),
         evaluations=tuple(map(tuple, told.get("evaluations") or ())),
         perplexity_before=known(Perplexity, told.get("perplexity_before")),

@@ -1,5 +1,5 @@
 "Two runs side by side on the command line and in the panel: what there is of them, and what is refused in one line."
-import json
+import json, os
 from pathlib import Path
 
 import pytest
@@ -72,3 +72,64 @@ def test_a_tokenizer_of_another_kind_is_compared_by_the_word(cli):
         MEASURED, value=9., nats=2700., tokens=1234))
     compared = compare("a", "b", progress=False)
     assert [p.unit for p in compared.card.rows] == ["word", "byte"] and "another count" in " ".join(compared.notes)
+
+
+# All runs
+
+def test_the_runs_of_a_folder_are_listed(cli):
+    "The newest first; an archive, an empty folder and a published model are no runs of a folder."
+    for i, name in enumerate(("older", "newer")):
+        leave_run(name, samples=dict(after=dict(text=f"\n {name} tide\nand more")), dataset="poems")
+        os.utime(Path(name, "finetune.json"), (i, i))
+    for name in ("empty", "published"): Path(name).mkdir()
+    Path("published", "config.json").write_text("{}")
+    told = json.loads(cli("runs", "--json").stdout)
+    assert [(run["name"], run["sample"], run["text"]) for run in told] == [
+        (name, f"{name} tide", "poems") for name in ("newer", "older")]
+    assert told[0]["finished"] and told[0]["perplexity"] == pytest.approx(28.03, abs=0.01)
+    assert "1970-01-01 00:00" in cli("runs").stdout
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"config": 7}', b'{"config": {}, "samples": 3}'])
+def test_a_damaged_record_is_left_out_with_a_word(cli, content):
+    leave_run("good")
+    Path("bad").mkdir()
+    Path("bad", "finetune.json").write_bytes(content)
+    said = cli("runs", "--json")
+    assert [run["name"] for run in json.loads(said.stdout)] == ["good"] and said.exit_code == 0
+    assert "note: bad is damaged and left out" in said.stderr
+
+
+def test_a_damaged_archive_on_the_drive_is_left_out_with_a_word(cli):
+    place = Path("drive", "colab-gpt2")
+    place.mkdir(parents=True)
+    (place/"torn.tar.gz").write_bytes(b"\x1f\x8b\x08\x00torn")
+    (place/"others.tar.gz").mkdir()
+    said = cli("runs", "--drive", "drive", "--json")
+    assert json.loads(said.stdout) == [] and "torn.tar.gz is damaged and left out" in said.stderr
+    assert json.loads(cli("runs", "--drive", "nowhere", "--json").stdout) == []
+
+
+def test_a_stopped_run_is_one_line_with_its_copy_on_the_drive(tmp_path, monkeypatch):
+    "Of a real run, from its checkpoint and its mirror; finished, from its folder, its mirror and its archive."
+    from colab_gpt2 import archive_model, finetune, runs, save_to_drive
+    from colab_gpt2.two_runs import told_by
+    from transformers import TrainerCallback
+    monkeypatch.chdir(tmp_path)
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3: raise KeyboardInterrupt
+    Path("poems.txt").write_text("\n\n".join(f"The tide of day {i} came in ." for i in range(300)))
+    config = dict(model="tiny", train_file="poems.txt", output_dir="mine", max_steps=4, block_size=32, save_steps=2,
+                  effective_batch_size=2, max_new_tokens=4, mirror="drive/colab-gpt2/runs", progress=False)
+    with pytest.raises(KeyboardInterrupt): finetune(**config, callbacks=[Stops()])
+    [run] = runs(drive="drive")
+    assert (run.state, run.where, run.model) == ("stopped at step 2 of 4", "here and on the Drive", "tiny")
+    finetune(**config)
+    save_to_drive(archive_model("mine", progress=False), drive="drive", progress=False)
+    [run] = runs(drive="drive")
+    assert (run.state, run.where, run.place, run.text) == ("4 steps", "here and on the Drive", "mine", "poems")
+    Path("elsewhere").mkdir()
+    Path("mine").rename("elsewhere/mine")
+    [run] = runs(drive="drive")
+    assert (run.name, run.where, told_by(run.place).name) == ("mine", "on the Drive", "mine")
