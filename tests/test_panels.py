@@ -503,6 +503,31 @@ def test_the_samples_begin_with_ones_own_text(quick):
     assert panel.start() and writing.config.prompt == "The"
 
 
+def test_two_runs_write_side_by_side_and_each_text_keeps_how_it_was_made(tmp_path, monkeypatch):
+    "Another temperature, another model: what is below says which text is whose, and stays in the notebook."
+    import shutil
+    from colab_gpt2.model.loading import TINY
+    monkeypatch.chdir(tmp_path)
+    for run in "ab": shutil.copytree(TINY, run), Path(run, "finetune.json").write_text("{}")
+    writing = colab_gpt2.GeneratePanel(model="a", compare_with="b", prompt="The", max_new_tokens=5).ready()
+    first = writing.start()
+    assert (first.titles, first.before, first.settings["temperature"]) == (("b", "a"), first.after, 0.8)
+    writing.values.set(temperature=1.5, model="tiny", compare_with=None)
+    assert writing.said == "" and writing.start().settings["temperature"] == 1.5
+    for shown in (writing.older.value, writing.kept):
+        assert f"a beside b · temperature 0.8 · top k 50 · up to 5 tokens · seed {first.seed}" in shown
+    assert {"a", "b", "tiny"} <= {*writing.form.rows["model"].widget.options}
+    assert [key[0] for key in writing.writer.loaded] == ["tiny"]
+
+
+def test_the_kept_texts_leave_the_notebook_small(tmp_path):
+    "Five pairs of a thousand tokens each, of characters that HTML writes in six."
+    from colab_gpt2.panels.generate import GenerateConfig, Sides, kept_texts
+    long = Sides(prompt="'<" * 300, before="'" * 5000, after="&'" * 2500, seed=1, whole=True, titles=("a", "b"),
+                 settings=GenerateConfig().settings())
+    assert len(kept_texts([long] * 5).encode()) <= 16_000 and kept_texts([long]).count("<pre") == 2
+
+
 @pytest.mark.parametrize("name", ["save", "stop"])
 def test_a_click_saves_no_weights_that_are_lost(quick, name):
     "A loss that nobody logs: the click comes when the training's own look at it is over for this step."

@@ -23,6 +23,7 @@ from ..resuming import differences, read_result
 @dataclass(frozen=True)
 class Unfinished(Record):
     "A run that has not ended: its newest complete checkpoint, and which weights of it are to be tried."
+    base: str  # the model that it began with
     checkpoint: Path
     step: int  # of how many `steps`
     steps: int
@@ -46,14 +47,14 @@ def find_unfinished(model) -> Unfinished | None:
     if best:
         state = json.loads((path/"trainer_state.json").read_text(encoding="utf-8"))
         step = best_of(state["stateful_callbacks"]["choosing"]["curve"])[0]
-    return Unfinished(path, step, manifest["steps"], best)
+    return Unfinished(manifest["run"]["model"], path, step, manifest["steps"], best)
 
 # %% ../../nbs/engine/46_trying.ipynb #46a0000b
 def load_unfinished(found, cache_dir=None):
     "The model of an Unfinished, as `load_model` has one."
     place, tokenizer = found.checkpoint, load_tokenizer(found.checkpoint)
     adapted = (place/"adapter_config.json").exists()
-    model = load_model(read_manifest(place)["run"]["model"] if adapted else place, cache_dir=cache_dir)
+    model = load_model(found.base if adapted else place, cache_dir=cache_dir)
     if adapted:
         import peft
         add_rows(model, max(tokenizer.get_vocab().values()) + 1)

@@ -17,12 +17,10 @@ from ..errors import Sentence, check_number, check_utf8
 @dataclass(frozen=True)
 class Sampling(Record):
     "How the next token is drawn from the model's distribution. Bad values are refused when it is made."
-    temperature: float = value(1.0, "divides the logits: below 1 safer, above 1 bolder", min=0.05, max=2.0, step=0.05)
-    top_k: int = value(50, "keep the k most likely tokens; 0 keeps all", label="Top k", min=0, max=200, step=1)
-    top_p: float = value(1.0, "nucleus sampling: keep the smallest set of tokens with this probability",
-                         label="Top p", min=0.05, max=1.0, step=0.05)
-    repetition_penalty: float = value(1.0, "penalize repetition: above 1, tokens of the text become less likely",
-                                      min=1.0, max=2.0, step=0.05)
+    temperature: float = value(1.0, "below 1 safer, above 1 bolder")
+    top_k: int = value(50, "choose among this many of the likeliest tokens; 0: among all", label="Top k")
+    top_p: float = value(1.0, "choose among the likeliest tokens that add up to this probability", label="Top p")
+    repetition_penalty: float = value(1.0, "above 1: repeats itself less")
 
     def __post_init__(self):
         if self.temperature == 0:

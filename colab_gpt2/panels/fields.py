@@ -151,7 +151,8 @@ AUTOMATIC = "automatic"  # stands for None, for which a Dropdown shows nothing
 
 def make_widget(make, f, value, suggestions=()):
     "The widget of the field `f`."
-    size, optional = dict(width="240px" if "max" in f.metadata else "380px", max_width="100%"), type(None) in kinds(f)
+    number, optional = {int, float} & {*kinds(f)}, type(None) in kinds(f)
+    size = dict(width="240px" if number else "380px", max_width="100%")
     common = dict(description=label_of(f), style=dict(description_width="128px"), layout=size)
     options = [(choice, choice) for choice in f.metadata.get("choices", ())]
     if bool in kinds(f): options = [("no", False), ("yes", True)]
@@ -159,7 +160,7 @@ def make_widget(make, f, value, suggestions=()):
         if optional: options.insert(0, (AUTOMATIC, AUTOMATIC))
         return make(widgets.Dropdown, options=options, value=AUTOMATIC if value is None else value, **common)
     common |= dict(value=write_typed(value), continuous_update=False)
-    if optional: common["placeholder"] = AUTOMATIC
+    if optional: common["placeholder"] = f.metadata.get("empty", AUTOMATIC)
     if f.metadata.get("lines"): return make(widgets.Textarea, rows=f.metadata["lines"], **common)
     if suggestions: return make(widgets.Combobox, options=list(suggestions), ensure_option=False, **common)
     return make(widgets.Text, **common)

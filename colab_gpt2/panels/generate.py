@@ -32,10 +32,11 @@ class GenerateConfig(Sampling):
     temperature: float = value(0.8, **SAMPLED["temperature"].metadata)
     model: str = value("gpt2-tuned", "the fine-tuned model: a folder, a name or a Hub id", path=True)
     compare_with: str | None = value(
-        None, "one whose text stands beside: another run's folder, or the model before its training", path=True)
+        None, "one whose text stands beside: another run's folder, or the model before its training", path=True,
+        empty="none")
     prompt: str | None = value(None, "the text to continue, exactly as typed; empty: that of the model's run", lines=3)
     max_new_tokens: int = value(250, "length in tokens", label="New tokens")
-    seed: int | None = value(None, "the same seed gives the same text; empty: a new one each time")
+    seed: int | None = value(None, "the same seed gives the same text; empty: a new one each time", empty="new")
 
     def __post_init__(self):
         if not self.model: raise ValueError(Sentence("{model} is empty; give a value."))
@@ -53,9 +54,11 @@ class GenerateConfig(Sampling):
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00002
 def run_of(model) -> dict:
-    "What the run that made the folder `model` was given: values of a FinetuneConfig; of any other model its name."
+    "What the run in the folder `model` was given: values of a FinetuneConfig; of any other model its name."
+    from colab_gpt2.engine.trying import find_unfinished
     told = run_in(model).get("config")
-    return told if isinstance(told, dict) else dict(model=model)
+    if isinstance(told, dict): return told
+    return dict(model=found.base if (found := find_unfinished(model)) else model)
 
 def reads_well(run) -> dict:
     "Prompt, length and sampling for the model of a `run`, as `run_of` has it."
@@ -202,6 +205,11 @@ class Sources(AfterTraining):
         self.base = self.followed = None  # what the model was made from; whose run the values are of
         self.cache_dir, self.tokenizers = None, {}  # of that run: for the Hub's files; model -> a tokenizer not its own
         self.writer = Writer()
+
+    def use(self, folder):
+        self.own.discard("model")  # the next training's follows it again
+        self.taken["model"] = folder
+        super().use(folder)
 
     def take(self, panel):
         "The models, and what was not typed here, from `panel`."
