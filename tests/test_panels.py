@@ -238,7 +238,7 @@ def test_an_upload_is_received_in_the_shape_of_either_version(value, tmp_path, m
 def test_two_panels_edit_one_config(quick):
     text = colab_gpt2.DataPanel(quick).ready()
     training = colab_gpt2.FinetunePanel(text, seed=3).ready()
-    training.form.rows["block_size"].widget.value = "32"
+    training.more.rows["block_size"].widget.value = "32"
     assert training.config == text.config == replace(quick, block_size=32, seed=3)
     assert "blocks of 32" in dict(text.start()._rows())["Train"]
     text.own.rows["train_file"].widget.value = "nowhere.txt"
@@ -328,7 +328,7 @@ def test_a_run_that_is_refused_leaves_the_result(quick):
     panel = colab_gpt2.FinetunePanel(quick).ready()
     result = panel.start()
     panel.values.set(seed=7)
-    assert panel.buttons["start"].disabled and "“Seed” was 42, now it is 7" in panel.plan.value
+    assert panel.buttons["start"].disabled and "“Seed” was 42, now it is 7" in panel.outlook.value
     assert panel.start() is None and panel.said.startswith("Not started")
     assert panel.result is result and panel.saved
     assert panel.again.layout.display == "none"  # its own run has left what refuses the next: nothing is missing
@@ -340,10 +340,10 @@ def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     assert panel.start(callbacks=[At(4, fail)]) is None and "“Block size”" in panel.said
     rows = panel.form.rows
     rows["block_size"].widget.value = "32"
-    assert panel.buttons["start"].disabled and "“Block size” was 64, now it is 32" in panel.plan.value
-    assert "“Overwrite”" in panel.plan.value
+    assert panel.buttons["start"].disabled and "“Block size” was 64, now it is 32" in panel.outlook.value
+    assert "“Overwrite”" in panel.outlook.value
     rows["overwrite_output_dir"].widget.value = True
-    assert not panel.buttons["start"].disabled and "from the beginning" in panel.plan.value
+    assert not panel.buttons["start"].disabled and "from the beginning" in panel.outlook.value
     assert panel.start().plan.recipe.block_size == 32
 
 
@@ -354,7 +354,7 @@ def test_an_error_in_the_middle_is_a_sentence_and_start_goes_on(quick, error, sa
     def fail(): raise error
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3, overwrite_output_dir=True).ready()
     assert panel.start(callbacks=[At(4, fail)]) is None
-    assert said in panel.said and "resumes at step 3 of 12" in panel.plan.value
+    assert said in panel.said and "resumes at step 3 of 12" in panel.outlook.value
     assert not panel.buttons["start"].disabled
     result = panel.start()
     assert result.steps == 12 and result.resumed_from.endswith("checkpoint-3") and panel.error is None
@@ -364,9 +364,9 @@ def test_another_run_is_refused_by_what_differs(quick):
     "What lies in the folder is another run's: it is neither resumed nor overwritten, unless that is said."
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick).ready()
-    assert panel.buttons["start"].disabled and "“Max steps” was 2, now it is 12" in panel.plan.value
-    panel.form.rows["resume"].widget.value = quick.output_dir  # to train it further
-    assert not panel.buttons["start"].disabled and "continues from" in panel.plan.value
+    assert panel.buttons["start"].disabled and "“Max steps” was 2, now it is 12" in panel.outlook.value
+    panel.more.rows["resume"].widget.value = quick.output_dir  # to train it further
+    assert not panel.buttons["start"].disabled and "continues from" in panel.outlook.value
     assert panel.start().resumed_from.endswith("checkpoint-2")
 
 
@@ -416,7 +416,7 @@ def test_another_session_resumes_without_a_field_touched(quick, tmp_path, lost):
     colab_gpt2.FinetunePanel(quick).start(callbacks=[At(4, interrupt)])
     if lost: shutil.rmtree(quick.output_dir), shutil.rmtree(quick.cache_dir)
     panel, said = colab_gpt2.FinetunePanel(quick).ready(), []
-    assert lost or "resumes at step 5 of 12" in panel.plan.value
+    assert lost or "resumes at step 5 of 12" in panel.outlook.value
     assert panel.start(callbacks=[Heard(panel, said)]) and panel.error is None
     assert said[0].startswith("Resuming at step 5 of 12") and "It resumed from" in panel.kept
     assert weights(quick.output_dir) == weights(whole.output_dir)
@@ -428,7 +428,7 @@ def test_a_run_out_of_time_says_how_it_resumes(quick):
     panel = colab_gpt2.FinetunePanel(quick, max_minutes=1e-3).ready()
     assert panel.start() is None and panel.error is None
     assert re.match(r"Stopped at step \d+ of 12.*; saved in .* Start resumes from there\.$", panel.said)
-    assert re.search(r"resumes at step \d+ of 12", panel.plan.value) and not panel.buttons["start"].disabled
+    assert re.search(r"resumes at step \d+ of 12", panel.outlook.value) and not panel.buttons["start"].disabled
 
 
 def test_a_run_that_diverges_goes_back_and_says_so(quick):
@@ -494,7 +494,7 @@ def test_a_perplexity_that_rises_is_no_success(quick):
 def test_the_samples_begin_with_ones_own_text(quick):
     "And so do the texts of the panel after it, and of a panel for that folder on another day."
     panel = colab_gpt2.FinetunePanel(quick, max_steps=2, prompt=None).ready()
-    assert panel.form.rows["prompt"].widget.placeholder == "automatic" and "prompt" not in panel.python()
+    assert panel.more.rows["prompt"].widget.placeholder == "automatic" and "prompt" not in panel.python()
     writing = colab_gpt2.GeneratePanel(panel).ready()
     assert panel.start() and [prompt for _, prompt, _ in panel.live.samples] == [" = Article 0 = \n"] * 2
     later = colab_gpt2.GeneratePanel(model=quick.output_dir).ready()
@@ -552,7 +552,7 @@ def test_a_warning_of_the_forecast_is_a_note(quick, recwarn):
     panel = colab_gpt2.FinetunePanel(quick).ready()
     panel.forecaster.runtime = named_runtime("T4")
     panel.values.set(precision="bf16")
-    assert panel.plan.value.count("has no bf16 in hardware and will emulate it") == 1
+    assert panel.outlook.value.count("has no bf16 in hardware and will emulate it") == 1
     assert not panel.buttons["start"].disabled
     assert not [w for w in recwarn if "bf16" in str(w.message)]
 

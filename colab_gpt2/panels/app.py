@@ -16,8 +16,8 @@ from .compare import ComparePanel
 from .data import DataPanel
 from .drive import DriveConfig, DrivePanel
 from .finetune import FinetunePanel
-from .generate import ChatPanel, GenerateConfig, GeneratePanel
-from .panel import Shown
+from .generate import ChatPanel, GenerateConfig, GeneratePanel, converses
+from .panel import Shown, button, row
 from .runtime import RuntimePanel
 
 # %% ../../nbs/panels/81_app.ipynb #a6897b81
@@ -32,10 +32,10 @@ def divide(values) -> tuple:
     return shares
 
 # %% ../../nbs/panels/81_app.ipynb #fc4a695f
-class App(Shown):
-    """The panels `runtime`, `data`, `finetune`, `generate`, `drive`, whose work `start()` does in this order, and
-    `compare`, which needs a second run, and `chat`, which needs a person."""
-    title = "colab-gpt2"
+class Steps(Shown):
+    """The panels `runtime`, `data`, `finetune`, `generate`, `drive`, and `compare`, which needs a second run, and `chat`,
+    which needs a person and a model that has learnt conversations: a tab for each, and a button to the next."""
+    title, on_page = "colab-gpt2", False
 
     def __init__(self, **values):
         super().__init__()
@@ -44,10 +44,41 @@ class App(Shown):
         self.finetune = FinetunePanel(self.data)
         self.generate, self.drive = GeneratePanel(self.finetune, **generating), DrivePanel(self.finetune, **driving)
         self.compare, self.chat = ComparePanel(self.finetune), ChatPanel(self.finetune)
-        self.panels = (self.runtime, self.data, self.finetune, self.generate, self.drive, self.compare, self.chat)
-        self.box = widgets.Tab(children=[panel.box for panel in self.panels])
-        for i, panel in enumerate(self.panels): self.box.set_title(i, panel.title)
+        self.panels = self.runtime, self.data, self.finetune, self.generate, self.drive, self.compare, self.chat
+        self.tab = widgets.Tab(children=[panel.box for panel in self.panels[:-1]])
+        self.onward = button("", self.go_on)
+        self.box.children = self.tab, row(self.onward)
+        self.box.add_class("cg-app")
+        self.tab.observe(lambda _: self.turn(), "selected_index")
+        for panel in self.panels: panel.followers.append(lambda _: self.tick())
+        self.tick()
 
+    def tick(self):
+        "A tick at each step that is done; the chat, where the model can."
+        panels = self.panels if converses(self.generate.config.model) else self.panels[:-1]
+        if len(self.tab.children) != len(panels): self.tab.children = [panel.box for panel in panels]
+        for i, panel in enumerate(panels): self.tab.set_title(i, "✓ " * bool(panel.result) + panel.title)
+        self.onward.description = f"Next: {self.panels[self.at + 1].title}" if self.at < 4 else ""
+        self.onward.layout.display = "" if self.at < 4 else "none"
+
+    @property
+    def at(self) -> int: return self.tab.selected_index or 0
+
+    def go_on(self): self.tab.selected_index = self.at + 1
+
+    def turn(self):
+        "What comes up finds out what it shows, once the app is on a page."
+        self.tick()
+        if self.on_page: self.panels[self.at].ready()
+
+    def leave_place(self):
+        for panel in self.panels: panel.leave_place()
+        self.on_page = True
+        self.turn()
+
+# %% ../../nbs/panels/81_app.ipynb #eb3e3b9e
+class App(Steps):
+    "The steps, whose work `start()` does in their order; `result` is the FinetuneResult."
     @property
     def config(self) -> FinetuneConfig: return self.finetune.config
 
@@ -57,13 +88,9 @@ class App(Shown):
     def start(self):
         "-> the FinetuneResult, or None: it ends at the first panel that fails or is stopped."
         for i, panel in enumerate(self.panels[:5]):
-            self.box.selected_index = i
+            self.tab.selected_index = i
             if panel.start() is None: return None
         return self.result
-
-    def leave_place(self):
-        for panel in self.panels: panel.leave_place()
-        if not self.runtime.result: self.runtime.start()
 
 # %% ../../nbs/panels/81_app.ipynb #7d104347
 def app(

@@ -112,7 +112,7 @@ class Settings(Panel):
         self.form, self.more = Form(self.values, MAIN, SUGGESTED), Groups(self.values, GROUPS, SUGGESTED)
         self.cards = ModelCards(self.values, lambda config: self.forecaster.glance(config))
         self.advanced = folding("More settings", "All other settings", self.more.box)
-        self.text, self.plan = widgets.HTML(), widgets.HTML(layout=widgets.Layout(margin="10px 0 0 0"))
+        self.text, self.plan, self.outlook = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.origin = " (from step 2)" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
 
@@ -145,11 +145,11 @@ class Settings(Panel):
         self.allow(not (self.values.problems or self.refused), isinstance(error, FileExistsError))
 
     def foretell(self, notes):
-        "Show the forecast, and under it the `notes` and why no run can be started."
-        shown = f"<div class='cg-error' role='alert'>⚠ {escape(self.refused)}</div>"
-        if self.planned: shown, notes = describe_plan(self.planned, self.config), [*notes, self.refused]
-        said = [escape(worded(note, self.name_of)) for note in notes if note]
-        self.plan.value = shown + "".join(f"<p class='cg-note'>{note}</p>" for note in said)
+        "Show the forecast; and by the buttons the `notes`, and why no run can be started."
+        self.plan.value = describe_plan(self.planned, self.config) if self.planned else ""
+        said = "".join(f"<p class='cg-note'>{escape(worded(note, self.name_of))}</p>" for note in notes if note)
+        if self.refused: said += f"<div class='cg-error' role='alert'>⚠ {escape(self.refused)}</div>"
+        self.outlook.value = said
 
     def recount(self, fetched=None):
         "A text was fetched: what was estimated can be counted."
@@ -178,17 +178,23 @@ class Steering(Settings):
         self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
         self.find.observe(lambda _: self.finder.ready(), "value")
         self.settings = widgets.VBox([self.text, self.cards.box, self.form.box, row(self.advanced, self.find),
-                                      self.more.box, self.finder.box])
+                                      self.more.box, self.finder.box, self.plan])
         self.fold = folding("Settings", "Show or hide the settings", self.settings)
         self.fold.value = True
-        self.assemble(row(self.fold, self.summary), self.settings, self.plan,
+        self.assemble(row(self.fold, self.summary), self.settings, self.outlook,
                       row(*self.buttons.values(), self.aside, self.replacing, self.again), self.status,
                       self.progress, self.chart, self.samples)
         self.enable()
+        self.offer_aside(False)
+        self.arrange()
 
     def allow(self, start, taken=False):
         self.enable(start=start)
         self.buttons["start"].description = self.verb
+        self.offer_aside(taken)
+
+    def offer_aside(self, taken):
+        "Two ways out where another run is in the folder."
         self.aside.description = f"Train into {self.free_folder()}" if taken else ""
         for made in (self.aside, self.replacing): made.layout.display = "" if taken else "none"
 
@@ -205,7 +211,7 @@ class Steering(Settings):
     def arrange(self):
         "Settings and forecast give way to a run, and then one line tells them."
         self.fold.layout.display = "none" if self.running or not self.live else ""
-        self.plan.layout.display = self.code.layout.display = "none" if self.running else ""
+        self.outlook.layout.display = self.code.layout.display = "none" if self.running else ""
         self.summary.value = describe_summary(self.live.config, self.planned) if self.live else ""
         (self.box.add_class if self.running else self.box.remove_class)("cg-running")
 

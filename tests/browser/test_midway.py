@@ -70,7 +70,7 @@ def test_the_notebooks_own_stop_button(begun):
 
 def test_the_page_is_loaded_again_while_a_click_trains(begun):
     before = stopped_at(begun)
-    press(panel(begun), "Start")
+    press(panel(begun), f"Continue from step {before}")
     wait_said(panel(begun), "Resuming at step")
     load_again(begun)
     begun.picture("loaded-again")
@@ -94,6 +94,7 @@ def test_app(begun):
     assert "No GPU" in machine.inner_text()
     begun.picture("app")
     tab("3. Fine-tune")
+    press(training, "More settings")
     fill(training, "Block size", "128")
     training.get_by_text("blocks of 128 tokens a step").wait_for()
     tab("2. The text")

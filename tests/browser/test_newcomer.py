@@ -48,13 +48,13 @@ def ran(opened):
     return notebook
 
 
-def said(panel): return panel.get_by_role("status").or_(panel.get_by_role("alert")).last.inner_text()
+def said(panel): return panel.locator(".cg-state").last.inner_text()
 
 
 def wait_said(panel, words, seconds=60):
     "Until the panel's sentence of state begins with `words`; -> the sentence."
-    begins = re.compile(rf"^\W*{re.escape(words)}")
-    try: panel.locator(".cg-note, .cg-error").filter(has_text=begins).last.wait_for(timeout=seconds * 1000)
+    begins = re.compile(rf"^\W*(?:Working|Done|Needs you|Stopped|Failed)?\s*{re.escape(words)}")
+    try: panel.locator(".cg-state").filter(has_text=begins).last.wait_for(timeout=seconds * 1000)
     except TimeoutError: raise AssertionError(f"The panel says {said(panel)!r}, not {words!r}.") from None
     return said(panel)
 
@@ -122,9 +122,11 @@ def test_run_all_again(ran):
 def test_train_by_hand(ran, record_property):
     "Values changed, a bad one marked; the curve grows, a sample comes, Stop works, and Start resumes."
     panel = ran.panel(TRAINING)
+    press(panel, "Settings")
+    press(panel, "More settings")
     fill(panel, "Learning rate", "-1")
     panel.get_by_text("“Learning rate” is -1").wait_for()
-    expect(panel.get_by_role("button", name="Start", exact=True)).to_be_disabled()
+    expect(panel.locator(".cg-primary").first).to_be_disabled()
     border = panel.get_by_label("Learning rate", exact=True).evaluate("e => getComputedStyle(e).borderColor")
     assert border == "rgb(220, 38, 38)"
     ran.picture("bad-value", panel)
@@ -133,13 +135,12 @@ def test_train_by_hand(ran, record_property):
     fill(panel, "Block size", "4096")
     refused = panel.get_by_text("“Block size” is 4096, but the model's context is")
     expect(refused).to_have_count(2)  # at the field, and in place of the forecast
-    expect(panel.get_by_role("button", name="Start", exact=True)).to_be_disabled()
+    expect(panel.locator(".cg-primary").first).to_be_disabled()
     settings = {"Block size": context, "Learning rate": "5e-4", "Output folder": "by-hand"}
     for label, text in settings.items(): fill(panel, label, text)
-    panel.get_by_text("Advanced", exact=True).click()
     assert panel.get_by_label("Optimizer", exact=True).locator("option:checked").text_content() == "automatic"
     for label, text in {"Log every": "1", "Max steps": "30"}.items(): fill(panel, label, text)
-    press(panel, "Start")
+    press(panel, "Train")
     curve = panel.locator("svg polyline").first
     curve.wait_for(state="detached")  # that of the run before
     curve.wait_for(timeout=60_000)
@@ -162,7 +163,7 @@ def test_train_by_hand(ran, record_property):
     assert panel.evaluate(WHOLE)
     assert seconds < 3
     step = int(re.search(r"Stopped at step (\d+)", sentence)[1])
-    press(panel, "Start")
+    press(panel, f"Continue from step {step}")
     wait_said(panel, "Done in", 120)
     assert ran.server.ask("print(training.result.resumed_from)").strip() == str(Path("by-hand")/f"checkpoint-{step}")
 
