@@ -26,6 +26,7 @@ _MODULES = {
     "finding_rate": "RateCurve find_learning_rate",
     "tasks": "RunResult check fetch plan evaluate archive save restore ask_for_drive run demo bench",
     "two_runs": "Comparison compare",
+    "your_runs": "KnownRun runs",
     "panels.runtime": "RuntimePanel",
     "panels.data": "DataPanel",
     "panels.finetune": "FinetunePanel",

@@ -62,7 +62,7 @@ def test_the_shell_line_makes_the_config(config):
     assert take_config(dict(command.make_context(subcommand, flags).params)) == config
 
 
-@pytest.mark.parametrize("panel", ["RuntimePanel", "DataPanel", "GeneratePanel", "DrivePanel"])
+@pytest.mark.parametrize("panel", ["RuntimePanel", "DataPanel", "GeneratePanel", "DrivePanel", "ComparePanel"])
 def test_the_other_panels_name_flags_and_arguments_that_are_there(panel):
     import inspect, typer
     from colab_gpt2.cli import app

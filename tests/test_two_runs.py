@@ -133,3 +133,32 @@ def test_a_stopped_run_is_one_line_with_its_copy_on_the_drive(tmp_path, monkeypa
     Path("mine").rename("elsewhere/mine")
     [run] = runs(drive="drive")
     assert (run.name, run.where, told_by(run.place).name) == ("mine", "on the Drive", "mine")
+
+
+def test_the_panel_shows_the_runs_and_compares_two_of_them(cli):
+    "The one that was stopped is in the table and not among those to compare; a damaged one is told of."
+    from colab_gpt2.engine.checkpoints import sealed
+    panel = ComparePanel().ready()
+    assert panel.compare.disabled and panel.said.startswith("Train a second run") and panel.table.value == ""
+    leave_run("a"), leave_run("b", 2700.)
+    for name in ("stopped/checkpoint-5", "bad"): Path(name).mkdir(parents=True)
+    told = dict(run=dict(seed=9), step=5, steps=48, saved="2026-11-29T12:21:47Z")
+    Path("stopped/checkpoint-5/whole.json").write_text(sealed(told))
+    Path("bad/finetune.json").write_text("{")
+    panel.again.click()
+    assert "stopped at step 5 of 48" in panel.table.value and "bad is damaged and left out" in panel.table.value
+    assert {place for _, place in panel.choices[0].widget.options} == {"a", "b"} and not panel.compare.disabled
+    panel.compare.click()
+    assert panel.error is None and "times the perplexity" in panel.said and panel.view.value.count("<svg") == 2
+
+
+def test_a_run_that_has_finished_is_offered(cli):
+    class Training:
+        config, saved, earlier, followers = type("Config", (), dict(output_dir="new")), None, False, []
+    leave_run("old")
+    panel = ComparePanel(Training).ready()
+    assert panel.config.run_a == "old" and panel.compare.disabled
+    leave_run("new", 2700.)
+    Training.saved = Training.config
+    Training.followers[0](None)
+    assert (panel.config.run_a, panel.config.run_b) == ("new", "old") and not panel.compare.disabled
