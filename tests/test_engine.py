@@ -479,10 +479,13 @@ def test_a_single_process_of_torchrun_trains_without_ddp(text, tmp_path):
 
 
 def test_lora_is_quiet(text, tmp_path):
-    "What peft asks of transformers, and what only a download could tell it, is no warning for a user."
+    "What peft asks of transformers, what only a download could tell it, and new rows are no warning for a user."
+    tagged = load_tokenizer("tiny")
+    tagged.add_tokens(["<A>", "<B>"])
+    tagged.save_pretrained(tmp_path/"tagged")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        run(text, tmp_path/"out", method="lora", max_steps=2, save_steps=1)
+        run(text, tmp_path/"out", method="lora", max_steps=2, save_steps=1, tokenizer=str(tmp_path/"tagged"))
     assert [str(w.message) for w in said if w.category is FutureWarning or "peft" in w.filename] == []
 
 

@@ -110,7 +110,14 @@ class Plain(nn.Module):
     def forward(self, x): return self.up_proj(x)
 
 
-@pytest.mark.parametrize("kind, forward", [(Shifted, norm_forward), (Biased, gated_forward), (Plain, gated_forward)])
+class Weightless(nn.Module):
+    "A norm without a weight, as FalconMamba has."
+    eps = 1e-6
+    def forward(self, x): return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize("kind, forward", [(Shifted, norm_forward), (Biased, gated_forward), (Plain, gated_forward),
+                                           (Weightless, norm_forward), (Weightless, gated_forward)])
 def test_what_does_something_else_is_left_alone(kind, forward): assert not does_the_same(kind(), forward)
 
 

@@ -25,7 +25,7 @@ from ..core import retried
 from .guards import SaveByTime, StopOnDivergence, StopOnInterrupt
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
-from ..model.lora import add_adapters
+from ..model.lora import add_adapters, quiet_peft
 from ..model.tune import CHUNKED, casting_once, tune_model, uncompiled
 from ..planning.plan import smaller_micro_batch
 from ..reporting import silent
@@ -148,7 +148,7 @@ class BlockTrainer(SettingsOfNow):
             if self.processing_class: set_ids(model, self.processing_class)
             self.aside = folder.parent  # there the stock Trainer writes its checkpoint-N: `folder`
             try:
-                with full_disk_told(folder, model): super()._save_checkpoint(model, trial)
+                with full_disk_told(folder, model), quiet_peft(): super()._save_checkpoint(model, trial)
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
                 if self.chooser: self.chooser.put_into(folder, self.state.global_step)
             finally: self.aside = None

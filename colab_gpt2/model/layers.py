@@ -89,7 +89,7 @@ def small_copy(module):
 def does_the_same(module, forward) -> bool:
     "Whether `forward` gives the value and the gradients of the module's own."
     small, random = small_copy(module), torch.Generator("cpu").manual_seed(1)
-    width, answers = next(small.parameters()).shape[-1], []
+    width, answers = next((weight.shape[-1] for weight in small.parameters()), 1), []
     x = torch.randn(2, 3, width, generator=random, device="cpu").requires_grad_()
     try:
         for each in (type(module).forward, forward):

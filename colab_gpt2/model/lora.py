@@ -18,9 +18,9 @@ from .loading import DTYPES
 # %% ../../nbs/model/23_lora.ipynb #3850d9c9
 @contextlib.contextmanager
 def quiet_peft():
-    "Inside, peft does not warn of what only it can change: an attribute of transformers that it asks for."
+    "Inside, peft does not warn of what only it can change, and of what it saves besides adapters."
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated|Setting `save_embed")
         yield
 
 # %% ../../nbs/model/23_lora.ipynb #3850d9ca
@@ -55,7 +55,8 @@ def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, **o
 def weights_of(adapted) -> dict:
     "Those of its adapters, in RAM, by peft's names."
     import peft
-    return {name: weight.cpu() for name, weight in peft.get_peft_model_state_dict(adapted).items()}
+    with quiet_peft(): weights = peft.get_peft_model_state_dict(adapted)
+    return {name: weight.cpu() for name, weight in weights.items()}
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000a
 def adapters_of(adapted, base):

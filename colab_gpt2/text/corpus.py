@@ -341,7 +341,7 @@ def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error
 def looks_like_table(start) -> bool:
     "Whether each of the first lines of a text has the same number of commas, semicolons, tabs or | before a word."
     lines = re.sub(rb'"[^"]*("|$)', b"_", start).splitlines()[:20]  # what stands in quotes may have any
-    marks = (re.compile(rb"(?<=\S)%b(?=[\w.-])" % mark) for mark in (b",", b";", b"\t", rb"\|"))
+    marks = (re.compile(rb"(?<=[^\s<])%b(?=[\w.-])" % mark) for mark in (b",", b";", b"\t", rb"\|"))
     counts = ({len(mark.findall(line)) for line in lines[:-1]} for mark in marks)
     return len(lines) > 3 and any(len(found) == 1 and min(found) for found in counts)
 
