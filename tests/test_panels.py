@@ -126,6 +126,9 @@ def test_a_text_that_was_fetched_is_counted(quick, monkeypatch):
     assert "an estimate from" not in training.plan.value and "counted by the model" in training.plan.value
 
 
+READ = "Read this text and learn ! "
+
+
 def upload(widget, name, text):
     "Hand a file over as the browser does: ipywidgets 7 is sent its parts and a count, 8 the value itself."
     content = memoryview(text.encode())
@@ -137,13 +140,12 @@ def upload(widget, name, text):
 def test_two_uploads_of_one_name_stay_two_texts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache"))).ready()
-    panel.choice.value = "a text of my own"
-    for widget, text in zip(panel.uploads, ("Read this .", "Measure on this .")): upload(widget, "text.txt", text)
+    for widget, text in zip(panel.uploads, (READ, "Measure on this . ")): upload(widget, "text.txt", text * 9)
     assert panel.error is None
     kept = [Path(path).read_text() for path in (panel.config.train_file, panel.config.eval_file)]
-    assert kept == ["Read this .", "Measure on this ."]
-    upload(panel.uploads[0], "text.txt", "Read this instead .")  # of the same field: it replaces the first
-    assert Path(panel.config.train_file).read_text() == "Read this instead ." and not panel.fetch.disabled
+    assert kept == [READ * 9, "Measure on this . " * 9]
+    upload(panel.uploads[0], "text.txt", "Read this instead . " * 9)  # of the same field: it replaces the first
+    assert Path(panel.config.train_file).read_text() == "Read this instead . " * 9 and not panel.fetch.disabled
 
 
 def test_the_same_file_can_be_uploaded_again(tmp_path, monkeypatch):
@@ -151,16 +153,59 @@ def test_the_same_file_can_be_uploaded_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache"))).ready()
     for _ in range(2):
-        panel.choice.value = "a text of my own"
-        upload(panel.uploads[0], "text.txt", "Read this .")
+        upload(panel.uploads[0], "text.txt", READ * 9)
         assert panel.config.train_file == "uploads/train_file/text.txt"
-        assert panel.said == "text.txt uploaded (11 B, 3 words)." and not panel.fetch.disabled
+        assert panel.said.startswith("text.txt: 54 words, ") and "too little" in panel.said
         panel.choice.value = "python-docs"
+        assert panel.said == panel.view.value == ""
     other = colab_gpt2.RuntimePanel()
+    panel.choice.value = "a text of my own"
     other.work(lambda: upload(panel.uploads[1], "text.txt", "Measure on this ."), "At work", str)
     assert panel.config.eval_file is None and "is busy" in panel.said
     upload(panel.uploads[1], "text.txt", "Measure on this .")
     assert panel.config.eval_file == "uploads/eval_file/text.txt"
+
+
+@pytest.mark.parametrize("kB, said", [(1, "too little"), (50, "a style"), (1_000, "a style"), (10_000, "a subject")])
+def test_an_upload_is_told_how_much_it_is_and_what_it_is_enough_for(kB, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("colab_gpt2.tasks.tokenizer_for_plan", lambda config, download: None)  # not to be fetched now
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="gpt2", cache_dir=str(tmp_path/"cache"))).ready()
+    line = "On day {} the tide came in at {} o'clock and went out again.\n"
+    text = "".join(line.format(n, n * 7 % 12) for n in range(kB * 16))
+    upload(panel.uploads[0], "mine.txt", text)
+    words = f"{float(f'{len(text.split()):.3g}'):,.0f} words"
+    assert panel.said.startswith(f"mine.txt: {words}, about ") and said in panel.said
+    assert ("Needs you" in panel.status.value) == (kB == 1) and "On day 0" in panel.view.value
+
+
+def test_a_refused_upload_leaves_the_text_that_was_chosen_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache"))).ready()
+    upload(panel.uploads[0], "a.csv", "n,text\n" + f"1,{READ}\n" * 9)
+    looked = panel.view.value
+    upload(panel.uploads[0], "b.txt", "\0\0\0")
+    assert panel.said == ("b.txt is binary, not text: byte 0 is zero. Save its text as UTF-8 in a .txt file. "
+                          "Still chosen: a.csv.")
+    assert "For a bug report" not in panel.status.value and panel.view.value == looked
+    assert "cg-invalid" in panel.uploads[0]._dom_classes and not panel.values.problems
+    upload(panel.uploads[0], "c.csv", "one,two\n" + "".join(f"{READ},{READ * n}\n" for n in range(9)))  # which of them?
+    assert "Choose one by “Column”" in panel.said and panel.more.value
+    panel.own.rows["dataset_text_field"].widget.value = "two"
+    panel.fetch.click()
+    assert panel.said.startswith("c.csv: ") and "cg-invalid" not in panel.uploads[0]._dom_classes
+
+
+def test_a_slip_in_the_models_name_and_back_keeps_what_was_chosen_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
+    values = colab_gpt2.DataPanel(temperature=0.5).ready().values
+    values.set(block_size=128)
+    began = values.config
+    for name in ("gpt3", "tiny", "gpt2", "gpt2-medium", "tiny"):
+        values.offer(dict(model=name))
+        assert values.config.block_size == 128 and values.config.temperature == 0.5
+    assert values.config == began and began.learning_rate
 
 
 def test_another_text_of_the_same_name_is_another_forecast(quick, tmp_path):
@@ -226,13 +271,13 @@ def test_another_output_folder_in_mid_run_is_not_gone_on_in(quick):
     assert f"set “Output folder” to {quick.output_dir} again" in panel.said
 
 
-@pytest.mark.parametrize("value", [{"text.txt": dict(metadata={}, content=b"Read this .")},
-                                   ({"name": "text.txt", "content": memoryview(b"Read this .")},)])
+@pytest.mark.parametrize("value", [{"text.txt": dict(metadata={}, content=READ.encode() * 9)},
+                                   ({"name": "text.txt", "content": memoryview(READ.encode() * 9)},)])
 def test_an_upload_is_received_in_the_shape_of_either_version(value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     panel = colab_gpt2.DataPanel(FinetuneConfig(model="tiny", cache_dir=str(tmp_path/"cache"))).ready()
     panel.receive("train_file", value)
-    assert panel.said.startswith("text.txt uploaded") and Path(panel.config.train_file).read_text() == "Read this ."
+    assert Path(panel.config.train_file).read_text() == READ * 9 and "too little to learn from" in panel.said
 
 
 def test_two_panels_edit_one_config(quick):
@@ -240,7 +285,7 @@ def test_two_panels_edit_one_config(quick):
     training = colab_gpt2.FinetunePanel(text, seed=3).ready()
     training.more.rows["block_size"].widget.value = "32"
     assert training.config == text.config == replace(quick, block_size=32, seed=3)
-    assert "blocks of 32" in dict(text.start()._rows())["Train"]
+    assert "blocks of 32" in dict(text.start().details())["Train"]
     text.own.rows["train_file"].widget.value = "nowhere.txt"
     assert training.buttons["start"].disabled
     text.choice.value = "python-docs"

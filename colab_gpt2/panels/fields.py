@@ -46,7 +46,8 @@ class Values:
     def __init__(self, config, suggestion="", goes_with=None, begin=None, exists=lambda value: True):
         self.config, self.began, self.name_of = config, config, labels_of(config)
         self.suggestion = suggestion  # why it begins like this
-        self.goes_with, self.exists = goes_with or {}, exists  # field -> those chosen for its first value; is there one?
+        self.goes_with = goes_with or {}  # field -> those chosen for its first value
+        self.exists = exists  # whether what is typed into such a field leads anywhere
         self.away = set()  # fields of `goes_with` that have left their first value
         self.begin = begin  # finds out all three, if that takes time
         self.typed, self.problems, self.refused, self.listeners = {}, {}, set(), []

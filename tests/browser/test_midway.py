@@ -99,7 +99,7 @@ def test_app(begun):
     training.get_by_text("blocks of 128 tokens a step").wait_for()
     tab("2. The text")
     press(text, "Load text")
-    wait_said(text, "The text is here")
-    assert "blocks of 128" in text.inner_text()
+    wait_said(text, "python-docs: ")
+    assert "blocks of 128" in text.text_content()  # folded
     tab("3. Fine-tune")
     begun.picture("app-training")
