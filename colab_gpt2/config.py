@@ -6,7 +6,7 @@
 __all__ = ['FinetuneConfig']
 
 # %% ../nbs/04_config.ipynb #ce1056b1
-import math, os
+import math, os, re
 from dataclasses import dataclass, field, fields, replace
 
 from .core import LINK, Record, existing, home, nearest
@@ -49,7 +49,9 @@ class DataFields(Record):
     on_bad_lines: str = value(
         "error", "what a broken row of a table, or a line that is not UTF-8, does; skip: it is left out and counted",
         choices=("error", "skip"), label="Bad lines")
-    output_dir: str = value("gpt2-tuned", "where the model and its checkpoints go", label="Output folder", path=True)
+    output_dir: str | None = value(
+        None, "where the model and its checkpoints go (default: gpt2-tuned, or the name of your own text; with a number "
+        "where another run is)", label="Output folder", path=True)
 
 # %% ../nbs/04_config.ipynb #3ddc96a0
 LENGTHENED = "warmup_stable_decay"  # its rate falls at the end only
@@ -176,6 +178,27 @@ class FinetuneConfig(EvaluationFields):
     trainer_args: dict = value({}, "anything else that transformers.TrainingArguments takes")
 
     def __post_init__(self): check_config(self)
+
+    @property
+    def folder(self) -> str:
+        "Its `output_dir`, or what that is where no other run is there."
+        return str(self.output_dir or folder_named(self.train_file or self.dataset))
+
+    @property
+    def mirrored(self) -> str:
+        "The same without a number that was chosen here: another machine may choose another."
+        name = folder_named(self.train_file or self.dataset)
+        found = re.fullmatch(f"((?:.*[/\\\\])?{re.escape(name)})-\\d+", self.folder)
+        return found[1] if found else self.folder
+
+# %% ../nbs/04_config.ipynb #04b00031
+def folder_named(text) -> str:
+    "The folder of a run on `text`, a file, a folder, a pattern, a link, or a name on the Hub."
+    if re.fullmatch(r"wikitext-\S+|python-docs", str(text)): return "gpt2-tuned"
+    parts = re.split(r"[/\\]+", re.sub(r"(?<=://)([^?#]*).*", r"\1", str(text)))
+    parts = [part for part in parts if not re.search(r"[*?\[]", part) and part.strip(" .~")]
+    name = re.sub(r"(\.\w{1,5})?(\.(gz|bz2|xz))?$", "", parts[-1] if parts else "").strip(" .~-")[:60] or "gpt2"
+    return f"{name}-tuned" if re.fullmatch(r"tiny|(distil)?gpt2.*|checkpoint-\d+", name) else name
 
 # %% ../nbs/04_config.ipynb #cbab7b6c
 def check_value(f, given):

@@ -209,7 +209,7 @@ class Prepared:
 def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -> Prepared:
     "`train` and `held_out`: the texts that are wanted; `runtime`: None is this machine's. The quick checks come first."
     release_memory()
-    runtime = pick_run_precision(config, runtime or check_runtime(config.output_dir))
+    runtime = pick_run_precision(config, runtime or check_runtime(config.folder))
     if train: check_packages(config, runtime)
     report("Fetching the text", 0, 1)
     same = {name: getattr(config, name) for name in (*TEXT[1:], "cache_dir")}

@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../nbs/62_resuming.ipynb #62aa0003
-import os, re, tempfile, warnings, zlib
-from dataclasses import dataclass, field
+import itertools, os, re, tempfile, warnings, zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .config import LENGTHENED, decay_begins, effective_batch, pick_learning_rate
@@ -246,9 +246,26 @@ def where_to_resume(config, now, report=None) -> Found | None:
         warnings.warn(f"{told} is skipped: it is corrupted.", stacklevel=3)
     return newest_intact((each for each in found_in(config.output_dir) if not differences(each.run, now)), report)
 
+# %% ../nbs/62_resuming.ipynb #62aa0037
+def untouched(folder) -> bool:
+    "Whether nothing is in `folder` that a new run would have to spare."
+    if not os.path.lexists(folder): return True
+    return folder.is_dir() and not (read_result(folder) or list_checkpoints(folder) or strangers(folder))
+
+def folder_for(config, now) -> Path:
+    "The folder of the run `now`: `config`'s, that which has it already, or the first that is free for it."
+    if config.output_dir: return Path(config.output_dir)
+    base, numbers = Path(config.folder), itertools.count(2)
+    there = [p for p in Path().iterdir() if re.fullmatch(re.escape(base.name) + r"(-\d+)?", p.name) and p.is_dir()]
+    def own(folder): return any(not differences(each.run, now) for each in found_in(folder))
+    held = (folder for folder in sorted(there, key=lambda path: (len(path.name), path.name)) if own(folder))
+    if config.resume != "never" and (found := next(held, None)): return found
+    return next(p for p in itertools.chain([base], (Path(f"{base}-{n}") for n in numbers)) if untouched(p))
+
 # %% ../nbs/62_resuming.ipynb #6c2c6832
 def foresee(config, now) -> tuple:
     "(a button's words for a run, what it will do with what its folder holds, or ''), as `now` tells. Refuses as above."
+    config = replace(config, output_dir=str(folder_for(config, now)))
     folder = check_output_dir(config.output_dir)
     if config.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):
         return "Replace and train", f"This run begins from the beginning and overwrites what is in {folder}."

@@ -249,15 +249,16 @@ def run(
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir
     there = open_drive(drive) if drive is not None or in_colab() else None
-    elsewhere = there and not home(config.output_dir).resolve().is_relative_to(there.resolve())
+    elsewhere = there and not home(config.folder).resolve().is_relative_to(there.resolve())
     if drive is not None and config.mirror == "auto" and elsewhere:
         config = replace(config, mirror=str(there/"colab-gpt2"/"runs"))
-    path = check_archive_path(archive_path or archive_name(config.output_dir), overwrite=True)
-    if not again and os.path.lexists(path) and not run_in(path):
+    path = check_archive_path(archive_path or archive_name(config.folder), overwrite=True)
+    if not again and config.output_dir and os.path.lexists(path) and not run_in(path):
         said = ("{path} exists, and no run made it; set {archive_path} to another file, or {overwrite_output_dir=True} "
                 "to begin again and overwrite it.")
         raise FileExistsError(Sentence(said, path=path))
     finetuned = finetune(config, callbacks=callbacks, progress=progress)
+    if not archive_path: path = check_archive_path(archive_name(finetuned.output_dir), overwrite=True)
     if not again: path = place_for(path, finetuned.output_dir)
     try:
         packed = archive(finetuned.output_dir, path, overwrite=True, progress=progress)
@@ -291,7 +292,7 @@ def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."
     from colab_gpt2.runtime import find_device
     from colab_gpt2.text.hub import hub_trouble
-    small = replace(DEMO, output_dir=FinetuneConfig().output_dir, logging_steps=2)  # fifty points of a curve
+    small = replace(DEMO, output_dir=None, logging_steps=2)  # fifty points of a curve
     start = "so this starts with the small embedded model on Python's documentation"
     if find_device()[0] == "cpu": return small, f"There is no GPU here, {start}: a minute or two instead of days."
     if trouble := hub_trouble(): return small, f"The Hub {trouble}, {start}, which need no network."

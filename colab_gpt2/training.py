@@ -35,6 +35,7 @@ from .preparing import check_room, prepare, release_memory, starting_model, warn
 from .preparing import warn_of_few_tokens
 from .reporting import reporting
 from .resuming import ELSEWHERE, Found, asked, check_free, check_output_dir, checksum_of, chosen
+from .resuming import folder_for
 from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
 from .resuming import source_of, where_to_resume
 from .runtime import Runtime
@@ -46,7 +47,7 @@ from .storage.targets import FINISHED
 # %% ../nbs/63_training.ipynb #c92355ae
 def check_sources(config):
     "ValueError if the model or the tokenizer is a checkpoint that this run would delete."
-    doomed = [path.resolve() for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir]
+    doomed = [path.resolve() for path in find_checkpoints(config.folder) if config.overwrite_output_dir]
     for name, given in dict(model=config.model, tokenizer=config.tokenizer).items():
         if not given or Path(given).resolve() not in doomed: continue
         told = f"{{{name}}} is {{given}}, a checkpoint that this run would delete; choose another {{output_dir}}."
@@ -59,10 +60,11 @@ def check_run(config) -> FinetuneConfig:
         raise RuntimeError(f"WORLD_SIZE is {size}, but a run uses one process. Start it without torchrun.")
     os.environ.pop("LOCAL_RANK", None)
     check_trainer_args(config.trainer_args)
-    if (name := str(Path(config.output_dir))) in MODELS:
+    if (name := str(Path(config.folder))) in MODELS:
         told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
         warnings.warn(Sentence(told), stacklevel=3)
-    config = replace(config, output_dir=str(check_output_dir(config.output_dir)))
+    place = check_output_dir(config.output_dir or ".")
+    if config.output_dir: config = replace(config, output_dir=str(place))
     check_sources(config)
     return config
 
@@ -288,11 +290,29 @@ def follow(config, found) -> FinetuneConfig:
     known = {name: found.run.get(name) for name in ("method", "optim")} if found else {}
     return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
 
+# %% ../nbs/63_training.ipynb #ffe78b3e
+def run_of(config, prepared) -> dict:
+    "What identifies the run."
+    return identify(config, prepared.train, checksum_of(prepared.model, config), prepared.choosing)
+
+def claim(config, opened, report):
+    "The output folder is this run's until the ExitStack `opened` is closed; what is in its way is refused."
+    opened.enter_context(only_run(config.output_dir, report))
+    recover(config.output_dir)
+    check_free(config, asked(config))  # what differs is said before anything slow
+
+def placed(prepared, opened, report):
+    "`prepared`, in the folder of its own that nobody chose."
+    place = str(folder_for(prepared.config, run_of(prepared.config, prepared)))
+    asked, config = (replace(each, output_dir=place) for each in (prepared.asked, prepared.config))
+    claim(config, opened, report)
+    return replace(prepared, asked=asked, config=config)
+
 # %% ../nbs/63_training.ipynb #ffe78b32
 def look_for(config, prepared, report, opened) -> tuple:
     """(what the run resumes: a Found here, or fetched from the mirror, or None; the mirror, which the ExitStack
     `opened` closes; what identifies the run)"""
-    run = identify(config, prepared.train, checksum_of(prepared.model, config), prepared.choosing)
+    run = run_of(config, prepared)
     def planned(): return plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
     known = {name: value for name, value in run.items() if name != "model"}
@@ -391,14 +411,15 @@ def finetune(
     returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time,
     with a checkpoint. What `progress` or a Listener raises ends the run."""
     started, config = time.monotonic(), check_run(changed(config, **changes))
-    stop = StopOnInterrupt(config.output_dir)
+    stop = StopOnInterrupt(config.folder)
     callbacks = [stop, *limits_of(config, stop, started), *callbacks]
-    with (stop.listening(), reporting(progress) as shown,
-          only_run(config.output_dir, report := all_told(shown, callbacks)), contextlib.ExitStack() as opened):
-        recover(config.output_dir)
-        check_free(config, asked(config))  # what differs is said before anything slow
+    with stop.listening(), reporting(progress) as shown, contextlib.ExitStack() as opened:
+        report = all_told(shown, callbacks)
+        if config.output_dir: claim(config, opened, report)
         tell(callbacks, "on_stage", LOADING, stop=stop)
-        config = (prepared := prepare(config, report)).config
+        prepared = prepare(config, report)
+        if not config.output_dir: prepared = placed(prepared, opened, report)
+        config, stop.output_dir = prepared.config, prepared.config.output_dir
         found, mirror, run = look_for(config, prepared, report, opened)
         try:
             if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)

@@ -13,6 +13,7 @@ from colab_gpt2.core import sha256_of
 from colab_gpt2.engine.callbacks import AFTER, Listener
 from colab_gpt2.errors import fields_of
 from colab_gpt2.model.loading import load_tokenizer, new_model
+from colab_gpt2.signals import Interrupted
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Resuming at", "ignore:.* in all; 100 or more")
@@ -36,8 +37,9 @@ def text(tmp_path_factory):
 def run(text):
     def run(output_dir, **changes):
         files = {f"{name}_file": str(text/f"{name}.txt") for name in ("train", "eval")}
+        place = output_dir and str(output_dir)
         options = dict(model=str(text/"toy"), block_size=32, effective_batch_size=8, num_train_epochs=2, prompt="The",
-                       max_new_tokens=2, precision="fp32", cache_dir=str(text/"cache"), output_dir=str(output_dir),
+                       max_new_tokens=2, precision="fp32", cache_dir=str(text/"cache"), output_dir=place,
                        learning_rate=1e-3, logging_steps=4, progress=False, keep_attention_dropout=True, **files)
         return finetune(**{**options, **changes})
     return run
@@ -399,3 +401,19 @@ def wait_for(seen):
         if seen(): return
         time.sleep(0.05)
     raise AssertionError("never seen")
+
+
+def test_a_run_without_a_folder_finds_its_own_or_takes_the_next(run, tmp_path, monkeypatch):
+    "Under its text's name; another machine finds it in the mirror, whatever number it has there."
+    monkeypatch.chdir(tmp_path)
+    mirror = dict(mirror=str(tmp_path/"mirror"), max_steps=4)
+    assert run(None, **mirror).output_dir == "train"
+    with pytest.raises(Interrupted): run(None, seed=7, callbacks=[Asks(2)], **mirror)
+    assert [path.name for path in Path("train-2").glob("checkpoint-*")] == ["checkpoint-2"]
+    again = run(None, seed=7, **mirror)
+    assert (again.output_dir, again.resumed_from) == ("train-2", "train-2/checkpoint-2")
+    assert run(None, **mirror).repeated and sorted(p.name for p in tmp_path.glob("train*")) == ["train", "train-2"]
+    (tmp_path/"new").mkdir()
+    monkeypatch.chdir(tmp_path/"new")
+    there = run(None, seed=7, **mirror)
+    assert (there.output_dir, there.repeated, there.files) == ("train", True, again.files)

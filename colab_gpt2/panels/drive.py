@@ -139,7 +139,7 @@ class DriveSource(AfterTraining):
 
     def __init__(self, before=None, **values):
         if not in_colab(): values = {"drive": "drive", **values}
-        if before: values = {"model": (before.saved or before.config).output_dir, **values}
+        if before: values = {"model": (before.saved or before.config).folder, **values}
         super().__init__(before, Values(changed(DriveConfig(), **values)))
         if before: super().take(before)
 

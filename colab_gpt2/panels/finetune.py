@@ -54,7 +54,7 @@ def describe_plan(plan, config) -> str:
 def describe_summary(config, plan=None) -> str:
     "The HTML of a run's settings in one line."
     text = config.train_file and Path(config.train_file).name or config.dataset
-    parts = [config.model, text, *([describe_time(plan)] if plan else []), f"into {config.output_dir}"]
+    parts = [config.model, text, *([describe_time(plan)] if plan else []), f"into {config.folder}"]
     return f"<p class='cg-line'>{' · '.join(escape(part) for part in parts)}</p>"
 
 # %% ../../nbs/panels/78_finetune.ipynb #4620edac
@@ -198,7 +198,7 @@ class Steering(Settings):
         self.aside.description = f"Train into {self.free_folder()}" if taken else ""
         for made in (self.aside, self.replacing): made.layout.display = "" if taken else "none"
 
-    def free_folder(self): return str(free_name(Path(self.config.output_dir), lambda there: False))
+    def free_folder(self): return str(free_name(Path(self.config.folder), lambda there: False))
 
     def step_aside(self): self.values.set(output_dir=self.free_folder(), resume="auto")
 
@@ -245,9 +245,9 @@ class Trained(Steering):
 
     def look_for_model(self):
         "A finished model in the output folder is `earlier`, unless this panel's run began or left it."
-        if self.running or self.left == self.config.output_dir or self.saved and not self.earlier: return
+        if self.running or self.left == self.config.folder or self.saved and not self.earlier: return
         from colab_gpt2.training import read_finished
-        result = read_finished(self.config.output_dir)
+        result = read_finished(self.config.folder)
         found = result and result.config
         if found == self.saved: return
         self.saved, self.earlier = found, found is not None
@@ -255,17 +255,17 @@ class Trained(Steering):
 
     def offer_again(self, missing):
         "What a run of its own has left in its folder is not missing."
-        super().offer_again(missing and self.left != self.config.output_dir)
+        super().offer_again(missing and self.left != self.config.folder)
 
     def leave(self, saved):
         "The folder holds the model of the config `saved`, or none."
-        self.saved, self.earlier, self.left = saved, False, self.live.config.output_dir
+        self.saved, self.earlier, self.left = saved, False, (saved or self.live.config).folder
         self.finish(None)
 
     def resume_next(self):
         "The next start resumes a run that was to overwrite, once it has left a checkpoint."
         from colab_gpt2.engine.checkpoints import find_checkpoints
-        if self.left == self.config.output_dir and find_checkpoints(self.left):
+        if self.left == self.config.folder and find_checkpoints(self.left):
             self.values.set(overwrite_output_dir=False)
 
 # %% ../../nbs/panels/78_finetune.ipynb #3f6ec547
@@ -333,8 +333,8 @@ class FinetunePanel(Trained):
 
     def interrupted(self, error):
         if isinstance(error, Interrupted) and error.advice:  # it can be resumed
-            folder, onward = self.live.config.output_dir, "Press Continue to go on from there."
-            if folder != self.config.output_dir:
+            folder, onward = self.live.config.folder, "Press Continue to go on from there."
+            if folder != self.config.folder:
                 onward = Sentence("To resume from there, set {output_dir} to {folder} again.", folder=folder)
             error = Sentence("{saved} {onward}", saved=error.saved, onward=worded(onward, self.name_of))
         super().interrupted(error)

@@ -219,8 +219,8 @@ class Sources(AfterTraining):
         self.writer.loaded.clear()  # the folder has other weights now, and a training needs the memory
         self.say("")
         run = vars(config)
-        if live and live.config.output_dir == config.output_dir: run = run | dict(prompt=live.config.prompt)  # it chose
-        self.adopt(run, model=config.output_dir, compare_with=config.model)
+        if live and live.config.folder == config.folder: run = run | dict(prompt=live.config.prompt)  # it chose
+        self.adopt(run, model=config.folder, compare_with=config.model)
 
     def adopt(self, run, **models):
         "What was not typed here, from a `run`, and the `models`."

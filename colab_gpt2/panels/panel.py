@@ -374,5 +374,5 @@ class AfterTraining(Stoppable):
 
     def take(self, panel):
         "`panel` has another model, or none yet."
-        self.awaited = None if panel.saved else panel.config.output_dir
+        self.awaited = None if panel.saved else panel.config.folder
         self.earlier = panel.saved.output_dir if panel.earlier else None
