@@ -117,7 +117,7 @@ class RunTable(AfterTraining):
     found, showing = None, None  # KnownRuns; the config of the comparison that is shown
 
     def __init__(self, before=None, **values):
-        if before: values = {"run_a": (before.saved or before.config).output_dir, **values}
+        if before: values = {"run_a": (before.saved or before.config).folder, **values}
         super().__init__(before, Values(changed(CompareConfig(), **values)))
         self.choices = [RunChoice(self.values, name) for name in ("run_a", "run_b")]
         self.form, self.table, self.view = Form(self.values, ["prompt", "seed"]), widgets.HTML(), widgets.HTML()

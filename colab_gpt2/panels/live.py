@@ -217,4 +217,4 @@ class Probed(Listener):
         panel.say(said, "⏳")
 
     def on_save(self, args, state, control, **kwargs):
-        self.panel.say(f"Saved checkpoint-{state.global_step} in {self.panel.live.config.output_dir}.", "⏳")
+        self.panel.say(f"Saved checkpoint-{state.global_step} in {args.output_dir}.", "⏳")
