@@ -12,9 +12,8 @@ from pathlib import Path
 
 from .config import LENGTHENED, decay_begins, effective_batch, pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
-from .engine.checkpoints import ADAPTED, check_complete, check_intact, find_checkpoints
+from .engine.checkpoints import ADAPTED, BEST, RESULT, check_complete, check_intact, find_checkpoints
 from .engine.checkpoints import list_checkpoints, read_manifest, unsealed
-from .engine.choosing import BEST
 from .engine.lock import LOCK
 from .errors import Sentence, may_pass
 from .runtime import check_mounted
@@ -140,8 +139,6 @@ class Found(Record):
         return f"{', '.join(wrong)}: missing, or corrupted" if wrong else ""
 
 # %% ../nbs/62_resuming.ipynb #62aa0021
-RESULT = "finetune.json"
-
 def read_result(folder) -> dict:
     "What a finished run has written, or what tells whose model is on its way; {} without either, or a corrupted one."
     try: return unsealed(retried(Path(folder, RESULT).read_bytes, may_pass), RESULT)

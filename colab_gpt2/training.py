@@ -248,7 +248,7 @@ def ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown):
     own = make_chooser(config, prepared, plan, callbacks)
     with about("trainer_args") if config.trainer_args else contextlib.nullcontext():
         trainer = make_trainer(config, model, prepared.tokenizer, prepared.train, plan, [*callbacks, *own], shown)
-    trainer.identity, trainer.rate_factor = run, factor
+    trainer.identity, trainer.config, trainer.rate_factor = run, prepared.asked.to_dict(), factor
     trainer.onward = Sentence(AGAIN_WITHOUT if config.overwrite_output_dir else "Run the same again to resume.")
     trainer.args.learning_rate *= factor
     for guard in trainer.callback_handler.callbacks:

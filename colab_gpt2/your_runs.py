@@ -6,17 +6,18 @@
 __all__ = ['KnownRun', 'runs']
 
 # %% ../nbs/64_your_runs.ipynb #64e00003
-import json, os, time, warnings
+import calendar, contextlib, json, os, time, warnings
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
+from .config import FinetuneConfig
 from .core import Record, home
-from .engine.checkpoints import MANIFEST, unsealed
+from .engine.checkpoints import MANIFEST, RESULT, unsealed
 from .errors import explained
-from .resuming import RESULT
 from .runtime import in_colab, my_drive
 from .storage.archives import reading_archive
+from .storage.heartbeat import spoken
 
 # %% ../nbs/64_your_runs.ipynb #64e00005
 @dataclass(frozen=True)
@@ -34,10 +35,17 @@ class KnownRun(Record):
     when: str = ""  # in UTC
     sample: str = ""  # its first line
     _run: str = "{}"  # what decides the weights, as JSON
+    _settings: str = ""  # the same of its config, where it was stopped
 
     @property
     def state(self) -> str:
         return f"{self.step:,} steps" if self.finished else f"stopped at step {self.step:,} of {self.steps:,}"
+
+    @property
+    def config(self) -> FinetuneConfig | None:
+        "What continues a run that was stopped; None where its manifest, or that of another version, does not tell."
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return FinetuneConfig.from_dict(json.loads(self._settings))
 
     def _rows(self):
         perplexity = self.perplexity and f"{self.perplexity:.2f}"
@@ -66,7 +74,8 @@ def of_manifest(text, place) -> KnownRun:
     told = unsealed(text)
     when, run = told["saved"].replace("T", " ")[:16], told["run"]
     return KnownRun(place=str(place), name=Path(place).name, model=run.get("model") or "", step=told["step"], when=when,
-                    steps=told["steps"], finished=False, _run=json.dumps(run, sort_keys=True))
+                    steps=told["steps"], finished=False, _run=json.dumps(run, sort_keys=True),
+                    _settings=json.dumps(told.get("config")))
 
 # %% ../nbs/64_your_runs.ipynb #64e00012
 def finished_in(folder) -> KnownRun | None:
@@ -150,3 +159,13 @@ def runs(
     texts = {text_of(run): run.text for run in found if run.text}
     named = [replace(run, text=run.text or texts.get(text_of(run), "")) for run in found]
     return sorted(named, key=lambda run: run.when, reverse=True)
+
+# %% ../nbs/64_your_runs.ipynb #64e00031
+def unfinished(folder=".", drive=None) -> list:
+    "The `runs` that were stopped and can be continued, by `finetune(run.config)`, the newest first."
+    return [run for run in runs(folder, drive) if not run.finished and run.config]
+
+def offered(run, now=None) -> str:
+    "'mine: stopped at step 5 of 48, saved 2 minutes ago'."
+    passed = (now or time.time()) - calendar.timegm(time.strptime(run.when, "%Y-%m-%d %H:%M"))
+    return f"{run.name}: {run.state}, saved {spoken(passed) if passed >= 60 else 'less than a minute'} ago"

@@ -14,6 +14,7 @@ from colab_gpt2.engine.callbacks import AFTER, Listener
 from colab_gpt2.errors import fields_of
 from colab_gpt2.model.loading import load_tokenizer, new_model
 from colab_gpt2.signals import Interrupted
+from colab_gpt2.your_runs import unfinished
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Resuming at", "ignore:.* in all; 100 or more")
@@ -410,8 +411,11 @@ def test_a_run_without_a_folder_finds_its_own_or_takes_the_next(run, tmp_path, m
     assert run(None, **mirror).output_dir == "train"
     with pytest.raises(Interrupted): run(None, seed=7, callbacks=[Asks(2)], **mirror)
     assert [path.name for path in Path("train-2").glob("checkpoint-*")] == ["checkpoint-2"]
-    again = run(None, seed=7, **mirror)
+    [left] = unfinished(tmp_path)
+    assert (left.name, left.step, left.config.seed, left.config.output_dir) == ("train-2", 2, 7, "train-2")
+    again = finetune(left.config, progress=False)
     assert (again.output_dir, again.resumed_from) == ("train-2", "train-2/checkpoint-2")
+    assert unfinished(tmp_path) == []
     assert run(None, **mirror).repeated and sorted(p.name for p in tmp_path.glob("train*")) == ["train", "train-2"]
     (tmp_path/"new").mkdir()
     monkeypatch.chdir(tmp_path/"new")

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from ..core import atomic, checksums, leftovers, retried, scratch, tidy
 from ..errors import Sentence, errno_of, explained, may_pass
-from ..model.fitting import published, save_tokenizer, set_ids
-from ..model.loading import lost_weight, quiet
 from ..runtime import out_of_memory
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
 def check_finite(model):
     "FloatingPointError if a weight is NaN or infinite: such a model must not replace a good one."
+    from colab_gpt2.model.loading import lost_weight
     if not (name := lost_weight(model)): return
     told = "Weights became NaN or infinite ({name}) and are not saved; start again with a lower {learning_rate}."
     raise FloatingPointError(Sentence(told, name=name))
@@ -33,7 +32,7 @@ def full_disk_told(folder, model):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #2eeef7c4
-MANIFEST, ADAPTED = "whole.json", "adapters"
+MANIFEST, ADAPTED, BEST, RESULT = "whole.json", "adapters", "best.safetensors", "finetune.json"
 
 def list_files(folder) -> dict:
     "Name to bytes of the files in `folder` and in its adapters/, without the manifest."
@@ -56,6 +55,8 @@ def save_model(model, tokenizer, output_dir, ours=None, adapters=None) -> dict:
     """Write weights, config and tokenizer, and by `adapters(folder)` those; on an error `output_dir` stays as it was.
     -> name to SHA-256 of the files. Given `ours` (such a dict), a file that is there and is neither one of these nor a
     new one becomes NAME.before."""
+    from colab_gpt2.model.fitting import published, save_tokenizer, set_ids
+    from colab_gpt2.model.loading import quiet
     check_finite(model)
     set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
     with atomic(output_dir, folder=True) as folder:
@@ -81,12 +82,13 @@ def unsealed(text, name=MANIFEST) -> dict:
     raise ValueError(f"{name} is corrupted")
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
-def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, **how):
+def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, config=None, **how):
     """List the files of a complete checkpoint, with the fingerprint of its `run` (names to plain values), its `step` of
-    how many `steps`, by what the run's learning rate is multiplied since it diverged, and `how` it is computed."""
+    how many `steps`, by what the run's learning rate is multiplied since it diverged, its `config`, as a dict, which a
+    person would have to set again, and `how` it is computed."""
     files, now = list_files(folder), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = dict(files=files, sha256=checksums(folder, files), run=run, step=step, steps=steps, saved=now,
-                 rate_factor=rate_factor, how=how)
+                 rate_factor=rate_factor, config=config, how=how)
     Path(folder, MANIFEST).write_text(sealed(facts))
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a80

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ..core import Record, atomic, drive_top, retried, several
 from .callbacks import Listener, tell
-from .checkpoints import full_disk_told, loadable
+from .checkpoints import BEST, full_disk_told, loadable
 from ..errors import Sentence, may_pass
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0006
@@ -89,8 +89,6 @@ def plan_choosing(config, work) -> Schedule:
     return Schedule(every, windows, patience, tuple(reasons))
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0016
-BEST = "best.safetensors"
-
 def trained(model) -> dict:
     "The parameters of `model` that are trained, by name; tied ones once."
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -119,7 +119,7 @@ class SettingsOfNow(MicroBatchTrainer):
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf34
 class BlockTrainer(SettingsOfNow):
     "Checkpoints that are complete or absent, of a run that they name."
-    aside, identity, rate_factor, checkpoints_to_keep, on_the_way = None, {}, 1., None, True
+    aside, identity, config, rate_factor, checkpoints_to_keep, on_the_way = None, {}, None, 1., None, True
     chooser = None  # has the best weights, see `choosing`
     in_use, sources = set, ()  # in_use(): checkpoints that a mirror copies now; paths that the run began from
     _tr_loss, _globalstep_last_logged = torch.zeros(()), 0  # of the stock Trainer, which sets them in `train`
@@ -153,7 +153,8 @@ class BlockTrainer(SettingsOfNow):
                 if self.chooser: self.chooser.put_into(folder, self.state.global_step)
             finally: self.aside = None
             how = dict(micro_batch=self.micro_batch, precision=self.recipe and self.recipe.precision)
-            write_manifest(folder, self.identity, self.state.global_step, self.state.max_steps, self.rate_factor, **how)
+            facts = self.identity, self.state.global_step, self.state.max_steps, self.rate_factor, self.config
+            write_manifest(folder, *facts, **how)
 
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b5
 REFUSED_ARGS = dict(
