@@ -6,7 +6,7 @@ SOURCES := settings.ini setup.py pyproject.toml
 
 .venv/ready: $(SOURCES) constraints-dev.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q -c constraints-dev.txt -e '.[dev,peer]'
+	.venv/bin/python -m pip install -q -c constraints-dev.txt -e '.[dev,peer,qlora]'
 	touch $@
 
 .venv-colab/ready: $(SOURCES) constraints-colab.txt

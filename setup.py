@@ -28,7 +28,7 @@ setup(
     package_data={"colab_gpt2": ["py.typed", "assets/*.css", "assets/*.js", "assets/tiny/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "lora", "peer", "browser")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "lora", "qlora", "peer", "browser")},
     entry_points={"console_scripts": settings["console_scripts"].split(), "nbdev": ["colab_gpt2=colab_gpt2._modidx:d"]},
     zip_safe=False,
 )

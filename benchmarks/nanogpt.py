@@ -63,7 +63,8 @@ class PlainLoop:
         self.optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
         on_gpu = options.device == "cuda"
         self.model = torch.compile(model) if on_gpu else model
-        self.cast = torch.autocast("cuda", dict(bf16=torch.bfloat16, fp16=torch.float16)[precision]) if on_gpu else nullcontext()
+        kinds = dict(bf16=torch.bfloat16, fp16=torch.float16)
+        self.cast = torch.autocast("cuda", kinds[precision]) if on_gpu else nullcontext()
         self.scaler = torch.amp.GradScaler(options.device, enabled=on_gpu and precision == "fp16")
 
     def add_callback(self, clock): self.clock = clock

@@ -18,9 +18,9 @@ import statistics, sys
 
 from harness import alternate, compare, emit, report, run_side
 from targets import STANDARD, target
-from task import (ARCHITECTURES, device_environment, gpu_peak, half_precision, load_blocks, make_config, measure, memory_field,
-                  model_flops_utilisation, our_trainer, parser, settle, side_command, stock_model, stock_trainer,
-                  trl_trainer, warm_up_steps)
+from task import (ARCHITECTURES, device_environment, gpu_peak, half_precision, load_blocks, make_config, measure,
+                  memory_field, model_flops_utilisation, our_trainer, parser, settle, side_command, stock_model,
+                  stock_trainer, trl_trainer, warm_up_steps)
 
 COMPILED = {"stock": False, "stock-compiled": True}
 PEERS, OURS = ("tutorial", "trl", "nanogpt", *COMPILED), ("ours", "ours-single", "ours-compiled")

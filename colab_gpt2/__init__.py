@@ -1,7 +1,9 @@
 "Fine-tune GPT-2 on a free Colab GPU. Every public name can be imported from here; none is loaded before it is asked for."
 __version__ = "0.1.0"
 
-import importlib
+import importlib, logging
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").disabled = True  # it tells of a kernel that it could fetch
 
 _MODULES = {
     "runtime": "Precision Runtime check_runtime pick_precision in_colab",

@@ -223,7 +223,7 @@ def fetch(config):
 
 # %% ../nbs/65_cli.ipynb #d100d6cc
 WORK = """block_size effective_batch_size per_device_train_batch_size gradient_accumulation_steps precision method
-lora_rank use_rslora use_dora target_modules optim gradient_checkpointing torch_compile tune
+lora_rank use_rslora use_dora target_modules load_in_4bit optim gradient_checkpointing torch_compile tune
 keep_attention_dropout tokenizer"""  # for memory and speed
 
 PLANNED = f"model from_scratch {OF_TEXT} num_train_epochs max_steps eval_stride {WORK}"

@@ -110,6 +110,9 @@ class MethodFields(StepFields):
     target_modules: str | None = value(
         None, "names of the layers that get LoRA's adapters, with commas between them (default: all linear ones)",
         label="LoRA layers")
+    load_in_4bit: bool = value(
+        False, "LoRA learns beside base weights in 4 bits (QLoRA; needs bitsandbytes); what is saved has all bits",
+        label="4-bit base")
     optim: str | None = value(
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",
         choices=OPTIMIZERS, label="Optimizer")
@@ -241,6 +244,8 @@ def check_batch(config):
             raise ValueError(Sentence(message % name, given=given, batch=config.effective_batch_size))
 
 # %% ../nbs/04_config.ipynb #11368cc5
+ADAPTERS = "use_rslora", "use_dora", "target_modules", "load_in_4bit"  # fields of how LoRA learns, beside its rank
+
 def check_config(config):
     "ValueError for the first value that no run could use, alone or with others."
     for f in fields(config): check_value(f, getattr(config, f.name))
@@ -253,7 +258,7 @@ def check_config(config):
     if config.early_stopping_patience and config.eval_steps == -1:
         told = "{early_stopping_patience} is {n}, but {eval_steps=-1} evaluates nothing on the way; change one of them."
         raise ValueError(Sentence(told, n=config.early_stopping_patience))
-    for name in ("use_rslora", "use_dora", "target_modules"):
+    for name in ADAPTERS:
         if config.method == "full" and (given := getattr(config, name)):
             told = "{%s} is {given}, but {method=full} has no adapters; change one of them."
             raise ValueError(Sentence(told % name, given=given))

@@ -10,7 +10,7 @@ import itertools, os, re, tempfile, warnings, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .config import LENGTHENED, decay_begins, effective_batch, pick_learning_rate
+from .config import ADAPTERS, LENGTHENED, decay_begins, effective_batch, pick_learning_rate
 from .core import Record, checksums, existing, home, leftovers, plain, retried
 from .engine.checkpoints import ADAPTED, BEST, RESULT, check_complete, check_intact, find_checkpoints
 from .engine.checkpoints import list_checkpoints, read_manifest, unsealed
@@ -19,11 +19,11 @@ from .errors import Sentence, may_pass
 from .runtime import check_mounted
 
 # %% ../nbs/62_resuming.ipynb #62aa0006
-ADAPTERS = "lora_rank", "use_rslora", "use_dora", "target_modules"  # fields of what LoRA adds
+OF_LORA = "lora_rank", *ADAPTERS
 
 def asked(config) -> dict:
     "What `config` says of what decides a run's result; None stands for what is left to the run."
-    adapters = {name: getattr(config, name) if config.method == "lora" else None for name in ADAPTERS}
+    adapters = {name: getattr(config, name) if config.method == "lora" else None for name in OF_LORA}
     epochs = None if config.max_steps > 0 or not config.num_train_epochs else float(config.num_train_epochs)
     dropout = config.keep_attention_dropout or not config.tune
     def planned(name): return "planned" if getattr(config, name) is None else getattr(config, name)
@@ -68,12 +68,12 @@ def identify(config, blocks, weights, choosing=None) -> dict:
 def chosen(plan, config) -> dict:
     "What a plan has decided of what `asked` leaves open."
     recipe = plan.recipe
-    rank = {name: getattr(config, name) for name in ADAPTERS} if recipe.method == "lora" else {}
+    rank = {name: getattr(config, name) for name in OF_LORA} if recipe.method == "lora" else {}
     rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
     return dict(block_size=recipe.block_size, method=recipe.method, optim=recipe.optimizer, learning_rate=rate, **rank)
 
 # %% ../nbs/62_resuming.ipynb #62aa0014
-FIXED = "text", "weights", "tokenizer", "seed", "effective_batch_size", "block_size", "method", "optim", *ADAPTERS
+FIXED = "text", "weights", "tokenizer", "seed", "effective_batch_size", "block_size", "method", "optim", *OF_LORA
 
 def differences(then, now, names=None) -> dict:
     "Name to (then, now) of what differs between two runs, as far as both say it; of `names` only, if given."

@@ -28,7 +28,7 @@ from .generation import Sample
 from .measuring import ADAPTED_BY, evaluate_and_sample, evaluation_of, in_one_line, make_chooser, save_run
 from .measuring import write_result
 from .model.loading import MODELS, load_model, quiet
-from .model.lora import adapters_of, merge_adapters
+from .model.lora import adapters_of, free_weights, merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
 from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
@@ -232,7 +232,7 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
             if config.on_divergence == "stop" or factor < 1: raise
             why = e.what
         if trainer.chooser: trainer.chooser.weights.wait()  # not to replace others later
-        model.to("meta")  # frees its memory
+        free_weights(model)
         del trainer, model
         release_memory()
         own = (each for each in found_in(config.output_dir) if each.run == run and each.files is None)

@@ -168,6 +168,33 @@ def test_adapters_of_every_kind_are_counted_merged_and_kept_without_a_change(con
     assert step_memory(shape_of(config), recipe).trained == sum(p.numel() for p in trained)
 
 
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_adapters_learn_beside_weights_in_4_bits_and_are_merged_into_whole_ones(config, tmp_path):
+    adapted = add_adapters(new_model(config, seed=0), 4, load_in_4bit=True)
+    trained, ids = [p for p in adapted.parameters() if p.requires_grad], rows()[0]["input_ids"][None]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(5):
+        losses.append(adapted(input_ids=ids, labels=ids).loss)
+        losses[-1].backward(), optimizer.step(), optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1 and {p.dtype for p in trained} == {torch.float32}
+    deep = next(m for m in adapted.modules() if hasattr(m, "quant_state"))
+    deep.compute_dtype = torch.bfloat16
+    assert deep(torch.ones(1, deep.in_features)).dtype == torch.bfloat16  # as a Linear's inside autocast
+    deep.compute_dtype = torch.float32
+    packed = [p.quant_state for p in adapted.parameters() if p.dtype == torch.uint8]
+    held = sum(p.nbytes for p in adapted.parameters()) + sum(q.absmax.nbytes + q.state2.absmax.nbytes for q in packed)
+    largest = 4 * max(q.shape.numel() for q in packed)  # which a product makes in full
+    recipe = Recipe(2, 32, method="lora", lora_rank=4, device="cpu", load_in_4bit=True)
+    memory = step_memory(shape_of(config), recipe)
+    assert memory.moments[next(iter(memory.moments))]["weights"] == pytest.approx(held + largest, rel=0.01)
+    with torch.no_grad(): learnt = adapted.eval()(input_ids=ids).logits
+    adapters_of(adapted, "base")(tmp_path/"adapters")
+    merged = merge_adapters(adapted, lambda: new_model(config, seed=0))
+    kept = PeftModel.from_pretrained(new_model(config, seed=0), tmp_path/"adapters").eval()
+    torch.testing.assert_close(merged(input_ids=ids).logits, kept(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert 0 < (merged(input_ids=ids).logits - learnt).norm() < 0.2 * learnt.norm()  # what 4 bits have rounded
+
+
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="has 'q_proj'; the model's layers are wte, wpe, c_attn, c_proj, c_fc"):
         plan_run(new_model(GPT2, seed=0), TextSize(10_000, 32, "made up"), named_runtime("CPU"),

@@ -171,7 +171,7 @@ def test_edges_are_thin(package, allowed):
 
 
 def test_every_import_is_a_requirement():
-    needed = f"{SETTINGS['DEFAULT']['requirements']} {SETTINGS['DEFAULT']['lora_requirements']}"
+    needed = " ".join(SETTINGS["DEFAULT"][f"{kind}requirements"] for kind in ("", "lora_", "qlora_"))
     declared = {r.name.replace("-", "_") for r in map(Requirement, needed.split())}
     brought = {"huggingface_hub", "zmq", "urllib3", "charset_normalizer", "filelock", "pyarrow"}  # by what is declared
     provided = declared | brought | set(sys.stdlib_module_names) | {"colab_gpt2", "google", "IPython"}

@@ -81,6 +81,7 @@ def plain(run, tmp_path_factory):
 
 
 WAYS = [dict(), dict(method="lora", lora_rank=4, use_dora=True, use_rslora=True),
+        dict(load_in_4bit=True, lora_rank=32, optim="adamw_bnb_8bit", eval_steps=2, early_stopping_patience=0),
         dict(trainer_args=dict(neftune_noise_alpha=5.0))]
 
 @pytest.mark.parametrize("changes", WAYS, ids=str)

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from ..config import LENGTHENED, OPTIMIZERS, FinetuneConfig, decay_begins, pick_learning_rate
+from ..config import ADAPTERS, LENGTHENED, OPTIMIZERS, FinetuneConfig, decay_begins, pick_learning_rate
 from .callbacks import Bar, Meter
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, read_manifest
 from .checkpoints import remove_checkpoint, write_manifest
@@ -251,7 +251,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     "Tunes `model`, and gives it adapters, in place. Nothing is written or deleted yet."
     recipe = plan.recipe
     told = tune_model(model, keep_attention_dropout=config.keep_attention_dropout) if config.tune else ()
-    inner, how = model, {name: getattr(config, name) for name in ("target_modules", "use_dora", "use_rslora")}
+    inner, how = model, {name: getattr(config, name) for name in ADAPTERS}
     if recipe.method == "lora": model = add_adapters(model, recipe.lora_rank, recipe.precision, config.seed, **how)
     meter, arguments = Meter(recipe.device), training_arguments(config, plan)
     stop = next((c for c in callbacks if isinstance(c, StopOnInterrupt)), None)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import Sentence
 from .loading import DTYPES
+from .tune import return_freed_memory
 
 # %% ../../nbs/model/23_lora.ipynb #3850d9c9
 @contextlib.contextmanager
@@ -36,13 +37,36 @@ def targets_of(model, names=None):
         raise ValueError(Sentence(told, name=name, known=known))
     return names
 
+# %% ../../nbs/model/23_lora.ipynb #23a5000d
+def linear_layers(model) -> list:
+    "(parent, name) of each linear layer of `model` but its output layer."
+    return [(parent, name) for parent in model.modules() for name, layer in parent.named_children()
+            if type(layer) in (torch.nn.Linear, Conv1D) and layer is not model.get_output_embeddings()]
+
+# %% ../../nbs/model/23_lora.ipynb #23a5000c
+def quantize(model, precision):
+    "Keep the linear layers of `model`, but not its output layer, in 4 bits, in place; they compute in `precision`."
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    for parent, name in linear_layers(model):
+        layer = getattr(parent, name)  # each is freed before the next
+        weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+        kept = Linear4bit(*weight.T.shape, False, DTYPES[precision], quant_type="nf4", device="meta")
+        kept.weight = Params4bit(weight.contiguous(), quant_type="nf4", module=kept).to(weight.device)
+        kept.bias = layer.bias
+        kept.support_avx512bf16_for_cpu = False  # to evaluate faster it would round the scales for good
+        kept.register_forward_pre_hook(lambda layer, given: given[0].to(layer.compute_dtype))  # it gives what it gets
+        setattr(parent, name, kept)
+    model.is_loaded_in_4bit = True  # peft asks
+    return_freed_memory()
+
 # %% ../../nbs/model/23_lora.ipynb #3850d9d2
-def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, **options):
+def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, load_in_4bit=False, **options):
     "`model` in `precision`, frozen, with LoRA adapters in fp32: a peft.PeftModel. `options`: of peft.LoraConfig."
     try: import peft
     except ImportError as e:
         raise ImportError(Sentence("{method=lora} needs peft: pip install peft, or set {method=full}.")) from e
     layers, turned = targets_of(model, target_modules), any(isinstance(m, Conv1D) for m in model.modules())
+    if load_in_4bit: quantize(model, precision)
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank,  # as in peft's own examples
                                target_modules=layers, fan_in_fan_out=turned, task_type="CAUSAL_LM", **options)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), quiet_peft():
@@ -71,12 +95,19 @@ def adapters_of(adapted, base):
         settings.save_pretrained(folder)
     return write
 
+# %% ../../nbs/model/23_lora.ipynb #23a5000f
+def free_weights(model):
+    "A model that is not needed goes where weights have no memory; those in 4 bits cannot go there."
+    for module in model.modules():
+        if hasattr(module, "quant_state"): module.weight = module.quant_state = None
+    model.to("meta")
+
 # %% ../../nbs/model/23_lora.ipynb #cbf0db77
 def merge_adapters(adapted, load):
     "The untouched model that `load()` gives, in fp32 and in RAM, with the adapters of `adapted` in its weights."
     import peft
     adapters = weights_of(adapted)
-    adapted.to("meta")  # never two models in memory
+    free_weights(adapted)
     with quiet_peft(): fresh = peft.get_peft_model(load(), adapted.peft_config["default"])
     peft.set_peft_model_state_dict(fresh, adapters)
     return fresh.merge_and_unload().eval()

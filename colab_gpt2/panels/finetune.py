@@ -77,7 +77,7 @@ GROUPS = {
                      "lr_scheduler_type max_grad_norm seed method lora_rank use_rslora use_dora target_modules "
                      "from_scratch tokenizer on_divergence",
     "When it stops": "early_stopping_patience eval_steps load_best_model_at_end eval_split eval_stride max_minutes",
-    "Speed and memory": "per_device_train_batch_size gradient_accumulation_steps precision optim "
+    "Speed and memory": "per_device_train_batch_size gradient_accumulation_steps precision load_in_4bit optim "
                         "gradient_checkpointing torch_compile tune keep_attention_dropout",
     "Samples": "max_new_tokens temperature top_k top_p repetition_penalty",
     "Saving and resuming": "resume overwrite_output_dir save_minutes save_steps logging_steps mirror"}

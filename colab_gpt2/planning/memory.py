@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'forecast_memory']
 
 # %% ../../nbs/planning/30_memory.ipynb #f4763a20
-import contextlib, math
+import contextlib, functools, math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from ..core import Record
 from ..errors import check_choice, check_number
 from ..model.known import gpt2_parameters
 from ..model.loading import check_causal, model_context
+from ..model.lora import linear_layers
 from ..model.loss import CHUNK_SIZE, EXACT_LOGITS, EXACT_ROWS
 from .trace import trace_step
 
@@ -82,6 +83,7 @@ class Recipe(Record):
     lora_rank: int = 16
     use_dora: bool = False
     target_modules: str | None = None  # names of layers; None: all linear ones
+    load_in_4bit: bool = False  # the base weights
     tune: bool = True  # the fast engine; False: transformers' model as it is
     keep_attention_dropout: bool = False  # as the config has it; the stock model always does
 
@@ -91,6 +93,7 @@ class Recipe(Record):
     tokens = property(lambda self: self.micro_batch * self.block_size)
     batch = property(lambda self: self.micro_batch * self.gradient_accumulation_steps)  # blocks in a step
     number_bytes = property(lambda self: 2 if self.half else 4)
+    quantized = property(lambda self: self.load_in_4bit and self.number_bytes)  # of a number that has 4 bits now
 
     def __post_init__(self):
         for name, least in dict(micro_batch=1, block_size=2, gradient_accumulation_steps=1, lora_rank=1).items():
@@ -121,7 +124,19 @@ class COSTS:
     moments_8bit = 2  # a parameter: AdamW's two moments by bitsandbytes
     heap_cpu = 0.15  # measured, a share of the tensors' bytes: what the C library keeps of freed memory
     heap_lora = 0.73
+    weight_4bit = 0.5 + 1/64 + 4/64/256  # of QLoRA: a number, its share of a scale in 8 bits and of that one's own
     context = 500_000_000  # in all, before any tensor: measured on a CPU (0.46 GB), assumed for CUDA
+
+# %% ../../nbs/planning/30_memory.ipynb #30a00001
+@functools.lru_cache(64)
+def saved_in_4_bits(shape, number_bytes) -> int:
+    "Bytes of a model's weights that QLoRA saves where a number has so many; 0 where it is not the way."
+    if not number_bytes: return 0
+    import torch
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(shape._config)
+    sizes = [getattr(parent, name).weight.numel() for parent, name in linear_layers(model)]
+    return int(number_bytes*(sum(sizes) - max(sizes, default=0)) - COSTS.weight_4bit*sum(sizes))
 
 # %% ../../nbs/planning/30_memory.ipynb #914cfa0e
 @dataclass(frozen=True)
@@ -152,12 +167,18 @@ class ResidentMemory(Record):
         return 0 if self.recipe.lora else (self.shape.vocabulary + self.shape.context)*self.shape.width
 
     @cached_property
+    def evaluated(self):
+        "QLoRA's model before and after, in fp32, which may be the most that it needs."
+        return {"weights": 4*self.shape.parameters, "torch itself": COSTS.context} if self.recipe.load_in_4bit else {}
+
+    @cached_property
     def resident(self):
         "AdamW's moments are in fp32 or in 8 bits, of which the Trainer leaves the embeddings' in fp32."
         trained, parameters = self.trained, self.shape.parameters
         weights = self.recipe.number_bytes*parameters + 4*trained if self.recipe.lora else 4*parameters
         exact = trained if self.recipe.optimizer == OPTIMIZERS[0] else self.embedded
         moments = COSTS.moments_8bit*(trained - exact) + 8*exact
+        weights -= saved_in_4_bits(self.shape, self.recipe.quantized)
         return {"weights": weights, "optimizer moments": moments, "torch itself": COSTS.context}
 
 # %% ../../nbs/planning/30_memory.ipynb #ed76bbde
@@ -275,7 +296,7 @@ class StepMemory(LossMemory):
     @cached_property
     def terms(self):
         "At the moment that needs most."
-        peak = max(self.moments.values(), key=lambda terms: sum(terms.values()))
+        peak = max([*self.moments.values(), self.evaluated], key=lambda terms: sum(terms.values()))
         share = COSTS.heap_lora if self.recipe.lora else COSTS.heap_cpu
         freed = share*(sum(peak.values()) - COSTS.context) if self.recipe.device == "cpu" else 0
         return {**peak, "freed memory": freed}
@@ -298,8 +319,8 @@ class TracedMemory(StepMemory):
 
     @cached_property
     def moments(self):
-        traced = self.trace
-        return {"traced": {**self.resident, "weights": traced.weights, "gradients": traced.gradients,
+        traced, saved = self.trace, saved_in_4_bits(self.shape, self.recipe.quantized)
+        return {"traced": {**self.resident, "weights": traced.weights - saved, "gradients": traced.gradients,
                            "activations, logits and copies": traced.activations}}
 
 # %% ../../nbs/planning/30_memory.ipynb #6b78d2b7

@@ -96,7 +96,7 @@ def micro_batches(config: FinetuneConfig):
 def methods(config: FinetuneConfig, runtime: Runtime):
     "Pairs of method and optimizer, the best first: what `config` names, else what is installed."
     allowed = ["full", "lora"] if "peft" in runtime.versions else ["full"]
-    if config.method != "auto": allowed = [config.method]
+    if config.method != "auto" or config.load_in_4bit: allowed = ["lora" if config.load_in_4bit else config.method]
     saving = "bitsandbytes" in runtime.versions and runtime.device == "cuda"
     return [(method, optimizer) for method in allowed for optimizer in OPTIMIZERS
             if optimizer == (config.optim or OPTIMIZERS[0]) or saving and method == "full" and not config.optim]
@@ -104,7 +104,8 @@ def methods(config: FinetuneConfig, runtime: Runtime):
 # %% ../../nbs/planning/32_plan.ipynb #8df74fff
 def missing_packages(config: FinetuneConfig, runtime: Runtime):
     "A sentence for each package that `config` asks for and the machine lacks."
-    asked = [("peft", "method", "lora"), ("bitsandbytes", "optim", OPTIMIZERS[1])]
+    asked = [("peft", "method", "lora"), ("bitsandbytes", "optim", OPTIMIZERS[1]),
+             *((package, "load_in_4bit", True) for package in ("peft", "bitsandbytes"))]
     return [Sentence(f"{{{name}={value}}} needs {package}, which is not installed: pip install {package}.")
             for package, name, value in asked if getattr(config, name) == value and package not in runtime.versions]
 
@@ -123,7 +124,8 @@ def possible_ways(planner):
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     step = Recipe(blocks, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
                   tune=config.tune, lora_rank=config.lora_rank, use_dora=config.use_dora,
-                  target_modules=config.target_modules, keep_attention_dropout=config.keep_attention_dropout)
+                  target_modules=config.target_modules, load_in_4bit=config.load_in_4bit,
+                  keep_attention_dropout=config.keep_attention_dropout)
     sizes = [n for n in micro_batches(config) if n <= blocks] or [blocks]  # more may be asked for
     return [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
             for method, optimizer in methods(config, runtime) for on in checkpointing]
@@ -174,7 +176,7 @@ def describe(recipe: Recipe) -> str:
     "Its method in words."
     extras = ["8-bit AdamW"] if recipe.optimizer == OPTIMIZERS[1] else []
     if recipe.gradient_checkpointing: extras.append("gradient checkpointing")
-    method = "full training" if not recipe.lora else "DoRA" if recipe.use_dora else "LoRA"
+    method = "Q" * recipe.load_in_4bit + ("DoRA" if recipe.use_dora else "LoRA") if recipe.lora else "full training"
     return f"{method} with {' and '.join(extras)}" if extras else method
 
 # %% ../../nbs/planning/32_plan.ipynb #6484d6ec
@@ -260,7 +262,8 @@ class Plan(Record):
 
     def to_dict(self) -> dict:
         "Flat, with those fields of the recipe that a plan decides; `device` is the device's name."
-        own, fixed = super().to_dict(), ("lora_rank", "use_dora", "target_modules", "tune", "keep_attention_dropout")
+        own, fixed = super().to_dict(), ("lora_rank", "use_dora", "target_modules", "load_in_4bit", "tune",
+                                             "keep_attention_dropout")
         return {"fits": own.pop("fits"), **{k: v for k, v in own.pop("recipe").items() if k not in fixed}, **own}
 
     @classmethod
