@@ -504,7 +504,7 @@ def test_documents_stay_complete_in_a_folder_of_many(load, tmp_path):
 
 # ---- what is no text
 
-OTHERS = dict.fromkeys(("d.html", "d.docx", "d.PDF", "d.rtf", "d.tar.gz", "d.xlsx"),
+OTHERS = dict.fromkeys(("d.html", "d.doc", "d.PDF", "d.rtf", "d.tar.gz", "d.xlsx"),
                        (b"a,b", r"a \.\w+ file, not plain text"))
 OTHERS |= {"bom.txt": (b"\xef\xbb\xbf \n", "empty:"), "picture.md": (b"\x89PNG\0", "binary, not text: byte 4")}
 

@@ -1,5 +1,5 @@
 "Files as they are found: formats, encodings, columns, folders; and what is wrong, in one line, with its place."
-import bz2, csv, gzip, io, json, lzma, random, tracemalloc
+import bz2, csv, gzip, io, json, lzma, random, tracemalloc, zipfile
 from collections import Counter
 
 import pytest
@@ -240,10 +240,54 @@ REFUSED = {
     "numbers.csv": ("id,n\n1,2\n", "numbers.csv has no column with text; it has id (numbers), n (numbers)"),
     "empty.csv": ("id,text\n1,\n2, \n", "empty.csv has no column with text; it has id (numbers), text (empty)"),
     "names.csv": ('"a\nb",c\n1,2\n', "names.csv has no column with text; it has a\\nb (numbers), c (numbers)"),
+    "a.docx": (b"\xd0\xcf\x11\xe0", "a.docx is no Word document that can be read (File is not a zip file)"),
+    "a.pdf": (b"%PDF-1.7", "a.pdf is a .pdf file, not plain text. Open it in Word or Google Docs, and save it as"),
     "a.xlsx": (b"PK", "a.xlsx is a .xlsx file, not plain text"), "a.tar.gz": (b"PK", "a.tar.gz is a .tar file"),
     "koi.txt": ("Прилив пришёл на рассвете, и лодки ушли в море.\n" * 20,
                 "It seems to be koi8_r: convert it (iconv -f koi8_r"),
 }
+
+
+def word(*paragraphs, head=""):
+    "A Word document, as Word writes it."
+    tabs = '<w:pPr><w:tabs><w:tab w:val="left" w:pos="720"/></w:tabs></w:pPr>'
+    body = "".join(f"<w:p>{tabs}{paragraph}</w:p>" for paragraph in paragraphs)
+    names = "xmlns:w='http://schemas.openxmlformats.org/wordprocessingml/2006/main' xmlns:mc='compatibility'"
+    with zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+        archive.writestr("word/document.xml", f"{head}<w:document {names}><w:body>{body}</w:body></w:document>")
+    return file.getvalue()
+
+
+def run(text): return f"<w:r><w:t xml:space='preserve'>{text}</w:t></w:r>"
+
+
+@pytest.mark.parametrize("name", ["a.docx", "A.DOCX", "a.docx.gz"])
+def test_a_word_document_is_read_a_line_a_paragraph(tmp_path, name):
+    deleted = "<w:del><w:r><w:delText>never </w:delText></w:r></w:del><w:instrText>PAGE</w:instrText>"
+    box = f"<mc:Choice><w:p>{run('A box.')}</w:p></mc:Choice><mc:Fallback><w:p>{run('A box.')}</w:p></mc:Fallback>"
+    broken = run("潮水, “🌊”") + deleted + "<w:r><w:br/></w:r>" + run("at 7")
+    data = word(run("It ") + run("ebbs &amp; flows."), "", broken, run("Beside ") + box)
+    (tmp_path/name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    [text] = read_documents(find_texts(tmp_path))
+    assert text.text == "It ebbs & flows.\n\n潮水, “🌊”\nat 7\nBeside \nA box.\n\n" and not is_plain(tmp_path/name)
+
+
+def test_a_long_word_document_takes_little_memory(tmp_path):
+    (tmp_path/"long.docx").write_bytes(word(*[run(f"On day {n} it ebbed and flowed.") for n in range(50_000)]))
+    tracemalloc.start()
+    try:
+        size = sum(len(document.text) for document in read_documents([tmp_path/"long.docx"]))
+        assert size > 1_600_000 and tracemalloc.get_traced_memory()[1] < 40e6
+    finally: tracemalloc.stop()
+
+
+def test_a_word_document_made_to_fill_the_memory_is_refused(refused, monkeypatch):
+    entities = "".join(f"<!ENTITY a{n} '{f'&a{n - 1};' * 10}'>" for n in range(1, 12))
+    head = f"<!DOCTYPE d [<!ENTITY a0 'It ebbs.'>{entities}]>"
+    assert "is no Word document" in refused("a.docx", word(run("&a11;"), head=head))
+    monkeypatch.setattr("colab_gpt2.text.formats.HUGE", 10_000)
+    assert "(it is too large)" in refused("b.docx", word(run("It ebbs. " * 10_000)))
 
 
 def test_of_encodings_that_read_equally_well_all_are_named_the_western_one_first(refused):

@@ -18,9 +18,12 @@ from .fields import documents, is_chat, pick_field
 from .formats import END, READERS, is_table, rows_of, suffix_of, text_documents, write_documents
 
 # %% ../../nbs/text/10_reading.ipynb #610cb670
-TEXTS = "txt", "md", "text"
-OTHER = ("ipynb html htm xml rtf pdf doc docx odt epub xls xlsx ods db sqlite pkl npy arrow zip tar tgz tbz2 txz zst "
+TEXTS = "txt", "md", "text", "docx"
+OTHER = ("ipynb html htm xml rtf pdf doc odt epub xls xlsx ods db sqlite pkl npy arrow zip tar tgz tbz2 txz zst "
          "7z rar png jpg jpeg gif webp svg mp3 mp4 wav safetensors bin").split()
+
+SAVE = dict.fromkeys(("doc", "odt", "rtf", "pdf"), "Open it in Word or Google Docs, and save it as .docx or .txt.")
+SAVE[""] = "Save its text as UTF-8 in a .txt file."
 
 def empty(path):
     "The ValueError on a file `path` of nothing but white space."
@@ -33,7 +36,7 @@ def check_file(path) -> Path:
     if not path.exists(): raise FileNotFoundError(f"{called(path)} does not exist. Give the path of a text file.")
     if not path.is_file(): raise ValueError(f"{called(path)} is a pipe or a device. Write its text to a file first.")
     if (kind := suffix_of(path)) in OTHER:
-        raise ValueError(f"{called(path)} is a .{kind} file, not plain text. Save its text as UTF-8 in a .txt file.")
+        raise ValueError(f"{called(path)} is a .{kind} file, not plain text. {SAVE.get(kind, SAVE[''])}")
     try: blank = is_blank(path)
     except OSError as e: raise type(e)(f"{called(path)} cannot be read: {e.strerror}.") from e
     if blank: raise empty(path)
@@ -89,7 +92,7 @@ def files_in(folder) -> list:
     seen = [p for p in walked if "/." not in f"/{p.relative_to(folder)}" and p.is_file()]
     found = [p for p in seen if suffix_of(p) in (*TEXTS, *READERS)]
     other = called(", ".join(sorted({p.suffix or p.name for p in seen if p not in found})[:9]))
-    kinds = ", ".join(f".{kind}" for kind in ("txt", "md", *READERS))
+    kinds = ", ".join(f".{kind}" for kind in ("txt", "md", "docx", *READERS))
     if not found:
         held = f"none of its {len(seen)} files ({other}) is a text or a table" if seen else "it is empty"
         raise FileNotFoundError(f"{called(folder)} holds no corpus: {held}. It needs {kinds}, compressed or not; other "
