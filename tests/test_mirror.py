@@ -675,11 +675,11 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(tmp_path, output, ch
     with pytest.warns(UserWarning, match="checkpoint-100 in .* is skipped"): assert new.newest() is None
 
 
-def finish(output):
+def finish(output, adapters=()):
     "The output folder of a finished run."
     (output/"model.safetensors").write_bytes(b"the model")
     (output/"config.json").write_text("{}")
-    files = {name: sha256_of(output/name) for name in ("model.safetensors", "config.json")}
+    files = {name: sha256_of(output/name) for name in ("model.safetensors", "config.json", *adapters)}
     (output/"finetune.json").write_text(json.dumps(dict(files=files, fingerprint={}, steps=300)))
     return {name: (output/name).read_bytes() for name in (*files, "finetune.json")}
 
@@ -826,6 +826,26 @@ def test_a_private_repository_of_the_hub_is_a_mirror_too(hub, tmp_path, output, 
     files()[damaged] = b"Moments"
     new = opened(tmp_path/"newer"/"gpt2-tuned", **ON_HUB)
     with pytest.warns(UserWarning, match="checkpoint-200 in hub:me/checkpoints is skipped: optimizer.pt is missing or"):
+        assert new.restore(new.newest(), tmp_path/"newer"/"gpt2-tuned") is None
+
+
+def test_adapters_of_a_finished_model_come_back_from_the_hub_and_a_damaged_one_is_named(hub, tmp_path, output):
+    (output/"adapters").mkdir(parents=True)
+    adapters = "adapters/adapter_model.safetensors", "adapters/adapter_config.json"
+    for name in adapters: (output/name).write_bytes(name.encode() * 40)
+    finish(output, adapters)
+    copy(mirror := opened(output, **ON_HUB), output)
+    assert mirror.status().startswith("Hub: finished, ") and told(mirror.close) == []
+    there = hub.repos["models", "me/checkpoints"]
+    for name in adapters: assert [there[p] for p in there if p.endswith(f"/{FINISHED}/{name}")] == [name.encode() * 40]
+    place = tmp_path/"new"/"gpt2-tuned"
+    new = opened(place, **ON_HUB)
+    new.restore(new.newest(), place)
+    assert tree(place) == tree(output) and {*adapters} < {*map(str, tree(place))}
+    there[next(path for path in there if path.endswith(adapters[0]))] = bytes(40 * len(adapters[0]))
+    (place/adapters[0]).unlink()
+    new = opened(tmp_path/"newer"/"gpt2-tuned", **ON_HUB)
+    with pytest.warns(UserWarning, match=f"{adapters[0]} is missing or"):
         assert new.restore(new.newest(), tmp_path/"newer"/"gpt2-tuned") is None
 
 
