@@ -32,6 +32,8 @@ def divide(values) -> tuple:
     return shares
 
 # %% ../../nbs/panels/81_app.ipynb #fc4a695f
+TABS = "1 Machine", "2 Text", "3 Train", "4 Try", "5 Save", "Runs", "Chat"
+
 class Steps(Shown):
     """The panels `runtime`, `data`, `finetune`, `generate`, `drive`, and `compare`, which needs a second run, and `chat`,
     which needs a person and a model that has learnt conversations: a tab for each, and a button to the next."""
@@ -57,8 +59,8 @@ class Steps(Shown):
         "A tick at each step that is done; the chat, where the model can."
         panels = self.panels if converses(self.generate.config.model) else self.panels[:-1]
         if len(self.tab.children) != len(panels): self.tab.children = [panel.box for panel in panels]
-        for i, panel in enumerate(panels): self.tab.set_title(i, "✓ " * bool(panel.result) + panel.title)
-        self.onward.description = f"Next: {self.panels[self.at + 1].title}" if self.at < 4 else ""
+        for i, panel in enumerate(panels): self.tab.set_title(i, "✓ " * bool(panel.result) + TABS[i])
+        self.onward.description = f"Next: {TABS[self.at + 1]}" if self.at < 4 else ""
         self.onward.layout.display = "" if self.at < 4 else "none"
 
     @property

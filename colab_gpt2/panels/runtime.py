@@ -14,7 +14,7 @@ import ipywidgets as widgets
 from ..config import value
 from ..core import Record, human_bytes
 from .fields import Values
-from .panel import Panel, button, meter, row
+from .panel import Panel, button, folded, meter, row
 from .snippets import differing
 from ..runtime import Runtime, check_runtime
 
@@ -30,11 +30,11 @@ def runtime_meters(runtime: Runtime) -> str:
 def describe_runtime(runtime: Runtime) -> str:
     "The HTML of a Runtime, and what to do if there is no GPU."
     kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, using the CPU"}[runtime.device]
-    versions = ", ".join(f"{name} {version}" for name, version in runtime.versions.items())
+    versions = "\n".join(f"{name} {version}" for name, version in runtime.versions.items())
+    details = f"Precision {runtime.precision}.\n{versions}"
     advice = f"<div class='cg-note'><b>What to click</b><br>{escape(runtime.advice)}</div>" if runtime.advice else ""
     return (f"<p class='cg-line'><b>{kind}: {escape(runtime.device_name)}</b>; CPU cores: {runtime.cores}</p>"
-            f"{runtime_meters(runtime)}<p class='cg-line'><b>Precision {escape(str(runtime.precision))}.</b></p>"
-            f"{advice}<p class='cg-line cg-lead'>{escape(versions)}</p>")
+            f"{runtime_meters(runtime)}{advice}{folded('Precision and versions', details)}")
 
 # %% ../../nbs/panels/75_runtime.ipynb #eb6f43b5
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RuntimePanel(Panel):
     def __init__(self, **values):
         super().__init__(Values(CheckConfig(**values)))
         self.view = widgets.HTML()
-        self.assemble(self.view, self.status, row(button("Refresh", self.start, primary=True)))
+        self.assemble(self.view, self.status, row(button("Check again", self.start)))
 
     def calls(self): return [("check", "check_runtime", differing(self.config), "runtime")]
 

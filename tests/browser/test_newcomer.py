@@ -169,10 +169,10 @@ def test_train_by_hand(ran, record_property):
 
 
 def test_look_again_by_hand(ran):
-    "Refresh looks at the machine again, and shows what it has found."
+    "Check again looks at the machine again, and shows what it has found."
     panel, looked = ran.panel(MACHINE), "print(id(machine.result))"
     before = ran.server.ask(looked)
-    press(panel, "Refresh")
+    press(panel, "Check again")
     ran.wait_until(lambda: ran.server.ask(looked) != before)
     ran.server.ask("from colab_gpt2.core import human_bytes as h")
     free, memory = ran.server.ask("r = machine.result; print(h(r.ram_free), h(r.ram), sep='|')").strip().split("|")
