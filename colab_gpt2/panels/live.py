@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/panels/77_live.ipynb #b1b7fb2e
-import math, time, warnings
+import math, threading, time, warnings
 from dataclasses import replace
 from html import escape
 
@@ -15,6 +15,7 @@ import torch
 from ..core import human_bytes, human_time
 from ..engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, Listener
 from ..generation import stream
+from ..model.tune import repeated_blocks
 from .panel import describe_samples, fact, progress_bar
 from .plots import ACCENT, Line, line_chart
 from .pump import pump
@@ -109,6 +110,7 @@ class Steered(Course):
         super().__init__()
         self.config, self.show, self.pump, self.every = config, show, pump, every  # seconds between pictures
         self.stopper, self.wishes, self.broken = None, set(), set()  # wishes: "save", "sample"
+        self.inside = []  # hooks of the model's layers
         self.drawn = self.spent = 0.  # seconds: when by the clock, and in pump and pictures so far
 
     def stop(self):
@@ -138,7 +140,22 @@ class Steered(Course):
 
     def end(self, how):
         self.ended = how
+        for hook in self.inside: hook.remove()
         self.attempt("Drawing the run", self.draw)
+
+# %% ../../nbs/panels/77_live.ipynb #2e2157b3
+def listen_inside(model, breathe, every=0.1) -> list:
+    "Have the layers of `model` call `breathe()`, after `every` seconds or later; -> their hooks, to be removed."
+    thread, last = threading.get_ident(), [time.perf_counter()]
+    def hear(*_):
+        if threading.get_ident() != thread or time.perf_counter() - last[0] < every: return
+        breathe()
+        last[0] = time.perf_counter()
+    def passed(layer, inputs, output):
+        hear()
+        output = output[0] if isinstance(output, tuple) else output
+        if torch.is_tensor(output) and output.requires_grad: output.register_hook(hear)
+    return [layer.register_forward_hook(passed) for layer in repeated_blocks(model)]
 
 # %% ../../nbs/panels/77_live.ipynb #15054da8
 def write_sample(run, model, tokenizer):
@@ -183,7 +200,8 @@ class Live(Steered, Listener):
         self.evaluations[step], self.best = perplexity, best_step
         self.breathe()
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if model and not (self.plan and self.plan.torch_compile): self.inside = listen_inside(model, self.breathe)
         self.losses = [(row["step"], row["loss"]) for row in state.log_history if "loss" in row]  # if it was resumed
         self.first = self.step = state.global_step
         self.evaluations = {step: value for step, value in self.evaluations.items() if step <= self.step}
