@@ -142,10 +142,11 @@ def merged(here, there) -> list:
     "`here`, and of the runs `there` those that are no others; of two of one run that which got further."
     known = list(here)
     for run in there:
-        twin = next((i for i, each in enumerate(known) if each._run == run._run != "{}"), len(known))
-        both = [*known[twin:twin + 1], run]
-        where = run.where if both[0].where == run.where else "here and on the Drive"
-        known[twin:twin + 1] = [replace(max(both, key=lambda each: (each.finished, each.step)), where=where)]
+        twins = [i for i, each in enumerate(known) if each._run == run._run != "{}"]
+        for i in twins:
+            where = run.where if known[i].where == run.where else "here and on the Drive"
+            known[i] = replace(max(known[i], run, key=lambda each: (each.finished, each.step)), where=where)
+        if not twins: known.append(run)
     return known
 
 # %% ../nbs/64_your_runs.ipynb #64e00023

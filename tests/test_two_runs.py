@@ -149,12 +149,12 @@ def test_the_panel_shows_the_runs_and_compares_two_of_them(cli):
     assert "stopped at step 5 of 48" in panel.table.value and "bad is damaged and left out" in panel.table.value
     assert {place for _, place in panel.choices[0].widget.options} == {"a", "b"} and not panel.compare.disabled
     panel.compare.click()
-    assert panel.error is None and "times the perplexity" in panel.said and panel.view.value.count("<svg") == 2
+    assert panel.error is None and "Lower is better" in panel.said and panel.view.value.count("<svg") == 2
 
 
 def test_a_run_that_has_finished_is_offered(cli):
     class Training:
-        config, saved, earlier, followers = type("Config", (), dict(output_dir="new")), None, False, []
+        config, saved, earlier, followers = type("Config", (), dict(output_dir="new", folder="new")), None, False, []
     leave_run("old")
     panel = ComparePanel(Training).ready()
     assert panel.config.run_a == "old" and panel.compare.disabled

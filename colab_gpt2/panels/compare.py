@@ -69,7 +69,8 @@ def describe_runs(found) -> str:
     def line(tag, texts): return "<tr>" + "".join(f"<{tag}>{escape(str(text))}</{tag}>" for text in texts) + "</tr>"
     if not found: return ""
     lines = "".join(line("td", described(run)) for run in found)
-    return f"<table class='cg-table cg-runs'>{line('th', HEADS)}{lines}</table>"
+    table = f"<table class='cg-table cg-runs'>{line('th', HEADS)}{lines}</table>"
+    return f"<div class='cg-wide' tabindex='0' role='region' aria-label='Your runs'>{table}</div>"
 
 # %% ../../nbs/panels/80_compare.ipynb #80c00022
 def offered(found, chosen="") -> list:
@@ -125,7 +126,7 @@ class RunTable(AfterTraining):
         self.again.on_click(lambda _: self.look_again())
         more = folding("More", "A prompt for both models", self.form.box)
         self.assemble(self.table, *(choice.widget for choice in self.choices), row(self.compare, self.halt, self.again),
-                      self.status, self.far, self.view, more, self.form.box)
+                      self.status, self.far, self.view, row(more), self.form.box)
 
     def take(self, panel):
         "The run that `panel` has finished."
@@ -191,4 +192,5 @@ class ComparePanel(RunTable):
     def describe(self, compared):
         a, b = compared.runs
         if not compared.card: return f"{a.name} and {b.name}: their perplexities are not comparable."
-        return f"{b.name} has {compared.card.ratios[0]:.3f} times the perplexity of {a.name}."
+        old, new = (part[0].value for part in (compared.card.before, compared.card.rows))
+        return f"{a.name} has perplexity {old:.2f}, {b.name} {new:.2f}. Lower is better."

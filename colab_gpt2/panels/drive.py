@@ -126,11 +126,12 @@ class Saved(Record):
 def describe_saved(saved, room="") -> str:
     "The HTML of a Saved: where it is, what to look after; folded, the checksum, the files and the `room` on the Drive."
     copy, archive = saved.copy, saved.archive
-    rows = [("On the Drive", copy.path), ("On this machine", archive.path.absolute()), ("SHA-256", copy.sha256),
-            ("Files", ", ".join(archive.files)), ("Copied in", human_time(copy.seconds))]
+    rows = [("Copy", copy.path), ("SHA-256", copy.sha256), ("Files", ", ".join(archive.files)),
+            ("Copied in", human_time(copy.seconds))]
     body = "".join(f"<tr><th>{name}</th><td>{escape(str(text))}</td></tr>" for name, text in rows)
-    note = f"<p class='cg-line'>{escape(copy.note)}</p>" if copy.note else ""
-    return f"{note}<details><summary>Details</summary><table class='cg-table'>{body}</table>{room}</details>"
+    lines = filter(None, (f"The file: {saved.here.absolute()}", copy.note))
+    told = "".join(f"<p class='cg-line'>{escape(line)}</p>" for line in lines)
+    return f"{told}<details><summary>Details</summary><table class='cg-table'>{body}</table>{room}</details>"
 
 # %% ../../nbs/panels/80_drive.ipynb #e6e93486
 class DriveSource(AfterTraining):
@@ -170,7 +171,7 @@ class DriveWidgets(DriveSource):
         self.loading = folding("Load a saved model", "Models that were saved before", load)
         self.loading.observe(lambda _: self.list_kept(), "value")
         self.assemble(row(save, self.halt, download, self.again), self.status, self.far, self.link, self.view,
-                      row(self.more, self.loading), self.form.box, load)
+                      row(self.more), self.form.box, row(self.loading), load)
 
     def make_buttons(self):
         self.buttons = dict(
@@ -183,7 +184,7 @@ class DriveWidgets(DriveSource):
     @property
     def lead(self):
         if in_colab(): return "When a Colab session ends, its files are deleted; what is on your Drive stays."
-        return "The model in one file, a verified copy of it in another folder, and a link to download it."
+        return "Packs the model into one file, saves a verified copy of it, and gives you a link to download it."
 
 # %% ../../nbs/panels/80_drive.ipynb #9a10c012
 class DriveView(DriveWidgets):
@@ -291,7 +292,8 @@ class DrivePanel(DriveView):
         "-> the folder with the chosen archive's model, or None."
         def work(): return fetch(self.chosen, self.config.restore_to, drive_there(self.config.drive), self.report)
         if not self.chosen: return self.say("There is no saved model to restore.", "⚠")
-        self.restored = self.work(work, "Fetching and unpacking …", lambda folder: f"Restored to {folder}.")
+        onward = " Use this model to generate with it." if self.before else ""
+        self.restored = self.work(work, "Fetching and unpacking …", lambda to: f"Restored to the folder {to}.{onward}")
         self.refresh()
         return self.restored
 
