@@ -20,6 +20,7 @@ from .config import TEXT, FinetuneConfig
 from .core import Record, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling, check_request
+from .ranks import RANKS, Lost, first, leave
 from .signals import ENDING, catching, say
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
@@ -63,7 +64,9 @@ def errors_in_one_line(debug=False):
     except (Exception, KeyboardInterrupt) as e:
         stopped = isinstance(e, KeyboardInterrupt)
         if debug and not stopped or isinstance(e, (typer.Exit, typer.Abort, typer.BadParameter)): raise
-        say(f"colab-gpt2: {one_line(e)}")
+        if first(): say(f"colab-gpt2: {one_line(e)}")
+        elif not isinstance(e, Lost) and RANKS.group and not hasattr(e, "shared_by"):  # the others do not know
+            print(f"colab-gpt2, process {RANKS.own}: {one_line(e)}", file=sys.__stderr__, flush=True)
         typed = "trainer_args" in fields_of(e)  # which only the libraries can check
         raise typer.Exit(getattr(e, "code", 130) if stopped else 2 if typed else 1) from None
 
@@ -226,7 +229,7 @@ WORK = """block_size effective_batch_size per_device_train_batch_size gradient_a
 lora_rank use_rslora use_dora target_modules load_in_4bit optim gradient_checkpointing torch_compile tune
 keep_attention_dropout tokenizer"""  # for memory and speed
 
-PLANNED = f"model from_scratch {OF_TEXT} num_train_epochs max_steps eval_stride {WORK}"
+PLANNED = f"model from_scratch {OF_TEXT} num_train_epochs max_steps eval_stride num_processes {WORK}"
 
 @command("--model gpt2-xl --gpu T4", (FinetuneConfig(), PLANNED))
 def plan(
@@ -375,6 +378,8 @@ def bench(config, steps: option(int, "steps to take; the first two are not count
 # %% ../nbs/65_cli.ipynb #2f96e9bb
 def main():
     "The program `colab-gpt2`."
+    if not first(): sys.stdout = sys.stderr = open(os.devnull, "w")
     try: app(prog_name="colab-gpt2")
     finally:
+        leave()
         for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's own end takes a second; its code stands

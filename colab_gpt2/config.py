@@ -116,6 +116,9 @@ class MethodFields(StepFields):
     optim: str | None = value(
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",
         choices=OPTIMIZERS, label="Optimizer")
+    num_processes: int = value(
+        1, "processes that share each step, each with a GPU of its own where there are GPUs", label="Processes",
+        minimum=1, maximum=10**4)
     gradient_checkpointing: bool | None = value(
         None, "compute activations again in the backward pass: less memory, a third more work "
         "(default: where memory is short)")

@@ -17,6 +17,7 @@ from .core import Record, several
 from .errors import Sentence, check_choice, check_number
 from .model.heads import hidden_states, output_head
 from .model.loading import DTYPES, keeps_logits, lost_weight, model_context
+from .ranks import RANKS, reduced
 from .reporting import counter, reporting
 from .runtime import check_device
 from .text.chats import Conversations
@@ -188,6 +189,18 @@ def check_loss(nats, model, blocks, precision):
     why, told = why_lost(model, precision), "The model's loss on the {text} text is {nats}: "
     raise NotFinite(Sentence(told + why.template, text=blocks.split or "unnamed", nats=nats, **why.values))
 
+# %% ../nbs/60_evaluation.ipynb #f2910e11
+def nats_of(model, some, head, ranks, add, check) -> float:
+    "The nats of all batches, of which each of `ranks` processes has `some`; `add` hears of tokens, `check` of nats."
+    nats, device = 0, next(model.parameters()).device
+    for ids, labels in some:
+        nats += score(model, ids.to(device), labels.to(device), head)
+        if ranks == 1: check(nats)
+        add(ranks * int((labels >= 0).sum()))
+    if ranks > 1: [nats] = reduced([nats], "SUM")
+    check(nats)
+    return nats
+
 # %% ../nbs/60_evaluation.ipynb #f3f7ced4
 def perplexity(
     model,  # a causal language model of transformers
@@ -199,6 +212,7 @@ def perplexity(
     most: int = None,  # windows, evenly over the text, for an estimate of its nats; default all
     device=None,  # moves the model there
     precision: str = "fp32",  # "bf16" or "fp16": autocast, for a GPU
+    together=False,  # each of a run's processes scores its share of the windows; all must call this
     progress=True,  # a bar on stderr; or a function of (what, done, total), in tokens
 ) -> Perplexity:  # per token; `.per("word")` and `.per("byte")` cost nothing
     """exp of the mean nats a token, each scored once, after `context - stride` tokens or more where there are as many:
@@ -213,13 +227,12 @@ def perplexity(
     logits = 0 if (head := output_head(model.to(device))) else stride if keeps_logits(model) and not chat else length
     size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
-    nats = 0
+    own, ranks = (RANKS.own, RANKS.all) if together else (0, 1)
     with evaluation_mode(model), torch.inference_mode(), autocast, reporting(progress) as report:
-        add = counter(report, f"Perplexity of {blocks.split or 'the text'}", total)
-        for ids, labels in answer_batches(blocks, found, size) if chat else batches(blocks.stream, found, size):
-            nats += score(model, ids.to(device), labels.to(device), head)
-            check_loss(nats, model, blocks, precision)
-            add(int((labels >= 0).sum()))
+        def told(what, done, total): report(what, min(done, total), total)  # the shares may differ by a window
+        add, mine = counter(told, f"Perplexity of {blocks.split or 'the text'}", total), found[own::ranks]
+        some = answer_batches(blocks, mine, size) if chat else batches(blocks.stream, mine, size)
+        nats = nats_of(model, some, head, ranks, add, lambda nats: check_loss(nats, model, blocks, precision))
     split = f"answers of {blocks.split or 'unnamed'}" if chat else blocks.split
     result = Perplexity(math.nan, "token", split=split, stride=stride, context=context, tokens=tokens,
                         words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)

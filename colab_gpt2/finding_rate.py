@@ -21,7 +21,8 @@ from .errors import Sentence, check_number
 from .planning.plan import step_time
 from .preparing import prepare
 from .reporting import reporting
-from .training import plan_training, train_model
+from .beginning import plan_training
+from .training import train_model
 
 # %% ../nbs/64_finding_rate.ipynb #64f00006
 LOWEST, HIGHEST = 1e-7, 1e-1  # rates: AdamW learns nothing below, and no language model above

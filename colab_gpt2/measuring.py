@@ -20,6 +20,7 @@ from .generation import generate
 from .model.sampling import Sampling
 from .model.tune import uncompiled
 from .planning.plan import out_of_memory_told
+from .ranks import by_first, first
 from .resuming import RESULT, read_result
 from .runtime import disk, out_of_memory
 from .text.chats import Conversations
@@ -52,6 +53,7 @@ def write_result(output_dir, told):
     "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
     def write():
         with atomic(Path(output_dir)/RESULT) as file: file.write_text(sealed(told, indent=1))
+    if not first(): return
     with in_one_line(output_dir): retried(write, may_pass, attempts=6)
 
 # %% ../nbs/63_measuring.ipynb #ffe78b3d
@@ -73,11 +75,12 @@ def sampling_of(config) -> Sampling:
 def evaluate_and_sample(config, prepared, model, precision, report, callbacks=(), chose=False) -> tuple:
     "(Perplexity of the held-out text, which may have chosen the weights, a Sample)."
     with in_one_line(config.output_dir):
-        found = perplexity(model, prepared.held_out, stride=config.eval_stride, precision=precision, progress=report)
+        how = dict(stride=config.eval_stride, precision=precision, together=True, progress=report)
+        found = perplexity(model, prepared.held_out, **how)
         found = replace(found, chose=chose and prepared.choosing is prepared.held_out)
-        [sample] = generate(model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed,
-                            chat=getattr(prepared.held_out, "templated", 0) > 0,
-                            max_new_tokens=config.max_new_tokens, progress=report, **sampling_of(config).to_dict())
+        [sample] = by_first(lambda: generate(
+            model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens,
+            chat=getattr(prepared.held_out, "templated", 0) > 0, progress=report, **sampling_of(config).to_dict()))
     tell(callbacks, "on_measured", found, sample)
     return found, sample
 
@@ -102,7 +105,7 @@ def make_chooser(config, prepared, plan, callbacks) -> list:
                 split=text.split, method=plan.recipe.method)
     def measure(model, most, report):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft
-        options = dict(most=most, precision=plan.recipe.precision, progress=report)
+        options = dict(most=most, precision=plan.recipe.precision, together=True, progress=report)
         if chooser.trainer: options["batch_size"] = chooser.trainer.micro_batch  # less than a training step takes
         try:
             with uncompiled(): return perplexity(inner, text, **options).value

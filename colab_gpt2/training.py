@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
 
+from .beginning import check_run, check_shares, first_plan, follow
 from .config import FinetuneConfig, changed
 from .core import Record, home, human_time
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
@@ -21,52 +22,27 @@ from .engine.guards import Diverged, StopOnDivergence, StopOnInterrupt, TimeLimi
 from .engine.guards import warn_of_idle
 from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
-from .engine.trainer import check_trainer_args, make_trainer, training_arguments
+from .engine.trainer import make_trainer, training_arguments
 from .errors import Sentence, about
 from .evaluation import ALSO, Perplexity
 from .generation import Sample
 from .measuring import ADAPTED_BY, evaluate_and_sample, evaluation_of, in_one_line, make_chooser, save_run
 from .measuring import write_result
-from .model.loading import MODELS, load_model, quiet
+from .model.loading import load_model, quiet
 from .model.lora import adapters_of, free_weights, merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
-from .preparing import check_room, prepare, release_memory, starting_model, warn_of_few_steps
-from .preparing import warn_of_few_tokens
+from .preparing import prepare, release_memory, starting_model
+from .ranks import Lost, by_first, first, first_alone, lost_told, others_silent, reduced, shared
 from .reporting import reporting
-from .resuming import ELSEWHERE, Found, asked, check_free, check_output_dir, checksum_of, chosen
-from .resuming import folder_for
-from .resuming import differences, differences_told, found_in, identify, newest_intact, read_result, refuse
-from .resuming import source_of, where_to_resume
+from .resuming import ELSEWHERE, asked, check_free, checksum_of, chosen, differences, differences_told
+from .resuming import folder_for, found_in, identify, newest_intact, read_result, refuse, source_of
+from .resuming import where_to_resume
 from .runtime import Runtime
 from .signals import Interrupted
 from .storage.kept import other_runs
-from .storage.mirror import open_mirror
+from .storage.mirror import Mirror, open_mirror
 from .storage.targets import FINISHED
-
-# %% ../nbs/63_training.ipynb #c92355ae
-def check_sources(config):
-    "ValueError if the model or the tokenizer is a checkpoint that this run would delete."
-    doomed = [path.resolve() for path in find_checkpoints(config.folder) if config.overwrite_output_dir]
-    for name, given in dict(model=config.model, tokenizer=config.tokenizer).items():
-        if not given or Path(given).resolve() not in doomed: continue
-        told = f"{{{name}}} is {{given}}, a checkpoint that this run would delete; choose another {{output_dir}}."
-        raise ValueError(Sentence(told, given=given))
-
-# %% ../nbs/63_training.ipynb #ac11561b
-def check_run(config) -> FinetuneConfig:
-    "The config, with the path of the output folder. RuntimeError under torchrun."
-    if (size := int(os.environ.get("WORLD_SIZE", 1))) != 1:
-        raise RuntimeError(f"WORLD_SIZE is {size}, but a run uses one process. Start it without torchrun.")
-    os.environ.pop("LOCAL_RANK", None)
-    check_trainer_args(config.trainer_args)
-    if (name := str(Path(config.folder))) in MODELS:
-        told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
-        warnings.warn(Sentence(told), stacklevel=3)
-    place = check_output_dir(config.output_dir or ".")
-    if config.output_dir: config = replace(config, output_dir=str(place))
-    check_sources(config)
-    return config
 
 # %% ../nbs/63_training.ipynb #abcd4ba2
 RISEN = ("The perplexity has risen from {before:.2f} to {after:.2f}: lower {learning_rate}, or train fewer "
@@ -157,7 +133,7 @@ def within_time(trainer, plan) -> Plan:
     steps = plan.steps
     for limit in trainer.callback_handler.callbacks:
         if isinstance(limit, TimeLimit): plan = limit.shorten(plan)
-    if plan.steps < steps:
+    if (plan := shared(plan)).steps < steps:
         trainer.args.max_steps = plan.steps
         warnings.warn(plan.reasons[0], stacklevel=2)
     return plan
@@ -191,21 +167,11 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # the wrapper computes in half precision
     step, steps = trainer.state.global_step, trainer.state.max_steps
     saved = output_dir/f"checkpoint-{step}"
-    if trainer.stop.asked and step < steps:
+    if reduced([trainer.stop.asked])[0] and step < steps:
         if saved not in find_checkpoints(output_dir): raise trainer.stop.interrupted()
         told = Sentence("Stopped at step {step} of {steps}{why}; saved in {saved}.",
                         step=step, steps=steps, why=trainer.stop.why, saved=saved)
         raise Interrupted(told, trainer.stop.code, trainer.onward)
-    return plan
-
-# %% ../nbs/63_training.ipynb #c146a1a6
-def plan_training(config, model, blocks, runtime) -> Plan:
-    "Of `model`, or its config. What `config` fixes is kept, with a warning if it does not fit."
-    plan = plan_run(model, blocks, runtime, config)
-    if not plan.fits: warnings.warn(plan.reasons[0], stacklevel=3)
-    if config.tokenizer and plan.recipe.method == "lora":
-        told = "{method=lora} trains no embeddings: tokens that {tokenizer} adds keep the mean; set {method=full}."
-        warnings.warn(Sentence(told), stacklevel=3)
     return plan
 
 # %% ../nbs/63_training.ipynb #e9a40a51
@@ -223,7 +189,8 @@ WENT_BACK = ("{why}. The run goes back to {place} and on with half the learning 
 def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tuple:
     "(trainer, plan as carried out); once, after a divergence, from the newest good checkpoint of the `run`."
     factor = found.rate_factor if found and not differences(found.run, run) else 1.
-    for path in find_checkpoints(config.output_dir) if config.overwrite_output_dir else (): remove_checkpoint(path)
+    if first() and config.overwrite_output_dir:
+        for path in find_checkpoints(config.output_dir): remove_checkpoint(path)
     model, begun = prepared.model, found
     while True:
         trainer = ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown)
@@ -235,8 +202,10 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
         free_weights(model)
         del trainer, model
         release_memory()
-        own = (each for each in found_in(config.output_dir) if each.run == run and each.files is None)
-        found = newest_intact(own) or begun
+        def newest():
+            own = (each for each in found_in(config.output_dir) if each.run == run and each.files is None)
+            return newest_intact(own) or begun
+        found = by_first(newest)
         factor, model = 0.5, starting_model(config, prepared.tokenizer).to(prepared.runtime.device)
         warnings.warn(Sentence(WENT_BACK, why=why, place=found.path.name if found else "its beginning"), stacklevel=2)
 
@@ -284,12 +253,6 @@ def read_finished(output_dir) -> FinetuneResult | None:
     except (ValueError, TypeError, KeyError): return  # another version's, or another tool's file
     return replace(result, output_dir=str(folder), config=replace(result.config, output_dir=str(folder)), repeated=True)
 
-# %% ../nbs/63_training.ipynb #ffe78b30
-def follow(config, found) -> FinetuneConfig:
-    "`config`, with method and optimizer, where it leaves them open, as the run has them that it resumes."
-    known = {name: found.run.get(name) for name in ("method", "optim")} if found else {}
-    return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
-
 # %% ../nbs/63_training.ipynb #ffe78b3e
 def run_of(config, prepared) -> dict:
     "What identifies the run."
@@ -303,9 +266,9 @@ def claim(config, opened, report):
 
 def placed(prepared, opened, report):
     "`prepared`, in the folder of its own that nobody chose."
-    place = str(folder_for(prepared.config, run_of(prepared.config, prepared)))
+    place = by_first(lambda: str(folder_for(prepared.config, run_of(prepared.config, prepared))))
     asked, config = (replace(each, output_dir=place) for each in (prepared.asked, prepared.config))
-    claim(config, opened, report)
+    by_first(lambda: claim(config, opened, report))
     return replace(prepared, asked=asked, config=config)
 
 # %% ../nbs/63_training.ipynb #ffe78b32
@@ -332,6 +295,17 @@ def look_for(config, prepared, report, opened) -> tuple:
     if found and config.resume == "auto" and differences(found.run, run): refuse(found, run, config.output_dir)
     return found, mirror, run
 
+# %% ../nbs/63_training.ipynb #ff407e6f
+def look_first(*given) -> tuple:
+    "`look_for` by the first process: the others hear what it found, and have a mirror that does nothing."
+    mirrors = [Mirror()]
+    def look():
+        found, mirror, run = look_for(*given)
+        mirrors.append(mirror)
+        return found, run
+    found, run = by_first(look)
+    return found, mirrors[-1], run
+
 # %% ../nbs/63_training.ipynb #ffe78b37
 def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     "The result of the finished run in `folder`; evaluated again if `config` evaluates in another way."
@@ -348,22 +322,6 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     write_result(config.output_dir, replace(result, repeated=False).to_dict())
     return result
 
-# %% ../nbs/63_training.ipynb #ffe78b3b
-OTHER_SUMS = "This run was computed {was} before, and is {now} now: its weights will be equal up to rounding only."
-
-def as_before(config, prepared, plan, found) -> Plan:
-    "`plan`, with the micro-batch of the session before where that is left open and fits; a warning where it differs."
-    micro, recipe, steps = found.how.get("micro_batch"), plan.recipe, plan.steps
-    if micro and micro != recipe.micro_batch and not (config.per_device_train_batch_size or
-                                                      config.gradient_accumulation_steps):
-        same = replace(follow(config, found), per_device_train_batch_size=micro)
-        then = plan_run(prepared.model, prepared.train, prepared.runtime, same)
-        if then.fits: plan, recipe = replace(then, steps=steps), then.recipe
-    def told(precision, blocks): return f"in {precision} with micro-batches of {blocks}"
-    was, now = told(found.how.get("precision"), micro), told(recipe.precision, recipe.micro_batch)
-    if micro and was != now: warnings.warn(Sentence(OTHER_SUMS, was=was, now=now), stacklevel=4)
-    return plan
-
 # %% ../nbs/63_training.ipynb #ffe78bc0
 RESUMING = "Resuming at step {step} of {steps}.{since}"
 
@@ -371,12 +329,7 @@ RESUMING = "Resuming at step {step} of {steps}.{since}"
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
     "What is left of a run, from the evaluation before it to the one after it."
     report, place = all_told(shown, callbacks), config.output_dir
-    plan = plan_training(follow(config, found), prepared.model, prepared.train, prepared.runtime)
-    if found and not differences(found.run, run):
-        plan = as_before(config, prepared, replace(plan, steps=min(plan.steps, found.steps)), found)
-    warn_of_few_steps(config, prepared.train)
-    warn_of_few_tokens(config, prepared.train, prepared.model.num_parameters())
-    check_room(config, plan, prepared.tokenizer)
+    plan = by_first(lambda: first_plan(config, prepared, found, run))
     training_arguments(config, plan)  # what it refuses is said before anything slow
     since = mirror.before_end(found.saved) if found else ""
     told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=since and " " + since)
@@ -385,7 +338,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
     model, adapters, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
     tell(callbacks, "on_stage", SAVING)
-    files = save_run(config, model, prepared.tokenizer, adapters, run)
+    files = by_first(lambda: save_run(config, model, prepared.tokenizer, adapters, run))
     tell(callbacks, "on_stage", AFTER)
     chose = facts.get("best_step") is not None and config.load_best_model_at_end
     after = evaluate_and_sample(config, prepared, model, plan.recipe.precision, report, callbacks, chose)
@@ -396,7 +349,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
         resumed_from=found and str(found.path), seconds=time.monotonic() - started, fingerprint=run,
         evaluated=evaluation_of(config, prepared))
     write_result(place, result.to_dict())
-    Path(place, BEST).unlink(missing_ok=True)
+    if first(): Path(place, BEST).unlink(missing_ok=True)
     return result
 
 # %% ../nbs/63_training.ipynb #ffe78b2c
@@ -411,20 +364,27 @@ def finetune(
     returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time,
     with a checkpoint. What `progress` or a Listener raises ends the run."""
     started, config = time.monotonic(), check_run(changed(config, **changes))
-    stop = StopOnInterrupt(config.folder)
-    callbacks = [stop, *limits_of(config, stop, started), *callbacks]
-    with stop.listening(), reporting(progress) as shown, contextlib.ExitStack() as opened:
+    stop, limits = StopOnInterrupt(config.folder), []
+    if first(): limits = limits_of(config, stop, started)
+    callbacks = [stop, *limits, *callbacks]
+    with (stop.listening(), reporting(first() and progress) as shown, contextlib.ExitStack() as opened):
+        opened.enter_context(others_silent())
         report = all_told(shown, callbacks)
-        if config.output_dir: claim(config, opened, report)
+        if config.output_dir: by_first(lambda: claim(config, opened, report))
         tell(callbacks, "on_stage", LOADING, stop=stop)
-        prepared = prepare(config, report)
+        with first_alone(): prepared = prepare(config, report)
         if not config.output_dir: prepared = placed(prepared, opened, report)
         config, stop.output_dir = prepared.config, prepared.config.output_dir
-        found, mirror, run = look_for(config, prepared, report, opened)
+        check_shares(config, prepared.train)
+        found, mirror, run = look_first(config, prepared, report, opened)
         try:
-            if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)
-            else: result = train(config, prepared, found, run, mirror, callbacks, shown, started)
+            with lost_told():
+                if found and found.files: result = repeat(config, prepared, found.path, report, callbacks)
+                else: result = train(config, prepared, found, run, mirror, callbacks, shown, started)
             mirror.offer(config.output_dir)
+        except Lost:
+            stop.signals = 2  # nothing is waited for
+            raise
         finally: mirror.close(report, seconds=600 if stop.signals < 2 else 0)
-    if result.risen: warnings.warn(result.risen, stacklevel=2)
+        if result.risen: warnings.warn(result.risen, stacklevel=2)
     return result

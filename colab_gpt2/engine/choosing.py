@@ -19,6 +19,7 @@ from ..core import Record, atomic, drive_top, retried, several
 from .callbacks import Listener, tell
 from .checkpoints import BEST, full_disk_told, loadable
 from ..errors import Sentence, may_pass
+from ..ranks import RANKS, by_first, first, shared, spread
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0006
 SHARE = 0.08  # of the work, that measuring may take: 8.3% of it took 10.2% of the seconds of a training
@@ -117,10 +118,12 @@ class BestWeights:
 
     def begin_from(self, checkpoint=None):
         "With those of a checkpoint that is resumed, or none."
+        if not first(): return
         retried(lambda: self.path.unlink(missing_ok=True), may_pass)
         if checkpoint and (there := Path(checkpoint)/BEST).exists(): link(there, self.path)
 
     def keep(self, model):
+        if not first(): return
         self.wait()  # never two copies in RAM
         weights, device = {name: p.detach().cpu().contiguous() for name, p in trained(model).items()}, model.device
         self.writing = self.pool.submit(retried, lambda: self.write(weights, model), may_pass, attempts=6)
@@ -130,6 +133,11 @@ class BestWeights:
         with atomic(self.path) as file, full_disk_told(file.parent, model): save_file(weights, file)
 
     def restore(self, model):
+        "Into `model`, tensor by tensor; of several processes the first reads them."
+        by_first(lambda: self.read_into(model))
+        spread(trained(model).values())
+
+    def read_into(self, model):
         self.wait()
         put_weights(self.path, model)
 
@@ -161,8 +169,8 @@ class Course(Listener):
     def follow(self, state):
         "Continue from what `state` has measured, if that was on this text, and its best weights can be had."
         known, wanted = state.stateful_callbacks.get("choosing", {}), self.config.load_best_model_at_end
-        step = best_of(known.get("curve", ()))[0]
-        if known.get("text") != self.text or wanted and step != state.global_step and not self.weights.path.exists():
+        step, there = best_of(known.get("curve", ()))[0], shared(self.weights.path.exists())
+        if known.get("text") != self.text or wanted and step != state.global_step and not there:
             known = dict(text=self.text, curve=[], windows=self.schedule.windows)
         state.stateful_callbacks["choosing"], self.curve, self.windows = known, known["curve"], known["windows"]
 
@@ -199,7 +207,7 @@ class Chooser(Course):
         "Measure at this step, unless it was, or the run is asked to stop before its end."
         step = state.global_step
         def report(*told):
-            if self.trainer.stop.asked and step < state.max_steps: raise Unmeasured
+            if RANKS.group is None and self.trainer.stop.asked and step < state.max_steps: raise Unmeasured
         if not step or step in dict(self.curve): return
         try:
             report()

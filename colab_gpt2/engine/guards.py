@@ -19,6 +19,7 @@ from ..errors import Sentence
 from ..model.loading import lost_weight
 from ..model.tune import uncompiled
 from ..planning.plan import step_time
+from ..ranks import RANKS, agreed, reduced, shared
 from ..runtime import in_colab
 from ..signals import OUT_OF_TIME, Interrupted, catching, leave_dead_terminal, say
 
@@ -88,9 +89,23 @@ class StopOnInterrupt(Asked):
         if self.asked: control.should_training_stop = control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        if self.asked: control.should_training_stop = True  # asked while it was saved
+        if self.asked and RANKS.group is None: control.should_training_stop = True  # asked while it was saved
 
     def listening(self): return catching(self.handle)
+
+# %% ../../nbs/engine/41_guards.ipynb #695cee13
+class Agreement(TrainerCallback):
+    "After each step all processes of a run stop, save and log alike, and divide the next one alike."
+    trainer = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if RANKS.group is None: return
+        stop, names = self.trainer.stop, ("should_training_stop", "should_save", "should_log")
+        wanted = [getattr(control, name) for name in names]
+        code, micro, *wanted = reduced([stop.asked and stop.code, -self.trainer.micro_batch, *wanted])
+        if code and not stop.asked: stop.ask(int(code))
+        self.trainer.micro_batch = -int(micro)
+        for name, flag in zip(names, wanted): setattr(control, name, bool(flag))
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa001a
 def sessions_for(steps, room, a_step) -> int:
@@ -190,7 +205,7 @@ class StopOnDivergence(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.seen = state.global_step
         guess = math.log(model.get_input_embeddings().num_embeddings)
-        if self.batches: self.bound = 2 * max(guess, loss_now(model, self.batches))
+        if self.batches: self.bound = shared(2 * max(guess, loss_now(model, self.batches)))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save: self.check(args, state, model)  # without a log entry: when it saves changes nothing
@@ -208,6 +223,9 @@ class StopOnDivergence(TrainerCallback):
 
     def check(self, args, state, model):
         self.seen = state.global_step
+        with agreed(): self.look(args, state, model)
+
+    def look(self, args, state, model):
         if name := lost_weight(model):
             self.lost(args, state, "A weight became NaN or infinite by step {step} ({name})", name=name)
         if self.batches and not (loss := loss_now(model, self.batches)) <= self.bound:

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/43_probe.ipynb #38b091fb
-import contextlib, time, warnings
+import contextlib, math, time, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from ..core import human_bytes
 from ..model.tune import casting_once, compiled, repeated_blocks
 from ..planning.plan import Plan, smaller_micro_batch
+from ..ranks import RANKS, gathered
 from ..runtime import out_of_memory
 
 # %% ../../nbs/engine/43_probe.ipynb #45bb93d9
@@ -56,6 +57,7 @@ def probe(trainer, plan) -> Plan:
     "The plan with measured memory and time. Raises what torch raises when memory runs out."
     model, device = trainer.model, trainer.args.device
     blocks = min(plan.blocks_per_step, len(trainer.train_dataset))  # a text may have fewer than a step takes
+    blocks = math.ceil(blocks / RANKS.all)
     part = min(plan.recipe.micro_batch, blocks)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(part)])
     batch, seconds = {name: value.to(device) for name, value in batch.items()}, []
@@ -75,6 +77,11 @@ def probe(trainer, plan) -> Plan:
     peak = memory.bytes() + moment_bytes(model, plan.recipe.optimizer)
     return plan.corrected(peak_bytes=peak, step_seconds=min(seconds[1:]) * blocks / part)
 
+# %% ../../nbs/engine/43_probe.ipynb #31894fef
+def hardest(plan) -> Plan:
+    "Of all processes' plans, as probed, the one that needs the most."
+    return max(gathered(plan), key=lambda probed: (not probed.fits, probed.peak_bytes))
+
 # %% ../../nbs/engine/43_probe.ipynb #27e03498
 def settle(trainer, plan) -> Plan:
     "Probe smaller micro-batches until one fits, or none would need less; `trainer.micro_batch` follows."
@@ -85,7 +92,7 @@ def settle(trainer, plan) -> Plan:
         except Exception as e:
             if less is None or not out_of_memory(e): raise
             probed = replace(plan, fits=False)
-        if probed.fits: return probed
+        if (probed := hardest(probed)).fits: return probed
         if less is None:
             needed, free = human_bytes(probed.peak_bytes), human_bytes(plan.limit_bytes)
             warnings.warn(f"The probed step needed {needed}, and {free} may be used: memory may run out.", stacklevel=3)

@@ -10,6 +10,7 @@ import contextlib, difflib, gc, inspect, math, re, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import AutocastKwargs
@@ -22,12 +23,13 @@ from .callbacks import Bar, Meter
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, read_manifest
 from .checkpoints import remove_checkpoint, write_manifest
 from ..core import retried
-from .guards import SaveByTime, StopOnDivergence, StopOnInterrupt
+from .guards import Agreement, SaveByTime, StopOnDivergence, StopOnInterrupt
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.lora import add_adapters, quiet_peft
 from ..model.tune import CHUNKED, casting_once, tune_model, uncompiled
 from ..planning.plan import smaller_micro_batch
+from ..ranks import RANKS, by_first, lost_told, reduced
 from ..reporting import silent
 from ..runtime import out_of_memory
 from ..text.chats import Conversations
@@ -39,47 +41,87 @@ def share_of(part, step, dataset):
     counted, all = ((some["labels"][:, 1:] != -100).sum() for some in (part, step))
     return counted / all
 
+# %% ../../nbs/engine/42_trainer.ipynb #953e18e8
+def own_blocks(blocks) -> tuple:
+    "(first, end) of those `blocks` of a step that this process computes."
+    return tuple(blocks * n // RANKS.all for n in (RANKS.own, RANKS.own + 1))
+
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf33
 class MicroBatchTrainer(Trainer):
     "Steps divided into micro-batches of `micro_batch` blocks."
-    micro_batch, share, recipe = 1, 1., None
+    micro_batch, share, recipe, syncs = 1, 1., None, True  # syncs: the last micro-batch adds up all gradients
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         "The loss of a step, with its gradients. If memory runs out, lower the micro-batch and repeat the step."
         while True:
             try: return self.divided_step(model, inputs)
             except Exception as e:
-                less = out_of_memory(e) and smaller_micro_batch(self.model, self.recipe.divided(self.micro_batch))
+                again = out_of_memory(e) and not (RANKS.group and self.syncs)  # which the others wait for
+                less = again and smaller_micro_batch(self.model, self.recipe.divided(self.micro_batch))
                 if not less: raise
             self.lower_micro_batch(model, less)
 
     def divided_step(self, model, inputs):
-        blocks, losses, full = len(inputs["input_ids"]), [], min(self.micro_batch, len(self.train_dataset))
+        (first, end), losses = own_blocks(len(inputs["input_ids"])), []
+        full = min(self.micro_batch, len(self.train_dataset))
         with casting_once(self.args.device):
-            for start in range(0, blocks, self.micro_batch):
-                part = {name: value[start:start + self.micro_batch] for name, value in inputs.items()}
-                size, last = len(part["input_ids"]), start + self.micro_batch >= blocks
-                self.share = share_of(part, inputs, self.train_dataset)
-                synced = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+            for start in range(first, end, self.micro_batch):
+                part = {name: value[start:min(start + self.micro_batch, end)] for name, value in inputs.items()}
+                size, last = len(part["input_ids"]), start + self.micro_batch >= end
+                self.share = RANKS.all * share_of(part, inputs, self.train_dataset)  # DDP takes the mean of processes
+                synced = contextlib.nullcontext() if last and self.syncs else self.accelerator.no_sync(model)
                 with synced, uncompiled(size < full): losses.append(super().training_step(model, part))
                 if not last: self.tell_part()
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
 
     def tell_part(self):
         "What the stock Trainer tells callbacks between micro-batches."
         self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "The mean times the share of the step: these add up to the mean over all targets."
-        return super().compute_loss(model, inputs) * self.share
+        return super().compute_loss(model, inputs) * self.share  # these add up to the mean over all targets
 
     def lower_micro_batch(self, model, blocks):
         was, self.micro_batch = self.micro_batch, blocks
         model.zero_grad(set_to_none=True)
         gc.collect()  # the traceback holds the failed step's tensors
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        told = f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}."
-        warnings.warn(told, stacklevel=2)
+        warnings.warn(f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}.", stacklevel=2)
+
+# %% ../../nbs/engine/42_trainer.ipynb #d5d93e74
+class SharedSteps(MicroBatchTrainer):
+    "Steps of which each of several processes computes its own blocks."
+    proven = 0, 0  # the micro-batch, and for how many steps it has been enough
+
+    def get_train_dataloader(self):
+        "Every process reads all of a step."
+        with patch.dict(vars(self.accelerator.state), num_processes=1, process_index=0):
+            return super().get_train_dataloader()
+
+    def store_flos(self):  # of the whole step, which each process has seen
+        self.state.total_flos, self.current_flos = self.state.total_flos + self.current_flos, 0
+
+    def divided_step(self, model, inputs):
+        if RANKS.group is None: return super().divided_step(model, inputs)
+        first, end = own_blocks(len(inputs["input_ids"]))
+        if self.proven[0] != self.micro_batch: self.proven = self.micro_batch, 0
+        self.syncs = self.proven[1] > 1 and first < end
+        if RANKS.own: torch.manual_seed((self.args.seed * 10**6 + self.state.global_step) * RANKS.all + RANKS.own)
+        with lost_told(): loss = super().divided_step(model, inputs)
+        if not self.syncs: self.add_up(model, inputs["input_ids"][:1, :2])
+        self.proven = self.micro_batch, self.proven[1] + 1
+        return loss
+
+    def unlogged(self):
+        "The sum of the losses since the last entry of the log."
+        loss = self._tr_loss.item()
+        if RANKS.group: self._tr_loss.fill_(loss := reduced([loss], "SUM")[0] / RANKS.all)
+        return dict(loss=loss, since=self._globalstep_last_logged)
+
+    def add_up(self, model, ids):
+        "The gradients of all processes, by a pass that counts nothing and takes no memory."
+        self.share = 0.
+        with uncompiled(), lost_told(): Trainer.training_step(self, model, dict(input_ids=ids, labels=ids))
 
 # %% ../../nbs/engine/42_trainer.ipynb #c19b1164
 def schedule_options(arguments, steps) -> dict:
@@ -89,7 +131,7 @@ def schedule_options(arguments, steps) -> dict:
     return dict(num_decay_steps=steps - decay_begins(None, steps)) | given
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3f
-class SettingsOfNow(MicroBatchTrainer):
+class SettingsOfNow(SharedSteps):
     "A checkpoint may be resumed with other settings."
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
@@ -133,8 +175,10 @@ class BlockTrainer(SettingsOfNow):
     def _get_output_dir(self, trial): return str(self.aside) if self.aside else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        unlogged = dict(loss=self._tr_loss.item(), since=self._globalstep_last_logged)
-        self.state.stateful_callbacks["unlogged"] = unlogged
+        self.state.stateful_callbacks["unlogged"] = self.unlogged()
+        by_first(lambda: self.save_and_tidy(model, trial))
+
+    def save_and_tidy(self, model, trial):
         retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
         if not self.checkpoints_to_keep: return
         def own(path):  # what another run has left goes first, and what is beyond this step: that was skipped
@@ -145,14 +189,15 @@ class BlockTrainer(SettingsOfNow):
 
     def save_once(self, model, trial):
         with new_checkpoint(Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}") as folder:
-            if self.processing_class: set_ids(model, self.processing_class)
+            if self.processing_class: set_ids(self.model, self.processing_class)
             self.aside = folder.parent  # there the stock Trainer writes its checkpoint-N: `folder`
             try:
-                with full_disk_told(folder, model), quiet_peft(): super()._save_checkpoint(model, trial)
+                with full_disk_told(folder, self.model), quiet_peft(): super()._save_checkpoint(model, trial)
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
                 if self.chooser: self.chooser.put_into(folder, self.state.global_step)
             finally: self.aside = None
-            how = dict(micro_batch=self.micro_batch, precision=self.recipe and self.recipe.precision)
+            how = dict(micro_batch=self.micro_batch, precision=self.recipe and self.recipe.precision,
+                       processes=RANKS.all)
             facts = self.identity, self.state.global_step, self.state.max_steps, self.rate_factor, self.config
             write_manifest(folder, *facts, **how)
 
@@ -263,14 +308,15 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     guard = StopOnDivergence(usual,
                              [default_data_collator([blocks[i]]) for i in some])
     if config.resume not in ("auto", "never"): guard.again = "another {output_dir}"  # what it continues from stays
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU: no DataParallel
+    if inner.config.model_type == "gpt2": arguments.ddp_find_unused_parameters = False  # it has none
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad
-                           callbacks=[*own, *callbacks, guard, bar])  # the guard sees what is to be saved
+                           callbacks=[*own, *callbacks, vote := Agreement(), guard, bar])  # it sees what is to be saved
     if CHUNKED in told and type(inner.get_output_embeddings()) is torch.nn.Linear:  # else by the Trainer, from logits
         inner.label_smoothing, trainer.label_smoother = arguments.label_smoothing_factor, None
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
-    trainer.meter, trainer.stop, trainer.bar = meter, stop, bar
+    trainer.meter, trainer.stop, trainer.bar, vote.trainer = meter, stop, bar, trainer
     if own := [c for c in callbacks if hasattr(c, "put_into")]: [trainer.chooser], own[0].trainer = own, trainer
     for mirror in callbacks:
         if hasattr(mirror, "in_use"): trainer.in_use, bar.status = mirror.in_use, mirror.status

@@ -126,7 +126,8 @@ def possible_ways(planner):
                   tune=config.tune, lora_rank=config.lora_rank, use_dora=config.use_dora,
                   target_modules=config.target_modules, load_in_4bit=config.load_in_4bit,
                   keep_attention_dropout=config.keep_attention_dropout)
-    sizes = [n for n in micro_batches(config) if n <= blocks] or [blocks]  # more may be asked for
+    most = math.ceil(blocks / config.num_processes)
+    sizes = [n for n in micro_batches(config) if n <= most] or [most]  # more may be asked for
     return [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
             for method, optimizer in methods(config, runtime) for on in checkpointing]
 
@@ -149,7 +150,7 @@ class Planner(Record):
 
     @property
     def limit(self):  # bytes; the rest is for fragmentation and others
-        return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free))
+        return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free // self.config.num_processes))
 
     @property
     def in_use(self):  # bytes of a GPU, such as those of a model that a notebook keeps; the probe counts them too
@@ -162,7 +163,10 @@ class Planner(Record):
     @property
     def steps(self): return count_steps(self.config, self.text.blocks)
 
-    def memory(self, recipe): return self.in_use + forecast_memory(self.shape, recipe)
+    def memory(self, recipe):
+        "Bytes, with the copy of the gradients that DDP adds up among several processes."
+        buckets = 4 * step_memory(self.shape, recipe).trained if self.config.num_processes > 1 else 0
+        return self.in_use + forecast_memory(self.shape, recipe) + buckets
 
     @cached_property
     def best(self) -> Recipe | None:
@@ -282,7 +286,7 @@ class Plan(Record):
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa5
 def time_of(planner) -> tuple:
     "Seconds of a step and of all, None where they are unknown; whether to compile, and a reason."
-    size = planner.blocks * planner.text.block_size
+    size = math.ceil(planner.blocks / planner.config.num_processes) * planner.text.block_size
     step = forecast_step(planner.shape, planner.chosen, device_of(planner.runtime), size)
     seconds = step and planner.steps * step
     compiled, gain, start, reason = pick_compile(planner.config.torch_compile, planner.runtime, seconds)
@@ -304,7 +308,7 @@ def memory_reasons(planner: Planner):
     if not planner.best:
         advice = advise(planner)
         reasons = [Sentence(f"It does not fit: {{size}} {advice.template}", size=size, **advice.values)]
-    larger = min(micro_batches(config)[0], recipe.batch)
+    larger = min(micro_batches(config)[0], math.ceil(recipe.batch / config.num_processes))
     if runtime.device == "cpu" and recipe.micro_batch == largest < larger:
         reasons.append(f"On this CPU a larger micro-batch would take over {PATIENCE} s by the forecast.")
     for way in ways[:ways.index(own)] if planner.best else [way for way in ways if way is not own]:

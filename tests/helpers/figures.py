@@ -10,7 +10,7 @@ ASSERTS = re.compile(r"(?m)^\s*(assert\b|test_\w+\(|with ExceptionExpected)"
                      r"|\btest_(eq|fail|close|is|warns|ne|stdout|shuffled)\(")
 SEARCHES = {"replace", "split", "rsplit", "partition", "rpartition", "startswith", "endswith", "removeprefix",
             "removesuffix", "find", "index"}
-OF_TORCH = {"out_of_memory"}  # torch raises RuntimeError for this and for everything else: only its words tell
+OF_TORCH = {"out_of_memory", "lost_peer"}  # torch raises RuntimeError for these and all else: only words tell
 ERRORS = {"e", "err", "error", "exc", "exception"}
 
 

@@ -1,0 +1,222 @@
+"Two processes that train one model: as one does, and what happens when one of them stops, dies or differs."
+import contextlib, faulthandler, os, signal, socket, time, warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.forks import launched
+from safetensors.torch import load_file
+from transformers import GPT2Config, TrainerCallback
+
+from colab_gpt2.cli import one_line
+from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest
+from colab_gpt2.model.loading import load_tokenizer, new_model
+from colab_gpt2.signals import Interrupted
+from colab_gpt2.training import finetune
+
+SHAPE = dict(n_layer=1, n_embd=32, n_head=2, n_positions=64, vocab_size=8192)
+NO_DROPOUT = dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for name, word, articles in (("train", "day", 40), ("eval", "night", 13)):
+        def article(i):
+            return f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n"
+        (folder/f"{name}.txt").write_text("".join(map(article, range(articles))))
+    new_model(GPT2Config(**SHAPE, **NO_DROPOUT), seed=0).save_pretrained(folder/"toy")
+    load_tokenizer("tiny").save_pretrained(folder/"toy")
+    return folder
+
+
+def settings(text, output_dir, **changes):
+    "The last step of an epoch is shorter, and two processes cannot share it evenly."
+    files = {f"{name}_file": str(text/f"{name}.txt") for name in ("train", "eval")}
+    files |= dict(cache_dir=str(text/"cache"), output_dir=str(output_dir))
+    return dict(model=str(text/"toy"), block_size=32, effective_batch_size=6, max_steps=20, learning_rate=5e-3,
+                logging_steps=1, warmup_steps=0, prompt="The", max_new_tokens=4, precision="fp32", eval_steps=5,
+                progress=False, mirror="off", **files) | changes
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def told(function, *args):
+    "What `function` gives; in the place of an error its line, or (exit code, line) of an Interrupted."
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(60, exit=True)  # in stderr
+    try: return function(*args)
+    except Interrupted as e: return e.code, str(e)
+    except Exception as e: return type(e).__name__, one_line(e)
+
+
+@contextlib.contextmanager
+def started(function, *args, ranks=2, world=2, **env):
+    "Processes of a run that call `function(*args)` each."
+    env = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())) | env
+    def of(rank): return env | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+    with contextlib.ExitStack() as running:
+        yield [running.enter_context(launched(told, function, *args, env=of(rank))) for rank in range(ranks)]
+
+
+def pair(function, *args, **options):
+    "What two processes give that call `function(*args)`."
+    with started(function, *args, **options) as processes:
+        for process in processes: process.join(120)
+    for process in processes: assert process.exitcode == 0, process.done.stderr
+    return [process.done.result for process in processes]
+
+
+def same(result, other, rel=1e-5):
+    losses = [[entry["loss"] for entry in each.losses] for each in (result, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=rel)
+    assert result.perplexity_after.value == pytest.approx(other.perplexity_after.value, rel=1e-5)
+    ours, theirs = (load_file(Path(each.output_dir)/"model.safetensors") for each in (result, other))
+    for name, weight in ours.items():  # AdamW moves a weight whose gradient is rounding alone
+        torch.testing.assert_close(weight, theirs[name], atol=2e-4, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory): return finetune(**settings(text, tmp_path_factory.mktemp("alone")/"out"))
+
+
+class Signal(TrainerCallback):
+    "A signal for one of the processes in the middle of a step."
+    def __init__(self, step, rank, number=signal.SIGTERM): self.step, self.rank, self.number = step, str(rank), number
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and os.environ.get("RANK", "0") == self.rank: signal.raise_signal(self.number)
+
+
+class Short(TrainerCallback):
+    "Memory that runs out in one of the processes."
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        from colab_gpt2.ranks import RANKS
+        def fail(module, given):
+            if RANKS.own == 1 and len(given[0]) > 1: raise torch.OutOfMemoryError("CUDA out of memory")
+        self.hook = model.transformer.h[0].register_forward_pre_hook(fail)
+    def on_train_end(self, args, state, control, **kwargs): self.hook.remove()
+
+
+def several_runs(text, folder):
+    "One after the other, so that a pair of processes is started once: -> what each gave."
+    def run(name, **changes): return told(lambda: finetune(**settings(text, folder/name, **changes)))
+    return dict(plain=run("plain"), short=run("short", callbacks=[Short()], eval_steps=-1, max_steps=6),
+                stopped=run("stopped", callbacks=[Signal(7, 1)]), begun=run("begun"), again=run("plain"),
+                few=run("few", effective_batch_size=1))
+
+
+@pytest.fixture(scope="module")
+def runs(text, tmp_path_factory):
+    "What two processes gave, rank by rank. The run in \"begun\" was begun by one process."
+    folder = tmp_path_factory.mktemp("pair")
+    with pytest.raises(Interrupted): finetune(**settings(text, folder/"begun", callbacks=[Signal(7, 0)]))
+    return pair(several_runs, text, folder)
+
+
+def test_two_processes_train_as_one_does(runs, alone):
+    result, other = (rank["plain"] for rank in runs)
+    same(result, alone)
+    assert result.perplexity_before.value == pytest.approx(alone.perplexity_before.value, rel=1e-6)
+    assert [step for step, _ in result.evaluations] == [step for step, _ in alone.evaluations]
+    assert (result.best_step, result.steps, result.plan.blocks_per_step) == (alone.best_step, 20, 6)
+    assert result.fingerprint == alone.fingerprint and result.config.num_processes == 2
+    assert other.losses == result.losses and other.samples == result.samples
+
+
+def test_perplexity_is_the_sum_of_the_shares(runs, alone):
+    for one, two in ((alone.perplexity_before, runs[1]["plain"].perplexity_before),
+                     (alone.perplexity_after, runs[1]["plain"].perplexity_after)):
+        assert two.tokens == one.tokens
+    assert runs[0]["plain"].perplexity_before == runs[1]["plain"].perplexity_before
+
+
+def test_a_finished_run_is_known_to_all(runs):
+    assert all(rank["again"].repeated and rank["again"].losses == rank["plain"].losses for rank in runs)
+
+
+def test_a_signal_for_one_process_stops_all_with_a_checkpoint(runs):
+    assert [rank["stopped"][0] for rank in runs] == [143, 143]
+    folder = Path(runs[0]["plain"].output_dir).parent/"stopped"
+    assert runs[0]["stopped"][1].startswith(f"Stopped at step 8 of 20; saved in {folder}/checkpoint-8")
+    check_intact(folder/"checkpoint-8")
+    assert read_manifest(folder/"checkpoint-8")["how"]["processes"] == 2
+
+
+def test_a_checkpoint_of_two_processes_resumes_in_one(runs, text, alone):
+    folder = Path(runs[0]["plain"].output_dir).parent/"stopped"
+    with pytest.warns(UserWarning, match="by 2 processes before"): result = finetune(**settings(text, folder))
+    assert result.resumed_from.endswith("checkpoint-8")
+    same(result, alone)
+
+
+def test_a_checkpoint_of_one_process_resumes_in_two(runs, alone):
+    assert runs[0]["begun"].resumed_from.endswith("checkpoint-8")
+    same(runs[0]["begun"], alone)
+
+
+def test_memory_that_runs_out_in_one_process_lowers_the_micro_batch_of_all(runs, text, tmp_path):
+    result, other = (rank["short"] for rank in runs)
+    assert result.plan.recipe.micro_batch == other.plan.recipe.micro_batch == 1
+    same(result, finetune(**settings(text, tmp_path/"out", eval_steps=-1, max_steps=6)))
+
+
+def test_more_processes_than_blocks_are_refused_by_all(runs):
+    said = "A step has 1 block, and there are 2 processes, each of which needs one: start fewer, or raise "
+    assert [rank["few"] for rank in runs] == [("ValueError", f"{said}--effective-batch-size.")] * 2
+
+
+def one_run(text, output_dir, changes=None, waits=()):
+    "`changes`: by rank."
+    own = (changes or {}).get(int(os.environ["RANK"]), {})
+    result = finetune(**settings(text, output_dir, callbacks=list(waits), **own))
+    return result.steps
+
+
+class Slow(TrainerCallback):
+    "Says how far it is by a file, and takes its time."
+    def __init__(self, folder): self.folder = folder
+    def on_step_end(self, args, state, control, **kwargs):
+        (self.folder/f"step-{state.global_step}").touch()
+        time.sleep(0.05)
+
+
+def test_a_killed_process_ends_the_other_with_a_line_and_a_complete_checkpoint(text, tmp_path):
+    saving = {rank: dict(save_steps=3) for rank in (0, 1)}
+    with started(one_run, text, tmp_path/"out", saving, [Slow(tmp_path)]) as processes:
+        until = time.monotonic() + 100
+        while not (tmp_path/"step-7").exists() and time.monotonic() < until: time.sleep(0.02)
+        os.kill(processes[1].pid, signal.SIGKILL)
+        processes[0].join(60)
+        assert not processes[0].is_alive()
+    assert processes[0].done.result == ("Lost", "Another process of this run has ended, and this one with it.")
+    newest = find_checkpoints(tmp_path/"out")[-1]
+    check_intact(newest)
+    assert not (tmp_path/"out"/".running.json").exists()
+    resumed = finetune(**settings(text, tmp_path/"out", save_steps=3))
+    assert resumed.resumed_from == str(newest) and resumed.steps == 20
+
+
+def test_different_settings_are_refused_by_all(text, tmp_path):
+    first, second = pair(one_run, text, tmp_path/"out", {1: dict(learning_rate=1e-3)})
+    said = "The processes have different settings: --learning-rate is 0.005 in process 0 and 0.001 in process 1."
+    assert first == second == ("ValueError", said)
+    assert not (tmp_path/"out").exists()
+
+
+def test_a_process_that_never_comes(text, tmp_path):
+    waits = {0: dict(trainer_args=dict(ddp_timeout=2))}
+    [(kind, said)] = pair(one_run, text, tmp_path/"out", waits, ranks=1)
+    assert kind == "TimeoutError" and said.startswith("Not all of the 2 processes met at 127.0.0.1:")
+
+
+def test_a_port_in_use(text, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        [(kind, said)] = pair(one_run, text, tmp_path/"out", ranks=1, MASTER_PORT=str(port))
+    assert (kind, said.partition(":")[0]) == ("OSError", f"MASTER_PORT {port} is in use on this machine")
