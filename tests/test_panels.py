@@ -560,7 +560,7 @@ def test_two_runs_write_side_by_side_and_each_text_keeps_how_it_was_made(tmp_pat
     writing.values.set(temperature=1.5, model="tiny", compare_with=None)
     assert writing.said == "" and writing.start().settings["temperature"] == 1.5
     for shown in (writing.older.value, writing.kept):
-        assert f"a beside b · temperature 0.8 · top k 50 · up to 5 tokens · seed {first.seed}" in shown
+        assert f"b · a · temperature 0.8 · top k 50 · up to 5 tokens · seed {first.seed}" in shown
     assert {"a", "b", "tiny"} <= {*writing.form.rows["model"].widget.options}
     assert [key[0] for key in writing.writer.loaded] == ["tiny"]
 

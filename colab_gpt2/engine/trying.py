@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import Record
-from .checkpoints import find_checkpoints, read_manifest
-from .choosing import BEST, best_of, put_weights
+from .checkpoints import BEST, find_checkpoints, read_manifest
+from .choosing import best_of, put_weights
 from ..errors import Sentence
 from ..model.fitting import add_rows, set_ids
 from ..model.loading import load_model, load_tokenizer, locate
@@ -24,6 +24,7 @@ from ..resuming import differences, read_result
 class Unfinished(Record):
     "A run that has not ended: its newest complete checkpoint, and which weights of it are to be tried."
     base: str  # the model that it began with
+    config: dict  # its settings, as far as the checkpoint has them
     checkpoint: Path
     step: int  # of how many `steps`
     steps: int
@@ -47,7 +48,9 @@ def find_unfinished(model) -> Unfinished | None:
     if best:
         state = json.loads((path/"trainer_state.json").read_text(encoding="utf-8"))
         step = best_of(state["stateful_callbacks"]["choosing"]["curve"])[0]
-    return Unfinished(manifest["run"]["model"], path, step, manifest["steps"], best)
+    base = manifest["run"]["model"]
+    config = manifest.get("config") or dict(model=base)
+    return Unfinished(base=base, config=config, checkpoint=path, step=step, steps=manifest["steps"], best=best)
 
 # %% ../../nbs/engine/46_trying.ipynb #46a0000b
 def load_unfinished(found, cache_dir=None):

@@ -58,7 +58,7 @@ def run_of(model) -> dict:
     from colab_gpt2.engine.trying import find_unfinished
     told = run_in(model).get("config")
     if isinstance(told, dict): return told
-    return dict(model=found.base if (found := find_unfinished(model)) else model)
+    return found.config if (found := find_unfinished(model)) else dict(model=model)
 
 def reads_well(run) -> dict:
     "Prompt, length and sampling for the model of a `run`, as `run_of` has it."
@@ -164,7 +164,7 @@ def describe_sides(sides, head=None) -> str:
 def describe_earlier(texts, head=None) -> str:
     "The HTML of earlier Sides, each folded under what it was made by and how it begins."
     def line(sides):
-        how = f"{' beside '.join(sides.titles[::-1])} · {describe_settings(sides.settings, sides.seed)}"
+        how = " · ".join([*sides.titles, describe_settings(sides.settings, sides.seed)])
         return f"{escape(how)}<br>{escape(' '.join((sides.prompt + sides.after).split())[:80])} …"
     return "".join(f"<details><summary>{line(each)}</summary>{describe_sides(each, head)}</details>" for each in texts)
 
@@ -199,8 +199,10 @@ def unknown_models(values, awaited=None) -> dict:
 # %% ../../nbs/panels/79_generate.ipynb #7db51a05
 class Sources(AfterTraining):
     "Where texts come from: models, prompt and sampling, those of the FinetunePanel `before` or of the model's own run."
+    begins = GenerateConfig
+
     def __init__(self, before=None, **values):
-        super().__init__(before, Values(changed(GenerateConfig(), **values)))
+        super().__init__(before, Values(changed(self.begins(), **values)))
         self.own, self.taken = set(values), {}  # fields that were set here; what came from a run
         self.base = self.followed = None  # what the model was made from; whose run the values are of
         self.cache_dir, self.tokenizers = None, {}  # of that run: for the Hub's files; model -> a tokenizer not its own
@@ -219,8 +221,8 @@ class Sources(AfterTraining):
         self.writer.loaded.clear()  # the folder has other weights now, and a training needs the memory
         self.say("")
         run = vars(config)
-        if live and live.config.folder == config.folder: run = run | dict(prompt=live.config.prompt)  # it chose
-        self.adopt(run, model=config.folder, compare_with=config.model)
+        if live and live.config.output_dir == config.output_dir: run = run | dict(prompt=live.config.prompt)  # it chose
+        self.adopt(run, model=config.output_dir, compare_with=config.model)
 
     def adopt(self, run, **models):
         "What was not typed here, from a `run`, and the `models`."
@@ -257,7 +259,7 @@ class Sources(AfterTraining):
 def describe_choice(config, base=None) -> str:
     "The HTML of what *Generate* would do."
     seed = "a new seed each time" if config.seed is None else f"seed {config.seed}"
-    told = f"{' · '.join(titles_of(config.models, base))} · {describe_settings(config.settings())} · {seed}"
+    told = " · ".join([*titles_of(config.models, base), describe_settings(config.settings()), seed])
     return f"<p class='cg-line cg-lead'>{escape(told)}</p>"
 
 # %% ../../nbs/panels/79_generate.ipynb #79b0001b
@@ -327,7 +329,8 @@ class GeneratePanel(Sources):
         return TALKS if self.suits_chat and converses(self.config.model) else ""
 
     def show_buttons(self, wrong):
-        shown = dict(start=not self.running, stop=self.running, repeat=not self.running and bool(self.writer.texts))
+        again = not (self.running or wrong) and bool(self.writer.texts)
+        shown = dict(start=not self.running, stop=self.running, repeat=again)
         for name, made in self.buttons.items(): made.layout.display = "" if shown.get(name, True) else "none"
         self.buttons["start"].disabled = wrong
 
@@ -373,10 +376,16 @@ def describe_chat(messages) -> str:
     return "".join(f"<b>{name}</b><pre class='cg-text' tabindex='0'>{text}</pre>" for name, text in said)
 
 # %% ../../nbs/panels/79_generate.ipynb #79ca0004
+@dataclass(frozen=True)
+class ChatConfig(GenerateConfig):
+    "What to ask, and how it is answered."
+    prompt: str | None = value(None, "what you ask; empty: as the model's run did", label="Message", lines=3)
+
+# %% ../../nbs/panels/79_generate.ipynb #79ca0008
 class ChatPanel(GeneratePanel):
     "A conversation with the model: `messages`, and `result`, a Sides with the last question and its answer."
     title, lead = "Chat", "A model that was trained on conversations answers, and remembers them until Clear."
-    verb, first, messages, suits_chat = "Send", ("prompt", "model"), (), False
+    begins, verb, first, messages, suits_chat = ChatConfig, "Send", ("prompt", "model"), (), False
 
     def others(self): return dict(clear=button("Clear", self.clear))
 

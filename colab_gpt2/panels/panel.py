@@ -171,9 +171,8 @@ def row(*parts):
 def folding(text, tooltip, box):
     "A button that shows or hides `box`, which is hidden at first."
     made = widgets.ToggleButton(description=text, tooltip=tooltip, layout=widgets.Layout(margin="8px 8px 8px 0"))
-    def fold(_=None):
-        box.layout.display = "" if made.value else "none"
-        made.icon = "caret-down" if made.value else "caret-right"
+    made.add_class("cg-fold")  # which draws an arrow that is no part of its name
+    def fold(_=None): box.layout.display = "" if made.value else "none"
     made.observe(fold, "value")
     fold()
     return made
