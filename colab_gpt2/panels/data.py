@@ -91,7 +91,10 @@ def describe_size(preview, name) -> str:
 # %% ../../nbs/panels/76_data.ipynb #ea3d38d6
 def look_into(config, report=silent) -> Preview:
     "Fetch the text of `config`, cut it into blocks, and look at its beginning."
+    from colab_gpt2.config import pick_block_size
+    from colab_gpt2.model.loading import load_config, model_context
     from colab_gpt2.tasks import fetch_for, tokenizer_for_plan
+    from colab_gpt2.text.chats import tokenize_corpus
     from colab_gpt2.text.corpus import SPLITS
     corpus, tokenizer = fetch_for(config, report), tokenizer_for_plan(config, True)
     paths = {split: corpus.path(split) for split in SPLITS if split in corpus.bytes}
@@ -99,18 +102,10 @@ def look_into(config, report=silent) -> Preview:
     first = next(split for split, path in paths.items() if path.suffix != ".stream")
     titles, words = list(corpus.articles(first)), sum(map(words_in, plain)) if len(plain) == len(paths) else 0
     with open(paths[first], encoding="utf-8") as f: excerpt = f.read(700).strip()
-    blocks = cut_for(config, corpus, tokenizer, report) if tokenizer else {}
-    return Preview(corpus, blocks, len(titles), tuple(itertools.islice(titles, 6)), excerpt, words)
-
-# %% ../../nbs/panels/76_data.ipynb #3b7353af
-def cut_for(config, corpus, tokenizer, report) -> dict:
-    "split -> Blocks, as the model of `config` is given them."
-    from colab_gpt2.config import pick_block_size
-    from colab_gpt2.model.loading import load_config, model_context
-    from colab_gpt2.text.chats import tokenize_corpus
-    block_size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))
-    return tokenize_corpus(corpus, tokenizer, block_size, on_bad_lines=config.on_bad_lines,
-                           cache_dir=config.cache_dir, progress=report)
+    blocks = tokenizer and tokenize_corpus(
+        corpus, tokenizer, pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir))),
+        on_bad_lines=config.on_bad_lines, cache_dir=config.cache_dir, progress=report)
+    return Preview(corpus, blocks or {}, len(titles), tuple(titles[:6]), excerpt=excerpt, words=words)
 
 # %% ../../nbs/panels/76_data.ipynb #c34b7c7a
 UPLOADS = "uploads"  # with a folder for each field, since two texts may have one name

@@ -11,6 +11,7 @@ import warnings
 import ipywidgets as widgets
 
 from ..core import human_bytes
+from ..model.known import MODELS
 
 # %% ../../nbs/panels/77_models.ipynb #dcbade04
 def roughly(seconds) -> str:
@@ -19,11 +20,11 @@ def roughly(seconds) -> str:
     return next(f"{seconds / size:.0f} {unit}" for unit, size in units if seconds >= 2 * size or size == 1)
 
 # %% ../../nbs/panels/77_models.ipynb #6e236154
-CARDS = {"tiny": "7 M", "gpt2": "124 M", "gpt2-medium": "355 M", "gpt2-large": "774 M", "gpt2-xl": "1,558 M"}
+CARDS = [name for name in MODELS if name != "distilgpt2"]
 
 def describe_card(name, plan=None) -> str:
     "The lines of a card: the model `name`, its size, and what a Plan forecasts; without one there is no forecast."
-    told = [name, f"{CARDS[name]} parameters"]
+    told = [name, f"{MODELS[name].parameters / 1e6:,.0f} M parameters"]
     if not plan: return "\n".join([*told, "no forecast yet"])
     time = f"about {roughly(plan.seconds)}" if plan.seconds else "unknown time"
     fits = "✓ fits with LoRA" if plan.recipe.method == "lora" else "✓ fits"
