@@ -636,7 +636,7 @@ def test_on_the_stubs_drive(colab, tmp_path, monkeypatch):
     assert shown(panel) == ["save", "mount"] and panel.said == ""  # nobody is asked for a look
     saved = panel.start()
     assert panel.error is None and "MyDrive" in str(saved.copy.path) and "look for it" in panel.view.value.lower()
-    assert shown(panel) == ["save", "download", "restore"] and panel.link.outputs == ()
+    assert shown(panel) == ["save", "download", "restore"] and panel.link.html == ""
     panel.buttons["download"].click()
     assert colab.stub.downloads == [str(tmp_path/"tiny.tar.gz")] and "browser downloads tiny.tar.gz" in panel.said
     (tmp_path/"tiny.tar.gz").unlink()
@@ -673,12 +673,11 @@ def test_outside_colab_there_is_a_link_and_nothing_to_mount(tmp_path, monkeypatc
     panel = tiny_panel(tmp_path, drive="mine")
     panel.loading.value = True
     assert shown(panel) == ["save"] and panel.start() and shown(panel) == ["save", "restore"]
-    [output] = panel.link.outputs
-    assert "href='tiny.tar.gz' download>Download tiny.tar.gz (" in output["data"]["text/html"]
+    assert "href='tiny.tar.gz' download>Download tiny.tar.gz (" in panel.link.html
     assert str(tmp_path/"tiny.tar.gz") in panel.view.value
     panel.values.set(archive=str(tmp_path.parent/"elsewhere.tar.gz"))
-    assert panel.link.outputs == () and panel.view.value == panel.said == ""  # that was of another file
-    assert panel.start() and panel.link.outputs == ()  # no front end looks there
+    assert panel.link.html == "" and panel.view.value == panel.said == ""  # that was of another file
+    assert panel.start() and panel.link.html == ""  # no front end looks there
     (tmp_path.parent/"elsewhere.tar.gz").unlink()
 
 

@@ -17,7 +17,7 @@ import ipywidgets as widgets
 from ..config import changed, check_value, expand_paths, value
 from ..core import Record, discard, home, human_bytes, human_time
 from ..errors import GONE, Sentence, explained
-from .fields import Form, Values
+from .fields import TOOLTIP, Form, Values
 from .panel import EARLIER, UNFINISHED, AfterTraining, button, folding, meter, row, wide
 from ..runtime import disk, in_colab, is_folder, my_drive
 from ..storage.archives import Archive, archive_model
@@ -110,6 +110,17 @@ def link_to(path) -> str:
     href, size = quote(path.relative_to(here).as_posix()), human_bytes(path.stat().st_size)
     return f"<a class='jupyter-button cg-link' href='{href}' download>Download {escape(path.name)} ({size})</a>"
 
+# %% ../../nbs/panels/80_drive.ipynb #9a10c017
+class Link:
+    "A `widget` that shows the HTML of a link."
+    def __init__(self, modern=TOOLTIP == "tooltip"):
+        self.html, self.widget = "", widgets.Output() if modern else widgets.HTML()
+
+    def show(self, html):
+        self.html, data = html, {"text/html": html, "text/plain": ""}
+        if isinstance(self.widget, widgets.HTML): self.widget.value = html
+        else: self.widget.outputs = (dict(output_type="display_data", data=data, metadata={}),) if html else ()
+
 # %% ../../nbs/panels/80_drive.ipynb #c0ae8f6e
 @dataclass(frozen=True)
 class Saved(Record):
@@ -163,14 +174,15 @@ class DriveWidgets(DriveSource):
         self.target = Form(self.values, ["restore_to"])
         self.kept_there = widgets.Dropdown(options=self.nothing, description="Saved model", **wide(440))
         self.kept_there.observe(lambda _: self.follow(), "value")
-        self.view, self.link = widgets.HTML(), widgets.Output()
+        self.view, self.link = widgets.HTML(), Link()
         self.make_buttons()
         save, download, *others = self.buttons.values()
         load = widgets.VBox([self.kept_there, self.target.box, row(*others)])
         self.more = folding("More", "What is saved, and where", self.form.box)
         self.loading = folding("Load a saved model", "Models that were saved before", load)
         self.loading.observe(lambda _: self.list_kept(), "value")
-        self.assemble(row(save, self.halt, download, self.again), self.status, self.far, self.link, self.view,
+        self.assemble(row(save, self.halt, download, self.again), self.status, self.far, self.link.widget,
+                      self.view,
                       row(self.more), self.form.box, row(self.loading), load)
 
     def make_buttons(self):
@@ -212,7 +224,8 @@ class DriveView(DriveWidgets):
     def forget(self):
         "What was said of another choice goes."
         if self.showing not in (None, self.config):
-            self.showing, self.result, self.view.value, self.link.outputs = None, None, "", ()
+            self.showing, self.result, self.view.value = None, None, ""
+            self.link.show("")
             self.say("")
         if self.looked not in (None, (self.config.drive, self.config.folder)):
             self.looked = None
@@ -263,7 +276,8 @@ class DrivePanel(DriveView):
         return f"Saved {copy.path.name}, {human_bytes(copy.bytes)}, in {copy.path.parent}: verified (checksum matches)."
 
     def save(self) -> Saved:
-        self.result, self.view.value, self.link.outputs, config = None, "", (), self.config
+        self.result, self.view.value, config = None, "", self.config
+        self.link.show("")
         if config.model == self.earlier: self.note(EARLIER)
         drive = mount_drive(config.drive)
         packed, over = pack(config, self.report), config.overwrite
@@ -278,9 +292,7 @@ class DrivePanel(DriveView):
         room = meter("Drive", size - free, size, f"{human_bytes(free)} free of {human_bytes(size)}")
         self.view.value = describe_saved(saved, room)
         self.keep(f"<p>{escape(self.describe(saved))}</p>{self.view.value}")
-        link = "" if in_colab() else link_to(saved.here)
-        data = {"text/html": link, "text/plain": str(saved.here)}
-        self.link.outputs = (dict(output_type="display_data", data=data, metadata={}),) if link else ()
+        self.link.show("" if in_colab() else link_to(saved.here))
 
     def download(self):
         "In Colab, hand the file to the browser."
