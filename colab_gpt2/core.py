@@ -100,7 +100,8 @@ def home(path) -> Path:
     if not isinstance(path, (str, os.PathLike)): raise TypeError(f"{path!r} is not one path, a text or a Path.")
     text = os.path.expanduser(path)
     if re.match(r"\w+://", text):
-        raise ValueError(f"{text[:99]!r}: an address, not a path; give a file or folder of this machine.")
+        told = re.sub(r"//[^/]*@", "//", text)[:99]  # without a password
+        raise ValueError(f"{told!r}: an address, not a path; give a file or folder of this machine.")
     try: os.fsencode(text)
     except UnicodeEncodeError: raise ValueError(f"{ascii(text)[:40]}: no path has half a character.") from None
     if len(os.fsencode(text)) > 4095 or any(len(os.fsencode(name)) > 255 for name in Path(text).parts):

@@ -141,7 +141,8 @@ class Found(Record):
 # %% ../nbs/62_resuming.ipynb #62aa0021
 def read_result(folder) -> dict:
     "What a finished run has written, or what tells whose model is on its way; {} without either, or a corrupted one."
-    try: return unsealed(retried(Path(folder, RESULT).read_bytes, may_pass), RESULT)
+    path = Path(folder, RESULT)
+    try: return unsealed(retried(lambda: path.read_bytes() if path.is_file() else b"", may_pass), RESULT)
     except (OSError, ValueError): return {}
 
 # %% ../nbs/62_resuming.ipynb #62aa0920

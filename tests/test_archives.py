@@ -69,7 +69,9 @@ def test_no_model_no_archive(model, tmp_path, name, missing):
     (tmp_path/"a.tar.gz").write_text("old")
     line = f"{model} holds no complete model: it has no {missing}. Give the output folder of a finished fine-tuning."
     with pytest.raises(FileNotFoundError, match=re.escape(line)): archive_model(model, tmp_path/"a.tar.gz")
-    assert tree(tmp_path)["a.tar.gz"] == b"old"
+    os.mkfifo(model/name)  # which would be waited for
+    with pytest.raises(FileNotFoundError, match=re.escape(line)): archive_model(model, tmp_path/"a.tar.gz")
+    assert (tmp_path/"a.tar.gz").read_bytes() == b"old"
 
 
 TAKEN = "{} exists. Give another path, or overwrite=True to overwrite it."

@@ -212,6 +212,7 @@ def test_outside_colab_a_stand_in_may_have_any_name(tmp_path, monkeypatch, name)
 
 @pytest.mark.parametrize("field, value, told", [
     ("train_file", "https://example.com/tides.txt", "an address, not a path"), ("mirror", "gs://bucket", "an address"),
+    ("train_file", "https://me:hidden@example.com/a.txt", "https://example.com/a.txt'"),
     ("output_dir", "https://huggingface.co/me/out", "an address"), ("model", "https://example.com/m", "an address"),
     ("cache_dir", "s3://bucket/c", "an address"), ("dataset", "https://example.com/tides.zip", "an address")])
 def test_an_address_is_no_path_and_the_hubs_are_of_models_and_data_sets(field, value, told):

@@ -53,14 +53,14 @@ def check_model(folder):
     folder, advice = home(folder), "Give the output folder of a finished fine-tuning."
     if not folder.exists(): raise FileNotFoundError(f"There is no folder {folder}. {advice}")
     if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; give the folder that holds the model.")
-    names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    names = [name for name in os.listdir(folder) if name[0] != "." and (folder/name).is_file()]
     missing = [pattern for pattern in ("config.json", "*.safetensors") if not fnmatch.filter(names, pattern)]
     if (index := folder/"model.safetensors.index.json").exists():
         missing += sorted(weight_files(index).difference(names))
     if missing:
         if any(folder.glob("checkpoint-*")): advice = "It has checkpoints: resume the training."
         raise FileNotFoundError(f"{folder} holds no complete model: it has no {' and no '.join(missing)}. {advice}")
-    for path in sorted(folder.glob("[!.]*.safetensors")):
+    for path in sorted(folder/name for name in fnmatch.filter(names, "*.safetensors")):
         try:
             with safe_open(path, framework="np"): continue  # compares its length with its header, reads no tensor
         except SafetensorError as e:
