@@ -14,7 +14,8 @@ from colab_gpt2.panels.drive import DriveConfig
 from colab_gpt2.runtime import cache_folder, check_mounted
 from colab_gpt2.tasks import archive_name, run
 from colab_gpt2.resuming import where_to_resume
-from colab_gpt2.training import check_output_dir, read_finished
+from colab_gpt2.resuming import check_output_dir
+from colab_gpt2.training import read_finished
 from helpers.archives import make_model
 from helpers.colab_stub import stub
 
