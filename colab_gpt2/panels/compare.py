@@ -57,20 +57,21 @@ def describe_comparison(compared) -> str:
     return f"{table}{notes}{describe_samples(samples)}"
 
 # %% ../../nbs/panels/80_compare.ipynb #80c00020
-HEADS = "Run", "Text", "Model", "Steps", "Perplexity", "When (UTC)", "Where", "Sample"
+HEADS = "Run", "Text", "Model", "Steps", "Perplexity", "When (UTC)"
 
 def described(run) -> tuple:
     "The cells of `run`, under HEADS."
     perplexity = f"{run.perplexity:.2f}" if run.perplexity else "–"
-    return run.name, run.text or "–", run.model, run.state, perplexity, run.when, run.where, run.sample[:60]
+    return run.name, run.text or "–", run.model, run.state, perplexity, run.when
 
 def describe_runs(found) -> str:
-    "The HTML of a table of KnownRuns."
+    "The HTML of a table of KnownRuns; the second line of each says where it is, and how its sample begins."
     def line(tag, texts): return "<tr>" + "".join(f"<{tag}>{escape(str(text))}</{tag}>" for text in texts) + "</tr>"
-    if not found: return ""
-    lines = "".join(line("td", described(run)) for run in found)
-    table = f"<table class='cg-table cg-runs'>{line('th', HEADS)}{lines}</table>"
-    return f"<div class='cg-wide' tabindex='0' role='region' aria-label='Your runs'>{table}</div>"
+    def beneath(run):
+        told = " · ".join(filter(None, (run.where, run.sample[:80] and f"“{run.sample[:80]}”")))
+        return f"<tr><td colspan='{len(HEADS)}' class='cg-lead'>{escape(told)}</td></tr>"
+    lines = "".join(line("td", described(run)) + beneath(run) for run in found)
+    return f"<table class='cg-table cg-runs'>{line('th', HEADS)}{lines}</table>" if found else ""
 
 # %% ../../nbs/panels/80_compare.ipynb #80c00022
 def offered(found, chosen="") -> list:
