@@ -72,6 +72,14 @@ def chosen(plan, config) -> dict:
     rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
     return dict(block_size=recipe.block_size, method=recipe.method, optim=recipe.optimizer, learning_rate=rate, **rank)
 
+# %% ../nbs/62_resuming.ipynb #62aa0041
+def known_by(run, config, plan) -> dict:
+    "What a mirror knows a `run` by: nothing that the machine decides."
+    own = replace(config, learning_rate=None)
+    usual = pick_learning_rate(own, plan.parameters, "lora" if config.method == "lora" else "full", plan.tokens)
+    rate = None if run["learning_rate"] == usual else run["learning_rate"]
+    return {**{name: value for name, value in run.items() if name != "model"}, "learning_rate": rate}
+
 # %% ../nbs/62_resuming.ipynb #62aa0014
 FIXED = "text", "weights", "tokenizer", "seed", "effective_batch_size", "block_size", "method", "optim", *OF_LORA
 

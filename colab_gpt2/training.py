@@ -36,8 +36,8 @@ from .preparing import prepare, release_memory, starting_model
 from .ranks import Lost, by_first, first, first_alone, lost_told, others_silent, reduced, shared
 from .reporting import reporting
 from .resuming import ELSEWHERE, asked, check_free, checksum_of, chosen, differences, differences_told
-from .resuming import folder_for, found_in, identify, newest_intact, read_result, refuse, source_of
-from .resuming import where_to_resume
+from .resuming import folder_for, found_in, identify, known_by, newest_intact, read_result, refuse
+from .resuming import source_of, where_to_resume
 from .runtime import Runtime
 from .signals import Interrupted
 from .storage.kept import other_runs
@@ -278,8 +278,7 @@ def look_for(config, prepared, report, opened) -> tuple:
     run = run_of(config, prepared)
     def planned(): return plan_run(prepared.model, prepared.train, prepared.runtime, follow(config, found))
     with in_one_line(config.output_dir): found = where_to_resume(config, run, report)
-    known = {name: value for name, value in run.items() if name != "model"}
-    mirror = open_mirror(config, known, planned(), prepared.runtime, report)
+    mirror = open_mirror(config, known_by(run, config, planned()), planned(), prepared.runtime, report)
     opened.callback(mirror.close, seconds=10)
     entry = None if config.resume == "never" or found and found.files else mirror.newest()
     if entry and (not found or entry.step > found.step):

@@ -210,10 +210,10 @@ def test_a_slip_in_the_models_name_and_back_keeps_what_was_chosen_for_it(tmp_pat
 
 def test_another_text_of_the_same_name_is_another_forecast(quick, tmp_path):
     panel = colab_gpt2.FinetunePanel(quick, max_steps=-1).ready()
-    before = panel.forecaster.plan(panel.config).steps
+    before = panel.forecaster.plan(panel.config).tokens
     Path(quick.train_file).write_text(Path(quick.train_file).read_text() * 5)
     panel.values.set(seed=8)
-    assert panel.forecaster.plan(panel.config).steps > 3 * before
+    assert panel.forecaster.plan(panel.config).tokens > 3 * before
 
 
 def test_a_path_that_no_file_can_have_is_marked(quick):
