@@ -173,6 +173,7 @@ class Steering(Settings):
         self.aside = button("", self.step_aside, tooltip="Keep what is there, and train into another folder")
         self.replacing = button("Replace it", lambda: self.values.set(overwrite_output_dir=True),
                                 tooltip="Begin again, and overwrite what is there")
+        self.onward = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
         self.finder = RatePanel(self)
         self.finder.box.remove_class("cg-panel")  # one frame for both
         self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
@@ -181,7 +182,7 @@ class Steering(Settings):
                                       self.more.box, self.finder.box, self.plan])
         self.fold = folding("Settings", "Show or hide the settings", self.settings)
         self.fold.value = True
-        self.assemble(row(self.fold, self.summary), self.settings, self.outlook,
+        self.assemble(self.onward, row(self.fold, self.summary), self.settings, self.outlook,
                       row(*self.buttons.values(), self.aside, self.replacing, self.again), self.status,
                       self.progress, self.chart, self.samples)
         self.enable()
@@ -192,6 +193,7 @@ class Steering(Settings):
         self.enable(start=start)
         self.buttons["start"].description = self.verb
         self.offer_aside(taken)
+        self.offer_onward()
 
     def offer_aside(self, taken):
         "Two ways out where another run is in the folder."
@@ -199,6 +201,17 @@ class Steering(Settings):
         for made in (self.aside, self.replacing): made.layout.display = "" if taken else "none"
 
     def free_folder(self): return str(free_name(Path(self.config.folder), lambda there: False))
+
+    def offer_onward(self):
+        "A button for each of the newest runs that were stopped, unless it is this one."
+        from colab_gpt2.your_runs import offered, unfinished
+        def go_on(config):
+            self.values.set(**{f.name: getattr(config, f.name) for f in fields(config)})
+            self.start()
+        others = [run for run in unfinished() if run.name != Path(self.config.folder).name][:2]
+        made = [(button(f"Continue {run.name}", lambda run=run: go_on(run.config)),
+                 widgets.HTML(f"<span class='cg-hint'>{escape(offered(run))}</span>")) for run in others]
+        self.onward.children = [part for pair in made for part in pair]
 
     def step_aside(self): self.values.set(output_dir=self.free_folder(), resume="auto")
 
@@ -211,7 +224,7 @@ class Steering(Settings):
     def arrange(self):
         "Settings and forecast give way to a run, and then one line tells them."
         self.fold.layout.display = "none" if self.running or not self.live else ""
-        self.outlook.layout.display = self.code.layout.display = "none" if self.running else ""
+        for part in (self.outlook, self.code, self.onward): part.layout.display = "none" if self.running else ""
         self.summary.value = describe_summary(self.live.config, self.planned) if self.live else ""
         (self.box.add_class if self.running else self.box.remove_class)("cg-running")
 
