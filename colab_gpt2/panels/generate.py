@@ -196,65 +196,6 @@ def unknown_models(values, awaited=None) -> dict:
         except (ValueError, OSError) as e: found[name] = sentence(e, values.name_of)
     return found
 
-# %% ../../nbs/panels/79_generate.ipynb #7db51a05
-class Sources(AfterTraining):
-    "Where texts come from: models, prompt and sampling, those of the FinetunePanel `before` or of the model's own run."
-    begins = GenerateConfig
-
-    def __init__(self, before=None, **values):
-        super().__init__(before, Values(changed(self.begins(), **values)))
-        self.own, self.taken = set(values), {}  # fields that were set here; what came from a run
-        self.base = self.followed = None  # what the model was made from; whose run the values are of
-        self.cache_dir, self.tokenizers = None, {}  # of that run: for the Hub's files; model -> a tokenizer not its own
-        self.writer = Writer()
-
-    def use(self, folder):
-        self.own.discard("model")  # the next training's follows it again
-        self.taken["model"] = folder
-        super().use(folder)
-
-    def take(self, panel):
-        "The models, and what was not typed here, from `panel`."
-        super().take(panel)
-        config, live = panel.saved or panel.config, getattr(panel, "live", None)
-        self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
-        self.writer.loaded.clear()  # the folder has other weights now, and a training needs the memory
-        self.say("")
-        run = vars(config)
-        if live and live.config.output_dir == config.output_dir: run = run | dict(prompt=live.config.prompt)  # it chose
-        self.adopt(run, model=config.output_dir, compare_with=config.model)
-
-    def adopt(self, run, **models):
-        "What was not typed here, from a `run`, and the `models`."
-        made, self.base = models | reads_well(run), run.get("model")
-        for name in made:
-            now = getattr(self.config, name)
-            if name in self.values.problems or now != self.taken.get(name, now): self.own.add(name)
-        new = {name: given for name, given in made.items() if name not in self.own}
-        self.taken |= new
-        self.followed = new.get("model", self.config.model)
-        self.values.offer(new)
-
-    def catch_up(self):
-        "Take what the training has at first, and what goes with a model that was typed."
-        if self.before and not self.is_ready: self.take(self.before.ready())
-        if self.followed != self.config.model: self.adopt(run_of(self.config.model))
-
-    def arguments(self, model):
-        "Those of `generate` for `model`, with the run's tokenizer and cache."
-        given = dict(self.config.options(), tokenizer=self.tokenizers.get(model), cache_dir=self.cache_dir)
-        return dict(model=model) | {name: value for name, value in given.items() if value is not None}
-
-    def calls(self):
-        names = ("before", "after") if len(self.config.models) == 2 else ("text",)
-        return [("generate", "generate", self.arguments(model), name) for name, model in zip(names, self.config.models)]
-
-    def python(self): return super().python().replace("\n\nfrom colab_gpt2 import generate\n\n", "\n")
-
-    def load(self):
-        def say(told): self.say(told, "⏳")
-        return self.writer.load(self.config.models, self.tokenizers, self.cache_dir, say)
-
 # %% ../../nbs/panels/79_generate.ipynb #79b00016
 def describe_choice(config, base=None) -> str:
     "The HTML of what *Generate* would do."
@@ -280,12 +221,90 @@ def converses(model) -> bool:
     try: return "chat_template" in json.loads((places[0]/"tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return False
 
+# %% ../../nbs/panels/79_generate.ipynb #7db51a05
+class FromRun(AfterTraining):
+    "Models, prompt and sampling: those of the FinetunePanel `before`, or of the run of a model that was typed."
+    begins = GenerateConfig
+
+    def __init__(self, before=None, **values):
+        super().__init__(before, Values(changed(self.begins(), **values)))
+        self.own, self.taken = set(values), {}  # fields that were set here; what came from a run
+        self.base = self.followed = None  # what the model was made from; whose run the values are of
+        self.cache_dir, self.tokenizers, self.writer = None, {}, Writer()  # model -> a tokenizer not its own
+
+    def use(self, folder):
+        self.ready().own.discard("model")  # the next training's follows it again
+        self.taken["model"] = folder
+        super().use(folder)
+
+    def take(self, panel):
+        "The models, and what was not typed here, from `panel`."
+        super().take(panel)
+        config, live = panel.saved or panel.config, getattr(panel, "live", None)
+        self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
+        self.writer.loaded.clear()  # the folder has other weights now, and a training needs the memory
+        self.say("")
+        run = vars(config)
+        if live and live.config.folder == config.folder: run = run | dict(prompt=live.config.prompt)  # it chose
+        self.adopt(run, model=config.folder, compare_with=config.model)
+
+    def adopt(self, run, **models):
+        "What was not typed here, from a `run`, and the `models`."
+        made, self.base = models | reads_well(run), run.get("model")
+        for name in made:
+            now = getattr(self.config, name)
+            if name in self.values.problems or now != self.taken.get(name, now): self.own.add(name)
+        self.taken |= (new := {name: given for name, given in made.items() if name not in self.own})
+        self.followed = new.get("model", self.config.model)
+        self.values.offer(new)
+
+    def catch_up(self):
+        "Take what the training has at first, and what goes with a model that was typed."
+        if self.before and not self.is_ready: self.take(self.before.ready())
+        if self.followed != self.config.model: self.adopt(run_of(self.config.model))
+
+# %% ../../nbs/panels/79_generate.ipynb #79b00021
+class Sources(FromRun):
+    "What `generate` is called with."
+    suits_chat = True  # whether ChatPanel is worth a word
+
+    @property
+    def waits(self) -> bool:
+        "Whether the model is yet to be made, and no checkpoint is there to try."
+        model = self.config.model
+        return model == self.awaited and titles_of((model,)) == (model,)
+
+    def about_model(self) -> str:
+        "What is said before anything is asked."
+        if self.waits: return UNFINISHED
+        return TALKS if self.suits_chat and converses(self.config.model) else ""
+
+    def arguments(self, model):
+        "Those of `generate` for `model`, with the run's tokenizer and cache."
+        given = dict(self.config.options(), tokenizer=self.tokenizers.get(model), cache_dir=self.cache_dir)
+        return dict(model=model) | {name: value for name, value in given.items() if value is not None}
+
+    def calls(self):
+        names = ("before", "after") if len(self.config.models) == 2 else ("text",)
+        return [("generate", "generate", self.arguments(model), name) for name, model in zip(names, self.config.models)]
+
+    def python(self): return super().python().replace("\n\nfrom colab_gpt2 import generate\n\n", "\n")
+
+    def options(self, seed=None) -> dict:
+        "With a new seed where none is given or fixed, short enough to be typed."
+        given = self.config.options()
+        if seed is None: seed = given["seed"]
+        return given | dict(seed=secrets.randbelow(10**6) if seed is None else seed)
+
+    def load(self):
+        def say(told): self.say(told, "⏳")
+        return self.writer.load(self.config.models, self.tokenizers, self.cache_dir, say)
+
 # %% ../../nbs/panels/79_generate.ipynb #5c0de7a1
-class GeneratePanel(Sources):
-    "Texts: `config` is a GenerateConfig, `result` a Sides."
-    title, lead = "4. Generate", "The model continues a prompt. Use it for style, not for facts."
+class WritingForm(Sources):
+    "The fields and the buttons, each of which is there when it can do something; `start` is a subclass's."
     verb, first = "Generate", ("prompt", "model", "compare_with")
-    asked, suits_chat = None, True  # the config of what was said last; whether ChatPanel is worth a word
+    asked = None  # the config of what was said last
 
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
@@ -317,22 +336,16 @@ class GeneratePanel(Sources):
         self.choice.value = describe_choice(self.config, self.base)
         self.show_buttons(bool(wrong))
 
-    @property
-    def waits(self) -> bool:
-        "Whether the model is yet to be made, and no checkpoint is there to try."
-        model = self.config.model
-        return model == self.awaited and titles_of((model,)) == (model,)
-
-    def about_model(self) -> str:
-        "What is said before anything is asked."
-        if self.waits: return UNFINISHED
-        return TALKS if self.suits_chat and converses(self.config.model) else ""
-
     def show_buttons(self, wrong):
         again = not (self.running or wrong) and bool(self.writer.texts)
         shown = dict(start=not self.running, stop=self.running, repeat=again)
         for name, made in self.buttons.items(): made.layout.display = "" if shown.get(name, True) else "none"
         self.buttons["start"].disabled = wrong
+
+# %% ../../nbs/panels/79_generate.ipynb #79b00023
+class GeneratePanel(WritingForm):
+    "Texts: `config` is a GenerateConfig, `result` a Sides."
+    title, lead = "4. Generate", "The model continues a prompt. Use it for style, not for facts."
 
     def start(self, seed=None):
         "-> the Sides, or None if nothing could be written; `seed` stands for that of the config."
@@ -347,12 +360,6 @@ class GeneratePanel(Sources):
         sides = self.work(lambda: self.finish(self.write_sides(seed)), "Writing …", lambda s: f"Done · seed {s.seed}")
         if sides and not sides.whole: self.say(f"Stopped · seed {sides.seed}", "■")
         return sides
-
-    def options(self, seed=None) -> dict:
-        "Of `generate`, with a new seed where none is fixed, short enough to be typed."
-        given = self.config.options()
-        if seed is None: seed = given["seed"]
-        return given | dict(seed=secrets.randbelow(10**6) if seed is None else seed)
 
     def write_sides(self, seed=None) -> Sides:
         if self.config.model == self.earlier: self.note(EARLIER)
