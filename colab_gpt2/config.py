@@ -33,7 +33,7 @@ class DataFields(Record):
         "wikitext-2-raw-v1", "a WikiText name, python-docs, USER/NAME on the Hub, a file, a folder, or a zip",
         label="Text", path=True)
     train_file: str | None = value(
-        None, "own text, table or conversations (a file, a folder or a pattern), instead of {dataset}",
+        None, "own text, Word document, table or conversations (file, folder or pattern), instead of {dataset}",
         label="Own text", path=True)
     eval_file: str | None = value(
         None, "own text to evaluate on; without it a part of {train_file} is held out",

@@ -85,7 +85,8 @@ def describe_size(preview, name) -> str:
     "One sentence: how long the text `name` is, and what it is enough for."
     tokens = preview.tokens or sum(preview.corpus.bytes.values()) / 4.5  # as GPT-2's on English
     about = f"{tokens:,} tokens" if preview.tokens else f"about {float(f'{tokens:.3g}'):,.0f} tokens"
-    words = f"{float(f'{preview.words:.3g}'):,.0f} words, " if preview.words else ""  # one cut in two may count twice
+    words = f"{float(f'{preview.words:.3g}'):,.0f} words, "  # one that is cut in two counts twice
+    if 10 * preview.words < tokens: words = ""  # there are no spaces between them, or they were not counted
     return f"{name}: {words}{about}: {enough_for(tokens)}."
 
 # %% ../../nbs/panels/76_data.ipynb #ea3d38d6
