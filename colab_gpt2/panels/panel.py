@@ -109,7 +109,7 @@ def state(text, sign="", notes=(), error=None) -> str:
     "The HTML of a sentence of state, with notes and, folded away, the traceback of `error`."
     kind, word, role = "failed" if error else KINDS[sign], WORDS.get(sign, ""), "alert" if error else "status"
     if error: sign, word = "✗", "Failed"
-    if text.startswith(word): word = ""  # as "Done in 30 s" does
+    word = f"<span class='cg-word'>{word}</span>" if not text.startswith(word) else ""  # as "Done in 30 s" does
     head = f"<b><span aria-hidden='true'>{sign}</span> {word}</b>" if sign else ""
     beneath = "".join(f"<br><span class='cg-lead'>Note: {escape(note)}</span>" for note in notes)
     if error: beneath += folded("For a bug report", "".join(traceback.format_exception(error)))

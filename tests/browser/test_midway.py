@@ -1,5 +1,5 @@
 "A run that the notebook's own button interrupts, one whose page is loaded again; and `app`, the five panels in one."
-import re
+import re, time
 
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -103,3 +103,28 @@ def test_app(begun):
     assert "blocks of 128" in text.text_content()  # folded
     tab("3 Train")
     begun.picture("app-training")
+
+
+SLOW = """from colab_gpt2 import FinetunePanel
+slow = FinetunePanel(model="tiny", dataset="python-docs", block_size=512, per_device_train_batch_size=24, max_steps=50,
+                     max_new_tokens=20, output_dir="slow", mirror="off", overwrite_output_dir=True)
+slow"""
+
+
+def test_a_panel_comes_up_at_once_and_answers_inside_a_step(opened, record_property):
+    "It is on the page while what it needs is still being imported; a click in a step of seconds is told in that step."
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    notebook = opened(new_notebook(cells=[new_code_cell(SLOW)], metadata=kernel))
+    notebook.run_all()
+    began = time.monotonic()
+    panel(notebook).get_by_text("Loading …").wait_for()
+    record_property("seconds to the first paint of the training panel", f"{time.monotonic() - began:.2f}")
+    press(panel(notebook), "Train")
+    panel(notebook).get_by_text(re.compile(r"step [1-9]\d* of 50")).wait_for(timeout=120_000)
+    step, clicked = notebook.page.locator(".cg-progress").last.inner_text(), time.monotonic()
+    press(panel(notebook), "Stop")
+    wait_said(panel(notebook), "Stopping after this step")
+    record_property("seconds from a click to the first sign, in steps of seconds", f"{time.monotonic() - clicked:.2f}")
+    taken = re.compile(r"step \d+ of 50")
+    assert taken.search(notebook.page.locator(".cg-progress").last.inner_text())[0] == taken.search(step)[0]
+    wait_said(panel(notebook), "Stopped at step")

@@ -38,6 +38,7 @@ def ran(opened):
     training = notebook.panel(TRAINING)
     training.locator("svg polyline").first.wait_for(timeout=120_000)
     notebook.picture("training", training)
+    notebook.height = training.bounding_box()["height"]
     notebook.wait_until(lambda: list(drive_of(notebook).glob("MyDrive/colab-gpt2/runs/*/checkpoint-*/whole.json")), 60)
     lose_machine(notebook, kernel)
     notebook.picture("lost", training)
@@ -48,7 +49,15 @@ def ran(opened):
     return notebook
 
 
-def said(panel): return panel.locator(".cg-state").last.inner_text()
+SENTENCE = """line => {
+    const copy = line.cloneNode(true);
+    for (const part of copy.querySelectorAll('.cg-word, details')) part.remove();
+    return copy.textContent.trim().replace(/\\s+/g, ' '); }"""
+
+
+def said(panel):
+    "The sentence of state, after its sign and without the word that tells its kind."
+    return panel.locator(".cg-state").last.evaluate(SENTENCE)
 
 
 def wait_said(panel, words, seconds=60):
@@ -89,6 +98,10 @@ def test_run_all(ran, record_property):
     record_property("pump and pictures", f"{spent:.2f} s of {seconds:.0f} s, {spent/seconds:.2%}")
     assert spent / seconds < 0.02
     for name, title in PICTURES.items(): ran.picture(name, ran.panel(title))
+    kilobytes = (ran.server.folder/ran.name).stat().st_size / 1000
+    record_property("saved notebook", f"{kilobytes:.0f} kB")
+    record_property("height of the panel while it trains", f"{ran.height:.0f} px")
+    assert kilobytes <= 60 and ran.height <= 800  # 1280 px wide
 
 
 UNINTERRUPTED = """
@@ -119,6 +132,51 @@ def test_run_all_again(ran):
     ran.picture("again", ran.panel(TRAINING))
     assert said(ran.panel(WRITING)).startswith("✓ Done") and said(ran.panel(DRIVE)).startswith("✓ Saved")
     assert [path.read_bytes() for path in archive.parent.glob("*.tar.gz")] == [before]
+
+
+def errors_of(notebook):
+    return [o for cell in notebook.saved().cells for o in cell.get("outputs", ()) if o.output_type == "error"]
+
+
+def test_restart_and_run_all(ran):
+    "The kernel is started again and all cells run: each time the result is shown, and nothing is refused."
+    archives = drive_of(ran)/"MyDrive"/"colab-gpt2"
+    before = {path.name: path.read_bytes() for path in archives.glob("*.tar.gz")}
+    for _ in range(3 if ran.server.front_end.name == "lab" else 1):
+        os.kill(int(ran.server.ask("import os; print(os.getpid())")), signal.SIGKILL)
+        ran.after_a_crash()
+        ran.run_all()
+        ran.wait_until_run(150)
+        assert errors_of(ran) == [] and said(ran.panel(TRAINING)).startswith("✓ Shown as it ended")
+        assert said(ran.panel(WRITING)).startswith("✓ Done") and said(ran.panel(DRIVE)).startswith("✓ Saved")
+    assert {path.name: path.read_bytes() for path in archives.glob("*.tar.gz")} == before
+
+
+PROSE = ("The harbour was quiet in the {0} hour of the {1} day , and the ferry to the island of {2} had not come . "
+         "A keeper of the light , who counted {0} ships , wrote {1} lines into her book and went to sleep . \n\n")
+NUMBERS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+
+
+def test_own_text_in_five_clicks(ran, tmp_path, record_property):
+    "From a finished Run all to a model of a text of one's own, saved: upload, train, save, and nothing typed."
+    clicks, own = 0, tmp_path/"harbour.txt"
+    own.write_text("".join(PROSE.format(NUMBERS[n % 12], NUMBERS[n % 7], NUMBERS[n % 5]) for n in range(60)))
+    upload(ran.panel(TEXT), "Upload a text", own)
+    clicks += 3  # the button, the file, the dialog's own button
+    wait_said(ran.panel(TEXT), "harbour.txt: ")
+    press(ran.panel(TRAINING), "Train")
+    clicks += 1
+    wait_said(ran.panel(TRAINING), "Done in", 200)
+    ran.picture("own-trained", ran.panel(TRAINING))
+    press(ran.panel(DRIVE), "Save")
+    clicks += 1
+    wait_said(ran.panel(DRIVE), "Saved harbour.tar.gz")
+    record_property("clicks to a model of one's own text, saved", clicks)
+    steps, output = ran.server.ask("r = training.result; print(r.steps, r.output_dir)").split()
+    record_property("steps on a short text", steps)
+    assert clicks <= 5 and output == "harbour" and (ran.server.folder/"harbour"/"model.safetensors").exists()
+    assert int(ran.server.ask("print(training.result.plan.steps)")) >= 100
+    choose(ran.panel(TEXT), "or use", "Python's documentation (0.1 MB, no network)")
 
 
 def test_train_by_hand(ran, record_property):
