@@ -253,7 +253,8 @@ def test_a_model_that_was_restored_into_the_awaited_folder_serves(quick, tmp_pat
     assert colab_gpt2.DrivePanel(first, drive="mine").start()
     Path("tuned").rename("moved"), Path("tuned.tar.gz").unlink()
     panel = colab_gpt2.FinetunePanel(quick, output_dir="tuned").ready()
-    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel, drive="mine", restore_to="tuned")
+    writing = colab_gpt2.GeneratePanel(panel).ready()
+    keeping = colab_gpt2.DrivePanel(panel, drive="mine", restore_to="tuned")
     assert writing.start() is None and "no finished model yet" in writing.said
     keeping.loading.value = True  # the fold lists what is there
     assert keeping.restore() and writing.start() and keeping.start()
@@ -497,7 +498,8 @@ def test_the_model_of_an_earlier_run_serves_and_is_called_so(quick, monkeypatch,
     monkeypatch.chdir(tmp_path)
     colab_gpt2.FinetunePanel(quick, max_steps=2).start()
     panel = colab_gpt2.FinetunePanel(quick).ready()
-    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel, drive=str(tmp_path/"drive"))
+    writing = colab_gpt2.GeneratePanel(panel).ready()
+    keeping = colab_gpt2.DrivePanel(panel, drive=str(tmp_path/"drive"))
     assert panel.start() is None and writing.start().before is not None and keeping.start().copy.path.exists()
     assert all("Note: This model is from an earlier run" in after.status.value for after in (writing, keeping))
     panel.values.set(overwrite_output_dir=True)
