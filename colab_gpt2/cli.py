@@ -9,7 +9,7 @@ __all__ = []
 import contextlib, inspect, itertools, json, os, random, re, signal, sys, warnings
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Annotated
 
 import typer
@@ -103,7 +103,8 @@ def quiet_libraries(name_of=name_of):
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = lambda message, *_, **__: say(f"note: {one_line(message, name_of)}")
+    told = cache(say)  # once each
+    warnings.showwarning = lambda message, *_, **__: told(f"note: {one_line(message, name_of)}")
 
 # %% ../nbs/65_cli.ipynb #60846a14
 def answer(function, arguments, as_json=False, debug=False):
@@ -237,7 +238,9 @@ def plan(
     gpu: option(str | None, "for Colab's T4, L4, A100-40, A100-80, G4, H100 or CPU (default: this machine)") = None,
 ):
     "Forecast memory and time, and choose batch and method."
-    with bad_usage(): return tasks.plan(config, gpu=gpu)
+    from colab_gpt2.planning.plan import named_runtime
+    with bad_usage(): gpu and named_runtime(gpu)
+    return tasks.plan(config, gpu=gpu)
 
 # %% ../nbs/65_cli.ipynb #64f1a001
 OF_RATE = f"model from_scratch seed weight_decay max_grad_norm trainer_args {OF_TEXT} {WORK}"

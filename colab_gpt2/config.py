@@ -6,7 +6,7 @@
 __all__ = ['FinetuneConfig']
 
 # %% ../nbs/04_config.ipynb #ce1056b1
-import math, os, re
+import math, numbers, os, re
 from dataclasses import dataclass, field, fields, replace
 
 from .core import LINK, Record, existing, home, nearest
@@ -227,9 +227,11 @@ def check_value(f, given):
 OF_HUB = "model", "tokenizer", "dataset", "train_file"
 
 def expand_paths(config):
-    "Put the home folder in the place of `~`; ValueError for a path that no file can have: too long, or of no user."
+    """Put the home folder in the place of `~`, and plain numbers in that of NumPy's, which are no JSON and overflow;
+    ValueError for a path that no file can have: too long, or of no user."""
     for f in fields(config):
         given = getattr(config, f.name)
+        if isinstance(given, numbers.Number): vars(config)[f.name] = getattr(given, "item", lambda: given)()
         if not (f.metadata.get("path") and isinstance(given, (str, os.PathLike))): continue
         if f.name in OF_HUB and LINK.fullmatch(str(given)): continue
         try: path = home(given)

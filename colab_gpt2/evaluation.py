@@ -157,6 +157,7 @@ def evaluation_mode(model):
 # %% ../nbs/60_evaluation.ipynb #aced9b79
 def check_measure(model, blocks, stride=None, context=None) -> tuple:
     "(stride, context), defaults filled in; ValueError for one out of range, or a text that cannot be scored."
+    if isinstance(model, str): raise TypeError(f"model is the name {model!r}; give load_model({model!r}).")
     limit, known = model_context(model), model.get_input_embeddings().weight.shape[0]
     if context is None: context = min(blocks.block_size, limit)
     check_number("context", context, 2, limit, integer=True, hint=f"The model's context is {limit} tokens.")

@@ -115,9 +115,8 @@ def try_steps(config, steps, report, ramp=None) -> tuple:
         if ramp and times > 1.5: warnings.warn(f"The text is short: the steps read it {times:.0f} times.", stacklevel=3)
         own = [ramp] if ramp else []
         trainer = make_trainer(config, ready.model, ready.tokenizer, ready.train, plan, own, report)
-        if ramp:
-            trainer.bar.what = "Trying learning rates"
-            trainer.remove_callback(StopOnDivergence)  # that the loss is lost in the end is the point
+        if ramp: trainer.bar.what = "Trying learning rates"
+        trainer.remove_callback(StopOnDivergence)  # the loss may be lost in the end, and nothing is kept
         return trainer, train_model(trainer, plan), ready.runtime
 
 # %% ../nbs/64_finding_rate.ipynb #64f00015

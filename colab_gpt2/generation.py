@@ -147,8 +147,8 @@ class Request:
         check_request("" if chat and isinstance(prompt, list) else prompt, max_new_tokens, seed, samples)
         self.model, self.tokenizer = resolve(model, tokenizer, device, cache_dir)
         if chat: prompt = chat_text(prompt, self.tokenizer)
-        self.prompt, self.max_new_tokens, self.samples = prompt, max_new_tokens, samples
-        self.seed = secrets.randbelow(1 << 32) if seed is None else seed
+        self.prompt, self.max_new_tokens, self.samples = prompt, int(max_new_tokens), int(samples)  # NumPy's overflow
+        self.seed = secrets.randbelow(1 << 32) if seed is None else int(seed)
         self.context = model_context(self.model)
         self.ids = encode_prompt(prompt, self.tokenizer, self.context, chat)
         self.ends = end_ids(self.model, self.tokenizer)

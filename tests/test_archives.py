@@ -4,7 +4,7 @@ import gzip, io, os, re, shutil, subprocess, sys, tarfile, tracemalloc, types
 import pytest
 
 from colab_gpt2.core import current_umask, sha256_of
-from colab_gpt2.errors import fields_of
+from colab_gpt2.errors import fields_of, shortened
 from colab_gpt2.storage.archives import archive_model, check_archive_path, extract_archive
 from colab_gpt2.storage.drive import copy_verified, mount_drive
 from helpers.archives import archive, make_model, model, tree
@@ -161,7 +161,7 @@ def evil(path, **fields):
 
 
 LETTERS, DEEP, LONG = "a name with control characters", "more than 64 folders deep", "a name of more than 255 bytes"
-ABSOLUTE, PARENT, LINK, DEVICE = "is an absolute path", "is a path with ..", "is a link", "is a device file"
+ABSOLUTE, PARENT, LINK, DEVICE = "is an absolute path", "is a path with '..'", "is a link", "is a device file"
 EVIL = [
     (dict(name="/etc/evil"), ABSOLUTE), (dict(name="C:\\evil"), ABSOLUTE),
     (dict(name="../evil"), PARENT), (dict(name="a/../../evil"), PARENT), (dict(name="..\\evil"), PARENT),
@@ -184,7 +184,8 @@ def test_evil_archives_write_nothing(tmp_path, monkeypatch, fields, reason, filt
     (tmp_path/"in").mkdir()
     path = evil(tmp_path/"in"/"evil.tar.gz", **fields)
     before = tree(tmp_path)
-    line = f"{path} holds {fields['name']!r:.99}, which {reason}. Nothing was unpacked"
+    name = shortened(repr(fields["name"].rstrip("/") or fields["name"]), 99)
+    line = f"{path} holds {name}, which {reason}. Nothing was unpacked"
     with pytest.raises(ValueError, match=re.escape(line)): extract_archive(path, tmp_path/"in"/"new")
     assert tree(tmp_path) == before and os.listdir(tmp_path/"in") == ["evil.tar.gz"]
 

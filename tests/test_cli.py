@@ -321,6 +321,21 @@ def test_a_missing_checkpoint_is_no_model_of_the_hub(cli, monkeypatch, missing):
     refused(cli("evaluate", "--model", missing, "--dataset", "python-docs"), 1, said)
 
 
+def test_before_the_first_run_the_models_here_are_told(cli):
+    for name in ("poems", "novel"): Path(name).mkdir(), Path(name, "config.json").write_text("{}")
+    refused(cli("generate"), 1, "There is no folder gpt2-tuned. This folder has novel, poems.")
+
+
+@pytest.mark.parametrize("ask", [["plan", "--model", "gpt3"], ["generate", "--model", "gpt3"]], ids=lambda x: x[0])
+def test_an_unknown_model_is_no_wrong_usage_of_any_command(cli, ask): refused(cli(*ask), 1, "Did you mean 'gpt2'?")
+
+
+def test_a_note_is_written_once(cli):
+    Path("rows.csv").write_text("these words are here\n" + "".join(f"the words of row {n}\n" for n in range(99)))
+    ran = cli("fetch", "--train-file", "rows.csv")
+    assert ran.stderr.count("is read as the names of columns") == 1, ran.stderr
+
+
 def test_a_prompt_beyond_the_context_of_an_own_model_is_cut_with_a_note(cli):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=16, vocab_size=8192)).save_pretrained("mine")
     load_tokenizer("tiny").save_pretrained("mine")

@@ -70,6 +70,11 @@ def test_too_little_to_hold_any_out(load, tmp_path):
         with pytest.raises(ValueError, match=told): load(tmp_path/"one.txt")
 
 
+def test_a_text_of_one_line_again_and_again_is_told_without_its_duplicates(load, tmp_path):
+    (tmp_path/"same.csv").write_text("text\n" + "the same words\n" * 99)
+    with pytest.raises(ValueError, match="same.csv without 98 duplicates has 14 bytes, too"): load(tmp_path/"same.csv")
+
+
 @pytest.mark.parametrize("content", ["<|endoftext|>" * 99, (" \n" * 20 + "<|endoftext|>") * 99])
 def test_a_text_of_empty_documents_is_told_by_its_own_name(load, tmp_path, content):
     (tmp_path/"ends.txt").write_text(content)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from colab_gpt2 import FinetuneConfig, FinetunePanel, find_learning_rate
+from colab_gpt2 import FinetuneConfig, FinetunePanel, bench, find_learning_rate
 from colab_gpt2.cli import app
 from colab_gpt2.core import sha256_of
 from colab_gpt2.model.loading import load_config, load_tokenizer, new_model
@@ -111,6 +111,10 @@ def test_a_click_finds_a_rate_and_another_takes_it(quick):
     assert curve.suggestion, curve.smoothed
     panel.finder.use.click()
     assert panel.config.learning_rate == curve.suggestion and "find-rate" in panel.finder.shell()
+
+
+def test_a_bench_is_no_training_that_can_be_lost(quick):
+    assert bench(quick, steps=3, learning_rate=1e9, progress=False).tokens_per_second > 0
 
 
 def test_stop_ends_the_search_with_the_curve_so_far(quick):

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,12 @@ def test_a_field_takes_a_value_or_says_why_not(name, value): check_config({name:
 @examples(300)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, min_size=2, max_size=2))
 def test_two_fields_take_their_values_or_say_why_not(given): check_config(given)
+
+
+def test_numpys_numbers_are_plain_ones_in_a_config():
+    config = FinetuneConfig(seed=np.int64(3), max_steps=np.int8(2), learning_rate=np.float32(0.5))
+    plain = FinetuneConfig(seed=3, max_steps=2, learning_rate=0.5).to_dict()
+    assert json.loads(json.dumps(config.to_dict())) == plain
 
 
 # The command line and the flags of 2020

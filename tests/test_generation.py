@@ -1,6 +1,7 @@
 "Generation against transformers' own, and at its edges: half characters, stop strings, full contexts, bad input."
 import inspect, random, warnings
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -200,6 +201,13 @@ def test_damaged_weights_are_named(tokenizer):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=16, vocab_size=8192))
     with torch.no_grad(): model.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="logits are NaN"): generate(model, "The", tokenizer=tokenizer)
+
+
+def test_numpys_numbers_give_the_same_text(small, tokenizer):
+    numbers = dict(seed=3, max_new_tokens=4, samples=2)
+    wanted = generate(small, "The", tokenizer=tokenizer, **numbers)
+    given = {name: np.int16(n) for name, n in numbers.items()}
+    assert generate(small, "The", tokenizer=tokenizer, **given) == wanted
 
 
 def test_training_mode_comes_back(small, tokenizer):

@@ -60,6 +60,17 @@ def test_a_damaged_file_gets_one_line(folder, file):
     assert "\n" not in str(e.value)
 
 
+def test_weights_with_a_nan_are_named_before_anything_is_done_with_them(folder):
+    weights = load_file(folder/"model.safetensors")
+    weights["transformer.ln_f.bias"][0] = math.nan
+    save_file(weights, folder/"model.safetensors", dict(format="pt"))
+    with pytest.raises(ValueError, match=f"^{folder} is damaged: transformer.ln_f.bias is NaN"): load_model(folder)
+
+
+def test_a_folder_with_a_model_in_it_says_where(folder):
+    with pytest.raises(FileNotFoundError, match=f"Did you mean {folder}[?]$"): load_model(folder.parent)
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(folder, file):
     (folder/file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
@@ -80,7 +91,8 @@ def test_weights_of_another_shape_get_one_line(folder):
 
 
 @pytest.mark.parametrize("change, told", [
-    (dict(n_layer=-1), "has num_hidden_layers -1; it must be"), (dict(n_layer="6"), "'n_layer' expected int, got str"),
+    (dict(n_layer=-1), "has num_hidden_layers -1; it must be"), (dict(n_layer=0), "layers 0; it"),
+    (dict(n_layer="6"), "'n_layer' expected int, got str"),
     (dict(activation_function="glu"), "KeyError 'glu'")], ids=lambda x: str(x)[:22])
 def test_a_config_that_makes_no_model_says_why_in_one_line(folder, change, told):
     change_config(folder, **change)

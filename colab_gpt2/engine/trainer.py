@@ -206,6 +206,7 @@ REFUSED_ARGS = dict(
     auto_find_batch_size="it would change the batch of a step; the plan divides a step as memory allows",
     save_only_model="without the optimizer's state a run cannot be resumed; the finished model is saved without it",
     push_to_hub="checkpoints stay here; afterwards, AutoModelForCausalLM.from_pretrained(output_dir).push_to_hub(name)",
+    **dict.fromkeys(["deepspeed", "fsdp", "fsdp_config"], "a run has one process and one GPU; leave it out"),
     **dict.fromkeys(["eval_strategy", "eval_on_start"], Sentence("set {eval_steps} instead")),
     **dict.fromkeys(["bf16", "fp16", "use_cpu", "save_strategy", "disable_tqdm", "resume_from_checkpoint"],
                     "the run sets it itself"),

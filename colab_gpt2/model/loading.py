@@ -44,10 +44,11 @@ def locate(name):
         raise ValueError(f"{text} is an archive. Restore it first: {how} {shlex.quote(text)}, then give its folder.")
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
-    of_a_run = folder.name.startswith("checkpoint-") or "/" in text and (folder.parent/"config.json").exists()
+    of_a_run = re.match(r"checkpoint-|.*-tuned$", folder.name) or "/" in text and (folder.parent/"config.json").exists()
     if of_a_run or isinstance(name, Path) or text.startswith((".", "~", "/")) or "/" in text and not ID.fullmatch(text):
         there = sorted((p.parent.name for p in folder.parent.glob("*/config.json")), key=lambda name: (len(name), name))
-        has, known = f" {folder.parent} has {', '.join(there[-9:])}." if there else "", ", ".join(MODELS)
+        where, known = "This folder" if folder.parent == Path() else folder.parent, ", ".join(MODELS)
+        has = f" {where} has {', '.join(there[-9:])}." if there else ""
         raise FileNotFoundError(
             f"There is no folder {text}.{has} Give a folder, a Hub id 'owner/name', or one of {known}.")
     if "/" in text or text != str(name): return text
@@ -72,7 +73,9 @@ def check_files(place, files, *needs):
         raise ValueError(f"{place} has its tokenizer as {found}; to read it, `pip install sentencepiece protobuf`.")
     kind = "tokenizer" if TOKENIZERS in missing else "model"
     names = ", ".join(" or ".join(names[:2]) for names in missing)
-    if missing: raise FileNotFoundError(f"{place} holds no complete {kind}: {names} is missing.")
+    inside = next(Path(place).glob("*/config.json"), None) if missing else None  # as an archive of others may unpack
+    hint = f" Did you mean {inside.parent}?" if inside else ""
+    if missing: raise FileNotFoundError(f"{place} holds no complete {kind}: {names} is missing.{hint}")
 
 # %% ../../nbs/model/20_loading.ipynb #ebe484ea
 def from_cache(hub_id, cache_dir, *needs):
@@ -220,11 +223,11 @@ def check_causal(config, place="The model"):
 def check_size(config, place, most=1 << 42):
     "ValueError for thousands of layers, or more than about `most` bytes of weights in fp32."
     names = ("num_hidden_layers", "hidden_size", "n_positions", "vocab_size")
-    shape = {name: getattr(config.get_text_config(), name, None) or 0 for name in names}
-    size = 4 * gpt2_parameters(*shape.values())
-    if wrong := [name for name, value in shape.items() if value < 0]:
+    shape = {name: getattr(config.get_text_config(), name, None) for name in names}
+    size = 4 * gpt2_parameters(*(value or 0 for value in shape.values()))
+    if wrong := [name for name, value in shape.items() if value is not None and value < 1]:
         raise ValueError(f"The config of {place} has {wrong[0]} {shape[wrong[0]]}; it must be 1 or more.")
-    if shape["num_hidden_layers"] <= 2000 and size <= most: return
+    if (shape["num_hidden_layers"] or 0) <= 2000 and size <= most: return
     told = ", ".join(f"{name} {value:,}" for name, value in shape.items() if value)
     raise ValueError(f"The config of {place} asks for {human_bytes(size)} of weights ({told}). Choose a smaller one.")
 
@@ -284,6 +287,11 @@ def new_model(config, seed=None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
+# %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
+def lost_weight(model) -> str:
+    "The name of the first weight of `model` that is NaN or infinite, or ''."
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), "")
+
 # %% ../../nbs/model/20_loading.ipynb #60cd11ea
 def check_floats(folder):
     "ValueError if the weights in `folder` are no floats of 16 bits or more: they are quantized."
@@ -319,6 +327,8 @@ def load_model(
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{place} is incomplete: it lacks {len(missing)} of its weights, such as {missing[0]}.")
         with contextlib.suppress(ConnectionError): check_floats(folder_of(place, cache_dir))
+        if name := lost_weight(model):
+            raise ValueError(f"{place} is damaged: {name} is NaN or infinite. Choose another model.")
     if model.config.model_type != "gpt2": check_reading(model, place)
     return model.eval()
 
@@ -335,8 +345,3 @@ def model_context(model) -> int:
 def keeps_logits(model) -> bool:
     "Whether `model.forward` takes `logits_to_keep`, as GPT-2's does."
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-# %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
-def lost_weight(model) -> str:
-    "The name of the first weight of `model` that is NaN or infinite, or ''."
-    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), "")

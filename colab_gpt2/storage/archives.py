@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.utils import CallbackIOWrapper
 
 from ..core import Record, atomic, check_space, home, human_bytes, sha256_of, weight_files
-from ..errors import Sentence, explained
+from ..errors import Sentence, explained, shortened
 from ..reporting import counter, reporting
 from ..runtime import check_mounted
 
@@ -130,7 +130,7 @@ def leads_out(name) -> str:
     "Why the path `name` may lead out of a folder, or ''."
     path = PureWindowsPath(name)  # takes / and \ for separators, and knows drive letters
     if path.drive or path.root: return "an absolute path"
-    return "a path with .." if ".." in path.parts else ""
+    return "a path with '..'" if ".." in path.parts else ""
 
 # %% ../../nbs/storage/50_archives.ipynb #a1f095db
 DEEPEST, LONGEST = 64, 255  # folders, bytes in a name: most file systems take no longer one
@@ -159,7 +159,8 @@ MOST = 10_000  # files in an archive
 def plain_members(tar, path, folder, limit=math.inf) -> dict:
     """Name -> TarInfo for all in `tar`; ValueError unless that is plain files and folders in `folder`, each once, of
     no more than `limit` bytes together; OSError unless there is room. A header that is wrong is the last to be read."""
-    def refuse(name, reason): raise ValueError(f"{path} holds {name!r:.99}, which {reason}. Nothing was unpacked.")
+    def refuse(name, reason):
+        raise ValueError(f"{path} holds {shortened(repr(name), 99)}, which {reason}. Nothing was unpacked.")
     members, files, total = {}, set(), 0
     for number, member in enumerate(tar):
         if reason := refusal(member, folder): refuse(member.name, f"is {reason}")

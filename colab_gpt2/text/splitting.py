@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..core import Record, check_space
+from ..core import Record, check_space, several
 from ..errors import Sentence, about
 from ..reporting import silent
 from .encodings import called
@@ -172,7 +172,9 @@ def split_text(path, folder, named, report=silent):
     else:
         few = f": {read.kept:,} documents give no fair shares" if read.kept > 1 else ", one document"
         rule = f"cut by the place{few}"
-        if read.duplicates: read.write([source := folder/"once.txt"] * DROPPED)
+        if read.duplicates:
+            read.write([source := folder/"once.txt"] * DROPPED)
+            named = f"{named} without {several(read.duplicates, 'duplicate')}"
         cut_text(source, folder, named)
         if source != path: source.unlink()
     return files, reading_of(files, {"": read}, rule)
