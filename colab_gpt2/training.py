@@ -26,6 +26,7 @@ from .engine.trainer import make_trainer, training_arguments
 from .errors import Sentence, about
 from .evaluation import ALSO, Perplexity
 from .generation import Sample
+from .launching import launch
 from .measuring import ADAPTED_BY, evaluate_and_sample, evaluation_of, in_one_line, make_chooser, save_run
 from .measuring import write_result
 from .model.loading import load_model, quiet
@@ -33,7 +34,7 @@ from .model.lora import adapters_of, free_weights, merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
 from .preparing import prepare, release_memory, starting_model
-from .ranks import Lost, by_first, first, first_alone, lost_told, others_silent, reduced, shared
+from .ranks import Lost, by_first, expected, first, first_alone, lost_told, others_silent, reduced, shared
 from .reporting import reporting
 from .resuming import ELSEWHERE, asked, check_free, checksum_of, chosen, differences, differences_told
 from .resuming import folder_for, found_in, identify, known_by, newest_intact, read_result, refuse
@@ -362,7 +363,9 @@ def finetune(
     """Fine-tune a model on a text, save it, and evaluate it before and after. The same again resumes where it was, or
     returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time,
     with a checkpoint. What `progress` or a Listener raises ends the run."""
-    started, config = time.monotonic(), check_run(changed(config, **changes))
+    started, config = time.monotonic(), changed(config, **changes)
+    if config.num_processes > 1 and expected() == 1: return launch(config, callbacks, progress)
+    config = check_run(config)
     stop, limits = StopOnInterrupt(config.folder), []
     if first(): limits = limits_of(config, stop, started)
     callbacks = [stop, *limits, *callbacks]

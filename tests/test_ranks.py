@@ -2,6 +2,7 @@
 import contextlib, faulthandler, os, signal, socket, time, warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers.forks import launched
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, TrainerCallback
 
 from colab_gpt2.cli import one_line
+from colab_gpt2.engine.callbacks import BEFORE, LOADING, PROBING, TRAINING, Listener
 from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest
 from colab_gpt2.model.loading import load_tokenizer, new_model
 from colab_gpt2.signals import Interrupted
@@ -220,3 +222,45 @@ def test_a_port_in_use(text, tmp_path):
         port = other.getsockname()[1]
         [(kind, said)] = pair(one_run, text, tmp_path/"out", ranks=1, MASTER_PORT=str(port))
     assert (kind, said.partition(":")[0]) == ("OSError", f"MASTER_PORT {port} is in use on this machine")
+
+
+class Watcher(Listener):
+    "Hears of a run in other processes, asks for a checkpoint at a step, and does something at another."
+    def __init__(self, save=None, step=None, action=None):
+        self.save, self.step, self.action, self.steps, self.stages, self.losses = save, step, action, [], [], []
+
+    def on_stage(self, stage, stop=None, **facts): self.stages.append(stage)
+    def on_log(self, args, state, control, logs=None, **kwargs): self.losses.append(state.log_history[-1].get("loss"))
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+        if state.global_step == self.save: control.should_save = True
+        if state.global_step == self.step: self.action(control)
+
+
+def ask_to_stop(control): control.should_training_stop = True
+
+
+def children(): return psutil.Process().children()
+
+
+def kill_second(control):
+    for child in children():
+        if child.environ().get("RANK") == "1": child.kill()
+
+
+def test_a_run_is_started_watched_stopped_killed_and_resumed(text, tmp_path, alone):
+    "By num_processes, in processes of their own: what is asked here reaches them, what happens there is told here."
+    shared, shown = settings(text, tmp_path/"out", num_processes=2, save_steps=100), []
+    def say(*told): shown.append(told)
+    stopping, dying = Watcher(4, 8, ask_to_stop), Watcher(step=12, action=kill_second)
+    with pytest.raises(Interrupted, match="Stopped at step 8 of 20; saved in") as told:
+        finetune(**shared | dict(progress=say, callbacks=[stopping]))
+    assert told.value.code == 130 and "Run the same again to resume." in str(told.value)
+    assert stopping.stages == [LOADING, BEFORE, PROBING, TRAINING] and stopping.steps == list(range(1, 9))
+    assert stopping.losses[:8] == pytest.approx([entry["loss"] for entry in alone.losses][:8], rel=1e-5)
+    assert ("Fine-tuning", 8, 20) in shown and any(what.startswith("Perplexity of") for what, *_ in shown)
+    assert [path.name for path in find_checkpoints(tmp_path/"out")] == ["checkpoint-4", "checkpoint-8"]
+    with pytest.raises(RuntimeError, match="Process 1 of 2 was killed .SIGKILL., and the run has ended: the newest"):
+        with pytest.warns(UserWarning, match="Resuming at step 8 of 20"): finetune(**shared | dict(callbacks=[dying]))
+    assert dying.steps[:4] == [9, 10, 11, 12] and not any("RANK" in child.environ() for child in children())
+    same(finetune(**shared | dict(num_processes=1)), alone)
