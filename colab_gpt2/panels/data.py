@@ -103,10 +103,12 @@ def look_into(config, report=silent) -> Preview:
     first = next(split for split, path in paths.items() if path.suffix != ".stream")
     titles, words = list(corpus.articles(first)), sum(map(words_in, plain)) if len(plain) == len(paths) else 0
     with open(paths[first], encoding="utf-8") as f: excerpt = f.read(700).strip()
-    blocks = tokenizer and tokenize_corpus(
-        corpus, tokenizer, pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir))),
-        on_bad_lines=config.on_bad_lines, cache_dir=config.cache_dir, progress=report)
-    return Preview(corpus, blocks or {}, len(titles), tuple(titles[:6]), excerpt=excerpt, words=words)
+    blocks = {}
+    if tokenizer:
+        size = pick_block_size(config, model_context(load_config(config.model, cache_dir=config.cache_dir)))
+        blocks = tokenize_corpus(corpus, tokenizer, size, on_bad_lines=config.on_bad_lines,
+                                 cache_dir=config.cache_dir, progress=report)
+    return Preview(corpus, blocks, len(titles), tuple(titles[:6]), excerpt=excerpt, words=words)
 
 # %% ../../nbs/panels/76_data.ipynb #c34b7c7a
 UPLOADS = "uploads"  # with a folder for each field, since two texts may have one name
@@ -261,8 +263,10 @@ class TextFiles(TextChoice):
                 try: return keep_upload(filename, content, Path(UPLOADS)/name)
                 except ValueError as e: refused.append(e)
             path = self.work(keep, f"Receiving {filename} …")
+            chosen = self.config.eval_file or "a part of the text"
+            chosen = named(self.config) if name == "train_file" else Path(chosen).name
             told = "{why} Still chosen: {chosen}."
-            if refused: self.say(Sentence(told, why=refused.pop(), chosen=named(self.config)), "⚠", marked=button)
+            if refused: self.say(Sentence(told, why=refused.pop(), chosen=chosen), "⚠", marked=button)
             if path: self.take_upload(name, path, encoding)
 
     def take_upload(self, name, path, encoding):
@@ -278,6 +282,7 @@ class DataPanel(TextFiles):
     title = "2. The text"
     lead = "What the model will learn from. Part of it is held out, to evaluate on text that the model has not seen."
     shown, about = None, ()  # the Preview that `view` shows; the `source` that the state is about
+    asked = False  # for the column
 
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
@@ -318,6 +323,11 @@ class DataPanel(TextFiles):
             self.show(None)
             self.say("")
 
+    def follow(self):
+        "The column that was asked for is the only thing that was missing."
+        super().follow()
+        if self.asked and self.config.dataset_text_field: self.start()
+
     def allow(self, start):
         self.fetch.disabled, self.fetch.layout.display = not start, "none" if self.running or self.shown else ""
 
@@ -326,9 +336,11 @@ class DataPanel(TextFiles):
         self.ready()
         if self.fetch.disabled:
             return self.say(next(iter(self.values.problems.values()), "The text is being loaded."), "⚠")
-        preview = self.work(self.fetch_and_look, "Loading the text …")
+        self.asked, preview = False, self.work(self.fetch_and_look, "Loading the text …")
+        wrong = {*fields_of(self.error)} if self.error else set()
+        self.asked = "dataset_text_field" in wrong
         if preview: self.tell(preview)
-        elif self.error and {*fields_of(self.error)} & {*FILES, *READING}: self.more.value = True
+        if wrong & {*FILES, *READING}: self.more.value = True
         return preview
 
     def fetch_and_look(self):
