@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import GPT2Config, LlamaConfig, Trainer, TrainingArguments, default_data_collator, get_scheduler
 
 from colab_gpt2.config import LENGTHENED, SCHEDULES, FinetuneConfig
+from colab_gpt2.engine.probe import moment_bytes
 from colab_gpt2.engine.trainer import make_trainer
 from colab_gpt2.model.lora import adapters_of, add_adapters, merge_adapters
 from colab_gpt2.model.loading import new_model
@@ -193,6 +194,18 @@ def test_adapters_learn_beside_weights_in_4_bits_and_are_merged_into_whole_ones(
     kept = PeftModel.from_pretrained(new_model(config, seed=0), tmp_path/"adapters").eval()
     torch.testing.assert_close(merged(input_ids=ids).logits, kept(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
     assert 0 < (merged(input_ids=ids).logits - learnt).norm() < 0.2 * learnt.norm()  # what 4 bits have rounded
+
+
+def test_adamw_in_8_bits_holds_as_many_bytes_as_the_plan_says(tmp_path):
+    model = new_model(GPT2Config(**SMALL | dict(n_embd=128)), seed=0)
+    trainer = ours(tmp_path, model, method="full", optim="adamw_bnb_8bit", max_steps=1, save_steps=-1)
+    trainer.train()
+    moments = [t for state in trainer.optimizer.state.values() for name, t in state.items()
+               if name.startswith(("state", "absmax"))]
+    assert {t.dtype for t in moments} == {torch.uint8, torch.float32}
+    assert sum(t.nbytes for t in moments) == pytest.approx(moment_bytes(model, "adamw_bnb_8bit"), rel=0.05)  # biases: 8
+    resident = step_memory(shape_of(model), trainer.recipe).resident
+    assert resident["optimizer moments"] == pytest.approx(moment_bytes(model, "adamw_bnb_8bit"), rel=0.01)
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are():

@@ -314,7 +314,7 @@ def memory_reasons(planner: Planner):
     for way in ways[:ways.index(own)] if planner.best else [way for way in ways if way is not own]:
         least = human_bytes(min(map(planner.memory, planner.quick(way))))
         reasons.append(f"Passed over: {describe(way[0])} needs {least} at least.")
-    wanted = runtime.device == "cuda" and config.method != "lora" and config.optim is None
+    wanted = runtime.device == "cuda" and not (config.method == "lora" or config.load_in_4bit or config.optim)
     if wanted and not (planner.best and recipe.method == "full") and "bitsandbytes" not in runtime.versions:
         reasons.append("8-bit AdamW was not tried: bitsandbytes is not installed.")
     return reasons
