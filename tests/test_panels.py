@@ -424,7 +424,7 @@ def test_restart_and_run_all_three_times(quick, tmp_path, monkeypatch):
         training = colab_gpt2.FinetunePanel(quick, eval_steps=4).ready()
         panels = (training, colab_gpt2.GeneratePanel(training, seed=1),
                   colab_gpt2.DrivePanel(training, drive="mine"))
-        before = training.plan.value
+        before = training.outlook.value
         return panels, before, [panel.start() for panel in panels]
     (first, *_), _, (result, sides, saved) = run_all()
     for _ in range(2):
@@ -680,6 +680,17 @@ def test_outside_colab_there_is_a_link_and_nothing_to_mount(tmp_path, monkeypatc
     assert panel.link.html == "" and panel.view.value == panel.said == ""  # that was of another file
     assert panel.start() and panel.link.html == ""  # no front end looks there
     (tmp_path.parent/"elsewhere.tar.gz").unlink()
+
+
+def test_a_mount_that_has_gone_is_offered_anew(colab, tmp_path):
+    panel = tiny_panel(tmp_path, drive=str(colab.mountpoint))
+    panel.mount()
+    panel.values.set(folder="elsewhere")
+    with colab.faults(disconnected=True):
+        panel.loading.value = True
+        assert shown(panel) == ["save", "mount"] and panel.chosen == ""
+        assert panel.mount() is None and "mount has gone" in panel.said
+        assert panel.mount() and panel.error is None  # once more mounts it again
 
 
 def test_a_strangers_archive_stays_and_is_told_of(tmp_path, monkeypatch):

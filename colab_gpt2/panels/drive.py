@@ -6,7 +6,7 @@
 __all__ = ['DrivePanel']
 
 # %% ../../nbs/panels/80_drive.ipynb #495166c6
-import functools, os, warnings
+import contextlib, os, warnings
 from dataclasses import dataclass, fields, replace
 from html import escape
 from pathlib import Path
@@ -63,9 +63,9 @@ NO_FOLDER = "This is not Colab: name a folder that stands for the Drive."
 def missing_places(config, awaited=None) -> dict:
     "What is wrong with the model, unless it is `awaited`, and with the Drive: field -> message."
     found, drive = {}, config.drive
-    if config.model != awaited and not Path(config.model).is_dir():
+    if config.model != awaited and not os.path.isdir(config.model):
         found["model"] = f"There is no folder {config.model}."
-    if drive and Path(drive).is_file(): found["drive"] = f"{drive} is a file; name a folder to save in."
+    if drive and os.path.isfile(drive): found["drive"] = f"{drive} is a file; name a folder to save in."
     if not drive and not in_colab(): found["drive"] = NO_FOLDER
     return found
 
@@ -239,7 +239,8 @@ class DriveView(DriveWidgets):
     def list_kept(self):
         "The list, as far as nobody has to be asked."
         if not self.loading.value or self.looked: return
-        drive = drive_there(self.config.drive)
+        drive = None
+        with contextlib.suppress(OSError): drive = drive_there(self.config.drive)  # a mount that has gone
         if drive: self.work(lambda: self.look(drive), "Looking for saved models …", self.found)
 
     def found(self, drive):
