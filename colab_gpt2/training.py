@@ -334,7 +334,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     since = mirror.before_end(found.saved) if found else ""
     told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=since and " " + since)
     for sentence in filter(None, (told, mirror.told)): warnings.warn(sentence, stacklevel=3)
-    tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told)
+    tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told, folder=place)
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
     model, adapters, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
     tell(callbacks, "on_stage", SAVING)

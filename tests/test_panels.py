@@ -549,6 +549,21 @@ def test_the_samples_begin_with_ones_own_text(quick):
     assert panel.start() and writing.config.prompt == "The"
 
 
+def test_the_panels_after_a_run_use_the_folder_with_its_number(quick, tmp_path, monkeypatch):
+    "Nobody chose a folder, and that of the text's name has something else: stopped and finished, it is mine-2."
+    monkeypatch.chdir(tmp_path)
+    Path(quick.train_file).rename("mine.txt")
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine"/"notes.txt").touch()
+    panel = colab_gpt2.FinetunePanel(quick, train_file="mine.txt", output_dir=None, prompt=None, max_steps=4).ready()
+    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel, drive="drive").ready()
+    assert panel.start(callbacks=[At(2, panel.stop)]) is None and panel.folder == "mine-2"
+    assert writing.start().titles[1] == "After: mine-2 (step 3 of 4, not finished)"
+    assert writing.result.prompt == " = Article 0 = \n"
+    assert panel.start().output_dir == "mine-2" and writing.start().titles[1] == "After: mine-2"
+    assert keeping.config.model == "mine-2" and panel.config.output_dir is None
+
+
 def test_two_runs_write_side_by_side_and_each_text_keeps_how_it_was_made(tmp_path, monkeypatch):
     "Another temperature, another model: what is below says which text is whose, and stays in the notebook."
     import shutil

@@ -200,6 +200,12 @@ class Steering(Settings):
         self.aside.description = f"Train into {self.free_folder()}" if taken else ""
         for made in (self.aside, self.replacing): made.layout.display = "" if taken else "none"
 
+    @property
+    def folder(self) -> str:
+        "Where the run of these settings is: it may have been given a number, if nobody named a folder."
+        last = self.live and not self.config.output_dir and self.config.folder == self.asked
+        return (self.live.config if last else self.config).folder
+
     def free_folder(self): return str(free_name(Path(self.config.folder), lambda there: False))
 
     def offer_onward(self):
@@ -208,7 +214,7 @@ class Steering(Settings):
         def go_on(config):
             self.values.set(**{f.name: getattr(config, f.name) for f in fields(config)})
             self.start()
-        others = [run for run in unfinished() if run.name != Path(self.config.folder).name][:2]
+        others = [run for run in unfinished() if run.name != Path(self.folder).name][:2]
         made = [(button(f"Continue {run.name}", lambda run=run: go_on(run.config)),
                  widgets.HTML(f"<span class='cg-hint'>{escape(offered(run))}</span>")) for run in others]
         self.onward.children = [part for pair in made for part in pair]
@@ -258,9 +264,9 @@ class Trained(Steering):
 
     def look_for_model(self):
         "A finished model in the output folder is `earlier`, unless this panel's run began or left it."
-        if self.running or self.left == self.config.folder or self.saved and not self.earlier: return
+        if self.running or self.left == self.folder or self.saved and not self.earlier: return
         from colab_gpt2.training import read_finished
-        result = read_finished(self.config.folder)
+        result = read_finished(self.folder)
         found = result and result.config
         if found == self.saved: return
         self.saved, self.earlier = found, found is not None
@@ -268,7 +274,7 @@ class Trained(Steering):
 
     def offer_again(self, missing):
         "What a run of its own has left in its folder is not missing."
-        super().offer_again(missing and self.left != self.config.folder)
+        super().offer_again(missing and self.left != self.folder)
 
     def leave(self, saved):
         "The folder holds the model of the config `saved`, or none."
@@ -278,7 +284,7 @@ class Trained(Steering):
     def resume_next(self):
         "The next start resumes a run that was to overwrite, once it has left a checkpoint."
         from colab_gpt2.engine.checkpoints import find_checkpoints
-        if self.left == self.config.folder and find_checkpoints(self.left):
+        if self.left == self.folder and find_checkpoints(self.left):
             self.values.set(overwrite_output_dir=False)
 
 # %% ../../nbs/panels/78_finetune.ipynb #3f6ec547
@@ -299,7 +305,7 @@ class FinetunePanel(Trained):
     def begin(self):
         "Make room for a run; -> those who hear of it."
         from colab_gpt2.panels.live import Live, Probed
-        self.live, self.running, self.left = Live(self.config, self.show), True, None
+        self.live, self.running, self.left, self.asked = Live(self.config, self.show), True, None, self.config.folder
         self.show(progress="", chart="", samples="")
         self.enable(stop=True, save=True, sample=True)
         for fold in (self.advanced, self.find, self.fold): fold.value = False
@@ -347,7 +353,7 @@ class FinetunePanel(Trained):
     def interrupted(self, error):
         if isinstance(error, Interrupted) and error.advice:  # it can be resumed
             folder, onward = self.live.config.folder, "Press Continue to go on from there."
-            if folder != self.config.folder:
+            if folder != self.folder:
                 onward = Sentence("To resume from there, set {output_dir} to {folder} again.", folder=folder)
             error = Sentence("{saved} {onward}", saved=error.saved, onward=worded(onward, self.name_of))
         super().interrupted(error)

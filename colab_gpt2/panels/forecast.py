@@ -76,7 +76,7 @@ class Forecaster:
         self.measured = self.key(config), plan
 
     def key(self, config):
-        return replace(config, resume="auto", overwrite_output_dir=False, prompt=None), self.files(config)
+        return replace(config, resume="auto", output_dir=None, overwrite_output_dir=False, prompt=None), self.files(config)
 
     def files(self, config):
         "Size and time of each file of the text, maybe in folders or of a pattern: another may take its name."

@@ -241,12 +241,13 @@ class FromRun(AfterTraining):
         "The models, and what was not typed here, from `panel`."
         super().take(panel)
         config, live = panel.saved or panel.config, getattr(panel, "live", None)
+        model = self.awaited or config.folder
         self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
         self.writer.loaded.clear()  # the folder has other weights now, and a training needs the memory
         self.say("")
         run = vars(config)
-        if live and live.config.folder == config.folder: run = run | dict(prompt=live.config.prompt)  # it chose
-        self.adopt(run, model=config.folder, compare_with=config.model)
+        if live and live.config.folder == model: run = run | dict(prompt=live.config.prompt)  # it chose
+        self.adopt(run, model=model, compare_with=config.model)
 
     def adopt(self, run, **models):
         "What was not typed here, from a `run`, and the `models`."

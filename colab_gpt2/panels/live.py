@@ -178,7 +178,8 @@ def write_sample(run, model, tokenizer):
 # %% ../../nbs/panels/77_live.ipynb #65c821a5
 class Live(Steered, Listener):
     "A steered run that hears of itself."
-    def on_stage(self, stage, plan=None, stop=None, mirror=None, **facts):
+    def on_stage(self, stage, plan=None, stop=None, mirror=None, folder=None, **facts):
+        if folder: self.config = replace(self.config, output_dir=folder)  # it may have a number
         self.stage, self.what, self.share, self.plan = stage, "", 0., plan or self.plan
         self.stopper, self.mirror = stop or self.stopper, mirror or self.mirror
         if stop: stop.aloud = False  # the progress says it

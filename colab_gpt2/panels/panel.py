@@ -373,5 +373,5 @@ class AfterTraining(Stoppable):
 
     def take(self, panel):
         "`panel` has another model, or none yet."
-        self.awaited = None if panel.saved else panel.config.folder
+        self.awaited = None if panel.saved else panel.folder
         self.earlier = panel.saved.output_dir if panel.earlier else None
