@@ -196,31 +196,13 @@ def wrong_files(values) -> dict:
 
 # %% ../../nbs/panels/76_data.ipynb #87bd5a40
 class TextChoice(Stoppable):
-    "The choice of a known text, or of one's own with its uploads."
+    "The choice of a known text, or of one's own."
     def __init__(self, before=None, **values):
         super().__init__(take_values(before, values))
         self.mine, self.busy = {}, False  # the own files that were chosen last; whether the list is being changed
         self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="or use",
                                        style=dict(description_width="48px"), layout=wide(420)["layout"])
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
-        self.own = Form(self.values, FILES + READING)
-        texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
-        self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
-        self.uploads[0].add_class("cg-primary")
-        kinds = widgets.HTML("<span class='cg-hint' style='margin:0'>A text, a Word document or a table (.txt, .md, "
-                             ".docx, .csv, .jsonl, .parquet), of up to 10 MB</span>")
-        hint = widgets.HTML("<span class='cg-hint'>Add larger files next to the notebook (in Colab's Files panel) and "
-                            "type the name: a file, a folder, a pattern such as poems/*.txt, or "
-                            "hf://datasets/USER/NAME</span>")
-        self.files = widgets.VBox([row(self.uploads[1], hint), self.own.box])
-        self.more = folding("More", "Held-out text, paths, columns of tables", self.files)
-        for name in FILES: self.own.rows[name].widget.placeholder = "path"
-        self.top, self.beneath = (row(self.uploads[0], self.choice), kinds), (row(self.more), self.files)
-
-    def say(self, told, sign="", error=None, marked=None):
-        "One sentence of state, which is about the button `marked`, if that was refused something."
-        for made in self.uploads: (made.add_class if made is marked else made.remove_class)("cg-invalid")
-        super().say(told, sign, error)
 
     def chosen(self):
         return OWN if self.config.train_file or "train_file" in self.values.typed else self.config.dataset
@@ -238,8 +220,24 @@ class TextChoice(Stoppable):
         else: self.values.set(dataset=name, **dict.fromkeys(FILES))
 
 # %% ../../nbs/panels/76_data.ipynb #9b5622e4
-class TextFiles(TextChoice):
-    "What is shown of the choice, and what is done with an upload; a subclass has `start()`."
+class TextFields(TextChoice):
+    "The choice with the fields of own files; a subclass has `receive(name, value)` for uploads, and `allow(start)`."
+    def __init__(self, before=None, **values):
+        super().__init__(before, **values)
+        self.own = Form(self.values, FILES + READING)
+        texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
+        self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
+        self.uploads[0].add_class("cg-primary")
+        kinds = widgets.HTML("<span class='cg-hint' style='margin:0'>A text, a Word document or a table (.txt, .md, "
+                             ".docx, .csv, .jsonl, .parquet), of up to 10 MB</span>")
+        hint = widgets.HTML("<span class='cg-hint'>Add larger files next to the notebook (in Colab's Files panel) and "
+                            "type the name: a file, a folder, a pattern such as poems/*.txt, or "
+                            "hf://datasets/USER/NAME</span>")
+        self.files = widgets.VBox([row(self.uploads[1], hint), self.own.box])
+        self.more = folding("More", "Held-out text, paths, columns of tables", self.files)
+        for name in FILES: self.own.rows[name].widget.placeholder = "path"
+        self.top, self.beneath = (row(self.uploads[0], self.choice), kinds), (row(self.more), self.files)
+
     def refresh(self):
         super().refresh()
         wrong = wrong_files(self.values)
@@ -253,6 +251,14 @@ class TextFiles(TextChoice):
         self.choice.value, self.busy = self.chosen(), False
         if wrong: self.more.value = True
         self.allow(not self.running and not wrong)
+
+# %% ../../nbs/panels/76_data.ipynb #3f5c7656
+class TextFiles(TextFields):
+    "What is done with an upload; a subclass has `start()`."
+    def say(self, told, sign="", error=None, marked=None):
+        "One sentence of state, which is about the button `marked`, if that was refused something."
+        for made in self.uploads: (made.add_class if made is marked else made.remove_class)("cg-invalid")
+        super().say(told, sign, error)
 
     def receive(self, name, value):
         "Keep what was uploaded for the field `name`, choose it and load it; or say why not, and what is still chosen."
@@ -277,26 +283,13 @@ class TextFiles(TextChoice):
         self.say(f"{self.said} It was read as {encoding}: see if its letters are right.", "✓")
 
 # %% ../../nbs/panels/76_data.ipynb #a01c5d72
-class DataPanel(TextFiles):
-    "The text: `config` is a FinetuneConfig, shared with the panel `before`; `result` is a Preview."
-    title = "2. The text"
-    lead = "What the model will learn from. Part of it is held out, to evaluate on text that the model has not seen."
+class Looked(TextFiles):
+    "What is shown and said of a text goes with the settings that it was made from."
     shown, about = None, ()  # the Preview that `view` shows; the `source` that the state is about
-    asked = False  # for the column
 
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
         self.view, self.fetch = widgets.HTML(), button("Load text", self.start)
-        buttons = row(self.fetch, self.halt, self.again)
-        self.assemble(*self.top, buttons, self.status, self.far, self.view, *self.beneath)
-
-    def ready(self):
-        new = not self.is_ready
-        super().ready()
-        if new and not self.said: self.say(self.values.suggestion, "ℹ")
-        return self
-
-    def calls(self): return [("fetch", "fetch", differing(self.config, (*TEXT, "cache_dir")), "corpus")]
 
     def source(self):
         "The text, and what it is cut for."
@@ -306,6 +299,9 @@ class DataPanel(TextFiles):
     def say(self, *told, **more):
         self.about = self.source()
         super().say(*told, **more)
+
+    def allow(self, start):
+        self.fetch.disabled, self.fetch.layout.display = not start, "none" if self.running or self.shown else ""
 
     def show(self, preview):
         self.shown, self.view.value = preview, describe_preview(preview) if preview else ""
@@ -323,22 +319,46 @@ class DataPanel(TextFiles):
             self.show(None)
             self.say("")
 
+    def tell(self, preview):
+        "Say how long the text is, and what it is enough for."
+        said = describe_size(preview, named(self.config))
+        if "train" not in preview.corpus.bytes: said = f"{named(self.config)} has no part to train on."
+        self.say(said, "⚠" if "too little" in said or "no part" in said else "✓")
+        self.refresh()
+
+# %% ../../nbs/panels/76_data.ipynb #6d7c87d5
+class DataPanel(Looked):
+    "The text: `config` is a FinetuneConfig, shared with the panel `before`; `result` is a Preview."
+    title = "2. The text"
+    lead = "What the model will learn from. Part of it is held out, to evaluate on text that the model has not seen."
+    asked = ()  # the column that was refused, if one is asked for
+
+    def __init__(self, before=None, **values):
+        super().__init__(before, **values)
+        buttons = row(self.fetch, self.halt, self.again)
+        self.assemble(*self.top, buttons, self.status, self.far, self.view, *self.beneath)
+
+    def ready(self):
+        new = not self.is_ready
+        super().ready()
+        if new and not self.said: self.say(self.values.suggestion, "ℹ")
+        return self
+
+    def calls(self): return [("fetch", "fetch", differing(self.config, (*TEXT, "cache_dir")), "corpus")]
+
     def follow(self):
         "The column that was asked for is the only thing that was missing."
         super().follow()
-        if self.asked and self.config.dataset_text_field: self.start()
-
-    def allow(self, start):
-        self.fetch.disabled, self.fetch.layout.display = not start, "none" if self.running or self.shown else ""
+        if self.asked and self.config.dataset_text_field not in (None, *self.asked): self.start()
 
     def start(self):
         "-> the Preview, or None if the text cannot be used, or was stopped."
         self.ready()
         if self.fetch.disabled:
             return self.say(next(iter(self.values.problems.values()), "The text is being loaded."), "⚠")
-        self.asked, preview = False, self.work(self.fetch_and_look, "Loading the text …")
+        self.asked, preview = (), self.work(self.fetch_and_look, "Loading the text …")
         wrong = {*fields_of(self.error)} if self.error else set()
-        self.asked = "dataset_text_field" in wrong
+        if "dataset_text_field" in wrong: self.asked = self.config.dataset_text_field,
         if preview: self.tell(preview)
         if wrong & {*FILES, *READING}: self.more.value = True
         return preview
@@ -349,10 +369,3 @@ class DataPanel(TextFiles):
         self.show(preview)
         self.keep(self.view.value)
         return self.finish(preview)
-
-    def tell(self, preview):
-        "Say how long the text is, and what it is enough for."
-        said = describe_size(preview, named(self.config))
-        if "train" not in preview.corpus.bytes: said = f"{named(self.config)} has no part to train on."
-        self.say(said, "⚠" if "too little" in said or "no part" in said else "✓")
-        self.refresh()
