@@ -19,7 +19,7 @@ from .engine.checkpoints import find_checkpoints, list_files
 from .errors import Sentence
 from .evaluation import evaluation_mode
 from .model.fitting import add_rows, check_match, keep_names, save_tokenizer, set_ids
-from .model.loading import load_config, load_model, load_tokenizer, model_context
+from .model.loading import load_config, load_model, load_tokenizer, locate, model_context
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, pick_run_precision
 from .reporting import silent
@@ -211,6 +211,7 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     release_memory()
     runtime = pick_run_precision(config, runtime or check_runtime(config.folder))
     if train: check_packages(config, runtime)
+    for name in filter(None, (config.model, config.tokenizer)): locate(name)  # a wrong one, before a download
     report("Fetching the text", 0, 1)
     same = {name: getattr(config, name) for name in (*TEXT[1:], "cache_dir")}
     corpus = load_corpus(config.dataset, **same, progress=report)

@@ -176,6 +176,7 @@ ASKED = spoken("Is it?", "It is.")
 BAD = [
     (dict(messages=ASKED[:1]), "it has no answer", None),
     (dict(messages=[]), "it has no answer", None),
+    (dict(messages=[dict(role="gpt", content="It is.")]), "no role is 'assistant', the last is 'gpt'", None),
     (dict(prompt=ASKED[:1], completion=[]), "it has no answer", None),
     (dict(messages=spoken("Is it?", " \n")), "an answer is empty", None),
     (dict(prompt="Is it?", completion=""), "an answer is empty", None),

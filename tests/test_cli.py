@@ -326,8 +326,9 @@ def test_before_the_first_run_the_models_here_are_told(cli):
     refused(cli("generate"), 1, "There is no folder gpt2-tuned. This folder has novel, poems.")
 
 
-@pytest.mark.parametrize("ask", [["plan", "--model", "gpt3"], ["generate", "--model", "gpt3"]], ids=lambda x: x[0])
-def test_an_unknown_model_is_no_wrong_usage_of_any_command(cli, ask): refused(cli(*ask), 1, "Did you mean 'gpt2'?")
+@pytest.mark.parametrize("ask", ["plan", "generate", "finetune --train-file nowhere.txt"])
+def test_an_unknown_model_is_told_first_and_is_no_wrong_usage(cli, ask):
+    refused(cli(*ask.split(), "--model", "gpt3"), 1, "Did you mean 'gpt2'?")
 
 
 def test_a_note_is_written_once(cli):

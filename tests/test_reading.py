@@ -143,6 +143,11 @@ def test_a_column_that_is_not_clear_is_asked_for(read, field, said):
     with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")) as e:
         read("a.jsonl", FILMS, field)
     assert fields_of(e.value) == ("dataset_text_field",)
+
+
+def test_questions_and_answers_under_other_names_are_told_what_to_call_them(read):
+    with pytest.raises(ValueError, match="name the columns of a question and its answer prompt and completion.$"):
+        read("a.jsonl", lines([dict(instruction="Tell of tides.", input="", output="It ebbs and flows.")]))
     assert read("a.jsonl", FILMS, "review") == ["It ebbs and flows."]
 
 

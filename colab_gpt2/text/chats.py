@@ -82,8 +82,10 @@ def parts_of(row) -> tuple:
     if not isinstance(completion, list) or names[0] and not isinstance(prompt, list):
         raise ValueError("it has no messages, and no prompt with a completion, both texts or both messages")
     prompt, completion = prompt and [*map(message_of, prompt)], [*map(message_of, completion)]
-    if not any(m["role"] == "assistant" for m in completion): raise ValueError("it has no answer")
-    return prompt, completion
+    roles = dict.fromkeys(m["role"] for m in completion)
+    if "assistant" in roles: return prompt, completion
+    known = roles.keys() <= {"system", "developer", "user", "tool"}
+    raise ValueError("it has no answer" if known else f"no role is 'assistant', the last is {[*roles][-1][:20]!r}")
 
 # %% ../../nbs/text/14_chats.ipynb #14c00010
 def common(one, other) -> int:

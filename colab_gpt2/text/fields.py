@@ -63,6 +63,8 @@ def pick_field(rows, wanted, called) -> str:
     told = "{called} has no column with text; it has {there}."
     if "conversations" in kinds: told += " Give 'messages' with role and content to learn conversations."
     if texts: told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
+    if texts and {"output", "answer", "response", "chosen"} & columns.keys():
+        told += " To learn answers, name the columns of a question and its answer prompt and completion."
     elif wanted in kinds: told = "{dataset_text_field} is {wanted!r}, which holds {kind} in {called}; it has {there}."
     elif wanted: told = "{dataset_text_field} is {wanted!r}, which {called} has not; it has {there}.{near}"
     raise ValueError(Sentence(told, called=called, wanted=wanted, kind=kinds.get(wanted), n=len(texts),
