@@ -544,7 +544,8 @@ def test_a_table_called_txt_is_noted(load, tmp_path, sign):
 @pytest.mark.parametrize("lines", [
     "The tide came in, and went out.\n" * 90, "It ebbs,\n" * 200, "\tindented\n" * 200, "It ebbs.\n\n" * 200,
     "“No,” she said,\n" * 90, "11,000 men; 12,000 women\nand so on\n" * 90,
-    "".join(f"<|startoftext|>It ebbs {n}.<|endoftext|>\n" for n in range(99)), "<|user|>Is it?<|assistant|>Yes.\n" * 90])
+    "".join(f"<|startoftext|>It ebbs {n}.<|endoftext|>\n" for n in range(99)),
+    "<|user|>Does it ebb?<|assistant|>It flows.\n" * 90])
 def test_verse_and_prose_are_no_table(load, tmp_path, recwarn, lines):
     (tmp_path/"a.txt").write_text(lines)
     load(tmp_path/"a.txt")
