@@ -20,8 +20,8 @@ def word(text):
 
 
 def test_one_click_loads_a_text_and_a_key_chooses_a_model(opened, tmp_path):
-    cells = [v4.new_code_cell(cell) for cell in CELLS]
-    notebook = opened(v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="Python"))))
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python"))
+    notebook = opened(v4.new_notebook(cells=[v4.new_code_cell(cell) for cell in CELLS], metadata=kernel))
     notebook.run_all()
     notebook.wait_until_run(120)
     text, training = map(notebook.panel, ("2. The text", "3. Fine-tune"))
