@@ -177,12 +177,13 @@ def our_trainer(options, config, tokenizer, blocks, adapt=lambda runtime: runtim
     epochs of the text, as by default, and stopped after `options.steps`. `train()` returns the Plan as the probe
     corrected it. `adapt` may change the Runtime, `changes` the FinetuneConfig."""
     from dataclasses import replace
+    from colab_gpt2.beginning import plan_training
     from colab_gpt2.config import FinetuneConfig
     from colab_gpt2.engine.trainer import make_trainer
     from colab_gpt2.model.loading import load_model
     from colab_gpt2.planning.plan import pick_run_precision
     from colab_gpt2.runtime import check_runtime
-    from colab_gpt2.training import plan_training, train_model
+    from colab_gpt2.training import train_model
     whole = FinetuneConfig(effective_batch_size=options.batch, block_size=options.block_size, seed=options.seed,
                            save_steps=-1, output_dir="output", **changes)
     ours, runtime = replace(whole, max_steps=options.steps), adapt(pick_run_precision(whole, check_runtime()))
