@@ -50,8 +50,8 @@ class DataFields(Record):
         "error", "what a broken row of a table, or a line that is not UTF-8, does; skip: it is left out and counted",
         choices=("error", "skip"), label="Bad lines")
     output_dir: str | None = value(
-        None, "where the model and its checkpoints go (default: gpt2-tuned, or the name of your own text; with a number "
-        "where another run is)", label="Output folder", path=True)
+        None, "where the model and its checkpoints go (default: gpt2-tuned, or the name of your own text; with a "
+        "number where another run is)", label="Output folder", path=True)
 
 # %% ../nbs/04_config.ipynb #3ddc96a0
 LENGTHENED = "warmup_stable_decay"  # its rate falls at the end only
@@ -154,6 +154,15 @@ class EvaluationFields(MethodFields):
         1.0, "of the samples: keep the smallest set of tokens with this probability", label="Top p", above=0, maximum=1)
     repetition_penalty: float = value(1.0, "of the samples: above 1, tokens of the text become less likely", above=0)
 
+# %% ../nbs/04_config.ipynb #04b00031
+def folder_named(text) -> str:
+    "The folder of a run on `text`, a file, a folder, a pattern, a link, or a name on the Hub."
+    if re.fullmatch(r"wikitext-\S+|python-docs", str(text)): return "gpt2-tuned"
+    parts = re.split(r"[/\\]+", re.sub(r"(?<=://)([^?#]*).*", r"\1", str(text)))
+    parts = [part for part in parts if not re.search(r"[*?\[]", part) and part.strip(" .~")]
+    name = re.sub(r"(\.\w{1,5})?(\.(gz|bz2|xz))?$", "", parts[-1] if parts else "").strip(" .~-")[:60] or "gpt2"
+    return f"{name}-tuned" if re.fullmatch(r"tiny|(distil)?gpt2.*|checkpoint-\d+", name) else name
+
 # %% ../nbs/04_config.ipynb #3ddc969c
 @dataclass(frozen=True)
 class FinetuneConfig(EvaluationFields):
@@ -196,15 +205,6 @@ class FinetuneConfig(EvaluationFields):
         name = folder_named(self.train_file or self.dataset)
         found = re.fullmatch(f"((?:.*[/\\\\])?{re.escape(name)})-\\d+", self.folder)
         return found[1] if found else self.folder
-
-# %% ../nbs/04_config.ipynb #04b00031
-def folder_named(text) -> str:
-    "The folder of a run on `text`, a file, a folder, a pattern, a link, or a name on the Hub."
-    if re.fullmatch(r"wikitext-\S+|python-docs", str(text)): return "gpt2-tuned"
-    parts = re.split(r"[/\\]+", re.sub(r"(?<=://)([^?#]*).*", r"\1", str(text)))
-    parts = [part for part in parts if not re.search(r"[*?\[]", part) and part.strip(" .~")]
-    name = re.sub(r"(\.\w{1,5})?(\.(gz|bz2|xz))?$", "", parts[-1] if parts else "").strip(" .~-")[:60] or "gpt2"
-    return f"{name}-tuned" if re.fullmatch(r"tiny|(distil)?gpt2.*|checkpoint-\d+", name) else name
 
 # %% ../nbs/04_config.ipynb #cbab7b6c
 def check_value(f, given):
