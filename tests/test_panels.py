@@ -310,7 +310,7 @@ def test_the_interrupt_button_is_stop_and_save(quick, capfd):
     panel = colab_gpt2.FinetunePanel(quick).ready()
     assert panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))]) is None
     saved = Path(quick.output_dir)/"checkpoint-5"
-    assert panel.said == f"Stopped at step 5 of 12; saved in {saved}. Start resumes from there."
+    assert panel.said == f"Stopped at step 5 of 12; saved in {saved}. Press Continue to go on from there."
     assert "<b>Stopped</b>" in panel.progress.value
     assert panel.error is None and (Path(quick.output_dir)/"checkpoint-5").is_dir()
     assert panel.start().resumed_from.endswith("checkpoint-5") and "<b>Done</b>" in panel.progress.value
@@ -472,7 +472,7 @@ def test_a_run_out_of_time_says_how_it_resumes(quick):
     "A session that is too short for the run: the next Start, or Run all, does the rest."
     panel = colab_gpt2.FinetunePanel(quick, max_minutes=1e-3).ready()
     assert panel.start() is None and panel.error is None
-    assert re.match(r"Stopped at step \d+ of 12.*; saved in .* Start resumes from there\.$", panel.said)
+    assert re.match(r"Stopped at step \d+ of 12.*; saved in .* Press Continue to go on from there\.$", panel.said)
     assert re.search(r"resumes at step \d+ of 12", panel.outlook.value) and not panel.buttons["start"].disabled
 
 
@@ -771,7 +771,7 @@ def test_the_interrupt_button_stops_and_saves_a_run_in_a_subshell(quick):
         manager.interrupt_kernel()
         listen(client, idle(running), timeout=120)
         said = run(client, "print(panel.said)")
-        assert re.match(r"Stopped at step \d+ of 4000; saved in .* Start resumes from there", said)
+        assert re.match(r"Stopped at step \d+ of 4000; saved in .* Press Continue", said)
         assert list(Path(quick.output_dir).glob("checkpoint-*"))
     finally:
         client.stop_channels()
