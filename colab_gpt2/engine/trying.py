@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import Record
-from .checkpoints import BEST, find_checkpoints, read_manifest
+from .checkpoints import BEST, RESULT, find_checkpoints, read_manifest, unsealed
 from .choosing import best_of, put_weights
 from ..errors import Sentence
 from ..model.fitting import add_rows, set_ids
 from ..model.loading import load_model, load_tokenizer, locate
 from ..model.lora import quiet_peft
-from ..resuming import differences, read_result
 
 # %% ../../nbs/engine/46_trying.ipynb #46a00006
 @dataclass(frozen=True)
@@ -36,14 +35,21 @@ class Unfinished(Record):
     def told(self): return Sentence("{place}: {what}.", place=self.checkpoint.parent, what=self)
 
 # %% ../../nbs/engine/46_trying.ipynb #46a00008
+def finished_as(folder) -> dict:
+    "What identifies the run whose model is in `folder`; {} where there is none, or nothing says it."
+    if not (folder/"config.json").exists(): return {}
+    try: return unsealed((folder/RESULT).read_bytes(), RESULT).get("fingerprint", {})
+    except (OSError, ValueError): return {}
+
 def find_unfinished(model) -> Unfinished | None:
     "What there is to try if `model` is the folder of a run that has left checkpoints, and no model, or an older run's."
     try: folder = locate(model)
     except (ValueError, OSError): return None
     if not isinstance(folder, Path) or not (found := find_checkpoints(folder)): return None
     path, manifest = found[-1], read_manifest(found[-1])
-    finished = (folder/"config.json").exists() and read_result(folder).get("fingerprint")
-    if finished and not differences(finished, manifest["run"]): return None
+    now, then = manifest["run"], finished_as(folder)
+    both = (name for name in now if name != "model" and None not in (now[name], then.get(name)))
+    if then and all(now[name] == then[name] for name in both): return None
     step, best = manifest["step"], (path/BEST).exists()
     if best:
         state = json.loads((path/"trainer_state.json").read_text(encoding="utf-8"))

@@ -245,9 +245,8 @@ class FromRun(AfterTraining):
         self.cache_dir, self.tokenizers = config.cache_dir, {config.model: config.tokenizer} if config.tokenizer else {}
         self.writer.loaded.clear()  # the folder has other weights now, and a training needs the memory
         self.say("")
-        run = vars(config)
-        if live and live.config.folder == model: run = run | dict(prompt=live.config.prompt)  # it chose
-        self.adopt(run, model=model, compare_with=config.model)
+        chose = dict(prompt=live.config.prompt) if live and live.config.folder == model else {}
+        self.adopt(vars(config) | chose, model=model, compare_with=config.model)
 
     def adopt(self, run, **models):
         "What was not typed here, from a `run`, and the `models`."
@@ -309,15 +308,14 @@ class WritingForm(Sources):
 
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
-        names = [f.name for f in fields(GenerateConfig) if f.name not in self.first]
+        names = dict.fromkeys([*self.first, *(f.name for f in fields(GenerateConfig))])
         shown = self.first[:1] if before else self.first
-        self.form = Form(self.values, shown)
-        self.more = Form(self.values, [name for name in (*self.first, *names) if name not in shown])
+        self.form, self.more = Form(self.values, shown), Form(self.values, [n for n in names if n not in shown])
         self.buttons = dict(start=button(self.verb, self.start, primary=True), stop=self.halt, **self.others())
         self.fold = folding("More settings", "Model, length, sampling and seed", self.more.box)
         self.choice, self.view, self.older = (widgets.HTML() for _ in range(3))
-        self.assemble(self.form.box, self.choice, row(*self.buttons.values(), self.again, self.fold), self.status,
-                      self.more.box, self.view, self.older)
+        buttons = row(*self.buttons.values(), self.again, self.fold)
+        self.assemble(self.form.box, self.choice, buttons, self.status, self.more.box, self.view, self.older)
 
     def others(self) -> dict:
         same = "The same seed again: with the same settings, the same text"
@@ -338,8 +336,8 @@ class WritingForm(Sources):
         self.show_buttons(bool(wrong))
 
     def show_buttons(self, wrong):
-        again = not (self.running or wrong) and bool(self.writer.texts)
-        shown = dict(start=not self.running, stop=self.running, repeat=again)
+        idle = not self.running
+        shown = dict(start=idle, stop=not idle, repeat=idle and not wrong and bool(self.writer.texts))
         for name, made in self.buttons.items(): made.layout.display = "" if shown.get(name, True) else "none"
         self.buttons["start"].disabled = wrong
 
