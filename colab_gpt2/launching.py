@@ -140,8 +140,7 @@ class Started:
         self.ask("go")
 
     def close(self):
-        for process in self.all: process.kill()
-        for process in self.all: process.wait(), process.stdin.close()
+        for process in self.all: process.kill(), process.wait(), process.stdin.close()
 
 # %% ../nbs/63_launching.ipynb #a189fe6b
 class Copies:

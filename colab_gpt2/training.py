@@ -366,11 +366,9 @@ def finetune(
     started, config = time.monotonic(), changed(config, **changes)
     if config.num_processes > 1 and expected() == 1: return launch(config, callbacks, progress)
     config = check_run(config)
-    stop, limits = StopOnInterrupt(config.folder), []
-    if first(): limits = limits_of(config, stop, started)
-    callbacks = [stop, *limits, *callbacks]
-    with (stop.listening(), reporting(first() and progress) as shown, contextlib.ExitStack() as opened):
-        opened.enter_context(others_silent())
+    stop = StopOnInterrupt(config.folder)
+    callbacks = [stop, *(limits_of(config, stop, started) if first() else ()), *callbacks]
+    with stop.listening(), others_silent(), reporting(first() and progress) as shown, contextlib.ExitStack() as opened:
         report = all_told(shown, callbacks)
         if config.output_dir: by_first(lambda: claim(config, opened, report))
         tell(callbacks, "on_stage", LOADING, stop=stop)

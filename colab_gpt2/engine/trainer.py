@@ -86,7 +86,7 @@ class MicroBatchTrainer(Trainer):
         model.zero_grad(set_to_none=True)
         gc.collect()  # the traceback holds the failed step's tensors
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        warnings.warn(f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}.", stacklevel=2)
+        warnings.warn(f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}.", None, 2)
 
 # %% ../../nbs/engine/42_trainer.ipynb #d5d93e74
 class SharedSteps(MicroBatchTrainer):
@@ -196,10 +196,9 @@ class BlockTrainer(SettingsOfNow):
                 if self.processing_class: save_tokenizer(self.processing_class, folder)
                 if self.chooser: self.chooser.put_into(folder, self.state.global_step)
             finally: self.aside = None
-            how = dict(micro_batch=self.micro_batch, precision=self.recipe and self.recipe.precision,
-                       processes=RANKS.all)
+            how = dict(micro_batch=self.micro_batch, precision=self.recipe and self.recipe.precision)
             facts = self.identity, self.state.global_step, self.state.max_steps, self.rate_factor, self.config
-            write_manifest(folder, *facts, **how)
+            write_manifest(folder, *facts, processes=RANKS.all, **how)
 
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b5
 REFUSED_ARGS = dict(
