@@ -76,7 +76,8 @@ class Forecaster:
         self.measured = self.key(config), plan
 
     def key(self, config):
-        return replace(config, resume="auto", output_dir=None, overwrite_output_dir=False, prompt=None), self.files(config)
+        free = dict(resume="auto", output_dir=None, overwrite_output_dir=False, prompt=None)
+        return replace(config, **free), self.files(config)
 
     def files(self, config):
         "Size and time of each file of the text, maybe in folders or of a pattern: another may take its name."
