@@ -383,7 +383,7 @@ def test_after_out_of_memory_the_way_to_other_settings_is_said(quick):
     def fail(): raise MemoryError(Sentence("Out of memory at a micro-batch of 1; set a smaller {block_size}."))
     panel = colab_gpt2.FinetunePanel(quick, save_steps=3).ready()
     assert panel.start(callbacks=[At(4, fail)]) is None and "“Block size”" in panel.said
-    rows = panel.form.rows
+    rows = panel.more.rows
     rows["block_size"].widget.value = "32"
     assert panel.buttons["start"].disabled and "“Block size” was 64, now it is 32" in panel.outlook.value
     assert "“Overwrite”" in panel.outlook.value
