@@ -241,8 +241,10 @@ def versions(packages=PACKAGES) -> dict:
     return found
 
 # %% ../nbs/03_runtime.ipynb #95377680
-def advise(colab: str, device: str, trouble="") -> str:
-    "What to do where there is no GPU, with what torch said of one that failed; `''` where there is one."
+def advise(colab: str, device: str, trouble="", gpus=1) -> str:
+    "What to do where there is no GPU, with what torch said of one that failed, or several; `''` where there is one."
+    told = "There are %d GPUs, and a run uses one: set {num_processes=%d} to use all."
+    if gpus > 1: return Sentence(told % (gpus, gpus))
     if device != "cpu": return ""
     said = f" torch said: {trouble}." if trouble else ""
     menu = "Kaggle's menu choose Settings → Accelerator → GPU T4 x2" if on_kaggle() else ""
@@ -294,10 +296,11 @@ def check_runtime(
 ) -> Runtime:
     "Look at the machine, and say what to do where there is no GPU. A GPU that fails is no error."
     device, trouble = find_device()
+    gpus = sys.modules["torch"].cuda.device_count() if device == "cuda" else 1
     name, gpu_memory, capability = describe_device(device)
     (ram, ram_free), (size, free), colab = memory(), disk(path), in_colab()
     return Runtime(
         colab=colab, device=device, device_name=name, device_memory=gpu_memory, compute_capability=capability,
         precision=pick_precision(device, capability), cores=core_count(), ram=ram, ram_free=ram_free, disk=size,
-        disk_free=free, versions=versions(), advice=advise(colab, device, trouble),
+        disk_free=free, versions=versions(), advice=advise(colab, device, trouble, gpus),
         device_free=gpu_free() if device == "cuda" else None)

@@ -158,7 +158,7 @@ class Course(Listener):
 
     def __init__(self, config, work, measure, text, listeners=()):
         self.config, self.work, self.measure, self.text = config, work, measure, text
-        self.listeners, self.weights, self.curve = listeners, BestWeights(config.output_dir), []  # [step, perplexity]
+        self.listeners, self.weights, self.curve = listeners, BestWeights(config.folder), []  # [step, perplexity]
 
     def begin(self, steps, checkpoint=None) -> Schedule:
         "Before a training of so many `steps` in all, which may resume from a `checkpoint`."
