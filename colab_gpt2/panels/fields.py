@@ -41,8 +41,8 @@ def find_problems(config, given) -> dict:
     return problems
 
 # %% ../../nbs/panels/73_fields.ipynb #b1564f6b
-class Values:
-    "A frozen config that can be changed, and what was typed that it refuses."
+class Changing:
+    "A frozen config that can be changed; fields that were chosen for the value of another go with that."
     def __init__(self, config, suggestion="", goes_with=None, begin=None, exists=lambda value: True):
         self.config, self.began, self.name_of = config, config, labels_of(config)
         self.suggestion = suggestion  # why it begins like this
@@ -50,8 +50,7 @@ class Values:
         self.exists = exists  # whether what is typed into such a field leads anywhere
         self.away = set()  # fields of `goes_with` that have left their first value
         self.begin = begin  # finds out all three, if that takes time
-        self.typed, self.problems, self.refused, self.listeners = {}, {}, set(), []
-        self.doubts = {}  # field -> message: what a plan says against good values
+        self.listeners = []
 
     def settle(self):
         "Begin with what `begin` finds out, which is done once, before anything else is set."
@@ -60,12 +59,6 @@ class Values:
         self.config, self.suggestion, self.goes_with = begin()
         self.began = self.config
         self.tell()
-
-    def set(self, **changes):
-        "Change fields; ValueError or TypeError if the config refuses."
-        self.settle()
-        self.change(changes)
-        self.offer(changes)
 
     def after(self, **changes):
         """The config with `changes`. What was chosen for a field's first value goes with it to its default, and comes
@@ -84,6 +77,23 @@ class Values:
                 if (changes[name] == getattr(self.began, name)) == (name in self.away) and self.exists(changes[name])}
 
     def change(self, changes): self.config, self.away = self.after(**changes), self.away ^ self.turning(changes)
+
+    def tell(self):
+        for listener in self.listeners: listener()
+
+# %% ../../nbs/panels/73_fields.ipynb #1e3084c0
+class Values(Changing):
+    "A config that can be changed, and what was typed that it refuses."
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        self.typed, self.problems, self.refused = {}, {}, set()
+        self.doubts = {}  # field -> message: what a plan says against good values
+
+    def set(self, **changes):
+        "Change fields; ValueError or TypeError if the config refuses."
+        self.settle()
+        self.change(changes)
+        self.offer(changes)
 
     def offer(self, values):
         "What fits of `values`, and of what didn't fit before, reaches the config; the rest is marked."
@@ -109,9 +119,6 @@ class Values:
     def wrong(self, name):
         "What is wrong with the field `name`, in labels, or ''."
         return worded(self.problems.get(name) or self.doubts.get(name, ""), self.name_of)
-
-    def tell(self):
-        for listener in self.listeners: listener()
 
 # %% ../../nbs/panels/73_fields.ipynb #bfdaa5ad
 def kinds(f) -> tuple:

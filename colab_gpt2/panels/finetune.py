@@ -78,7 +78,7 @@ GROUPS = {
                      "from_scratch tokenizer on_divergence",
     "When it stops": "early_stopping_patience eval_steps load_best_model_at_end eval_split eval_stride max_minutes",
     "Speed and memory": "per_device_train_batch_size gradient_accumulation_steps precision load_in_4bit optim "
-                        "gradient_checkpointing torch_compile tune keep_attention_dropout",
+                        "gradient_checkpointing torch_compile tune keep_attention_dropout num_processes",
     "Samples": "max_new_tokens temperature top_k top_p repetition_penalty",
     "Saving and resuming": "resume overwrite_output_dir save_minutes save_steps logging_steps mirror"}
 ELSEWHERE = (*TEXT, "cache_dir", "save_total_limit", "trainer_args")
@@ -103,8 +103,8 @@ def describe_text(values, origin="") -> str:
     return f"{said}<p class='cg-note'>ℹ {escape(values.suggestion)}</p>"
 
 # %% ../../nbs/panels/78_finetune.ipynb #bfc7e970
-class Settings(Panel):
-    "The settings of a run and its forecast, made again whenever one of them changes."
+class Planned(Panel):
+    "The fields of a run, and its plan."
     def __init__(self, before=None, **values):
         super().__init__(take_values(before, values))
         self.running, self.forecaster, self.planned = False, None, None  # `planned`: the Plan
@@ -129,6 +129,14 @@ class Settings(Panel):
         except Exception as e: return plan, e
         return plan, None
 
+    def recount(self, fetched=None):
+        "A text was fetched: what was estimated can be counted."
+        if self.forecaster: self.forecaster.known.clear()
+        self.follow()
+
+# %% ../../nbs/panels/78_finetune.ipynb #5faab032
+class Settings(Planned):
+    "The settings of a run and its forecast, made again whenever one of them changes."
     def refresh(self):
         "The text, the forecast, and what a run would do: the engine says it."
         super().refresh()
@@ -151,49 +159,18 @@ class Settings(Panel):
         if self.refused: said += f"<div class='cg-error' role='alert'>⚠ {escape(self.refused)}</div>"
         self.outlook.value = said
 
-    def recount(self, fetched=None):
-        "A text was fetched: what was estimated can be counted."
-        if self.forecaster: self.forecaster.known.clear()
-        self.follow()
-
     def allow(self, start, taken=False): pass  # a subclass has the buttons; `taken`: another run is in the folder
 
 # %% ../../nbs/panels/78_finetune.ipynb #c8a1f95b
-class Steering(Settings):
-    "The buttons of a run, and what is shown of it; `live` is the current run, or the last."
+class Offers(Settings):
+    "What else can be done than to train: a run that was stopped is continued, a folder that is taken left or replaced."
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
-        self.live = None
-        self.summary, self.progress, self.chart, self.samples = (widgets.HTML() for _ in range(4))
-        self.buttons = dict(
-            start=button("Train", self.start, primary=True),
-            stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
-            save=button("Save now", lambda: self.wish("save"), tooltip="Save a checkpoint and continue"),
-            sample=button("Sample now", lambda: self.wish("sample"), tooltip="Generate a text and continue"))
         self.aside = button("", self.step_aside, tooltip="Keep what is there, and train into another folder")
         self.replacing = button("Replace it", lambda: self.values.set(overwrite_output_dir=True),
                                 tooltip="Begin again, and overwrite what is there")
         self.onward = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
-        self.finder = RatePanel(self)
-        self.finder.box.remove_class("cg-panel")  # one frame for both
-        self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
-        self.find.observe(lambda _: self.finder.ready(), "value")
-        self.settings = widgets.VBox([self.text, self.cards.box, self.form.box, row(self.advanced, self.find),
-                                      self.more.box, self.finder.box, self.plan])
-        self.fold = folding("Settings", "Show or hide the settings", self.settings)
-        self.fold.value = True
-        self.assemble(self.onward, row(self.fold, self.summary), self.settings, self.outlook,
-                      row(*self.buttons.values(), self.aside, self.replacing, self.again), self.status,
-                      self.progress, self.chart, self.samples)
-        self.enable()
         self.offer_aside(False)
-        self.arrange()
-
-    def allow(self, start, taken=False):
-        self.enable(start=start)
-        self.buttons["start"].description = self.verb
-        self.offer_aside(taken)
-        self.offer_onward()
 
     def offer_aside(self, taken):
         "Two ways out where another run is in the folder."
@@ -208,6 +185,8 @@ class Steering(Settings):
 
     def free_folder(self): return str(free_name(Path(self.config.folder), lambda there: False))
 
+    def step_aside(self): self.values.set(output_dir=self.free_folder(), resume="auto")
+
     def offer_onward(self):
         "A button for each of the newest runs that were stopped, unless it is this one."
         from colab_gpt2.your_runs import offered, unfinished
@@ -219,7 +198,31 @@ class Steering(Settings):
                  widgets.HTML(f"<span class='cg-hint'>{escape(offered(run))}</span>")) for run in others]
         self.onward.children = [part for pair in made for part in pair]
 
-    def step_aside(self): self.values.set(output_dir=self.free_folder(), resume="auto")
+# %% ../../nbs/panels/78_finetune.ipynb #dc4eea00
+class Controls(Offers):
+    "The buttons of a run, and where it is shown."
+    def __init__(self, before=None, **values):
+        super().__init__(before, **values)
+        self.live = None
+        self.summary, self.progress, self.chart, self.samples = (widgets.HTML() for _ in range(4))
+        self.buttons = dict(
+            start=button("Train", self.start, primary=True),
+            stop=button("Stop", self.stop, tooltip="Stop after this step and save a checkpoint"),
+            save=button("Save now", lambda: self.wish("save"), tooltip="Save a checkpoint and continue"),
+            sample=button("Sample now", lambda: self.wish("sample"), tooltip="Generate a text and continue"))
+        self.finder = RatePanel(self)
+        self.finder.box.remove_class("cg-panel")  # one frame for both
+        self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
+        self.find.observe(lambda _: self.finder.ready(), "value")
+        self.settings = widgets.VBox([self.text, self.cards.box, self.form.box, row(self.advanced, self.find),
+                                      self.more.box, self.finder.box, self.plan])
+        self.fold = folding("Settings", "Show or hide the settings", self.settings)
+        self.fold.value = True
+        self.assemble(self.onward, row(self.fold, self.summary), self.settings, self.outlook,
+                      row(*self.buttons.values(), self.aside, self.replacing, self.again), self.status,
+                      self.progress, self.chart, self.samples)
+        self.enable()
+        self.arrange()
 
     def enable(self, **able):
         "The buttons named can be pressed; those that have no use now are not there."
@@ -233,6 +236,15 @@ class Steering(Settings):
         for part in (self.outlook, self.code, self.onward): part.layout.display = "none" if self.running else ""
         self.summary.value = describe_summary(self.live.config, self.planned) if self.live else ""
         (self.box.add_class if self.running else self.box.remove_class)("cg-running")
+
+# %% ../../nbs/panels/78_finetune.ipynb #9229fc50
+class Steering(Controls):
+    "A run that the buttons steer; `live` is the current run, or the last."
+    def allow(self, start, taken=False):
+        self.enable(start=start)
+        self.buttons["start"].description = self.verb
+        self.offer_aside(taken)
+        self.offer_onward()
 
     def show(self, **parts):
         "HTML for the regions; only what is new is sent."
@@ -287,21 +299,9 @@ class Trained(Steering):
         if self.left == self.folder and find_checkpoints(self.left):
             self.values.set(overwrite_output_dir=False)
 
-# %% ../../nbs/panels/78_finetune.ipynb #3f6ec547
-class FinetunePanel(Trained):
-    "The training: `config` is a FinetuneConfig, shared with the panel `before`; `result` is a run's FinetuneResult."
-    draws = True
-    title = "3. Fine-tune"
-    lead = "The model learns from your text. You can watch, stop it, and continue later."
-
-    def start(self, callbacks=()):
-        "-> the FinetuneResult, or None if it was refused, stopped or failed."
-        self.refresh()  # what refused it may have gone
-        doing = "Training. You can use the buttons, or the cell's ■ button, while it runs."
-        if not self.buttons["start"].disabled: return self.work(lambda: self.run(callbacks), doing, self.describe)
-        why = next(iter(self.values.problems.values()), self.refused)
-        self.say(f"Not started: {worded(why, self.name_of)}", "⚠")
-
+# %% ../../nbs/panels/78_finetune.ipynb #8b99b086
+class Running(Trained):
+    "A run from its beginning to its end."
     def begin(self):
         "Make room for a run; -> those who hear of it."
         from colab_gpt2.panels.live import Live, Probed
@@ -343,6 +343,21 @@ class FinetunePanel(Trained):
             self.live.recall(result)
             self.leave(result.config)
         self.live.end("Done")
+
+# %% ../../nbs/panels/78_finetune.ipynb #3f6ec547
+class FinetunePanel(Running):
+    "The training: `config` is a FinetuneConfig, shared with the panel `before`; `result` is a run's FinetuneResult."
+    draws = True
+    title = "3. Fine-tune"
+    lead = "The model learns from your text. You can watch, stop it, and continue later."
+
+    def start(self, callbacks=()):
+        "-> the FinetuneResult, or None if it was refused, stopped or failed."
+        self.refresh()  # what refused it may have gone
+        doing = "Training. You can use the buttons, or the cell's ■ button, while it runs."
+        if not self.buttons["start"].disabled: return self.work(lambda: self.run(callbacks), doing, self.describe)
+        why = next(iter(self.values.problems.values()), self.refused)
+        self.say(f"Not started: {worded(why, self.name_of)}", "⚠")
 
     def describe(self, result):
         how = "Shown as it ended" if result.repeated else f"Done in {human_time(result.seconds)}"

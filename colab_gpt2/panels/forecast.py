@@ -35,6 +35,14 @@ def known_size(config, shape):
 DIVIDED = ("block_size", "num_train_epochs", "max_steps", "effective_batch_size", "per_device_train_batch_size",
            "gradient_accumulation_steps", "eval_stride")  # what decides the block size of a text
 
+def text_files(config) -> tuple:
+    "Size and time of each file of the text of `config`, maybe in folders or of a pattern: another may take its name."
+    named = [name for name in (config.dataset, config.train_file, config.eval_file) if name]
+    found = (glob.glob(pattern, recursive=True) for name in named for pattern in (name, f"{name}/**"))
+    paths = map(Path, itertools.chain(named, *found))
+    return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
+
+# %% ../../nbs/panels/77_forecast.ipynb #e23fdb14
 class Forecaster:
     "Plans for a config as it changes: models and texts are read once, a measured plan is kept."
     def __init__(self, runtime=None):
@@ -42,7 +50,7 @@ class Forecaster:
 
     def plan(self, config) -> Plan:
         "The plan of `config`; errors name the fields that they are about."
-        text = (*self.model(config), *(getattr(config, name) for name in (*TEXT, *DIVIDED)), *self.files(config))
+        text = (*self.model(config), *(getattr(config, name) for name in (*TEXT, *DIVIDED)), *text_files(config))
         shape = self.shape(config)
         if text not in self.known: self.known[text] = known_size(config, shape)
         self.size, self.last = self.known[text], config
@@ -76,12 +84,5 @@ class Forecaster:
         self.measured = self.key(config), plan
 
     def key(self, config):
-        free = dict(resume="auto", output_dir=None, overwrite_output_dir=False, prompt=None)
-        return replace(config, **free), self.files(config)
-
-    def files(self, config):
-        "Size and time of each file of the text, maybe in folders or of a pattern: another may take its name."
-        named = [name for name in (config.dataset, config.train_file, config.eval_file) if name]
-        found = (glob.glob(pattern, recursive=True) for name in named for pattern in (name, f"{name}/**"))
-        paths = map(Path, itertools.chain(named, *found))
-        return tuple((stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in paths if path.is_file()))
+        elsewhere = dict(resume="auto", output_dir=None, overwrite_output_dir=False, prompt=None)
+        return replace(config, **elsewhere), text_files(config)
