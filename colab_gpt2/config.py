@@ -163,6 +163,12 @@ def folder_named(text) -> str:
     name = re.sub(r"(\.\w{1,5})?(\.(gz|bz2|xz))?$", "", parts[-1] if parts else "").strip(" .~-")[:60] or "gpt2"
     return f"{name}-tuned" if re.fullmatch(r"tiny|(distil)?gpt2.*|checkpoint-\d+", name) else name
 
+# %% ../nbs/04_config.ipynb #67af1e0a
+def unnumbered(folder, name) -> str:
+    "`folder` without a number after `name` that was chosen here: another machine may choose another."
+    found = re.fullmatch(rf"((?:.*[/\\])?{re.escape(name)})-\d+", folder)
+    return found[1] if found else folder
+
 # %% ../nbs/04_config.ipynb #3ddc969c
 @dataclass(frozen=True)
 class FinetuneConfig(EvaluationFields):
@@ -200,11 +206,7 @@ class FinetuneConfig(EvaluationFields):
         return str(self.output_dir or folder_named(self.train_file or self.dataset))
 
     @property
-    def mirrored(self) -> str:
-        "The same without a number that was chosen here: another machine may choose another."
-        name = folder_named(self.train_file or self.dataset)
-        found = re.fullmatch(f"((?:.*[/\\\\])?{re.escape(name)})-\\d+", self.folder)
-        return found[1] if found else self.folder
+    def mirrored(self) -> str: return unnumbered(self.folder, folder_named(self.train_file or self.dataset))
 
 # %% ../nbs/04_config.ipynb #cbab7b6c
 def check_value(f, given):

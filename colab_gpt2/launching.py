@@ -70,9 +70,10 @@ def relayed(event):
 for event in EVENTS: setattr(Relay, event, relayed(event))
 
 # %% ../nbs/63_launching.ipynb #4b8e76f5
-def work():
+WORK = "from colab_gpt2.launching import work; from colab_gpt2.training import finetune; work(finetune)"
+
+def work(finetune):
     "What a started process runs."
-    from colab_gpt2.training import finetune
     given, out, lock = sys.stdin.buffer, os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)  # what libraries print
     def send(*told):
@@ -103,7 +104,7 @@ def environment(rank, ranks, port) -> dict:
 class Started:
     "The processes of a run with this config, and what they tell: (rank, pickled tuple) in `told`."
     asked = False  # to stop
-    words = [sys.executable, "-c", "from colab_gpt2.launching import work; work()"]
+    words = [sys.executable, "-c", WORK]
 
     def __init__(self, config, limits=()):
         with socket.socket() as free:

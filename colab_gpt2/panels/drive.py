@@ -247,16 +247,10 @@ class DriveView(DriveWidgets):
         if self.chosen: return "Choose a model and press Restore."
         return f"There are no saved models in {Path(drive, self.config.folder)}."
 
-# %% ../../nbs/panels/80_drive.ipynb #bc64d123
-class DrivePanel(DriveView):
-    "The Drive: `config` is a DriveConfig, `result` a Saved. The model is that of the FinetunePanel `before`."
+# %% ../../nbs/panels/80_drive.ipynb #ab8e3488
+class Saves(DriveView):
+    "Packs the model, copies it to the Drive, and lists what is there."
     title = "5. Save your model"
-
-    def mount(self):
-        "-> the folder of the Drive, mounted again if it has gone. In Colab, call it in a cell."
-        def look(): return self.look(mount_drive(self.config.drive, force_remount=gone))
-        gone = getattr(self.error, "errno", None) == GONE
-        return self.work(look, "Connecting the Drive …", self.found)
 
     def look(self, drive) -> Path:
         "List what is on the `drive`."
@@ -264,17 +258,6 @@ class DrivePanel(DriveView):
         self.looked = self.config.drive, self.config.folder
         self.offer(found)
         return drive
-
-    def start(self):
-        "-> the Saved, or None."
-        self.ready()
-        if self.awaited: self.before.refresh()  # it may have been restored, or made by others
-        if self.config.model != self.awaited: return self.work(self.save, "Saving …", self.describe)
-        self.say(UNFINISHED, "⚠")
-
-    def describe(self, saved):
-        copy = saved.copy
-        return f"Saved {copy.path.name}, {human_bytes(copy.bytes)}, in {copy.path.parent}: verified (checksum matches)."
 
     def save(self) -> Saved:
         self.result, self.view.value, config = None, "", self.config
@@ -288,12 +271,33 @@ class DrivePanel(DriveView):
         self.look(drive)
         return self.finish(saved)
 
+    def describe(self, saved):
+        copy = saved.copy
+        return f"Saved {copy.path.name}, {human_bytes(copy.bytes)}, in {copy.path.parent}: verified (checksum matches)."
+
     def show(self, saved, drive):
         with explained(f"Looking at {drive}"): size, free = disk(drive)
         room = meter("Drive", size - free, size, f"{human_bytes(free)} free of {human_bytes(size)}")
         self.view.value = describe_saved(saved, room)
         self.keep(f"<p>{escape(self.describe(saved))}</p>{self.view.value}")
         self.link.show("" if in_colab() else link_to(saved.here))
+
+# %% ../../nbs/panels/80_drive.ipynb #bc64d123
+class DrivePanel(Saves):
+    "The Drive: `config` is a DriveConfig, `result` a Saved. The model is that of the FinetunePanel `before`."
+
+    def mount(self):
+        "-> the folder of the Drive, mounted again if it has gone. In Colab, call it in a cell."
+        def look(): return self.look(mount_drive(self.config.drive, force_remount=gone))
+        gone = getattr(self.error, "errno", None) == GONE
+        return self.work(look, "Connecting the Drive …", self.found)
+
+    def start(self):
+        "-> the Saved, or None."
+        self.ready()
+        if self.awaited: self.before.refresh()  # it may have been restored, or made by others
+        if self.config.model != self.awaited: return self.work(self.save, "Saving …", self.describe)
+        self.say(UNFINISHED, "⚠")
 
     def download(self):
         "In Colab, hand the file to the browser."

@@ -188,19 +188,40 @@ def listening(note):
         yield
 
 # %% ../../nbs/panels/74_panel.ipynb #bdeef270
-class Frame(Shown):
+class Told(Shown):
+    "Values in a box, and one line that tells its state."
+    def __init__(self, values):
+        super().__init__()
+        self.values, self.said, self.notes, self.is_ready = values, "", [], False
+        self.status, self.code = widgets.HTML(), widgets.HTML()
+        for name in ("cg-panel", self.mark): self.box.add_class(name)
+
+    @property
+    def config(self): return self.values.config
+
+    @property
+    def name_of(self): return self.values.name_of
+
+    def say(self, told, sign="", error=None):
+        "Show one sentence of state, with the panel's labels."
+        self.said = worded(told, self.name_of)
+        self.status.value = state(self.said, sign, self.notes, error) if self.said else ""
+
+    def note(self, message):
+        "A warning: it is shown until the next work begins."
+        self.notes.append(" ".join(worded(message, self.name_of).split()))
+
+# %% ../../nbs/panels/74_panel.ipynb #64797299
+class Frame(Told):
     """Values in a box: a head, a state, the same in code. A subclass has a `title`, a `lead` and
     `calls()`: (command, function, arguments, result) each."""
     lead = ""
     comments = {}  # command -> a line before it
 
     def __init__(self, values):
-        super().__init__()
-        self.values, self.said, self.notes, self.is_ready = values, "", [], False
-        self.status, self.code = widgets.HTML(), widgets.HTML()
+        super().__init__(values)
         self.again = button("Check again", lambda: self.refresh(), tooltip="See whether what was missing is there now")
         self.again.layout.display = "none"
-        for name in ("cg-panel", self.mark): self.box.add_class(name)
 
     def assemble(self, *parts):
         "Put widgets into the box, in the keyboard's order; the state stands last, unless `status` is among them."
@@ -224,12 +245,6 @@ class Frame(Shown):
         "The values have changed."
         if self.is_ready: self.refresh()
 
-    @property
-    def config(self): return self.values.config
-
-    @property
-    def name_of(self): return self.values.name_of
-
     def python(self): return "\n\n".join(self.comments.get(name, "") + as_python(*call) for name, *call in self.calls())
 
     def shell(self):
@@ -247,15 +262,6 @@ class Frame(Shown):
     def offer_again(self, missing):
         "Show *Check again* if something is `missing` that can come unnoticed: a file, a folder, a network."
         self.again.layout.display = "" if missing else "none"
-
-    def say(self, told, sign="", error=None):
-        "Show one sentence of state, with the panel's labels."
-        self.said = worded(told, self.name_of)
-        self.status.value = state(self.said, sign, self.notes, error) if self.said else ""
-
-    def note(self, message):
-        "A warning: it is shown until the next work begins."
-        self.notes.append(" ".join(worded(message, self.name_of).split()))
 
 # %% ../../nbs/panels/74_panel.ipynb #76ba53a6
 class Panel(Frame):
