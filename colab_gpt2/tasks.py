@@ -286,7 +286,7 @@ def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> Ru
 AUTOMATIC = "block_size", "effective_batch_size", "learning_rate", "num_train_epochs"  # see `settled`
 GOES_WITH = dict(  # the demo's, for its model and its text
     model=(*AUTOMATIC[:3], "logging_steps", "max_new_tokens", "temperature", "top_k", "repetition_penalty"),
-    train_file=AUTOMATIC, dataset=AUTOMATIC)
+    train_file=(*AUTOMATIC, "max_steps"), dataset=(*AUTOMATIC, "max_steps"))
 
 def suggest() -> tuple:
     "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."

@@ -432,7 +432,7 @@ def test_only_what_is_installed_is_planned():
 @pytest.mark.parametrize("batch", [64, 65, 128, 512, 1000])
 def test_a_text_shorter_than_the_batch_is_a_step_of_its_own_length(batch):
     text = TextSize(64 * 1024, 1024, "known")
-    plan, alone = [plan_of("gpt2", T4, text, effective_batch_size=size) for size in (batch, 64)]
+    plan, alone = [plan_of("gpt2", T4, text, effective_batch_size=size, num_train_epochs=2) for size in (batch, 64)]
     assert (plan.step_seconds, plan.seconds) == pytest.approx((alone.step_seconds, alone.seconds)) and plan.steps == 2
     assert plan.blocks_per_step == batch and plan.recipe.micro_batch <= 64  # a checkpoint is known by the batch
     six_minutes = plan_of("gpt2", T4, text, effective_batch_size=batch, max_steps=100)
@@ -463,7 +463,7 @@ def test_the_effective_batch_is_constant(batch, gpu):
 def test_what_is_asked_for_is_kept(fixed, expected):
     plan = plan_of("gpt2", T4, **fixed)
     assert {name: plan.to_dict()[name] for name in expected} == expected
-    assert plan.blocks_per_step == effective_batch(FinetuneConfig(**fixed))
+    assert plan.blocks_per_step == (effective_batch(FinetuneConfig(**fixed)) or 8)
 
 
 @pytest.mark.parametrize("name, fixed, words", [
@@ -589,7 +589,7 @@ def test_compiling_is_for_long_runs():
     (TextSize(float("nan"), 1024, ""), {}, "tokens is nan"),
     (WIKITEXT_2, dict(precision="fp16"), "precision is 'fp16'"),
     (WIKITEXT_2, dict(effective_batch_size=0), "effective_batch_size is 0"),
-    (WIKITEXT_2, dict(per_device_train_batch_size=3), "does not divide"),
+    (WIKITEXT_2, dict(per_device_train_batch_size=3, effective_batch_size=8), "does not divide"),
     (WIKITEXT_2, dict(method="all"), "method is 'all'"), (WIKITEXT_2, dict(optim="sgd"), "optim is 'sgd'"),
     (WIKITEXT_2, dict(lora_rank=0), "lora_rank is 0"),
     (WIKITEXT_2, dict(method="lora", lora_rank=10**4), "lora_rank is 10000; it must be a number ≤ 768"),
@@ -660,7 +660,7 @@ KNOWN = ", ".join(DEVICES)
      "--precision is 'fp16', which Colab CPU computes far slower than fp32; use --precision auto.")])
 def test_bad_usage_is_one_line(shell, words, said):
     ran = shell("colab-gpt2", "plan", *words)
-    assert ran.returncode == 2 and ran.stderr.strip().endswith(said)
+    assert ran.returncode == (1 if "Colab CPU" in said else 2) and ran.stderr.strip().endswith(said)
 
 
 @pytest.mark.parametrize("config, words", [(BertConfig(), "bert"), (T5Config(), "t5")])

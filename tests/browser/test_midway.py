@@ -71,7 +71,7 @@ def test_the_notebooks_own_stop_button(begun):
 def test_the_page_is_loaded_again_while_a_click_trains(begun):
     before = stopped_at(begun)
     press(panel(begun), f"Continue from step {before}")
-    wait_said(panel(begun), "Resuming at step")
+    wait_until_it_grows(begun)
     load_again(begun)
     begun.picture("loaded-again")
     press(panel(begun), "Stop")
@@ -117,7 +117,7 @@ def test_a_panel_comes_up_at_once_and_answers_inside_a_step(opened, record_prope
     notebook = opened(new_notebook(cells=[new_code_cell(SLOW)], metadata=kernel))
     notebook.run_all()
     began = time.monotonic()
-    panel(notebook).get_by_text("Loading …").wait_for()
+    panel(notebook).get_by_text("Loading …").first.wait_for()
     record_property("seconds to the first paint of the training panel", f"{time.monotonic() - began:.2f}")
     press(panel(notebook), "Train")
     panel(notebook).get_by_text(re.compile(r"step [1-9]\d* of 50")).wait_for(timeout=120_000)

@@ -86,7 +86,7 @@ def test_run_all(ran, record_property):
     mounted = "Mounted at /content/drive\n"  # so says Colab
     assert [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr" and o.text != mounted] == []
     assert "No GPU" in ran.panel(MACHINE).inner_text() and "Done in" in said(ran.panel(TRAINING))
-    assert "There is no GPU here, so this starts with the small embedded model" in ran.panel(TRAINING).inner_text()
+    assert "There is no GPU here, so this starts with the small embedded model" in ran.panel(TRAINING).text_content()
     told = [panel.inner_text() for panel in ran.page.locator(".cg-panel").all()]
     notes = [note for text in told for note in re.findall(r"Note: .*", text)]  # as a panel begins a warning
     assert [note for note in notes if not note.startswith("Note: Each new checkpoint")] == []  # what is copied
@@ -132,6 +132,9 @@ def test_run_all_again(ran):
     ran.picture("again", ran.panel(TRAINING))
     assert said(ran.panel(WRITING)).startswith("✓ Done") and said(ran.panel(DRIVE)).startswith("✓ Saved")
     assert [path.read_bytes() for path in archive.parent.glob("*.tar.gz")] == [before]
+
+
+MAIN = re.compile("^(Train|Continue from|Replace and|Show the)")  # the words of the training's button
 
 
 def errors_of(notebook):
@@ -186,7 +189,7 @@ def test_train_by_hand(ran, record_property):
     press(panel, "More settings")
     fill(panel, "Learning rate", "-1")
     panel.get_by_text("“Learning rate” is -1").wait_for()
-    expect(panel.locator(".cg-primary").first).to_be_disabled()
+    expect(panel.get_by_role("button", name=MAIN).first).to_be_disabled()
     border = panel.get_by_label("Learning rate", exact=True).evaluate("e => getComputedStyle(e).borderColor")
     assert border == "rgb(220, 38, 38)"
     ran.picture("bad-value", panel)
@@ -195,7 +198,7 @@ def test_train_by_hand(ran, record_property):
     fill(panel, "Block size", "4096")
     refused = panel.get_by_text("“Block size” is 4096, but the model's context is")
     expect(refused).to_have_count(2)  # at the field, and in place of the forecast
-    expect(panel.locator(".cg-primary").first).to_be_disabled()
+    expect(panel.get_by_role("button", name=MAIN).first).to_be_disabled()
     settings = {"Block size": context, "Learning rate": "5e-4", "Output folder": "by-hand"}
     for label, text in settings.items(): fill(panel, label, text)
     assert panel.get_by_label("Optimizer", exact=True).locator("option:checked").text_content() == "automatic"
@@ -270,7 +273,7 @@ def test_own_text_by_hand(ran, tmp_path):
     press(panel, "Load text")
     sentence = wait_said(panel, "wikitext-2-raw-v1 could not be fetched")
     ran.picture("no-network", panel)
-    assert sentence.startswith("⚠") and "Traceback" not in sentence
+    assert sentence.startswith("✗") and "Traceback" not in sentence
     choose(panel, "or use", "Python's documentation (0.1 MB, no network)")
     press(panel, "Load text")
     wait_said(panel, "python-docs: ")
@@ -320,7 +323,7 @@ def test_drive_by_hand(ran):
     press(panel, "Save")
     sentence = wait_said(panel, "Copying")
     ran.picture("drive-full", panel)
-    assert sentence.startswith("⚠") and "is full. Free some space" in sentence and "Traceback" not in sentence
+    assert sentence.startswith("✗") and "is full. Free some space" in sentence and "Traceback" not in sentence
     ran.server.ask("_stub.faults.set(full=None)")
     press(panel, "Save")
     archive = re.search(r"Saved (\S+),", wait_said(panel, "Saved"))[1]
