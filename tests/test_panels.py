@@ -799,3 +799,16 @@ def test_a_click_on_stop_works_within_a_step_and_a_picture_stays(quick):
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+
+
+def test_a_text_of_ones_own_leaves_the_demos_settings_to_its_length(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("colab_gpt2.runtime.find_device", lambda: ("cpu", ""))
+    text = colab_gpt2.DataPanel().ready()
+    began = text.config
+    Path("mine.txt").write_text(page(60))
+    text.values.set(train_file="mine.txt")
+    for name in ("num_train_epochs", "block_size", "effective_batch_size", "learning_rate"):
+        assert getattr(began, name) and getattr(text.config, name) is None, name
+    text.values.set(train_file=None)
+    assert text.config == began

@@ -47,7 +47,7 @@ class Changing:
         self.config, self.began, self.name_of = config, config, labels_of(config)
         self.suggestion = suggestion  # why it begins like this
         self.goes_with = goes_with or {}  # field -> those chosen for its first value
-        self.exists = exists  # whether what is typed into such a field leads anywhere
+        self.exists = exists  # whether the name of a model leads anywhere
         self.away = set()  # fields of `goes_with` that have left their first value
         self.begin = begin  # finds out all three, if that takes time
         self.listeners = []
@@ -74,7 +74,8 @@ class Changing:
     def turning(self, changes) -> set:
         "The fields of `goes_with` that `changes` take away from their first value, or back to it."
         return {name for name in self.goes_with.keys() & changes.keys()
-                if (changes[name] == getattr(self.began, name)) == (name in self.away) and self.exists(changes[name])}
+                if (changes[name] == getattr(self.began, name)) == (name in self.away)
+                and (name != "model" or self.exists(changes[name]))}
 
     def change(self, changes): self.config, self.away = self.after(**changes), self.away ^ self.turning(changes)
 
