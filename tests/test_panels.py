@@ -326,7 +326,8 @@ def test_what_follows_waits_for_a_finished_model_or_tries_a_checkpoint(quick):
     from colab_gpt2.panels.panel import UNFINISHED
     shutil.copytree(TINY, quick.output_dir)
     panel = colab_gpt2.FinetunePanel(quick, overwrite_output_dir=True).ready()
-    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel)
+    writing = colab_gpt2.GeneratePanel(panel).ready()
+    keeping = colab_gpt2.DrivePanel(panel, drive=str(Path(quick.output_dir).parent/"drive"))
     panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))])
     assert (keeping.start(), keeping.said, keeping.result, writing.said) == (None, UNFINISHED, None, "")
     assert "(step 5 of 12, not finished)" in writing.choice.value
@@ -358,7 +359,8 @@ def test_stop_works_before_the_training(quick, what):
 def test_the_result_is_that_of_the_last_run(quick, where, left):
     "The first run ends, the second is stopped: while it trains it leaves no model, afterwards one without a result."
     panel = colab_gpt2.FinetunePanel(quick).ready()
-    writing, keeping = colab_gpt2.GeneratePanel(panel).ready(), colab_gpt2.DrivePanel(panel)
+    writing = colab_gpt2.GeneratePanel(panel).ready()
+    keeping = colab_gpt2.DrivePanel(panel, drive=str(Path(quick.output_dir).parent/"drive"))
     assert panel.start() is panel.result is not None and writing.start().whole
     panel.values.set(overwrite_output_dir=True, seed=7)
     def stop():

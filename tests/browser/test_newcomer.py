@@ -169,7 +169,8 @@ def test_own_text_in_five_clicks(ran, tmp_path, record_property):
     wait_said(ran.panel(TEXT), "harbour.txt: ")
     press(ran.panel(TRAINING), "Train")
     clicks += 1
-    wait_said(ran.panel(TRAINING), "Done in", 200)
+    done = ran.panel(TRAINING).locator(".cg-state").filter(has_text="saved in harbour")  # and not of the run before
+    done.wait_for(timeout=200_000)
     ran.picture("own-trained", ran.panel(TRAINING))
     press(ran.panel(DRIVE), "Save")
     clicks += 1
