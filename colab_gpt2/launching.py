@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/63_launching.ipynb #2732014c
 import contextlib, copy, os, pickle, queue, signal, socket, subprocess, sys, threading, time, warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 from transformers import TrainerControl
 
@@ -63,7 +64,7 @@ def relayed(event):
         now = copy.copy(state)
         now.log_history, now.stateful_callbacks, self.sent = state.log_history[self.sent:], {}, len(state.log_history)
         copies = (self.mirror.status(), bool(self.mirror.error)) if self.mirror else ("", False)
-        self.send("event", event, now, logs, copies)
+        self.send("event", event, args.output_dir, now, logs, copies)
         if event == "on_step_end": self.obey(control)
     return heard
 
@@ -166,11 +167,12 @@ class Heard:
         if stage == TRAINING: facts["mirror"] = self.copies
         tell(self.callbacks, "on_stage", stage, stop=self.stop, **facts)
 
-    def event(self, name, state, logs, copies):
+    def event(self, name, folder, state, logs, copies):
         if name == "on_train_begin": self.history = []
         self.history += state.log_history
         state.log_history, (self.copies.text, self.copies.error), control = self.history, copies, TrainerControl()
-        for each in self.callbacks: getattr(each, name)(None, state, control, **(dict(logs=logs) if logs else {}))
+        args, logs = SimpleNamespace(output_dir=folder), dict(logs=logs) if logs else {}
+        for each in self.callbacks: getattr(each, name)(args, state, control, **logs)
         return control
 
 # %% ../nbs/63_launching.ipynb #6d7478fe

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.colab_stub import watch_deletions
 from helpers.forks import forked
+from helpers.toys import NO_DROPOUT, write_tide
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,6 @@ from colab_gpt2.model.loss import linear_cross_entropy
 from colab_gpt2.model.loading import load_model, load_tokenizer, new_model
 from colab_gpt2.model.tune import tune_model
 
-NO_DROPOUT = dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
 CONFIG = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=32, vocab_size=203, **NO_DROPOUT)
 
 
@@ -112,16 +112,7 @@ def test_twenty_steps_lose_what_the_stock_model_loses(precision, bound):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for name, word, articles in (("train", "day", 60), ("eval", "night", 13)):
-        def article(i):
-            return f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n"
-        page = "".join(map(article, range(articles)))
-        (folder/f"{name}.txt").write_text(page)
-    toy = GPT2Config(n_layer=2, n_embd=64, n_head=2, n_positions=128, vocab_size=8192, **NO_DROPOUT)
-    new_model(toy, seed=0).save_pretrained(folder/"toy")
-    load_tokenizer("tiny").save_pretrained(folder/"toy")
-    return folder
+    return write_tide(tmp_path_factory.mktemp("text"), 60, n_layer=2, n_embd=64, n_head=2, n_positions=128)
 
 
 def run(text, output_dir, **changes):

@@ -6,30 +6,19 @@ import psutil
 import pytest
 import torch
 from helpers.forks import launched
+from helpers.toys import write_tide
 from safetensors.torch import load_file
-from transformers import GPT2Config, TrainerCallback
+from transformers import TrainerCallback
 
 from colab_gpt2.cli import one_line
 from colab_gpt2.engine.callbacks import BEFORE, LOADING, PROBING, TRAINING, Listener
 from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest
-from colab_gpt2.model.loading import load_tokenizer, new_model
 from colab_gpt2.signals import Interrupted
 from colab_gpt2.training import finetune
 
-SHAPE = dict(n_layer=1, n_embd=32, n_head=2, n_positions=64, vocab_size=8192)
-NO_DROPOUT = dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for name, word, articles in (("train", "day", 40), ("eval", "night", 13)):
-        def article(i):
-            return f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n"
-        (folder/f"{name}.txt").write_text("".join(map(article, range(articles))))
-    new_model(GPT2Config(**SHAPE, **NO_DROPOUT), seed=0).save_pretrained(folder/"toy")
-    load_tokenizer("tiny").save_pretrained(folder/"toy")
-    return folder
+    return write_tide(tmp_path_factory.mktemp("text"), 40, n_layer=1, n_embd=32, n_head=2, n_positions=64)
 
 
 def settings(text, output_dir, **changes):
@@ -227,10 +216,12 @@ def test_a_port_in_use(text, tmp_path):
 class Watcher(Listener):
     "Hears of a run in other processes, asks for a checkpoint at a step, and does something at another."
     def __init__(self, save=None, step=None, action=None):
-        self.save, self.step, self.action, self.steps, self.stages, self.losses = save, step, action, [], [], []
+        self.save, self.step, self.action = save, step, action
+        self.steps, self.stages, self.losses, self.saved = [], [], [], []
 
     def on_stage(self, stage, stop=None, **facts): self.stages.append(stage)
     def on_log(self, args, state, control, logs=None, **kwargs): self.losses.append(state.log_history[-1].get("loss"))
+    def on_save(self, args, state, control, **kwargs): self.saved.append(f"{args.output_dir} {state.global_step}")
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(state.global_step)
         if state.global_step == self.save: control.should_save = True
@@ -257,6 +248,7 @@ def test_a_run_is_started_watched_stopped_killed_and_resumed(text, tmp_path, alo
         finetune(**shared | dict(progress=say, callbacks=[stopping]))
     assert told.value.code == 130 and "Run the same again to resume." in str(told.value)
     assert stopping.stages == [LOADING, BEFORE, PROBING, TRAINING] and stopping.steps == list(range(1, 9))
+    assert stopping.saved == [f"{tmp_path/'out'} {step}" for step in (4, 8)]
     assert stopping.losses[:8] == pytest.approx([entry["loss"] for entry in alone.losses][:8], rel=1e-5)
     assert ("Fine-tuning", 8, 20) in shown and any(what.startswith("Perplexity of") for what, *_ in shown)
     assert [path.name for path in find_checkpoints(tmp_path/"out")] == ["checkpoint-4", "checkpoint-8"]

@@ -4,7 +4,7 @@ from transformers import GPT2Config, TrainingArguments
 from colab_gpt2.config import FinetuneConfig
 from colab_gpt2.engine.checkpoints import find_checkpoints, read_manifest
 from colab_gpt2.engine.trainer import BlockTrainer
-from colab_gpt2.model.loading import new_model
+from colab_gpt2.model.loading import load_tokenizer, new_model
 from colab_gpt2.resuming import where_to_resume
 
 
@@ -27,3 +27,17 @@ def newest(folder):
     run = next((read_manifest(path)["run"] for path in find_checkpoints(folder)), {})
     found = where_to_resume(FinetuneConfig(output_dir=str(folder)), run)
     return found and found.path
+
+
+NO_DROPOUT = dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
+
+
+def write_tide(folder, articles, **shape):
+    "`folder` with train.txt of so many `articles`, eval.txt, and `toy`, a GPT-2 of that shape with tiny's tokenizer."
+    for name, word, count in (("train", "day", articles), ("eval", "night", 13)):
+        def article(i):
+            return f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n"
+        (folder/f"{name}.txt").write_text("".join(map(article, range(count))))
+    new_model(GPT2Config(vocab_size=8192, **shape, **NO_DROPOUT), seed=0).save_pretrained(folder/"toy")
+    load_tokenizer("tiny").save_pretrained(folder/"toy")
+    return folder
