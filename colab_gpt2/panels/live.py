@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/panels/77_live.ipynb #b1b7fb2e
 import math, threading, time, warnings
 from dataclasses import replace
-from html import escape
 
 import torch
 
@@ -138,9 +137,13 @@ class Steered(Course):
             warnings.warn(f"{what} failed and is switched off; the run continues, and the notebook's own stop button "
                           f"works. {type(e).__name__}: {e}", stacklevel=2)
 
+    def leave_layers(self):
+        for hook in self.inside: hook.remove()
+        self.inside = []
+
     def end(self, how):
         self.ended = how
-        for hook in self.inside: hook.remove()
+        self.leave_layers()
         self.attempt("Drawing the run", self.draw)
 
 # %% ../../nbs/panels/77_live.ipynb #2e2157b3
@@ -202,6 +205,7 @@ class Live(Steered, Listener):
         self.breathe()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.leave_layers()  # a run that went back begins anew
         if model and not (self.plan and self.plan.torch_compile): self.inside = listen_inside(model, self.breathe)
         self.losses = [(row["step"], row["loss"]) for row in state.log_history if "loss" in row]  # if it was resumed
         self.first = self.step = state.global_step
