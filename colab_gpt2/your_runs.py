@@ -126,14 +126,15 @@ def mirrored(folder) -> KnownRun | None:
     run = finished_in(folder/"finished") or stopped_in(folder)
     return run and replace(run, name=folder.name[:-9])
 
-def on_drive(drive=None) -> list:
-    "The runs on the `drive`, or on Colab's if that is mounted: those of its mirror, and its archives."
+def on_drive(drive=None, packed=True) -> list:
+    "The runs on the `drive`, or on Colab's if that is mounted: those of its mirror, and those `packed` in archives."
     try:
         if not (drive := drive or in_colab() and my_drive("/content/drive")): return []
         top = Path(drive, "colab-gpt2")
         with explained(f"Looking at {top}"):
             copies = known_in(mirrored, filter(Path.is_dir, top.glob("runs/*")))
-            return [replace(run, where="on the Drive") for run in copies + known_in(run_packed, top.glob("*.tar.gz"))]
+            archives = known_in(run_packed, top.glob("*.tar.gz")) if packed else []
+            return [replace(run, where="on the Drive") for run in copies + archives]
     except OSError as e: warnings.warn(str(e), stacklevel=3)
     return []
 
@@ -149,13 +150,18 @@ def merged(here, there) -> list:
         if not twins: known.append(run)
     return known
 
+# %% ../nbs/64_your_runs.ipynb #ab4356d0
+def runs_in(folder) -> list:
+    "The runs in the folders of `folder`."
+    return known_in(run_of, filter(Path.is_dir, home(folder).iterdir()))
+
 # %% ../nbs/64_your_runs.ipynb #64e00023
 def runs(
     folder=".",  # whose folders are looked into
     drive=None,  # the folder that stands for the Drive; default: Colab's, if it is mounted
 ) -> list:
     "The runs in the folders of `folder` and on the Drive, the newest first: `KnownRun`s."
-    found = merged(known_in(run_of, filter(Path.is_dir, home(folder).iterdir())), on_drive(drive))
+    found = merged(runs_in(folder), on_drive(drive))
     def text_of(run): return json.loads(run._run).get("text")
     texts = {text_of(run): run.text for run in found if run.text}
     named = [replace(run, text=run.text or texts.get(text_of(run), "")) for run in found]
@@ -163,9 +169,11 @@ def runs(
 
 # %% ../nbs/64_your_runs.ipynb #64e00031
 def unfinished(folder=".", drive=None) -> list:
-    "The `runs` that were stopped and can be continued, by `finetune(run.config)`, the newest first."
-    return [run for run in runs(folder, drive) if not run.finished and run.config]
+    "The runs that were stopped and can be continued, by `finetune(run.config)`, the newest first."
+    found = [run for run in merged(runs_in(folder), on_drive(drive, packed=False)) if not run.finished and run.config]
+    return sorted(found, key=lambda run: run.when, reverse=True)
 
+# %% ../nbs/64_your_runs.ipynb #095b8740
 def offered(run, now=None) -> str:
     "'mine: stopped at step 5 of 48, saved 2 minutes ago'."
     passed = (now or time.time()) - calendar.timegm(time.strptime(run.when, "%Y-%m-%d %H:%M"))

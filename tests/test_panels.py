@@ -814,3 +814,11 @@ def test_a_text_of_ones_own_leaves_the_demos_settings_to_its_length(monkeypatch,
         assert getattr(began, name) and getattr(text.config, name) is None, name
     text.values.set(train_file=None)
     assert text.config == began
+
+
+def test_stopped_runs_are_looked_for_once_and_after_a_run_not_at_each_setting(quick, monkeypatch):
+    looked = []
+    monkeypatch.setattr("colab_gpt2.your_runs.unfinished", lambda: looked.append(1) or [])
+    panel = colab_gpt2.FinetunePanel(quick, max_steps=2).ready()
+    for seed in (7, 8): panel.values.set(seed=seed)
+    assert len(looked) == 1 and panel.start() and len(looked) == 2

@@ -17,6 +17,7 @@ from ..config import TEXT, FinetuneConfig, pick_learning_rate
 from ..core import human_bytes, human_time, several
 from ..errors import Sentence, fields_of, worded
 from ..model.known import MODELS
+from .data import named
 from .fields import Form, labels_of
 from .models import ModelCards
 from .panel import Panel, button, describe_samples, fact, folded, folding, listening, meter, row
@@ -29,7 +30,7 @@ from ..storage.drive import free_name
 
 # %% ../../nbs/panels/78_finetune.ipynb #eb59c059
 def describe_time(plan) -> str:
-    "How many steps a Plan has, and how long they take, in words."
+    "A Plan's steps, and how long they take, in words."
     from colab_gpt2.planning.plan import step_time
     steps = several(plan.steps, "step")
     if not plan.seconds: return f"{steps}; how long one takes is measured when it starts"
@@ -53,8 +54,7 @@ def describe_plan(plan, config) -> str:
 # %% ../../nbs/panels/78_finetune.ipynb #98a58a61
 def describe_summary(config, plan=None) -> str:
     "The HTML of a run's settings in one line."
-    text = config.train_file and Path(config.train_file).name or config.dataset
-    parts = [config.model, text, *([describe_time(plan)] if plan else []), f"into {config.folder}"]
+    parts = [config.model, named(config), *([describe_time(plan)] if plan else []), f"into {config.folder}"]
     return f"<p class='cg-line'>{' · '.join(escape(part) for part in parts)}</p>"
 
 # %% ../../nbs/panels/78_finetune.ipynb #4620edac
@@ -159,11 +159,11 @@ class Settings(Planned):
         if self.refused: said += f"<div class='cg-error' role='alert'>⚠ {escape(self.refused)}</div>"
         self.outlook.value = said
 
-    def allow(self, start, taken=False): pass  # a subclass has the buttons; `taken`: another run is in the folder
+    def allow(self, start, taken=False): pass  # of a subclass; `taken`: another run is in the folder
 
 # %% ../../nbs/panels/78_finetune.ipynb #c8a1f95b
 class Offers(Settings):
-    "What else can be done than to train: a run that was stopped is continued, a folder that is taken left or replaced."
+    "Other ways than to train: continue a run that was stopped, leave a folder that is taken, or replace it."
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
         self.aside = button("", self.step_aside, tooltip="Keep what is there, and train into another folder")
@@ -173,7 +173,7 @@ class Offers(Settings):
         self.offer_aside(False)
 
     def offer_aside(self, taken):
-        "Two ways out where another run is in the folder."
+        "Two ways out of a folder that is taken."
         self.aside.description = f"Train into {self.free_folder()}" if taken else ""
         for made in (self.aside, self.replacing): made.layout.display = "" if taken else "none"
 
@@ -188,12 +188,13 @@ class Offers(Settings):
     def step_aside(self): self.values.set(output_dir=self.free_folder(), resume="auto")
 
     def offer_onward(self):
-        "A button for each of the newest runs that were stopped, unless it is this one."
+        "A button for each of the newest stopped runs but this one."
         from colab_gpt2.your_runs import offered, unfinished
+        with listening(lambda damaged: None): found = unfinished()  # which the panel of all runs tells
         def go_on(config):
             self.values.set(**{f.name: getattr(config, f.name) for f in fields(config)})
             self.start()
-        others = [run for run in unfinished() if run.name != Path(self.folder).name][:2]
+        others = [run for run in found if run.name != Path(self.folder).name][:2]
         made = [(button(f"Continue {run.name}", lambda run=run: go_on(run.config)),
                  widgets.HTML(f"<span class='cg-hint'>{escape(offered(run))}</span>")) for run in others]
         self.onward.children = [part for pair in made for part in pair]
@@ -225,13 +226,13 @@ class Controls(Offers):
         self.arrange()
 
     def enable(self, **able):
-        "The buttons named can be pressed; those that have no use now are not there."
+        "Those named can be pressed; those of no use now are not there."
         for name, made in self.buttons.items():
             made.disabled = not able.get(name, False)
             made.layout.display = "" if self.running == (name != "start") else "none"
 
     def arrange(self):
-        "Settings and forecast give way to a run, and then one line tells them."
+        "Settings give way to a run; then one line tells them."
         self.fold.layout.display = "none" if self.running or not self.live else ""
         for part in (self.outlook, self.code, self.onward): part.layout.display = "none" if self.running else ""
         self.summary.value = describe_summary(self.live.config, self.planned) if self.live else ""
@@ -244,7 +245,6 @@ class Steering(Controls):
         self.enable(start=start)
         self.buttons["start"].description = self.verb
         self.offer_aside(taken)
-        self.offer_onward()
 
     def show(self, **parts):
         "HTML for the regions; only what is new is sent."
@@ -270,9 +270,11 @@ class Trained(Steering):
     left = None  # the folder in which this panel's last run trained
 
     def refresh(self):
+        new = not self.is_ready
         self.values.settle()
         self.look_for_model()
         super().refresh()
+        if new: self.offer_onward()  # and after each run: a Drive takes its time
 
     def look_for_model(self):
         "A finished model in the output folder is `earlier`, unless this panel's run began or left it."
@@ -326,6 +328,7 @@ class Running(Trained):
         finally:
             self.running = False
             self.refresh()
+            self.offer_onward()
             self.arrange()
         self.keep(describe_result(result, self.live.samples), [self.live.chart()])
         return self.finish(result)
