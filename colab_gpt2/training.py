@@ -6,7 +6,7 @@
 __all__ = ['FinetuneResult', 'finetune']
 
 # %% ../nbs/63_training.ipynb #a5ca4e7c
-import contextlib, os, time, warnings
+import contextlib, time, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 

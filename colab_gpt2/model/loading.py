@@ -7,7 +7,6 @@ __all__ = ['DTYPES', 'TINY', 'load_tokenizer', 'load_model', 'model_context']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
 import contextlib, inspect, json, re, shlex, warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 import colab_gpt2
-from ..core import Record, from_link, home, human_bytes, nearest, weight_files
+from ..core import from_link, home, human_bytes, nearest, weight_files
 from ..errors import shortened
 from .known import MODELS, gpt2_parameters
 from ..runtime import cache_folder, check_mounted, memory, out_of_memory

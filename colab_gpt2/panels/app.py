@@ -35,8 +35,7 @@ def divide(values) -> tuple:
 TABS = "1 Machine", "2 Text", "3 Train", "4 Try", "5 Save", "Runs", "Chat"
 
 class Steps(Shown):
-    """The panels `runtime`, `data`, `finetune`, `generate`, `drive`, and `compare`, which needs a second run, and
-    `chat`, which needs a model that has learnt conversations: a tab for each, and a button to the next."""
+    "A tab for each panel, and a button to the next; `chat` needs a model that has learnt conversations."
     title, on_page = "colab-gpt2", False
 
     def __init__(self, **values):

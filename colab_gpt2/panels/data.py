@@ -17,7 +17,7 @@ from ..config import TEXT
 from ..core import LINK, Record, atomic, human_bytes
 from ..errors import Sentence, fields_of
 from .fields import Form
-from .panel import Stoppable, button, folding, row, take_values, wide
+from .panel import Stoppable, button, folding, row, table, take_values, wide
 from .snippets import differing
 from ..reporting import silent
 
@@ -69,11 +69,6 @@ class Preview(Record):
         return rows + [(label.capitalize(), said) for label, said in (corpus.report._rows() if corpus.report else ())]
 
 # %% ../../nbs/panels/76_data.ipynb #85f1aa1c
-def table(rows) -> str:
-    "The HTML of rows of (label, text)."
-    cells = "".join(f"<tr><th scope='row'>{escape(label)}</th><td>{escape(said)}</td></tr>" for label, said in rows)
-    return f"<table class='cg-table'>{cells}</table>"
-
 def describe_preview(preview: Preview) -> str:
     "The HTML of a Preview: how much there is, how it begins, and the rest folded."
     begins = f"<pre class='cg-text' tabindex='0' aria-label='How the text begins'>{escape(preview.excerpt)} …</pre>"

@@ -18,7 +18,7 @@ from ..config import changed, check_value, expand_paths, value
 from ..core import Record, discard, home, human_bytes, human_time
 from ..errors import GONE, Sentence, explained
 from .fields import TOOLTIP, Form, Values
-from .panel import EARLIER, UNFINISHED, AfterTraining, button, folding, meter, row, wide
+from .panel import EARLIER, UNFINISHED, AfterTraining, button, folding, meter, row, table, wide
 from ..runtime import disk, in_colab, is_folder, my_drive
 from ..storage.archives import Archive, archive_model
 from ..storage.drive import Copy, check_folder, free_name, mount_drive, restore_from_drive, save_to_drive
@@ -139,10 +139,9 @@ def describe_saved(saved, room="") -> str:
     copy, archive = saved.copy, saved.archive
     rows = [("Copy", copy.path), ("SHA-256", copy.sha256), ("Files", ", ".join(archive.files)),
             ("Copied in", human_time(copy.seconds))]
-    body = "".join(f"<tr><th>{name}</th><td>{escape(str(text))}</td></tr>" for name, text in rows)
     lines = filter(None, (f"The file: {saved.here.absolute()}", copy.note))
     told = "".join(f"<p class='cg-line'>{escape(line)}</p>" for line in lines)
-    return f"{told}<details><summary>Details</summary><table class='cg-table'>{body}</table>{room}</details>"
+    return f"{told}<details><summary>Details</summary>{table(rows)}{room}</details>"
 
 # %% ../../nbs/panels/80_drive.ipynb #e6e93486
 class DriveSource(AfterTraining):
@@ -181,8 +180,7 @@ class DriveWidgets(DriveSource):
         self.more = folding("More", "What is saved, and where", self.form.box)
         self.loading = folding("Load a saved model", "Models that were saved before", load)
         self.loading.observe(lambda _: self.list_kept(), "value")
-        self.assemble(row(save, self.halt, download, self.again), self.status, self.far, self.link.widget,
-                      self.view,
+        self.assemble(row(save, self.halt, download, self.again), self.status, self.far, self.link.widget, self.view,
                       row(self.more), self.form.box, row(self.loading), load)
 
     def make_buttons(self):

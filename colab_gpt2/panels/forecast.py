@@ -45,8 +45,7 @@ def text_files(config) -> tuple:
 # %% ../../nbs/panels/77_forecast.ipynb #e23fdb14
 class Forecaster:
     "Plans for a config as it changes: models and texts are read once, a measured plan is kept."
-    def __init__(self, runtime=None):
-        self.runtime, self.known, self.measured = runtime or check_runtime(), {}, None
+    def __init__(self): self.runtime, self.known, self.measured = check_runtime(), {}, None
 
     def plan(self, config) -> Plan:
         "The plan of `config`; errors name the fields that they are about."

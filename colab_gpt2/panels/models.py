@@ -6,18 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/panels/77_models.ipynb #902a311c
-import warnings
-
 import ipywidgets as widgets
 
-from ..core import human_bytes
+from ..core import human_bytes, human_time
 from ..model.known import MODELS
-
-# %% ../../nbs/panels/77_models.ipynb #dcbade04
-def roughly(seconds) -> str:
-    "A time to about two digits."
-    units = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
-    return next(f"{seconds / size:.0f} {unit}" for unit, size in units if seconds >= 2 * size or size == 1)
+from .panel import listening
 
 # %% ../../nbs/panels/77_models.ipynb #6e236154
 CARDS = [name for name in MODELS if name != "distilgpt2"]
@@ -26,7 +19,7 @@ def describe_card(name, plan=None) -> str:
     "The lines of a card: the model `name`, its size, and what a Plan forecasts; without one there is no forecast."
     told = [name, f"{MODELS[name].parameters / 1e6:,.0f} M parameters"]
     if not plan: return "\n".join([*told, "no forecast yet"])
-    time = f"about {roughly(plan.seconds)}" if plan.seconds else "unknown time"
+    time = f"about {human_time(plan.seconds)}" if plan.seconds else "unknown time"
     fits = "✓ fits with LoRA" if plan.recipe.method == "lora" else "✓ fits"
     memory = f"{human_bytes(plan.peak_bytes)} of memory"
     return "\n".join([*told, time, memory, fits if plan.fits else "✗ does not fit"])
@@ -54,8 +47,7 @@ class ModelCards:
 
     def plan(self, name):
         "The Plan, or None: what is wrong with a model is said by the panel once it is chosen."
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with listening(lambda told: None):
             try: return self.plan_of(self.values.after(model=name))
             except Exception: return None
 

@@ -82,6 +82,12 @@ def describe_samples(samples, head=bold) -> str:
                       for title, prompt, text in samples)
     return f"<div class='cg-columns'>{columns}</div>"
 
+# %% ../../nbs/panels/74_panel.ipynb #6f2a34b1
+def table(rows) -> str:
+    "The HTML of rows of (label, text)."
+    cells = (f"<tr><th scope='row'>{escape(label)}</th><td>{escape(str(said))}</td></tr>" for label, said in rows)
+    return f"<table class='cg-table'>{''.join(cells)}</table>"
+
 # %% ../../nbs/panels/74_panel.ipynb #a17dbb9a
 def sentence(error, name_of=in_python) -> str:
     "An exception in one line, its fields called by `name_of`."
@@ -101,14 +107,13 @@ def forget_locals(error):
     gc.collect()  # a Trainer's parts refer to each other
 
 # %% ../../nbs/panels/74_panel.ipynb #ab72fe2d
-KINDS = {"⏳": "busy", "✓": "done", "⚠": "needs", "■": "stopped", "ℹ": "told", "": "told"}
-WORDS = {"⏳": "Working", "✓": "Done", "⚠": "Needs you", "■": "Stopped"}
+STATES = {"⏳": ("busy", "Working"), "✓": ("done", "Done"), "⚠": ("needs", "Needs you"), "■": ("stopped", "Stopped")}
 
 # %% ../../nbs/panels/74_panel.ipynb #9d20b7e5
 def state(text, sign="", notes=(), error=None) -> str:
     "The HTML of a sentence of state, with notes and, folded away, the traceback of `error`."
-    kind, word, role = "failed" if error else KINDS[sign], WORDS.get(sign, ""), "alert" if error else "status"
-    if error: sign, word = "✗", "Failed"
+    (kind, word), role = STATES.get(sign, ("told", "")), "status"
+    if error: sign, kind, word, role = "✗", "failed", "Failed", "alert"
     word = f"<span class='cg-word'>{word}</span>" if not text.startswith(word) else ""  # as "Done in 30 s" does
     head = f"<b><span aria-hidden='true'>{sign}</span> {word}</b>" if sign else ""
     beneath = "".join(f"<br><span class='cg-lead'>Note: {escape(note)}</span>" for note in notes)

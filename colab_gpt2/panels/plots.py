@@ -99,10 +99,9 @@ def draw_text(x, y, words, anchor="start", style="") -> str:
 def draw_values(lines, x_axis, y_axis, height=14) -> str:
     "The SVG of the lines' last values, at least `height` pixels apart."
     drawn, above = "", -math.inf
-    aside = {line.points[-1]: 14 if line.marker == "ring" else 8 for line in lines}  # the last of them is on top
-    for x, y in sorted(aside, key=lambda point: -point[1]):
+    for x, y in sorted({line.points[-1] for line in lines}, key=lambda point: -point[1]):
         above = max(y_axis.at(y), above + height)
-        drawn += draw_text(x_axis.at(x) + aside[x, y], above + 4, short(y), style="font-weight='600'")
+        drawn += draw_text(x_axis.at(x) + 14, above + 4, short(y), style="font-weight='600'")
     return drawn
 
 # %% ../../nbs/panels/70_plots.ipynb #25e30468
