@@ -176,6 +176,13 @@ def gpu_free():
     except (RuntimeError, AssertionError, OSError): return None
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
+# %% ../nbs/03_runtime.ipynb #6c1d0b7f
+def count_gpus() -> tuple:
+    "How many GPUs there are, and how many a run can share: all, or one where they differ."
+    import torch
+    names = [torch.cuda.get_device_properties(n).name for n in range(torch.cuda.device_count())]
+    return len(names), len(names) if len({*names}) == 1 else 1
+
 # %% ../nbs/03_runtime.ipynb #d92abcbf
 def cgroup_memory(root="/sys/fs/cgroup"):
     "`(limit, free)` bytes of this container's control group, or None where there is no limit."
@@ -234,17 +241,18 @@ PACKAGES = "colab-gpt2 torch transformers datasets accelerate ipywidgets peft bi
 
 def versions(packages=PACKAGES) -> dict:
     "Of Python and of the packages that matter in a bug report; one that is not installed is left out."
-    found = {"python": platform.python_version()}
+    found, missing = {"python": platform.python_version()}, importlib.metadata.PackageNotFoundError
     for name in packages:
-        try: found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: continue
+        with contextlib.suppress(missing): found[name] = importlib.metadata.version(name)
     return found
 
 # %% ../nbs/03_runtime.ipynb #95377680
-def advise(colab: str, device: str, trouble="", gpus=1) -> str:
-    "What to do where there is no GPU, with what torch said of one that failed, or several; `''` where there is one."
-    told = "There are %d GPUs, and a run uses one: set {num_processes=%d} to use all."
-    if gpus > 1: return Sentence(told % (gpus, gpus))
+SHARED = "There are {n} GPUs of this kind: {num_processes=%d} trains on all of them, otherwise a run uses the first."
+UNLIKE = "There are {n} GPUs that differ: a run uses the first, or the second by CUDA_VISIBLE_DEVICES=1."
+
+def advise(colab: str, device: str, trouble="", gpus=1, shared=1) -> str:
+    "What to do without a GPU, with what torch said of one that failed, or with several; '' where there is one."
+    if gpus > 1: return Sentence(SHARED % gpus if shared > 1 else UNLIKE, n=gpus)
     if device != "cpu": return ""
     said = f" torch said: {trouble}." if trouble else ""
     menu = "Kaggle's menu choose Settings → Accelerator → GPU T4 x2" if on_kaggle() else ""
@@ -256,12 +264,15 @@ def advise(colab: str, device: str, trouble="", gpus=1) -> str:
             f"else open the notebook in Colab with a T4 GPU.{said}")
 
 # %% ../nbs/03_runtime.ipynb #9a4af2a6
+def device_told(r) -> str:
+    "Which device a `Runtime` has, and how many of it."
+    kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, using the CPU"}[r.device]
+    return f"{kind}: " + f"{r.gpus} × " * (r.gpus > 1) + r.device_name
+
 def runtime_rows(r) -> list:
     "The rows of a `Runtime`'s table, in words."
     where = {"kernel": "Colab notebook", "subprocess": "Colab machine, outside the notebook's kernel"}
-    kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "no GPU; CPU"}[r.device]
-    name = f"{kind}: {r.device_name}"
-    if r.device_memory: name += f", {human_bytes(r.device_memory)}"
+    name = device_told(r) + (f", {human_bytes(r.device_memory)}" if r.device_memory else "")
     if r.compute_capability: name += ", compute capability {}.{}".format(*r.compute_capability)
     rows = [("where", where.get(r.colab, "not Colab")), ("device", name), ("precision", r.precision),
             ("CPU cores", r.cores), ("memory", f"{human_bytes(r.ram_free)} free of {human_bytes(r.ram)}"),
@@ -287,6 +298,7 @@ class Runtime(Record):
     versions: dict
     advice: str  # what to do where there is no GPU
     device_free: int | None = None  # of the GPU's memory; None where it is not known
+    gpus: int = 0  # that a run can share: all, or one where they differ
 
     _rows = runtime_rows
 
@@ -296,11 +308,11 @@ def check_runtime(
 ) -> Runtime:
     "Look at the machine, and say what to do where there is no GPU. A GPU that fails is no error."
     device, trouble = find_device()
-    gpus = sys.modules["torch"].cuda.device_count() if device == "cuda" else 1
+    gpus, shared = count_gpus() if device == "cuda" else (0, 0)
     name, gpu_memory, capability = describe_device(device)
     (ram, ram_free), (size, free), colab = memory(), disk(path), in_colab()
     return Runtime(
         colab=colab, device=device, device_name=name, device_memory=gpu_memory, compute_capability=capability,
         precision=pick_precision(device, capability), cores=core_count(), ram=ram, ram_free=ram_free, disk=size,
-        disk_free=free, versions=versions(), advice=advise(colab, device, trouble, gpus),
-        device_free=gpu_free() if device == "cuda" else None)
+        disk_free=free, versions=versions(), advice=advise(colab, device, trouble, gpus, shared),
+        device_free=gpu_free() if device == "cuda" else None, gpus=shared)

@@ -3,6 +3,9 @@ import html, json, subprocess, sys, types
 
 import pytest
 
+from colab_gpt2 import RuntimePanel
+from colab_gpt2.cli import main
+from colab_gpt2.generation import resolve  # with transformers, before a test pretends a GPU
 from colab_gpt2.runtime import check_runtime, in_colab, pick_precision
 
 
@@ -13,6 +16,14 @@ def fake_gpu(monkeypatch, name, memory, capability):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)  # a T4 emulates it
     monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_70", "sm_75", "sm_80"])
+
+
+def fake_gpus(monkeypatch, *names):
+    "Several, with a T4's properties under these names."
+    cards = [types.SimpleNamespace(name=name, total_memory=15_828_320_256, major=7, minor=5) for name in names]
+    fake_gpu(monkeypatch, names[0], 15_828_320_256, (7, 5))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device=0: cards[device])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(cards))
 
 
 def no_gpu(monkeypatch, answer=lambda: False):
@@ -31,6 +42,26 @@ def test_gpus(monkeypatch, name, memory, capability, dtype, scaler):
     assert (runtime.precision.dtype, runtime.precision.scaler) == (dtype, scaler)
     assert pick_precision("cuda") == runtime.precision
     assert name in runtime._repr_html_()
+
+
+def test_two_gpus_alike_are_shared_and_every_door_says_how(monkeypatch, capsys):
+    fake_gpus(monkeypatch, "Tesla T4", "Tesla T4")
+    runtime = check_runtime()
+    assert runtime.gpus == 2 and "GPU: 2 × Tesla T4, 15.8 GB" in runtime._repr_html_()
+    assert runtime.advice.startswith("There are 2 GPUs of this kind: num_processes=2 trains on all of them")
+    panel = RuntimePanel()
+    assert panel.start().gpus == 2 and runtime.advice in panel.view.value and "GPU: 2 × Tesla T4" in panel.view.value
+    monkeypatch.setattr("sys.argv", ["colab-gpt2", "check", "--json"])
+    with pytest.raises(SystemExit, match="^0$"): main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["gpus"] == 2 and "--num-processes 2 trains on all of them" in told["advice"]
+
+
+def test_of_gpus_that_differ_one_is_chosen_and_said(monkeypatch):
+    fake_gpus(monkeypatch, "NVIDIA L4", "Tesla T4")
+    runtime = check_runtime()
+    assert runtime.gpus == 1 and runtime.device_name == "NVIDIA L4" and "× NVIDIA L4" not in runtime._repr_html_()
+    assert "differ: a run uses the first" in runtime.advice and "num_processes" not in runtime.advice
 
 
 def test_no_gpu_in_colab_says_what_to_click(monkeypatch):
@@ -91,7 +122,6 @@ def test_a_gpu_that_torch_has_no_code_for_is_not_used(monkeypatch, built, capabi
 def test_a_text_is_generated_on_the_cpu_where_torch_has_no_code_for_the_gpu(monkeypatch):
     fake_gpu(monkeypatch, "Tesla P100-PCIE-16GB", 17_059_545_088, (6, 0))
     monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_70"])
-    from colab_gpt2.generation import resolve
     assert resolve("tiny", None, None)[0].device.type == "cpu"
 
 

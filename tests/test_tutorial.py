@@ -1,14 +1,19 @@
-"The notebook that people open in Colab: its links, what it carries, Run all without GPU or network, the folded Python."
+"""The notebook that people open in Colab: its links, what it carries, Run all without GPU or network, the folded Python;
+and the one for Kaggle, which is made of it."""
 import configparser, json, os, re, shutil, sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from colab_gpt2 import FinetuneConfig, plan
+import colab_gpt2
+import kaggle
+from colab_gpt2 import FinetuneConfig, check_runtime, plan, tasks
 from colab_gpt2.config import PROMPT
 from colab_gpt2.model.loading import TINY
+from helpers.forks import forked
 
 ROOT = Path(__file__).parents[1]
 PATH = ROOT/"nbs"/"tutorials"/"colab_gpt2.ipynb"
@@ -44,6 +49,8 @@ def test_links_follow_the_settings(tmp_path, shell):
         text = (tmp_path/name).read_text(encoding="utf-8")
         where = "other-user/other-repo/blob/other-branch/nbs/tutorials/colab_gpt2.ipynb"
         assert f"https://colab.research.google.com/github/{where}" in text
+        kaggles = "https://github.com/" + where.replace("colab_", "kaggle_")
+        assert name != "nbs/index.ipynb" or f"https://kaggle.com/kernels/welcome?src={kaggles}" in text
         assert "git+https://github.com/other-user/other-repo" in text
         assert "github.com/colab-gpt2/" not in text
 
@@ -165,3 +172,64 @@ def test_the_folded_python_runs(notebook, offline, monkeypatch, tmp_path):
     for fold in code: exec(compile(fold, "the folded Python", "exec"), {})
     assert (tmp_path/"by-hand"/"model.safetensors").exists()
     assert (tmp_path/"drive"/"colab-gpt2"/"by-hand.tar.gz").exists()
+
+
+# Kaggle's
+
+@pytest.fixture(scope="module")
+def for_kaggle(): return nbformat.read(kaggle.KAGGLE, as_version=4)
+
+
+def code_of(notebook): return [c.source for c in notebook.cells if c.cell_type == "code"]
+
+
+def test_kaggles_notebook_is_made_of_colabs():
+    assert kaggle.KAGGLE.read_text(encoding="utf-8") == kaggle.made(), "python tools/kaggle.py writes it"
+
+
+def test_words_that_kaggle_replaces_and_colab_has_no_more_are_an_error(monkeypatch):
+    monkeypatch.setitem(kaggle.CHANGES, "You need a Facebook account", "You need none")
+    with pytest.raises(SystemExit, match="no such words any more, change tools/kaggle.py: You need a Facebook account"):
+        kaggle.made()
+
+
+def test_kaggles_notebook_opens_there_and_knows_no_drive(for_kaggle, notebook):
+    picture = "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)]"
+    place = re.search(r"github/(.+?)/colab_gpt2.ipynb", notebook.cells[0].source)[1]
+    address = f"{picture}(https://kaggle.com/kernels/welcome?src=https://github.com/{place}/kaggle_gpt2.ipynb)"
+    assert address in for_kaggle.cells[0].source and address in (ROOT/"README.md").read_text(encoding="utf-8")
+    settings = for_kaggle.metadata.kaggle
+    assert (settings.accelerator, settings.isInternetEnabled) == ("nvidiaTeslaT4", True)
+    said = markdown(for_kaggle) + "".join(code_of(for_kaggle))
+    assert "Runtime →" not in said and "MyDrive" not in said and "@title" not in said
+    assert re.findall(r"(?<!restore_from_)[Dd]rive(?!Panel|=)|Colab", said) == ["Drive", "Colab"]  # what_is_saved.md's
+    for fold in folded(markdown(for_kaggle)): compile(fold, "the folded Python", "exec")
+
+
+def test_the_minutes_in_kaggles_table_are_forecasts(for_kaggle):
+    row = next(line for line in markdown(for_kaggle).splitlines() if line.startswith("| GPU T4 x2"))
+    told = re.findall(r"(gpt2[\w-]*)( by LoRA,)? (\d+) min", row)
+    plans = [plan(model=model, gpu="T4", num_processes=2, progress=False) for model, *_ in told]
+    assert [model for model, *_ in told] == ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+    assert [(bool(lora), int(minutes)) for _, lora, minutes in told] == [
+        (each.recipe.method == "lora", round(each.seconds / 60)) for each in plans]
+
+
+def run_cells(cells):
+    "As on Kaggle with two GPUs, in two processes, but on this CPU and in a few steps."
+    tasks.DEMO = replace(tasks.DEMO, max_steps=4, block_size=64, eval_stride=64, max_new_tokens=4)
+    colab_gpt2.check_runtime = lambda: replace(check_runtime(), gpus=2)
+    names = dict(display=lambda *each: None)
+    for cell in cells: exec(compile(re.sub("(?m)^!.*", "", cell), "a cell", "exec"), names)
+    return names["training"].result, names["keeping"].result
+
+
+def test_kaggles_cells_run_on_two_gpus_and_leave_one_file(for_kaggle, offline, tmp_path):
+    here = dict(os.environ, KAGGLE_KERNEL_RUN_TYPE="Interactive")
+    done = forked(run_cells, code_of(for_kaggle), cwd=tmp_path, env=here)
+    assert done.returncode == 0, done.stderr
+    result, saved = done.result
+    assert result.steps == 4 and result.config.num_processes == 2 and result.output_dir == "gpt2-tuned"
+    assert saved.copy.path == saved.archive.path == Path("gpt2-tuned.tar.gz")
+    assert {p.name for p in tmp_path.glob("*") if p.name not in ("cache", "jupyter", "ipython")} == {
+        "gpt2-tuned", "gpt2-tuned.tar.gz"}

@@ -1,4 +1,4 @@
-"Bring the links that name this repository into step with settings.ini: the badge that opens the tutorial in Colab, where pip installs from, the README."
+"Bring the links that name this repository into step with settings.ini: the badges that open the tutorial in Colab and on Kaggle, where pip installs from, the README."
 import re
 from configparser import ConfigParser
 from pathlib import Path

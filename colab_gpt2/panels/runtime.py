@@ -16,7 +16,7 @@ from ..core import Record, human_bytes
 from .fields import Values
 from .panel import Panel, button, folded, meter, row
 from .snippets import differing
-from ..runtime import Runtime, check_runtime
+from ..runtime import Runtime, check_runtime, device_told
 
 # %% ../../nbs/panels/75_runtime.ipynb #64a428b1
 def runtime_meters(runtime: Runtime) -> str:
@@ -29,11 +29,10 @@ def runtime_meters(runtime: Runtime) -> str:
 # %% ../../nbs/panels/75_runtime.ipynb #64fbc3a1
 def describe_runtime(runtime: Runtime) -> str:
     "The HTML of a Runtime, and what to do if there is no GPU."
-    kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, using the CPU"}[runtime.device]
     versions = "\n".join(f"{name} {version}" for name, version in runtime.versions.items())
     details = f"Precision {runtime.precision}.\n{versions}"
-    advice = f"<div class='cg-note'><b>What to click</b><br>{escape(runtime.advice)}</div>" if runtime.advice else ""
-    return (f"<p class='cg-line'><b>{kind}: {escape(runtime.device_name)}</b>; CPU cores: {runtime.cores}</p>"
+    advice = f"<div class='cg-note'><b>What to do</b><br>{escape(runtime.advice)}</div>" if runtime.advice else ""
+    return (f"<p class='cg-line'><b>{escape(device_told(runtime))}</b>; CPU cores: {runtime.cores}</p>"
             f"{runtime_meters(runtime)}{advice}{folded('Precision and versions', details)}")
 
 # %% ../../nbs/panels/75_runtime.ipynb #eb6f43b5
@@ -58,7 +57,7 @@ class RuntimePanel(Panel):
         return self.work(self.look, "Looking at the machine …", self.describe)
 
     def describe(self, runtime):
-        return "No GPU: using the CPU and a smaller model." if runtime.device == "cpu" else "A GPU is ready."
+        return "No GPU: using the CPU and a smaller model." if runtime.device == "cpu" else "GPU ready."
 
     def look(self):
         runtime = check_runtime(self.config.path)
