@@ -68,7 +68,7 @@ show: .venv/ready
 
 # Before a commit: clean the notebooks, of widgets too, export the package, bring links into step with settings.ini, make the README from nbs/index.ipynb and the map of the rooms.
 sync: .venv/ready
-	PATH="$(CURDIR)/.venv/bin:$$PATH" sh -c "nbdev_clean && python tools/strip_widgets.py && nbdev_export && python tools/links.py && python tools/kaggle.py && python tools/readme.py && python tools/rooms.py"
+	PATH="$(CURDIR)/.venv/bin:$$PATH" sh -c "nbdev_clean && python tools/strip_widgets.py && nbdev_export && python tools/kaggle.py && python tools/links.py && python tools/readme.py && python tools/rooms.py"
 
 clean:
 	rm -rf .venv .venv-colab build dist demo-output demo-output.tar.gz

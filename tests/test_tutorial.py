@@ -1,5 +1,5 @@
-"""The notebook that people open in Colab: its links, what it carries, Run all without GPU or network, the folded Python;
-and the one for Kaggle, which is made of it."""
+"""The notebook that people open in Colab: its links, what it carries, Run all without GPU or network, folded Python;
+the one for Kaggle, which is made of it; and the page for whom one GPU is not enough."""
 import configparser, json, os, re, shutil, sys
 from dataclasses import replace
 from pathlib import Path
@@ -38,19 +38,20 @@ def test_it_opens_in_colab_with_a_gpu(notebook):
 
 
 def test_links_follow_the_settings(tmp_path, shell):
-    for name in ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb", "tools/links.py", "settings.ini"):
+    notebooks = ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb", "nbs/tutorials/kaggle_gpt2.ipynb")
+    for name in (*notebooks, "tools/links.py", "settings.ini"):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT/name, tmp_path/name)
     settings = (tmp_path/"settings.ini").read_text()
     for name in ("user", "repo", "branch"): settings = re.sub(rf"(?m)^{name} = .*", f"{name} = other-{name}", settings)
     (tmp_path/"settings.ini").write_text(settings)
     assert shell(sys.executable, "tools/links.py").returncode == 0
-    for name in ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb"):
+    for name in notebooks:
         text = (tmp_path/name).read_text(encoding="utf-8")
-        where = "other-user/other-repo/blob/other-branch/nbs/tutorials/colab_gpt2.ipynb"
-        assert f"https://colab.research.google.com/github/{where}" in text
-        kaggles = "https://github.com/" + where.replace("colab_", "kaggle_")
-        assert name != "nbs/index.ipynb" or f"https://kaggle.com/kernels/welcome?src={kaggles}" in text
+        where = "other-user/other-repo/blob/other-branch/nbs/tutorials/"
+        for_colab = f"https://colab.research.google.com/github/{where}colab_gpt2.ipynb"
+        for_kaggle = f"https://kaggle.com/kernels/welcome?src=https://github.com/{where}kaggle_gpt2.ipynb"
+        assert (for_colab in text, for_kaggle in text) == ("kaggle_" not in name, "colab_" not in Path(name).name)
         assert "git+https://github.com/other-user/other-repo" in text
         assert "github.com/colab-gpt2/" not in text
 
@@ -233,3 +234,21 @@ def test_kaggles_cells_run_on_two_gpus_and_leave_one_file(for_kaggle, offline, t
     assert saved.copy.path == saved.archive.path == Path("gpt2-tuned.tar.gz")
     assert {p.name for p in tmp_path.glob("*") if p.name not in ("cache", "jupyter", "ipython")} == {
         "gpt2-tuned", "gpt2-tuned.tar.gz"}
+
+
+# When one GPU is not enough
+
+def test_what_training_costs_follows_from_the_figures_above_it():
+    page = (kaggle.KAGGLE.parent/"when_one_gpu_is_not_enough.md").read_text(encoding="utf-8")
+    def figure(pattern): return float(re.search(pattern, page)[1])
+    peak, price = figure(r"\| (\d+) TFLOP/s"), figure(r"\| \$([\d.]+) an hour")
+    share = figure(r"\| (\d+)% \| \*\*assumed")
+    rows = re.findall(r"(?m)^\| ([\d.]+) (million|billion)(?: \(.+?\))? \| ([\d,]+) \| \$([\d.,]+) \|", page)
+    assert len(rows) == 4
+    for count, unit, speed, dollars in rows:
+        tokens = share / 100 * peak * 1e12 / (6 * float(count) * {"million": 1e6, "billion": 1e9}[unit])
+        assert float(speed.replace(",", "")) == pytest.approx(tokens, rel=5e-3)
+        assert float(dollars.replace(",", "")) == pytest.approx(1e9 / tokens / 3600 * price, rel=5e-3)
+    for path in re.findall(r"\]\((?!http)(.+?)\)", page): assert (kaggle.KAGGLE.parent/path).exists(), path
+    linked = "tutorials/when_one_gpu_is_not_enough.md"
+    for start in (ROOT/"README.md", PATH, kaggle.KAGGLE): assert linked in start.read_text(encoding="utf-8")

@@ -63,6 +63,7 @@ For the first two, Kaggle asks you once to verify your phone number.
     "in a new notebook, run the two cells at the top": "in a new notebook, add this one's output as an input, run the cell at the top",
     'restore_from_drive("gpt2-tuned.tar.gz", "gpt2-tuned")`. Or with buttons: `from colab_gpt2 import DrivePanel`, then `DrivePanel()`; open *Load a saved model*, choose one and press *Restore*.':
         'restore_from_drive("PATH/gpt2-tuned.tar.gz", "gpt2-tuned")`, with the path of that input.',
+    "- For several GPUs: …": "- For more than two GPUs: [When one GPU is not enough](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/when_one_gpu_is_not_enough.md).",
     "`colab-gpt2 run --model gpt2 --dataset wikitext-2-raw-v1`": "`colab-gpt2 run --model gpt2 --dataset wikitext-2-raw-v1 --num-processes 2`",
 }
 

@@ -4,7 +4,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb")
+NOTEBOOKS = ("nbs/index.ipynb", "nbs/tutorials/colab_gpt2.ipynb", "nbs/tutorials/kaggle_gpt2.ipynb")
 
 
 def links(user, repo, branch):
