@@ -26,7 +26,7 @@ from .runtime import find_device
 
 # %% ../nbs/63_beginning.ipynb #c92355ae
 def check_sources(config):
-    "ValueError if the model or the tokenizer is a checkpoint that this run would delete."
+    "ValueError if this run would delete its own model or tokenizer, a checkpoint."
     doomed = [path.resolve() for path in find_checkpoints(config.folder) if config.overwrite_output_dir]
     for name, given in dict(model=config.model, tokenizer=config.tokenizer).items():
         if not given or Path(given).resolve() not in doomed: continue
@@ -37,7 +37,7 @@ def check_sources(config):
 UNLIKE = "The processes have different settings: {%s} is {first!r} in process 0 and {other!r} in process {rank}."
 
 def check_alike(config):
-    "ValueError, in all processes of a run, if one has other settings than the first."
+    "ValueError, in all processes, if one has other settings than the first."
     for rank, other in enumerate(known := gathered(config.to_dict())):
         for name in (name for name in other if other[name] != known[0][name]):
             with agreed(): raise ValueError(Sentence(UNLIKE % name, first=known[0][name], other=other[name], rank=rank))
@@ -56,7 +56,7 @@ def meet(config) -> FinetuneConfig:
 
 # %% ../nbs/63_beginning.ipynb #ac11561b
 def check_run(config) -> FinetuneConfig:
-    "The config, with the path of the output folder, and how many processes have met."
+    "The config with the path of the output folder, and how many processes have met."
     check_trainer_args(config.trainer_args)
     if (name := str(Path(config.folder))) in MODELS:
         told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
@@ -78,7 +78,7 @@ def check_shares(config, blocks):
 
 # %% ../nbs/63_beginning.ipynb #c146a1a6
 def plan_training(config, model, blocks, runtime) -> Plan:
-    "Of `model`, or its config. What `config` fixes is kept, with a warning if it does not fit."
+    "What `config` fixes is kept, with a warning if it does not fit."
     plan = plan_run(model, blocks, runtime, config)
     if not plan.fits: warnings.warn(plan.reasons[0], stacklevel=3)
     if config.tokenizer and plan.recipe.method == "lora":
@@ -88,7 +88,7 @@ def plan_training(config, model, blocks, runtime) -> Plan:
 
 # %% ../nbs/63_beginning.ipynb #ffe78b30
 def follow(config, found) -> FinetuneConfig:
-    "`config`, with method and optimizer, where it leaves them open, as the run has them that it resumes."
+    "`config`, with the method and optimizer of the run that it resumes, where it leaves them open."
     known = {name: found.run.get(name) for name in ("method", "optim")} if found else {}
     return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
 
@@ -96,7 +96,7 @@ def follow(config, found) -> FinetuneConfig:
 OTHER_SUMS = "This run was computed {was} before, and is {now} now: its weights will be equal up to rounding only."
 
 def as_before(config, prepared, plan, found) -> Plan:
-    "`plan`, with the micro-batch of the session before where that is left open and fits; a warning where it differs."
+    "`plan`, with the micro-batch of the session before, if that is left open and fits; a warning if it differs."
     micro, recipe, steps = found.how.get("micro_batch"), plan.recipe, plan.steps
     if micro and micro != recipe.micro_batch and not (config.per_device_train_batch_size or
                                                       config.gradient_accumulation_steps):
@@ -112,7 +112,7 @@ def as_before(config, prepared, plan, found) -> Plan:
 
 # %% ../nbs/63_beginning.ipynb #413b858c
 def first_plan(config, prepared, found, run) -> Plan:
-    "Before a step is probed; with what it says of time, text and room."
+    "Before a step is probed; with warnings on time, text and room."
     plan = plan_training(follow(config, found), prepared.model, prepared.train, prepared.runtime)
     if found and not differences(found.run, run):
         plan = as_before(config, prepared, replace(plan, steps=min(plan.steps, found.steps)), found)

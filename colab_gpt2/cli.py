@@ -31,7 +31,7 @@ app = typer.Typer(
 
 # %% ../nbs/65_cli.ipynb #b11cf3c0
 def option(kind, help, *flags, **limits):
-    "The annotation of an argument that is an option."
+    "The annotation of an option."
     return Annotated[kind, typer.Option(*flags, help=help, **limits)]
 
 # %% ../nbs/65_cli.ipynb #b11cf3ce
@@ -44,20 +44,20 @@ def show_version(version: option(bool, "show the version", "--version") = False)
 
 # %% ../nbs/65_cli.ipynb #10f5c0de
 def name_of(name, *value) -> str:
-    "The option for a field, as it is typed with `value` where there is one."
+    "The option for a field, as typed, with `value` if given."
     flag = {"trainer_args": "trainer-arg"}.get(name, name).replace("_", "-")
     if not value or value[0] is True: return f"--{flag}"
     return f"--no-{flag}" if value[0] is False else f"--{flag} {value[0]}"
 
 # %% ../nbs/65_cli.ipynb #0ba5d3db
 def one_line(error, name_of=name_of) -> str:
-    "An error or a warning in one line; its class where it has no message."
+    "An error or a warning in one line; its class if it has no message."
     return printable(" ".join(worded(error, name_of).split())) or type(error).__name__
 
 # %% ../nbs/65_cli.ipynb #ce7f6373
 @contextlib.contextmanager
 def errors_in_one_line(debug=False):
-    "Exit with the right code and one line on stderr; `debug` shows the traceback."
+    "Exit with the right code and one line on stderr; `debug`: a traceback."
     try: yield
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,13 +73,13 @@ def errors_in_one_line(debug=False):
 # %% ../nbs/65_cli.ipynb #2be9c24d
 @contextlib.contextmanager
 def bad_usage():
-    "A ValueError inside is about a value that was typed: exit code 2."
+    "A ValueError inside is about a typed value: exit code 2."
     try: yield
     except ValueError as e: raise typer.BadParameter(one_line(e)) from None
 
 # %% ../nbs/65_cli.ipynb #81b4f3d3
 def as_typed(result):
-    "`result` with every `Sentence` in it rendered with the options' names."
+    "`result` with each `Sentence` in the options' names."
     if isinstance(result, Sentence): return result.render(name_of)
     if isinstance(result, dict): return {name: as_typed(value) for name, value in result.items()}
     if isinstance(result, (list, tuple)): return type(result)(map(as_typed, result))
@@ -89,7 +89,7 @@ def as_typed(result):
 
 # %% ../nbs/65_cli.ipynb #b66e3cc2
 def readable(result) -> str:
-    "A result for a person: the rows of its table."
+    "A result for a person: its table."
     if isinstance(result, (list, tuple)): return "\n\n".join(map(readable, result))
     if not isinstance(result, Record) or type(result).__str__ is not object.__str__: return str(result)
     rows = [(str(k), worded(v, name_of).strip()) for k, v in result._rows() if v not in (None, "")]
@@ -98,7 +98,7 @@ def readable(result) -> str:
 
 # %% ../nbs/65_cli.ipynb #897fcaed
 def quiet_libraries(name_of=name_of):
-    "Our own warnings become notes on stderr; those of other packages are left out."
+    "Our warnings become notes on stderr; those of other packages are left out."
     import transformers
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -108,7 +108,7 @@ def quiet_libraries(name_of=name_of):
 
 # %% ../nbs/65_cli.ipynb #60846a14
 def answer(function, arguments, as_json=False, debug=False):
-    "Call a command and print what it returns: a table, JSON, or text as it comes. Libraries print on stderr."
+    "Call a command and print what it returns: a table, JSON, or text as it comes. Libraries use stderr."
     with errors_in_one_line(debug), catching():
         with warnings.catch_warnings():
             with contextlib.redirect_stdout(sys.stderr):
@@ -124,7 +124,7 @@ def answer(function, arguments, as_json=False, debug=False):
 
 # %% ../nbs/65_cli.ipynb #926bbb2d
 def keyword(name, default, annotation):
-    "A keyword parameter, which typer turns into an option."
+    "A keyword parameter: typer's option."
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 # %% ../nbs/65_cli.ipynb #856c8cf5
@@ -134,7 +134,7 @@ SHARED = [
 
 # %% ../nbs/65_cli.ipynb #24f67f56
 def config_options(defaults, names=None) -> list:
-    "A parameter for each field of a record, or for those in `names`; `trainer_args` are several NAME=VALUE."
+    "A parameter for each field of a record, or those in `names`; `trainer_args` are several NAME=VALUE."
     made = []
     for f in fields(defaults):
         if names is not None and f.name not in names.split(): continue
@@ -150,7 +150,7 @@ def config_options(defaults, names=None) -> list:
 
 # %% ../nbs/65_cli.ipynb #0ae447fc
 def parse_pairs(pairs) -> dict:
-    "The values of NAME=VALUE by name; one is read as JSON where it is JSON."
+    "NAME=VALUE as name -> value; JSON is read."
     parsed = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
@@ -163,7 +163,7 @@ def parse_pairs(pairs) -> dict:
 
 # %% ../nbs/65_cli.ipynb #7d2908fa
 def take_config(arguments, defaults=FinetuneConfig(), names=None):
-    "`defaults` with the values of its fields, or those in `names`, which are taken out of `arguments`."
+    "`defaults` with the values of its fields, or those in `names`, taken out of `arguments`."
     with bad_usage():
         mine = names.split() if names else [f.name for f in fields(defaults)]
         named = {name: arguments.pop(name) for name in mine if name in arguments}
@@ -186,7 +186,7 @@ class Command(TyperCommand):
 
 # %% ../nbs/65_cli.ipynb #f02bdded
 def command(example, *sources):
-    "Register a function as a subcommand. `sources`: its first arguments, records or (record, names of fields to read)."
+    "Register a subcommand. `sources`: its first arguments, records or (record, names of fields to read)."
     sources = [source if isinstance(source, tuple) else (source, None) for source in sources]
 
     def register(function):
@@ -385,4 +385,4 @@ def main():
     try: app(prog_name="colab-gpt2")
     finally:
         leave()
-        for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's own end takes a second; its code stands
+        for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's own end takes a second

@@ -14,7 +14,7 @@ from .errors import Sentence, check_choice, check_number, check_utf8
 
 # %% ../nbs/04_config.ipynb #1da4635b
 def value(default, help, **options):
-    "A dataclass's field; `options`: a `label`, `choices`, path=True, `lines`, and limits as `check_number` takes them."
+    "A field; `options`: a `label`, `choices`, path=True, `lines`, and limits as `check_number` takes them."
     make = dict(default_factory=dict) if default == {} else dict(default=default)
     return field(**make, metadata=dict(help=help, **options))
 
@@ -59,7 +59,7 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", LENGTHENED,
              "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial", "inverse_sqrt")
 
 def decay_begins(given, steps) -> int:
-    "The step of so many from which LENGTHENED falls: in the last tenth, or as its options `given` say."
+    "The step from which LENGTHENED falls: in the last tenth, or as its options `given` say."
     last = given.get("num_decay_steps") if isinstance(given, dict) else None
     return steps - (last or math.ceil(steps / 10))
 
@@ -165,7 +165,7 @@ def folder_named(text) -> str:
 
 # %% ../nbs/04_config.ipynb #67af1e0a
 def unnumbered(folder, name) -> str:
-    "`folder` without a number after `name` that was chosen here: another machine may choose another."
+    "`folder` without the number after `name` that this machine chose."
     found = re.fullmatch(rf"((?:.*[/\\])?{re.escape(name)})-\d+", folder)
     return found[1] if found else folder
 
@@ -229,8 +229,8 @@ def check_value(f, given):
 OF_HUB = "model", "tokenizer", "dataset", "train_file"
 
 def expand_paths(config):
-    """Put the home folder in the place of `~`, and plain numbers in that of NumPy's, which are no JSON and overflow;
-    ValueError for a path that no file can have: too long, or of no user."""
+    """Put the home folder for `~`, and plain numbers for NumPy's, which are no JSON and overflow; ValueError for a path
+    that no file can have."""
     for f in fields(config):
         given = getattr(config, f.name)
         if isinstance(given, numbers.Number): vars(config)[f.name] = getattr(given, "item", lambda: given)()
@@ -242,7 +242,7 @@ def expand_paths(config):
 
 # %% ../nbs/04_config.ipynb #f8a5b6be
 def check_batch(config):
-    "Micro-batch and accumulation steps decide the batch where both are given; one alone must divide it."
+    "Micro-batch and accumulation steps decide the batch if both are given; one alone must divide it."
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if micro and steps or not config.effective_batch_size: return
     for name, given in (("per_device_train_batch_size", micro), ("gradient_accumulation_steps", steps)):
@@ -251,10 +251,10 @@ def check_batch(config):
             raise ValueError(Sentence(message % name, given=given, batch=config.effective_batch_size))
 
 # %% ../nbs/04_config.ipynb #11368cc5
-ADAPTERS = "use_rslora", "use_dora", "target_modules", "load_in_4bit"  # fields of how LoRA learns, beside its rank
+ADAPTERS = "use_rslora", "use_dora", "target_modules", "load_in_4bit"  # how LoRA learns
 
 def check_config(config):
-    "ValueError for the first value that no run could use, alone or with others."
+    "ValueError for the first value that no run could use."
     for f in fields(config): check_value(f, getattr(config, f.name))
     for name in ("max_steps", "save_steps", "eval_steps"):
         if getattr(config, name) == 0:
@@ -276,7 +276,7 @@ def check_config(config):
 
 # %% ../nbs/04_config.ipynb #bf542408
 def changed(config=None, **changes):
-    "`config`, else a FinetuneConfig, with `changes`; a TypeError for an unknown name."
+    "`config`, else a FinetuneConfig, with `changes`; TypeError for an unknown name."
     config = config or FinetuneConfig()
     if not isinstance(config, Record): raise TypeError(f"{config!r} is no config; set fields by name, as model='tiny'.")
     names = [f.name for f in fields(config)]
@@ -288,30 +288,30 @@ def changed(config=None, **changes):
 SHORT = 100_000  # tokens: some 400 kB
 
 def pick_learning_rate(config, parameters, method="full", tokens=SHORT) -> float:
-    "`config`'s own peak, else by the size of the model, the method, and how many tokens the text has."
+    "`config`'s own peak, else by the size of the model, the method, and the text's tokens."
     if config.learning_rate: return config.learning_rate
     if method == "lora": return 2e-4
     return 5e-5 if parameters >= 20e6 else 1e-4 if tokens >= SHORT else 5e-4
 
 # %% ../nbs/04_config.ipynb #04b00012
 def effective_batch(config) -> int | None:
-    "Blocks in an optimizer step: the product of micro-batch and accumulation steps where both are given."
+    "Blocks in a step: the product of micro-batch and accumulation steps if both are given."
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     return micro * steps if micro and steps else config.effective_batch_size
 
 # %% ../nbs/04_config.ipynb #04b00013
 def count_steps(config, blocks: int) -> int:
-    "As the Trainer counts them: the last batch of an epoch may be short; `max_steps` goes before epochs."
+    "As the Trainer counts: the last batch of an epoch may be short; `max_steps` goes before epochs."
     if config.max_steps > 0: return config.max_steps
     return math.ceil(config.num_train_epochs * math.ceil(blocks / effective_batch(config)))
 
 # %% ../nbs/04_config.ipynb #04b00015
 BATCHES, EPOCHS = (8, 4), 2.
-ENOUGH, AIM = 100, 150  # steps: a text that gives fewer is divided further, and is read for so many
-MOST_READ = 600_000  # tokens in all the epochs of that, where larger batches were asked for
+ENOUGH, AIM = 100, 150  # steps: a text that gives fewer is divided further, and read for more
+MOST_READ = 600_000  # tokens then, in all epochs
 
 def settled(config, tokens, block_size):
-    "`config` with a batch and epochs, where it has none, for a text of so many `tokens` in such blocks."
+    "`config` with a batch and epochs for a text of so many `tokens` in such blocks."
     each = config.per_device_train_batch_size or config.gradient_accumulation_steps or 1
     own, blocks = effective_batch(config), max(1, tokens // block_size)
     def with_(batch, epochs=EPOCHS):
@@ -326,7 +326,7 @@ def settled(config, tokens, block_size):
 BLOCK, SHORT_BLOCK, LEAST_BLOCK = 1024, 256, 32
 
 def pick_block_size(config, context: int, tokens: int | None = None) -> int:
-    "`config`'s own, which must fit the `context`, else as long as that, and a text of so many `tokens`, allow."
+    "`config`'s own, which must fit the `context`, else as long as that, and so many `tokens`, allow."
     if config.block_size and config.block_size > context:
         message = "{block_size} is {value}, but the model's context is {context} tokens; take {context} or less."
         raise ValueError(Sentence(message, value=config.block_size, context=context))
@@ -341,7 +341,7 @@ def pick_block_size(config, context: int, tokens: int | None = None) -> int:
 SHORT_TOLD = "Short text: {epochs:g} epochs in batches of {batch} blocks of {size} tokens, {steps} steps."
 
 def short_told(config, tokens, block_size) -> str:
-    "What a settled `config` does on a short text, where that is what would be chosen; else ''."
+    "What `config` does on a short text, if it chose that; else ''."
     auto = settled(replace(config, num_train_epochs=None, effective_batch_size=None), tokens, block_size)
     epochs, batch = config.num_train_epochs, effective_batch(config)
     if config.max_steps > 0 or config != auto or (epochs, batch) == (EPOCHS, BATCHES[0]): return ""

@@ -14,7 +14,7 @@ from typing import get_args, get_origin, get_type_hints
 
 # %% ../nbs/00_core.ipynb #58fd4e2f
 def _typed(hint, value):
-    "The opposite of `plain`: a `value` that JSON gave, as the type `hint` has it."
+    "The opposite of `plain`: what JSON gave as the type `hint`."
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     if NoneType in get_args(hint): return value if value is None or len(kinds) > 1 else _typed(kinds[0], value)
     if value is None: return math.nan if hint is float else None
@@ -26,7 +26,7 @@ def _typed(hint, value):
 
 # %% ../nbs/00_core.ipynb #f9a2c4bf
 def plain(value):
-    "`value` in terms that JSON knows: records and mappings become dicts, paths and anything unknown become strings."
+    "`value` for JSON: records and mappings become dicts, paths and anything unknown strings."
     if isinstance(value, Record): return value.to_dict()
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
@@ -51,7 +51,7 @@ class Record:
         except (TypeError, AttributeError, ValueError) as e: raise ValueError(f"No {cls.__name__}: {e}.") from e
 
     def _rows(self):
-        "The (label, text) pairs of the HTML table; a subclass overrides it to show less, or in better words."
+        "The (label, text) pairs of the table."
         return [(name.replace("_", " "), value) for name, value in self.to_dict().items()]
 
     def _repr_html_(self):
@@ -63,15 +63,16 @@ class Record:
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
 
 def printable(text) -> str:
-    "`text` with \\u and four digits for each character that could steer a terminal, or that cannot be written to one."
+    r"`text` with \\u and four digits for what could steer a terminal, or cannot be written to one."
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 # %% ../nbs/00_core.ipynb #bc007942
-def nearest(name, known):
-    "`' Did you mean ...?'` for the entry of `known` most like `name`, else the list of all."
+def nearest(name, known, otherwise=None):
+    "`' Did you mean ...?'` for the entry of `known` most like `name`; else `otherwise`, or all of them."
     lower = {entry.lower(): entry for entry in known}
     close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
-    return f" Did you mean {lower[close[0]]!r}?" if close else f" Known: {', '.join(known)}."
+    if close: return f" Did you mean {lower[close[0]]!r}?"
+    return f" Known: {', '.join(known)}." if otherwise is None else otherwise
 
 # %% ../nbs/00_core.ipynb #6373cf46
 def human_bytes(n):
@@ -83,12 +84,12 @@ def human_bytes(n):
 
 # %% ../nbs/00_core.ipynb #cf3a7848
 def several(n, what) -> str:
-    "`n` of a thing as it is said: '2 files', but '1 file'."
+    "'2 files', but '1 file'."
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 # %% ../nbs/00_core.ipynb #0ba44680
 def human_time(seconds):
-    "`seconds` as a person would say it: two units at most."
+    "`seconds` in two units at most."
     seconds = round(seconds)
     if seconds < 60: return f"{seconds} s"
     if seconds < 3600: return f"{seconds // 60} min {seconds % 60} s"
@@ -96,7 +97,7 @@ def human_time(seconds):
 
 # %% ../nbs/00_core.ipynb #c024d5c9
 def home(path) -> Path:
-    "`path`, with a home folder for `~` or `~user` at its beginning; ValueError if no path can be that."
+    "`path`, with a home folder for `~` or `~user`; ValueError if no path can be that."
     if not isinstance(path, (str, os.PathLike)): raise TypeError(f"{path!r} is not one path, a text or a Path.")
     text = os.path.expanduser(path)
     if re.match(r"\w+://", text):
@@ -117,7 +118,7 @@ LINK = re.compile(r"(?i:hf://|(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/)(d
 PAGES = {None: "model", "datasets/": "data set", "spaces/": "space"}
 
 def from_link(text, kind=None) -> str:
-    "The id in an address of the Hub, which must be one of `kind` (a key of PAGES); any other text as it is."
+    "The id in an address of the Hub, of a `kind` of PAGES; any other text as it is."
     if not (found := LINK.fullmatch(text)): return text
     if found[1] != kind: raise ValueError(f"{text} is the address of a {PAGES[found[1]]}; a {PAGES[kind]} is needed.")
     if found[4][:1] in ("", "?", "#"): return found[2]
@@ -131,7 +132,7 @@ def existing(path) -> Path:
 
 # %% ../nbs/00_core.ipynb #56e22ccc
 def check_space(path, needed, what):
-    "Raise OSError if the disk that holds `path` has fewer than `needed` bytes free for `what`."
+    "OSError if the disk of `path` has fewer than `needed` bytes free for `what`."
     folder = existing(path)
     free = shutil.disk_usage(folder).free
     if free >= needed: return
@@ -144,21 +145,21 @@ def check_space(path, needed, what):
 DRIVES = "MyDrive", "My Drive", "Shareddrives", "Shared drives"
 
 def drive_top(path, anywhere=True):
-    "The first folder in `path` with a Drive's name, `anywhere` or in a folder `drive`, as on Colab; None without any."
+    "The first folder of `path` with a Drive's name, `anywhere` or in a folder `drive`, as on Colab; None without."
     path = Path(os.path.realpath(path))
     found = (f for f in (*reversed(path.parents), path) if f.name in DRIVES)
     return next((f for f in found if anywhere or f.parent.name == "drive"), None)
 
 # %% ../nbs/00_core.ipynb #82a8adac
 def _empty(path):
-    "Empty a file, but for one that has another name as well, or that this process reads through a map: it would crash."
+    "Empty a file without another name that no map of this process shows: it would crash."
     status, maps = path.lstat(), Path("/proc/self/maps")
     mapped = maps.exists() and os.path.realpath(path) in maps.read_text(errors="replace")
     if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and not mapped: os.truncate(path, 0)
 
 # %% ../nbs/00_core.ipynb #f476e545
 def discard(path):
-    "Delete a file, a link or a folder; the files of a Drive are emptied first."
+    "Delete a file, a link or a folder; a Drive's files are emptied first."
     path = Path(path)
     folder = path.is_dir() and not path.is_symlink()
     if drive_top(path.parent):
@@ -168,7 +169,7 @@ def discard(path):
 
 # %% ../nbs/00_core.ipynb #d389b12b
 def replace(source, path):
-    "Move the file `source` to `path`. A former file on a Drive is discarded."
+    "Move the file `source` to `path`; a former file on a Drive is discarded."
     if not (os.path.isfile(path) and drive_top(path)): return os.replace(source, path)
     former = Path(f"{source}.former")
     os.replace(path, former)
@@ -180,14 +181,14 @@ def replace(source, path):
 
 # %% ../nbs/00_core.ipynb #50e3506a
 def current_umask():
-    "The process's umask, which can only be read by setting it."
+    "It can only be read by setting it."
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 # %% ../nbs/00_core.ipynb #daff6793
 def sync(path):
-    "Have the system write the file or the folder `path` to the disk now."
+    "Have the system write a file or a folder to the disk now."
     if os.name != "posix": return  # Windows opens no folder
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
@@ -197,7 +198,7 @@ def sync(path):
 
 # %% ../nbs/00_core.ipynb #9256aece
 def make_folder(path) -> list:
-    "Make the folder `path` and those above it; -> the new ones, each synced in the one that it is in."
+    "Make `path` and the folders above it; -> the new ones, each synced in its own."
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new: sync(folder.parent)
@@ -205,7 +206,7 @@ def make_folder(path) -> list:
 
 # %% ../nbs/00_core.ipynb #5af3bc20
 def _settle(folder):
-    "Sync all that is in `folder`, with the permissions that `open` and `mkdir` give: temporary files are private."
+    "Sync all in `folder`, with the permissions of `open` and `mkdir`: temporary files are private."
     for root, folders, files in os.walk(folder):
         for path in (Path(root, name) for name in files):
             path.chmod(0o666 & ~current_umask())
@@ -215,18 +216,18 @@ def _settle(folder):
 
 # %% ../nbs/00_core.ipynb #4da8cefb
 def leftovers(folder, living=False) -> list[Path]:
-    "What `atomic` left in `folder` when its process was killed; with `living` also what a process may still write."
+    "What `atomic` left in `folder` when its process was killed; with `living` also what may still be written."
     import psutil
-    def alive(number, path):  # one that began a minute after `path` has the number by chance; Drive has its own clock
+    def alive(number, path):  # one that began a minute later has the number by chance; Drive has its own clock
         try: return psutil.Process(number).create_time() < path.stat().st_mtime + 60
         except psutil.NoSuchProcess: return False
-        except (psutil.Error, FileNotFoundError): return True  # another's, or another process has tidied up just now
+        except (psutil.Error, FileNotFoundError): return True  # another's, or tidied up just now
     named = ((path, re.fullmatch(r"\..+\.(\d+)\.\w{8}\.part", path.name)) for path in Path(folder).glob(".*.part"))
     dead = (path for path, found in named if found and (living or not alive(int(found[1]), path)))
     return [path for path in dead if path.is_dir() and not path.is_symlink()]
 
 def tidy(folder, name=""):
-    "Discard what killed processes left in `folder`, of the file `name` only, once what they had moved aside is back."
+    "Discard what killed processes left in `folder`, or of the file `name`, once what they moved aside is back."
     for left in leftovers(folder):
         if name and not left.name.startswith(f".{name}."): continue
         with contextlib.suppress(OSError):  # another process may tidy up too
@@ -237,7 +238,7 @@ def tidy(folder, name=""):
 # %% ../nbs/00_core.ipynb #57e51458
 @contextlib.contextmanager
 def scratch(folder, name):
-    "A temporary folder in `folder` (None: the system's place for them); what is `name` in it at the end is discarded."
+    "A temporary folder in `folder` (None: the system's place); what is `name` in it at the end is discarded."
     if not (folder and drive_top(folder)): tidy(folder or tempfile.gettempdir(), folder and name)
     options = dict(prefix=f".{name}.{os.getpid()}.", suffix=".part", ignore_cleanup_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, **options) as temporary:  # an error that led here says more
@@ -247,7 +248,7 @@ def scratch(folder, name):
 
 # %% ../nbs/00_core.ipynb #ee4f0b91
 def sha256_of(path, report=None, chunk=1 << 20):
-    "Hex SHA-256 of a file, read in pieces of `chunk` bytes."
+    "Hex SHA-256 of a file."
     path, digest = Path(path), hashlib.sha256()
     with open(path, "rb") as f:
         while piece := f.read(chunk):
@@ -257,7 +258,7 @@ def sha256_of(path, report=None, chunk=1 << 20):
 
 # %% ../nbs/00_core.ipynb #db4431d1
 def checksums(folder, names, report=None) -> dict:
-    "Name to SHA-256 of the files `names` in `folder`; several are read at once, since hashing is what takes the time."
+    "Name to SHA-256 of the files `names` in `folder`; several are read at once."
     sums = {}
     with ThreadPoolExecutor() as pool:
         for name, sha256 in zip(names, pool.map(lambda name: sha256_of(Path(folder, name)), names)):
@@ -267,8 +268,8 @@ def checksums(folder, names, report=None) -> dict:
 
 # %% ../nbs/00_core.ipynb #87818c54
 def copy_synced(source, target, report=None, place=None) -> str:
-    """Copy a file, have the system write it to the disk and forget it, read it back and compare; -> the SHA-256.
-    OSError if something else arrived in `place` (the folder of `target`). `report` hears of both."""
+    """Copy a file, have the system write it and forget it, read it back and compare; -> the SHA-256. OSError if
+    something else arrived in `place` (the folder of `target`)."""
     source, target, digest = Path(source), Path(target), hashlib.sha256()
     def reading_back(_, done, total): report(f"Reading {source.name} back", done, total)
     with open(source, "rb") as s, open(target, "wb") as t:
@@ -289,13 +290,13 @@ def copy_synced(source, target, report=None, place=None) -> str:
 
 # %% ../nbs/00_core.ipynb #8afce7d9
 def _check_drive(place):
-    "OSError if `place` is on a Drive that is not mounted: what is written there would be lost with the machine."
+    "OSError if `place` is on a Drive that is not mounted: it would be lost with the machine."
     top = drive_top(place, anywhere="COLAB_RELEASE_TAG" in os.environ)
     if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))
 
 # %% ../nbs/00_core.ipynb #b681c612
 def _carry(stage, temporary, place):
-    "Copy all that is in the folder `stage` to `temporary`, in `place` on a Drive."
+    "Copy the folder `stage` to `temporary`, in `place` on a Drive."
     check_space(place, sum(path.stat().st_size for path in stage.rglob("*")), f"Writing to {place}")
     for root, _, files in os.walk(stage):
         to = temporary/Path(root).relative_to(stage)
@@ -305,11 +306,10 @@ def _carry(stage, temporary, place):
 # %% ../nbs/00_core.ipynb #a393b176
 @contextlib.contextmanager
 def atomic(path, folder=False, aside=None):
-    """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; an error leaves `path` as
-    it was. Into a folder that is there already the new files move one by one, the largest last; its others stay; or all
-    that is there moves `aside`."""
+    """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; else `path` stays. Into a
+    folder that is there the new files move one by one, the largest last, and its others stay; or all moves `aside`."""
     path = Path(path)
-    inside = folder and not aside and path.is_dir()  # it may be a mount, out of which nothing can be renamed
+    inside = folder and not aside and path.is_dir()  # it may be a mount, which nothing can leave
     place = path if inside else path.parent
     _check_drive(place)
     make_folder(place)
@@ -333,9 +333,9 @@ def atomic(path, folder=False, aside=None):
 
 # %% ../nbs/00_core.ipynb #19f5b3bd
 def weight_files(index) -> set:
-    "The names in an index of weights; ValueError unless they are of safetensors files in its own folder."
+    "The names in an index of weights; ValueError unless they are safetensors files in its folder."
     try:
-        read = json.loads(Path(index).read_text(encoding="utf-8"))
+        read = json.loads(Path(index).read_bytes())
         names = {*map(str, read["weight_map"].values())}
         if not (names and isinstance(read["metadata"], dict)): raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -13,17 +13,17 @@ from .core import nearest
 
 # %% ../nbs/01_errors.ipynb #b76e9053
 def in_python(name, *value) -> str:
-    "A field in Python's words: its `name`, and the `value` to give it where there is one."
+    "A field in Python's words, with the `value` to give it."
     return f"{name}={value[0]!r}" if value else name
 
 # %% ../nbs/01_errors.ipynb #fab43e10
 def shortened(text, most=1000) -> str:
-    "`text` without its middle, if it has more than `most` characters."
+    "`text` without its middle beyond `most` characters."
     return text if len(text) <= most else f"{text[:most - most // 4]} … {text[-most // 4:]}"
 
 # %% ../nbs/01_errors.ipynb #c33851bd
 class _Words(dict):
-    "For `str.format_map`: the values, in the same door's words; any other name is a field, as `name_of` has it."
+    "For `str.format_map`: the values, in a door's words; any other name is a field, as `name_of` has it."
     def __init__(self, values, name_of):
         told = {k: worded(v, name_of) for k, v in values.items() if isinstance(v, (Sentence, BaseException))}
         super().__init__({**values, **told})
@@ -32,7 +32,7 @@ class _Words(dict):
     def __missing__(self, name): return self.name_of(name)
 
 class _Quoting(string.Formatter):
-    "Shortens what stands in quotation marks."
+    "Shortens what is quoted."
     def convert_field(self, value, conversion):
         said = super().convert_field(value, conversion)
         return shortened(said, 200) if conversion else said
@@ -64,18 +64,18 @@ class Sentence(str):
         return tuple(dict.fromkeys(n for n in names if n.partition(".")[0].partition("[")[0] not in self.values))
 
     def render(self, name_of) -> str:
-        "The text with `name_of(name)`, or `name_of(name, value)`, in the place of each field."
+        "The text with `name_of(name)`, or `name_of(name, value)`, for each field."
         return _fill(self.template, self.values, name_of)
 
 # %% ../nbs/01_errors.ipynb #9c2ecafc
 def fields_of(told) -> tuple:
-    "The fields that an exception, a warning or a text is about; () for one that names none."
+    "The fields that an exception, a warning or a text is about."
     sentence = told.args[0] if isinstance(told, BaseException) and told.args else told
     return getattr(told, "about", ()) or (sentence.fields if isinstance(sentence, Sentence) else ())
 
 # %% ../nbs/01_errors.ipynb #24129700
 def worded(told, name_of=in_python) -> str:
-    "The message of an exception or a warning, or a text, with its fields called by `name_of`."
+    "An exception's, a warning's or a text's message, with its fields called by `name_of`."
     sentence = told.args[0] if isinstance(told, BaseException) and told.args else told
     text = sentence.render(name_of) if isinstance(sentence, Sentence) else str(told)
     return shortened(text) if isinstance(told, BaseException) else text
@@ -91,7 +91,7 @@ def about(*fields):
 
 # %% ../nbs/01_errors.ipynb #096c8bd4
 def check_number(name, value, minimum=None, maximum=None, above=None, integer=False, hint=""):
-    "`value`, if it is a finite number within the limits; else a ValueError that says which rule broke, and the `hint`."
+    "`value`, if it is a finite number within the limits; else a ValueError with the broken rule and the `hint`."
     limits = (">", operator.gt, above), ("≥", operator.ge, minimum), ("≤", operator.le, maximum)
     limits = [limit for limit in limits if limit[-1] is not None]
     good = isinstance(value, numbers.Integral if integer else numbers.Real) and not isinstance(value, bool)
@@ -103,14 +103,14 @@ def check_number(name, value, minimum=None, maximum=None, above=None, integer=Fa
 
 # %% ../nbs/01_errors.ipynb #a98ce874
 def check_choice(name, value, known):
-    "`value`, if it is one of `known`; else a ValueError with the nearest of them."
+    "`value`, if it is `known`; else a ValueError with the nearest."
     if value in known: return value
     near = nearest(value, [str(k) for k in known])
     raise ValueError(Sentence(f"{{{name}}} is {{value!r}}.{{near}}", value=value, near=near))
 
 # %% ../nbs/01_errors.ipynb #57b209e3
 def check_utf8(name, text):
-    "`text`, if UTF-8 has all of it (a shell hands on other bytes as lone surrogates); else a ValueError."
+    "`text`, if UTF-8 has all of it (a shell makes lone surrogates of other bytes); else a ValueError."
     with contextlib.suppress(AttributeError, UnicodeEncodeError):
         text.encode()
         return text
@@ -121,7 +121,7 @@ FULL = "the disk, or Drive's quota, is full. Free some space (on Drive, empty th
 DENIED = "you have no permission there. Choose another folder."
 NO_FOLDER = "a file stands where a folder is needed. Choose another path."
 REMOUNT = "Mount Drive again with mount_drive(force_remount=True) in a cell"
-ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails under load and after a lost connection
+ADVICE = {  # errno -> what it means; Drive's mount fails with 5 under load, with 107 after a lost connection
     errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EPERM: DENIED,
     errno.EEXIST: NO_FOLDER, errno.ENOTDIR: NO_FOLDER,
     errno.ENOENT: "a file or folder is missing, or cannot be made there. Choose another folder.",
@@ -134,7 +134,7 @@ ADVICE = {  # errno -> what it means; 5 and 107 are how Drive's mount fails unde
 
 # %% ../nbs/01_errors.ipynb #786f016b
 def errno_of(error):
-    "The system's number of an error, or None; in the text of those that are no OSErrors, of safetensors and of torch."
+    "An error's number, or None; of safetensors' and torch's, from their text."
     if isinstance(error, OSError): return error.errno
     told = str(error)
     said = {number: (f"(os error {number})", f"strerror: {os.strerror(number)}") for number in ADVICE}
@@ -143,7 +143,7 @@ def errno_of(error):
 
 # %% ../nbs/01_errors.ipynb #629511a3
 def same_kind(error, message) -> OSError:
-    "An OSError like `error`, with another `message`."
+    "An OSError like `error`, with this `message`."
     made = (type(error) if isinstance(error, OSError) else OSError)(message)
     made.errno = errno_of(error)
     return made
@@ -151,7 +151,7 @@ def same_kind(error, message) -> OSError:
 # %% ../nbs/01_errors.ipynb #f4ad65e0
 @contextlib.contextmanager
 def explained(action):
-    "Turn an error that `ADVICE` knows into one line: `action` ('Copying a.tar.gz') failed, and why."
+    "Turn an error that `ADVICE` knows into one line: `action` failed, and why."
     try: yield
     except Exception as e:
         number = errno_of(e)
@@ -159,8 +159,8 @@ def explained(action):
         raise same_kind(e, f"{action} failed: {ADVICE[number]}") from e
 
 # %% ../nbs/01_errors.ipynb #49d1ba8a
-GONE = errno.ENOTCONN  # the errno of the errors that a new mount (force_remount=True) may mend
+GONE = errno.ENOTCONN  # what a new mount (force_remount=True) may mend
 
 def may_pass(error) -> bool:
-    "Is `error` an input/output error or a mount that has gone?"
+    "Is it an input/output error or a mount that has gone?"
     return errno_of(error) in (errno.EIO, GONE)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .core import Record, several
 from .errors import Sentence, check_choice, check_number
 from .model.heads import hidden_states, output_head
-from .model.loading import DTYPES, keeps_logits, lost_weight, model_context
+from .model.loading import DTYPES, keeps_logits, lost_weight, model_context, rows_of
 from .ranks import RANKS, reduced
 from .reporting import counter, reporting
 from .runtime import check_device
@@ -30,7 +30,7 @@ def has_words(words, bytes) -> bool:
 
 # %% ../nbs/60_evaluation.ipynb #534d376f
 def shown(p) -> str:
-    "The value of a `Perplexity` for people, per byte with the bits."
+    "Of a `Perplexity` for people, per byte with the bits."
     value = f"{p.value:.2f}" if p.value < 1e6 else f"{p.value:.2e}"
     return f"{value} ({p.nats / p.bytes / math.log(2):.3f} bits)" if p.unit == "byte" else value
 
@@ -53,7 +53,7 @@ class Perplexity(Record):
     bytes: int
     nats: float  # of all these tokens together
     precision: str = "fp32"  # of the computation
-    chose: bool = False  # this text has chosen the weights: of a text that has not, the figure would be a little higher
+    chose: bool = False  # this text chose the weights: of another, it would be a little higher
 
     @property
     def count(self) -> int: return getattr(self, f"{self.unit}s")
@@ -80,7 +80,7 @@ class Perplexity(Record):
 
 # %% ../nbs/60_evaluation.ipynb #382cd17a
 def windows(tokens, context, stride):
-    "Yield (start, end, scored) for each window over a stream of `tokens`: its last `scored` ones are scored."
+    "Yield (start, end, scored) for each window over `tokens`: its last `scored` ones are scored."
     end = 0
     for start in range(0, tokens, stride):
         done, end = end, min(start + context, tokens)
@@ -89,19 +89,19 @@ def windows(tokens, context, stride):
 
 # %% ../nbs/60_evaluation.ipynb #60e50011
 def spread(items, most=None) -> list:
-    "`most` of the `items`, evenly over all of them; all if there are no more."
+    "`most` of the `items`, evenly; all if there are no more."
     items, most = list(items), most or math.inf
     return items if len(items) <= most else [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
 
 # %% ../nbs/60_evaluation.ipynb #07e6b00c
 def logits_batch(scored, length, vocabulary, gpu) -> int:
-    "How many windows of `length` tokens make a batch, by bytes of the `scored` (maybe 0) fp32 logits and by tokens."
+    "How many windows of `length` make a batch, by bytes of `scored` (maybe 0) fp32 logits and by tokens."
     logits, inputs = (1_000_000_000, 16_384) if gpu else (64_000_000, 4_096)
     return max(1, min(logits // max(1, 4 * scored * vocabulary), inputs // length))
 
 # %% ../nbs/60_evaluation.ipynb #8c694693
 def batches(stream, found, size):
-    "Yield (ids, labels) for at most `size` of the windows `found`: (batch, length), and the last, which are scored."
+    "Yield (ids, labels) for at most `size` windows: (batch, length), and the last, which are scored."
     for (_, scored), group in itertools.groupby(found, key=lambda w: (w[1] - w[0], w[2])):
         while some := list(itertools.islice(group, size)):
             ids = torch.from_numpy(np.stack([stream[s:e] for s, e, _ in some]).astype(np.int64))
@@ -109,7 +109,7 @@ def batches(stream, found, size):
 
 # %% ../nbs/60_evaluation.ipynb #60c00002
 def answer_windows(chats, context) -> list:
-    "(start, end, scored) of each conversation, cut to the `context`: so many of its tokens count. The longest first."
+    "(start, end, scored) of each conversation, cut to the `context`, the longest first."
     pieces = replace(chats, block_size=context).pieces.tolist()
     told = "No answer of {text} begins within {n} tokens."
     if not pieces: raise ValueError(Sentence(told, text=chats.split, n=context))
@@ -127,14 +127,14 @@ def answer_batches(chats, found, size):
 
 # %% ../nbs/60_evaluation.ipynb #60c00004
 def windows_of(blocks, context, stride) -> list:
-    "What `perplexity` scores of `blocks`."
+    "What `perplexity` scores."
     if isinstance(blocks, Conversations): return answer_windows(blocks, context)
     return list(windows(blocks.tokens, context, stride))
 
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
 def score(model, ids, labels, head=None) -> float:
-    """The nats of `labels`, the last of each of `ids` (batch, length), on the model's device; none for -100. By the
-    model's Head, if it has one."""
+    """The nats of `labels`, the last of `ids` (batch, length), on the model's device; none for -100. By the model's
+    Head, if it has one."""
     if head:
         hidden = hidden_states(model, ids[:, :-1])[:, -labels.shape[1]:]
         return head.loss(hidden, labels, reduction="sum").item()
@@ -146,7 +146,7 @@ def score(model, ids, labels, head=None) -> float:
 # %% ../nbs/60_evaluation.ipynb #58eb07f1
 @contextlib.contextmanager
 def evaluation_mode(model):
-    "Inside there is no dropout; afterwards every module is in the mode it was in."
+    "Inside there is no dropout; then every module has its mode back."
     modes = [(module, module.training) for module in model.modules()]
     try: yield model.eval()
     finally:
@@ -156,9 +156,9 @@ def evaluation_mode(model):
 
 # %% ../nbs/60_evaluation.ipynb #aced9b79
 def check_measure(model, blocks, stride=None, context=None) -> tuple:
-    "(stride, context), defaults filled in; ValueError for one out of range, or a text that cannot be scored."
+    "(stride, context) with defaults; ValueError for one out of range, or a text that cannot be scored."
     if isinstance(model, str): raise TypeError(f"model is the name {model!r}; give load_model({model!r}).")
-    limit, known = model_context(model), model.get_input_embeddings().weight.shape[0]
+    limit, known = model_context(model), rows_of(model)
     if context is None: context = min(blocks.block_size, limit)
     check_number("context", context, 2, limit, integer=True, hint=f"The model's context is {limit} tokens.")
     if isinstance(blocks, Conversations): stride = context  # each by itself
@@ -175,7 +175,7 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
 
 # %% ../nbs/60_evaluation.ipynb #9e374818
 def why_lost(model, precision) -> Sentence:
-    "Why the loss of `model` is NaN or infinite, and what to do."
+    "Why a loss is NaN or infinite, and what to do."
     if lost := lost_weight(model):
         return Sentence("its weights are damaged ({lost} is NaN or infinite); choose another {model}.", lost=lost)
     if precision == "fp16": return Sentence("a number is too large for fp16; set {precision=fp32}.")
@@ -208,12 +208,12 @@ def perplexity(
     blocks: Blocks,  # also what is left over after the last full block is scored
     *,
     stride: int = None,  # tokens between windows: smaller is slower and more exact; default context // 2
-    context: int = None,  # tokens that the model sees at a time; default the block size, or the model's own
+    context: int = None,  # tokens at a time; default the block size, or the model's own
     batch_size: int = None,  # windows at a time; default `logits_batch`
     most: int = None,  # windows, evenly over the text, for an estimate of its nats; default all
     device=None,  # moves the model there
     precision: str = "fp32",  # "bf16" or "fp16": autocast, for a GPU
-    together=False,  # each of a run's processes scores its share of the windows; all must call this
+    together=False,  # each process scores its share of the windows; all must call this
     progress=True,  # a bar on stderr; or a function of (what, done, total), in tokens
 ) -> Perplexity:  # per token; `.per("word")` and `.per("byte")` cost nothing
     """exp of the mean nats a token, each scored once, after `context - stride` tokens or more where there are as many:
@@ -224,9 +224,9 @@ def perplexity(
     device = check_device(device) or next(model.parameters()).device
     chat, found = isinstance(blocks, Conversations), spread(windows_of(blocks, context, stride), most)
     tokens, total = blocks.answers if chat else blocks.tokens - 1, sum(scored for *_, scored in found)
-    vocabulary, length = model.get_input_embeddings().weight.shape[0], max(end - start for start, end, _ in found)
+    length = max(end - start for start, end, _ in found)
     logits = 0 if (head := output_head(model.to(device))) else stride if keeps_logits(model) and not chat else length
-    size = batch_size or logits_batch(logits, length, vocabulary, device.type != "cpu")
+    size = batch_size or logits_batch(logits, length, rows_of(model), device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     own, ranks = (RANKS.own, RANKS.all) if together else (0, 1)
     with evaluation_mode(model), torch.inference_mode(), autocast, reporting(progress) as report:

@@ -19,7 +19,7 @@ from .errors import Sentence, about, check_utf8
 from .evaluation import evaluation_mode
 from .model.decoding import Noise, decode
 from .model.fitting import check_match, end_ids
-from .model.loading import load_model, load_tokenizer, model_context
+from .model.loading import load_model, load_tokenizer, model_context, rows_of
 from .model.sampling import Sampling, check_request
 from .reporting import counter, reporting
 from .runtime import check_device, find_device, memory, out_of_memory
@@ -28,7 +28,7 @@ from .text.tokens import check_ids, notes_on, opening_ids
 
 # %% ../nbs/61_generation.ipynb #7e6ba0d3
 def held_back(text, stops) -> int:
-    "How many characters at the end of `text` may be the beginning of one of `stops`."
+    "How many last characters of `text` may begin one of `stops`."
     return max((n for s in stops for n in range(len(s)) if text.endswith(s[:n])), default=0)
 
 # %% ../nbs/61_generation.ipynb #196af432
@@ -42,7 +42,7 @@ def decode_text(tokenizer, ids) -> str:
 
 # %% ../nbs/61_generation.ipynb #241535ac
 class TextPieces:
-    "The text of one sample as pieces that are final; it ends at one of the strings `stops` or the ids `ends`."
+    "One sample's text in final pieces; it ends at one of the strings `stops` or the ids `ends`."
     def __init__(self, tokenizer, prompt, stops=(), ends=()):
         self.tokenizer, self.stops, added = tokenizer, tuple(stops), tokenizer.get_added_vocab()
         self.ends = dict.fromkeys(ends, "end") | {added[s]: "stop" for s in stops if s in added}
@@ -52,7 +52,7 @@ class TextPieces:
     def decoded(self): return decode_text(self.tokenizer, self.window)
 
     def push(self, ids) -> str:
-        "The text that is final after `ids`, new tokens, one if there are stop strings; `''` once the text has ended."
+        "The text that is final after `ids`, one if there are stop strings; `''` once the text has ended."
         if self.stopped: return ""
         end = next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
         if end < len(ids): self.stopped = self.ends[ids[end]]
@@ -75,14 +75,14 @@ class TextPieces:
         return piece
 
     def finish(self) -> str:
-        "What was held back, when no token follows; U+FFFD for a character that is not complete."
+        "What was held back, at the end; U+FFFD for an incomplete character."
         rest = "" if self.stopped == "stop" else self.decoded()[self.given:]
         self.stopped = self.stopped or "length"
         return self.held + rest
 
 # %% ../nbs/61_generation.ipynb #499ed2e0
 def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
-    "The model and tokenizer, loaded where they are names, and on `device`, by default the GPU for a name."
+    "The model and tokenizer, loaded where they are names, and on `device`, for a name the GPU by default."
     stopped = None if isinstance(model, nn.Module) else find_unfinished(model)
     if stopped: warnings.warn(stopped.told, stacklevel=4)
     own = stopped.checkpoint if stopped else model
@@ -101,7 +101,7 @@ def resolve(model, tokenizer, device, cache_dir=None) -> tuple:
 
 # %% ../nbs/61_generation.ipynb #67980185
 def encode_prompt(prompt, tokenizer, context, chat=False) -> list:
-    "1 to `context - 1` token ids: what begins a text but no `chat`, and the prompt, cut from the left with a warning."
+    "1 to `context - 1` ids: what begins a text but no `chat`, and the prompt, cut from the left with a warning."
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     opening = [] if chat else opening_ids(tokenizer)[:context - 2]
     if not ids:
@@ -122,7 +122,7 @@ NO_TEMPLATE = ("The tokenizer has no chat template: {chat} writes 'User: …' an
                "was trained on chats answers.")
 
 def chat_text(prompt, tokenizer) -> str:
-    "`prompt`, a question or a list of messages, as the chat template writes it before an answer."
+    "`prompt`, a question or messages, as the chat template writes it before an answer."
     if not tokenizer.chat_template: warnings.warn(Sentence(NO_TEMPLATE), stacklevel=4)
     give_template(tokenizer)
     if isinstance(prompt, str): prompt = [dict(role="user", content=prompt)]
@@ -131,7 +131,7 @@ def chat_text(prompt, tokenizer) -> str:
 
 # %% ../nbs/61_generation.ipynb #a493b238
 def stop_strings(stop) -> tuple:
-    "`stop`, one string, several or None, as a tuple."
+    "`stop`, one, several or None, as a tuple."
     stops = (stop,) if isinstance(stop, (str, bytes, int)) else tuple(stop or ())
     for s in stops:
         if s == "": raise ValueError(Sentence("{stop} has ''; a stop string has one character or more."))
@@ -140,7 +140,7 @@ def stop_strings(stop) -> tuple:
 
 # %% ../nbs/61_generation.ipynb #6cb2e11f
 class Request:
-    "A checked request: model, tokenizer, prompt ids, stop conditions, and `steps`, the loop."
+    "A checked request: model, tokenizer, prompt ids, stops, and `steps`, the loop."
     def __init__(self, model, prompt, *, chat=False, tokenizer=None, max_new_tokens=250, seed=None, samples=1, stop=(),
                  device=None, cache_dir=None, **sampling):  # all as in `generate`
         self.sampling, self.stops = Sampling(**sampling), stop_strings(stop)
@@ -152,12 +152,12 @@ class Request:
         self.context = model_context(self.model)
         self.ids = encode_prompt(prompt, self.tokenizer, self.context, chat)
         self.ends = end_ids(self.model, self.tokenizer)
-        check_ids(self.ids, len(self.model.get_input_embeddings().weight), self.tokenizer, "{prompt}")
+        check_ids(self.ids, rows_of(self.model), self.tokenizer, "{prompt}")
 
     def pieces(self): return TextPieces(self.tokenizer, self.ids, self.stops, self.ends)
 
     def steps(self, rows=None):
-        "Those of the texts `rows`, a range; by default of all."
+        "Those of the texts `rows`, a range; default all."
         rows, device = rows or range(self.samples), self.model.get_input_embeddings().weight.device
         noise, ids = Noise(self.seed, rows, device), torch.tensor([self.ids], device=device)
         return decode(self.model, ids, self.sampling, noise, self.max_new_tokens, len(rows), self.context)
@@ -167,7 +167,7 @@ class Request:
 class Sample(Record):
     "One generated text."
     prompt: str  # as it was given
-    text: str  # what was generated after it, without a stop string or special tokens
+    text: str  # after it, without a stop string or special tokens
     tokens: int  # new tokens, without the end-of-text token
     seed: int  # gives the same text again on the same kind of device
     stopped: str  # "length", "stop" (a stop string) or "end" (the end-of-text token)
@@ -182,7 +182,7 @@ class Sample(Record):
 
 # %% ../nbs/61_generation.ipynb #61a50003
 def takes_sampling(function):
-    "`function`, whose signature shows the fields of `Sampling` in the place of its **sampling."
+    "`function`, whose signature shows the fields of `Sampling` for its **sampling."
     *own, _ = inspect.signature(function).parameters.values()
     settings = (p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(Sampling).parameters.values())
     function.__signature__ = inspect.Signature([*own, *settings])
@@ -190,7 +190,7 @@ def takes_sampling(function):
 
 # %% ../nbs/61_generation.ipynb #fcc708c7
 def most_at_once(request) -> int:
-    "How many texts fit into half of the memory that is free."
+    "How many texts fit into half of the free memory."
     weight, length = request.model.get_input_embeddings().weight, len(request.ids) + request.max_new_tokens
     layers = getattr(request.model.config.get_text_config(), "num_hidden_layers", 1)
     cache = 2 * layers * weight.shape[1] * weight.element_size() * min(request.context, length)
@@ -199,7 +199,7 @@ def most_at_once(request) -> int:
 
 # %% ../nbs/61_generation.ipynb #7c892fa9
 def collect(request, rows, report) -> list[Sample]:
-    "Run the request to its end for the texts `rows`, a range."
+    "The texts `rows`, a range."
     made, texts, pending = [request.pieces() for _ in rows], [""] * len(rows), []
     every, most = 1 if request.stops else 16, request.max_new_tokens
     tell = counter(report, "Generating", request.samples * most, rows.start * most)
@@ -215,7 +215,7 @@ def collect(request, rows, report) -> list[Sample]:
 
 # %% ../nbs/61_generation.ipynb #98e4e932
 def note_empty(stopped):
-    "A warning that a text is empty; `stopped`: why the empty ones ended."
+    "A warning of an empty text; `stopped`: why such ended."
     if {"end", "stop"} & set(stopped):
         why = "the model ended it" if "end" in stopped else "a {stop} string came"
         warnings.warn(Sentence(f"A text is empty: {why} at once. Set another {{seed}} or {{prompt}}."), stacklevel=3)
@@ -224,7 +224,7 @@ def note_empty(stopped):
 SHORT = "Out of memory while a text was generated; set a smaller {max_new_tokens} or choose a smaller {model}."
 
 def collect_all(request, report) -> list[Sample]:
-    "`collect` for all texts; a group that memory does not hold is halved."
+    "All texts; a group that memory does not hold is halved."
     made, size = [], most_at_once(request)
     while len(made) < request.samples:
         rows = range(len(made), min(len(made) + size, request.samples))
@@ -239,17 +239,17 @@ def collect_all(request, report) -> list[Sample]:
 # %% ../nbs/61_generation.ipynb #c49f8276
 @takes_sampling
 def generate(
-    model="gpt2",  # a loaded model, a name or folder for `load_model`, or the folder of a run that was stopped
-    prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
+    model="gpt2",  # a loaded model, a name or folder for `load_model`, or a stopped run's folder
+    prompt=" = Toronto Raptors = \n",  # exactly as typed; its last `context - 1` tokens are used
     *,
     tokenizer=None,  # needed with a loaded model
     chat=False,  # answer `prompt`, a question or a list of messages, by the tokenizer's chat template
-    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts, as many at a time as fit into memory
-    seed=None,  # gives the same texts on the same device, the first whatever `samples` is; None: a new one
+    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts
+    seed=None,  # the same texts on the same device, the first whatever `samples` is; None: a new one
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
     cache_dir=None,  # Hugging Face's cache, if not its usual place
-    progress=True,  # a bar on stderr if it takes longer than three seconds, or a function of (what, done, total)
+    progress=True,  # a bar if it takes over three seconds, or a function of (what, done, total)
     **sampling,  # fields of `Sampling`
 ) -> list[Sample]:
     "Texts that continue `prompt`; torch's own random state stays as it was. ValueError for a setting out of range."
@@ -260,7 +260,7 @@ def generate(
 
 # %% ../nbs/61_generation.ipynb #09c34692
 def stream_pieces(request):
-    "Yield the pieces that are not empty, one token at a time."
+    "Yield the pieces that are not empty."
     pieces, written = request.pieces(), False
     with evaluation_mode(request.model):
         for step in request.steps():

@@ -21,13 +21,13 @@ from .reporting import reporting
 
 # %% ../nbs/63_launching.ipynb #605b1a1c
 class Relay(Listener):
-    "Sends what happens to the process that has started this one, and does what that asks."
+    "Sends what happens to the process that started this one, and does what that asks."
     def __init__(self, send):
         self.send, self.stop, self.mirror, self.sent = send, None, None, 0
         self.wishes, self.answered = set(), threading.Event()
 
     def listen(self, lines):
-        "Until the other process has gone: then the run stops and saves."
+        "Until the other process has gone: then the run stops."
         for line in lines: self.hear(*line.decode().split())
         self.hear("stop", str(128 + signal.SIGTERM))
         self.hear("go")
@@ -43,7 +43,7 @@ class Relay(Listener):
         self.send("stage", stage, facts)
 
     def obey(self, control):
-        "Wait for the answer to a step, and do what it says."
+        "Wait for the answer to a step, and obey it."
         self.answered.wait()
         if not self.stop.asked: self.answered.clear()
         if ("save", "") in self.wishes or self.stop.asked: control.should_save = True
@@ -58,7 +58,7 @@ class Relay(Listener):
 EVENTS = "on_train_begin", "on_step_begin", "on_substep_end", "on_step_end", "on_log", "on_save", "on_train_end"
 
 def relayed(event):
-    "The method of a Relay that sends this event."
+    "A Relay's method that sends this event."
     def heard(self, args, state, control, logs=None, **kwargs):
         if event == "on_train_begin": self.sent = 0
         now = copy.copy(state)
@@ -103,7 +103,7 @@ def environment(rank, ranks, port) -> dict:
 
 # %% ../nbs/63_launching.ipynb #ce4d67b9
 class Started:
-    "The processes of a run with this config, and what they tell: (rank, pickled tuple) in `told`."
+    "A run's processes, and what they tell: (rank, pickled tuple) in `told`."
     asked = False  # to stop
     words = [sys.executable, "-c", WORK]
 
@@ -146,12 +146,12 @@ class Started:
 
 # %% ../nbs/63_launching.ipynb #a189fe6b
 class Copies:
-    "What is known of a mirror in another process."
+    "A mirror in another process."
     text, error = "", False
     def status(self): return self.text
 
 class Heard:
-    "Hands what the first process tells on to `callbacks` and to `shown`; -> what they want of it."
+    "Hands what the first process tells to `callbacks` and to `shown`; -> what they want of it."
     def __init__(self, callbacks, stop, shown):
         self.callbacks, self.stop, self.shown = callbacks, stop, shown
         self.copies, self.history = Copies(), []
@@ -180,7 +180,7 @@ GRACE = 30  # seconds
 DIED = "Process {rank} of {ranks} {how}, and the run has ended: {kept}. Run the same again to resume."
 
 def died(started, config) -> RuntimeError:
-    "What to say of processes that ended without a word."
+    "Of processes that ended without a word."
     codes = [(rank, each.poll()) for rank, each in enumerate(started.all)]
     rank, code = next((pair for pair in codes if (pair[1] or 0) < 0), next((p for p in codes if p[1]), (0, 0)))
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
@@ -190,7 +190,7 @@ def died(started, config) -> RuntimeError:
 
 # %% ../nbs/63_launching.ipynb #23d603c6
 def follow(started, heard, config):
-    "The result of the run, once all have ended; what it raises."
+    "The result of the run, once all have ended; or its error."
     told, running, until = {}, len(started.all), None
     while running and not (until and time.monotonic() > until):
         started.pass_on(heard.stop)
@@ -207,7 +207,7 @@ def follow(started, heard, config):
 
 # %% ../nbs/63_launching.ipynb #c8dabb61
 def launch(config, callbacks=(), progress=True):
-    "`finetune` in `config.num_processes` processes: -> the FinetuneResult."
+    "`finetune` in `config.num_processes` processes."
     stop = StopOnInterrupt(config.folder)
     limits = [each for each in callbacks if isinstance(each, TimeLimit)]
     with stop.listening(), reporting(progress) as shown:

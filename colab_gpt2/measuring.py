@@ -32,7 +32,7 @@ FULL_DRIVE = ("The Drive of {output_dir} {path}, or this machine's disk ({free} 
 
 @contextlib.contextmanager
 def in_one_line(output_dir, recipe=None):
-    "Turn the errors of disks and Drives, and a lack of memory for `recipe`, into a line that says what to do."
+    "Turn errors of disks and Drives, and a lack of memory for `recipe`, into a line that says what to do."
     try: yield
     except Exception as e:
         if (number := errno_of(e)) == errno.ENOSPC:
@@ -50,7 +50,7 @@ def in_one_line(output_dir, recipe=None):
 ADAPTED_BY = f"{ADAPTED}/adapter_config.json"
 
 def write_result(output_dir, told):
-    "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
+    "Write `finetune.json`: whose model is being saved, or what the run was."
     def write():
         with atomic(Path(output_dir)/RESULT) as file: file.write_text(sealed(told, indent=1))
     if not first(): return
@@ -58,7 +58,7 @@ def write_result(output_dir, told):
 
 # %% ../nbs/63_measuring.ipynb #ffe78b3d
 def save_run(config, model, tokenizer, adapters, run) -> dict:
-    "Of the `run`, to its folder, from which other adapters go; -> name to SHA-256 of the files."
+    "The `run` to its folder, from which other adapters go; -> name to SHA-256."
     place, known = config.output_dir, read_result(config.output_dir)  # what is there, unless it was changed
     ours = None if config.overwrite_output_dir or known and "files" not in known else known.get("files", {})
     other = Path(place, ADAPTED)
@@ -68,7 +68,7 @@ def save_run(config, model, tokenizer, adapters, run) -> dict:
 
 # %% ../nbs/63_measuring.ipynb #e9a40a53
 def sampling_of(config) -> Sampling:
-    "How a run's samples are drawn."
+    "A run's."
     return Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
 
 # %% ../nbs/63_measuring.ipynb #68b339f9
@@ -86,14 +86,14 @@ def evaluate_and_sample(config, prepared, model, precision, report, callbacks=()
 
 # %% ../nbs/63_measuring.ipynb #ffe78b36
 def evaluation_of(config, prepared) -> dict:
-    "What decides perplexities and samples, apart from the model."
+    "What decides perplexities and samples, but the model."
     drawn = {name: value for name, value in sampling_of(config).to_dict().items() if value != getattr(Sampling, name)}
     return dict(text=prepared.held_out.sha256, split=prepared.held_out.split, prompt=config.prompt, seed=config.seed,
                 eval_stride=config.eval_stride, max_new_tokens=config.max_new_tokens, **drawn)
 
 # %% ../nbs/63_measuring.ipynb #e9a40a5c
 def make_chooser(config, prepared, plan, callbacks) -> list:
-    "A Chooser of the best weights, if there is a text to choose on."
+    "[a Chooser], if there is a text to choose on."
     if (text := prepared.choosing) is None: return []
     stride, context = check_measure(prepared.model, text)
     train, found = prepared.train, windows_of(text, context, stride)

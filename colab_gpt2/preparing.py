@@ -13,38 +13,38 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import PROMPT, TEXT, FinetuneConfig, count_steps, effective_batch, pick_block_size, settled
+from .config import PROMPT, FinetuneConfig, count_steps, effective_batch, pick_block_size, settled
 from .core import check_space, drive_top, several
 from .engine.checkpoints import find_checkpoints, list_files
 from .errors import Sentence
 from .evaluation import evaluation_mode
 from .model.fitting import add_rows, check_match, keep_names, save_tokenizer, set_ids
-from .model.loading import load_config, load_model, load_tokenizer, locate, model_context
+from .model.loading import load_config, load_model, load_tokenizer, locate, model_context, rows_of
 from .model.tune import return_freed_memory
 from .planning.plan import check_packages, pick_run_precision
 from .reporting import silent
 from .runtime import Runtime, check_runtime
 from .text.chats import Conversations, first_question, notes_on, tokenize_split
-from .text.corpus import PYTHON_DOCS, WIKITEXT, load_corpus
+from .text.corpus import PYTHON_DOCS, WIKITEXT, fetch_for
 from .text.token_store import Blocks, check_trainable
 from .text.tokens import check_ids
 
 # %% ../nbs/62_preparing.ipynb #47a6116f
 def pick_split(corpus, wanted) -> str:
-    "The split to evaluate on: `wanted`, or the other held-out one; ValueError without both."
+    "The split to evaluate on: `wanted`, or the other held-out one; ValueError without."
     for split in (wanted, "test", "validation"):
         if getattr(corpus, split): return split
     raise ValueError(Sentence("{name} has no held-out text; give {eval_file}.", name=corpus.name))
 
 # %% ../nbs/62_preparing.ipynb #5d7e8e52
 def blocks_of(config, corpus, name, tokenizer, context, report, **options) -> Blocks:
-    "The split `name`, in blocks that fit a model's `context`."
+    "The split `name` in blocks for a model's `context`."
     return tokenize_split(corpus.path(name), tokenizer, pick_block_size(config, context), cache_dir=config.cache_dir,
                           progress=report, sha256=corpus.sha256[name], on_bad_lines=config.on_bad_lines, **options)
 
 # %% ../nbs/62_preparing.ipynb #a05de614
 def without_waste(blocks) -> Blocks:
-    "`blocks`, in a smaller size if more than a twentieth of the text would be left over, or conversations are short."
+    "`blocks`, smaller if more than a twentieth of the text would be left over, or conversations are short."
     if isinstance(blocks, Conversations):
         return replace(blocks, block_size=int(blocks.pieces[:, 1].max()))
     count, rest = divmod(blocks.tokens, blocks.block_size)
@@ -52,14 +52,14 @@ def without_waste(blocks) -> Blocks:
 
 # %% ../nbs/62_preparing.ipynb #b8c551f9
 def settled_for(config, blocks):
-    "`config` with the batch, the epochs and the block size of a run on `blocks`, where it leaves them open."
+    "`config` with the batch, the epochs and the block size for `blocks`."
     size = None if isinstance(blocks, Conversations) else blocks.block_size
     config = settled(config, getattr(blocks, "room", blocks.tokens), blocks.block_size)
     return replace(config, block_size=config.block_size or size)
 
 # %% ../nbs/62_preparing.ipynb #b8c551fa
 def warn_of_few_steps(config, blocks):
-    "A run of a few steps changes nothing that can be seen."
+    "Few steps change nothing that can be seen."
     steps = count_steps(settled_for(config, blocks), len(blocks))
     if config.max_steps > 0 or steps >= 100: return
     told = "{steps} in all; 100 or more are needed to be noticed: set {max_steps=100}, or more {num_train_epochs}."
@@ -67,7 +67,7 @@ def warn_of_few_steps(config, blocks):
 
 # %% ../nbs/62_preparing.ipynb #308bd869
 def warn_of_few_tokens(config, blocks, parameters):
-    "A text that is much smaller than the model and read again and again, as nothing chose, is learned by heart."
+    "A text much smaller than the model, read again and again as nothing chose, is learned by heart."
     auto = settled_for(replace(config, num_train_epochs=None), blocks)
     per_epoch = len(blocks) / min(len(blocks), effective_batch(auto))
     epochs = config.max_steps / per_epoch if config.max_steps > 0 else config.num_train_epochs or 0
@@ -79,7 +79,7 @@ def warn_of_few_tokens(config, blocks, parameters):
 
 # %% ../nbs/62_preparing.ipynb #5d7e8e53
 def training_blocks(config, corpus, tokenizer, context, report=silent, notes=True) -> Blocks:
-    "ValueError if the text is shorter than a block that was asked for, or was not given; a warning if it is short."
+    "ValueError for a text of less than a block that was asked for, or that was not given; a warning if it is short."
     if config.eval_file and not config.train_file:
         told = "{eval_file} is {path!r} and {train_file} is missing; give both."
         raise ValueError(Sentence(told, path=config.eval_file))
@@ -92,14 +92,14 @@ def training_blocks(config, corpus, tokenizer, context, report=silent, notes=Tru
 
 # %% ../nbs/62_preparing.ipynb #60ea5cb5
 def held_out_blocks(config, corpus, tokenizer, context, report=silent, **options) -> Blocks:
-    "The split to evaluate on, under its name, or that of the user's file."
+    "The split to evaluate on, by its name, or the user's file's."
     split = pick_split(corpus, config.eval_split)
     label = Path(config.eval_file).name if config.eval_file else split
     return blocks_of(config, corpus, split, tokenizer, context, report, split=label, **options)
 
 # %% ../nbs/62_preparing.ipynb #62b00002
 def choosing_blocks(config, corpus, held_out, *given) -> Blocks | None:
-    "What the best weights are chosen on; None where nothing is, with a warning if the text is too short."
+    "What the best weights are chosen on, or None, with a warning if the text is too short."
     if config.eval_steps == -1: return None
     again = config.eval_split == "validation" or not (corpus.validation and corpus.test)
     blocks = held_out if again else held_out_blocks(replace(config, eval_split="validation"), corpus, *given)
@@ -111,9 +111,9 @@ def choosing_blocks(config, corpus, held_out, *given) -> Blocks | None:
 
 # %% ../nbs/62_preparing.ipynb #c8c5462d
 def check_room(config, plan, tokenizer=None):
-    """OSError without room for what a run adds: the checkpoints that are kept and, before the oldest goes, another, or
-    the model. A checkpoint has weights and AdamW's two moments, in fp32, and the best weights, which also lie beside
-    them; one of adapters is small. The tokenizer is in each. What goes to a Drive is first on this machine's disk."""
+    """OSError without room for what a run adds: the checkpoints kept and, before the oldest goes, another, or the
+    model. A checkpoint has weights and AdamW's two moments, in fp32, and the best weights, which also lie beside them;
+    one of adapters is small. The tokenizer is in each. What goes to a Drive is on this machine's disk first."""
     every = config.save_steps or math.ceil(plan.steps / 3)
     full, best = plan.recipe.method != "lora", config.load_best_model_at_end and config.eval_steps != -1
     made = math.ceil(plan.steps / every) if every > 0 else 1
@@ -130,7 +130,7 @@ def check_room(config, plan, tokenizer=None):
 PROMPTS = {**dict.fromkeys(WIKITEXT, PROMPT), PYTHON_DOCS: " A function"}  # a title, and a subject of many sentences
 
 def pick_prompt(config, corpus) -> str:
-    "`config`'s own, a beginning for a text that is known, else the held-out text's first question, line, or words."
+    "`config`'s own, a known text's beginning, else the held-out text's first question, line, or words."
     if config.prompt: return config.prompt
     if (known := PROMPTS.get(config.dataset)) and not config.train_file: return known
     if (path := corpus.path(pick_split(corpus, config.eval_split))).suffix == ".jsonl": return first_question(path)
@@ -159,14 +159,14 @@ def fitted(blocks, model):
 
 # %% ../nbs/62_preparing.ipynb #529482e0
 def release_memory():
-    "Give what nobody refers to back to the system and the GPU."
+    "Give what is not used back to the system and the GPU."
     gc.collect()
     return_freed_memory()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/62_preparing.ipynb #d5f574f9
 def fit_shape(shape, config, tokenizer):
-    "Change `shape`, the config of the model that `config` names, to what it is in a run with `tokenizer`; -> `shape`."
+    "Change `shape`, the model's config, to what it is in a run with `tokenizer`; -> `shape`."
     text, entries = shape.get_text_config(), max(tokenizer.get_vocab().values()) + 1
     had, enough = text.vocab_size, max(text.vocab_size, entries)
     if not config.from_scratch: check_match(shape, tokenizer)
@@ -179,7 +179,7 @@ def fit_shape(shape, config, tokenizer):
 
 # %% ../nbs/62_preparing.ipynb #715df893
 def starting_model(config, tokenizer) -> PreTrainedModel:
-    "On the CPU: published weights, with rows for the tokens that a chosen tokenizer adds, or new ones."
+    "On the CPU: published weights, with rows for what a chosen tokenizer adds, or new ones."
     if config.from_scratch:
         shape = fit_shape(load_config(config.model, config.cache_dir), config, tokenizer)
         model = load_model(config.model, from_scratch=True, config=shape, seed=config.seed)
@@ -207,14 +207,13 @@ class Prepared:
 
 # %% ../nbs/62_preparing.ipynb #a81d563e
 def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -> Prepared:
-    "`train` and `held_out`: the texts that are wanted; `runtime`: None is this machine's. The quick checks come first."
+    "`train`, `held_out`: the texts wanted; `runtime`: None is this machine's. Quick checks come first."
     release_memory()
     runtime = pick_run_precision(config, runtime or check_runtime(config.folder))
     if train: check_packages(config, runtime)
     for name in filter(None, (config.model, config.tokenizer)): locate(name)  # a wrong one, before a download
     report("Fetching the text", 0, 1)
-    same = {name: getattr(config, name) for name in (*TEXT[1:], "cache_dir")}
-    corpus = load_corpus(config.dataset, **same, progress=report)
+    corpus = fetch_for(config, report)
     report("Loading the model", 0, 1)
     tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
     wanted = config if train else replace(config, tokenizer=None)  # rows that nobody trains are worth nothing
@@ -229,8 +228,8 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     both = train is not None and held_out is not None  # a text of less than a block is false
     choosing = choosing_blocks(settled, corpus, held_out, *given[2:]) if both else None
     if choosing is not held_out: choosing = fitted(choosing, model)
-    rows = model.get_input_embeddings().num_embeddings
     for blocks in (train, held_out, choosing):
-        if blocks is not None: check_ids(blocks.stream, rows, tokenizer, "The {split} text", split=blocks.split)
+        if blocks is None: continue
+        check_ids(blocks.stream, rows_of(model), tokenizer, "The {split} text", split=blocks.split)
     return Prepared(runtime=runtime, tokenizer=tokenizer, model=model, dataset=corpus.name, train=train,
                     held_out=held_out, choosing=choosing, asked=asked, config=settled)

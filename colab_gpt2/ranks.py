@@ -13,25 +13,25 @@ from .errors import Sentence
 
 # %% ../nbs/02_ranks.ipynb #0afd0f5a
 def expected() -> int:
-    "How many processes the environment says that this run has."
+    "How many processes the environment says there are."
     return int(os.environ.get("WORLD_SIZE", 1))
 
 # %% ../nbs/02_ranks.ipynb #ddca731b
 def first() -> bool:
-    "Is this the process that writes, and speaks?"
+    "Is this the process that writes and speaks?"
     return expected() == 1 or os.environ.get("RANK") == "0"
 
 # %% ../nbs/02_ranks.ipynb #14c79da7
 class RANKS:
-    "The processes of this run: this one's number, how many they are, and how they talk, which one alone does not."
+    "This process's number, how many there are, and how they talk, which one alone does not."
     own, all, group = 0, 1, None
 
 # %% ../nbs/02_ranks.ipynb #23bfdc2d
-class Lost(RuntimeError): "Another process of the run has ended, or cannot be reached."
+class Lost(RuntimeError): "Another process has ended, or cannot be reached."
 
 # %% ../nbs/02_ranks.ipynb #27812e53
 def lost_peer(error) -> bool:
-    "Does `error` say that another process has gone? torch raises RuntimeError for that and for everything else."
+    "Does it say that another process has gone? torch raises RuntimeError for everything."
     words = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL"
     if RANKS.group is None or not isinstance(error, RuntimeError): return False
     return isinstance(error, Lost) or any(word in str(error) for word in words)
@@ -65,7 +65,7 @@ def shared(value):
 
 # %% ../nbs/02_ranks.ipynb #5fd5fc07
 def reduced(numbers, how="MAX") -> list:
-    "The greatest of all processes' first number, of their second, and so on; with `how='SUM'` the sums."
+    "The maximum of all processes' first number, of their second, and so on; with `how='SUM'` the sums."
     if RANKS.group is None: return list(numbers)
     import torch
     told = torch.tensor(numbers, dtype=torch.float64)
@@ -74,7 +74,7 @@ def reduced(numbers, how="MAX") -> list:
 
 # %% ../nbs/02_ranks.ipynb #34e61b7a
 def spread(tensors):
-    "Give every process the first one's numbers in these tensors, on the device that they train on."
+    "Give every process the first one's numbers in these tensors."
     if RANKS.group is None: return
     from torch import distributed
     with lost_told():
@@ -82,7 +82,7 @@ def spread(tensors):
 
 # %% ../nbs/02_ranks.ipynb #7917cf4a
 def sendable(error):
-    "`error`, if it is the same when it is read again; else a RuntimeError of its words."
+    "`error`, if pickle gives it back; else a RuntimeError of its words."
     with contextlib.suppress(Exception):
         if str(pickle.loads(pickle.dumps(error))) == str(error): return error
     return RuntimeError(f"{type(error).__name__}: {error}")
@@ -90,7 +90,7 @@ def sendable(error):
 # %% ../nbs/02_ranks.ipynb #401ad3c4
 @contextlib.contextmanager
 def agreed():
-    "What one process raises inside, all raise, as `shared_by` all: the first of them, where there are several."
+    "What one process raises inside, all raise, as `shared_by` all: the first of several."
     mine = None
     try: yield
     except BaseException as e:
@@ -104,7 +104,7 @@ def agreed():
 
 # %% ../nbs/02_ranks.ipynb #74a1bc7e
 def by_first(function):
-    "What `function()` gives the first process, or raises there. The others wait."
+    "What `function()` gives, or raises in, the first process. The others wait."
     given = None
     with agreed():
         if first(): given = function()
@@ -113,7 +113,7 @@ def by_first(function):
 # %% ../nbs/02_ranks.ipynb #de737f4c
 @contextlib.contextmanager
 def first_alone():
-    "The first process does what is inside before the others do: what it has downloaded and stored, they only read."
+    "The first process does what is inside before the others: what it stores, they only read."
     if not first(): by_first(None)
     try: yield
     except BaseException as e:
@@ -139,7 +139,7 @@ ALONE = ("Not all of the {all} processes met at {place} within {seconds:g} s, as
 
 # %% ../nbs/02_ranks.ipynb #13be3712
 def check_port(host, port):
-    "OSError if the first process cannot be met there, since another program is."
+    "OSError if the first process cannot be met there."
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True": return  # the program that has started this one listens
     with socket.socket() as found:
         try: found.bind(("", int(port)))
@@ -147,7 +147,7 @@ def check_port(host, port):
 
 # %% ../nbs/02_ranks.ipynb #83effeef
 def join(seconds, cpu):
-    "Meet the other processes, within so many `seconds`; on GPUs, unless `cpu`, each has its own from now on."
+    "Meet the other processes within so many `seconds`; on GPUs, unless `cpu`, each has its own then."
     if expected() == 1 or RANKS.group: return
     from accelerate import PartialState
     from torch import distributed
@@ -161,6 +161,6 @@ def join(seconds, cpu):
 
 # %% ../nbs/02_ranks.ipynb #3406aed7
 def leave():
-    "The last that a process does of a run that ended with an error: the others wait until the first has gone."
+    "The last act of a process after an error: the others wait until the first has gone."
     if RANKS.group is None or first(): return
     with contextlib.suppress(Lost): gathered(None)  # nobody answers

@@ -16,7 +16,7 @@ def silent(what, done, total):
 
 # %% ../nbs/02_reporting.ipynb #904a9dca
 class Bars:
-    "Shows what it is told as tqdm's bars on stderr, one at a time; `options` are tqdm's."
+    "tqdm's bars on stderr, one at a time; `options` are tqdm's."
     def __init__(self, **options): self.options, self.bar, self.what = options, None, None
 
     def __call__(self, what, done, total):
@@ -41,7 +41,7 @@ class Bars:
 # %% ../nbs/02_reporting.ipynb #46792180
 @contextlib.contextmanager
 def reporting(progress, **options):
-    "The `report` that a public function's `progress` stands for; bars, with tqdm's `options`, are closed at the end."
+    "The `report` that a function's `progress` stands for; bars, with tqdm's `options`, are closed at the end."
     if callable(progress): yield progress; return
     report = Bars(**options) if progress else silent
     try: yield report

@@ -22,7 +22,7 @@ from .runtime import check_mounted
 OF_LORA = "lora_rank", *ADAPTERS
 
 def asked(config) -> dict:
-    "What `config` says of what decides a run's result; None stands for what is left to the run."
+    "What `config` says of what decides a run's result; None is left to the run."
     adapters = {name: getattr(config, name) if config.method == "lora" else None for name in OF_LORA}
     epochs = None if config.max_steps > 0 or not config.num_train_epochs else float(config.num_train_epochs)
     dropout = config.keep_attention_dropout or not config.tune
@@ -39,7 +39,7 @@ def asked(config) -> dict:
 
 # %% ../nbs/62_resuming.ipynb #62aa0009
 def checksum_of(model, config) -> str:
-    "Of the weights that a run starts from: 8 hex digits; rows that are made for another tokenizer do not count."
+    "Of the weights a run starts from, 8 hex digits; rows made for another tokenizer do not count."
     used = re.compile("drop|eps|theta|scal|cap|clip|alpha|factor|multiplier")  # none that a version may add
     floats = {name: v for name, v in model.config.to_dict().items() if isinstance(v, float) and used.search(name)}
     crc, rows = zlib.crc32(str(sorted(floats.items())).encode()), model.get_input_embeddings().num_embeddings
@@ -51,14 +51,14 @@ def checksum_of(model, config) -> str:
 
 # %% ../nbs/62_resuming.ipynb #6a774a5b
 def inherited(config) -> dict:
-    "Where the run started from whose checkpoint is both the model and what to resume; {} for any other."
+    "Where the run started whose checkpoint is both the model and what to resume, or {}."
     told = str(config.model) == str(config.resume) and read_manifest(config.model) or {"run": {}}
     return {name: told["run"][name] for name in ("model", "weights") if name in told["run"]}
 
 # %% ../nbs/62_resuming.ipynb #62aa0011
 def identify(config, blocks, weights, choosing=None) -> dict:
     """`asked`, and what is learnt (text and tokens) from where (`weights`, a checksum; the model's name is for people).
-    `choosing`: the Blocks that steps are chosen on."""
+    `choosing`: the Blocks that choose."""
     tokens = zlib.crc32(getattr(blocks, "coded", blocks.stream))  # of a conversation, with what counts
     known = dict(model=config.model, weights=weights, text=blocks.sha256, tokenizer=f"{tokens:08x}",
                  held_out=None if choosing is None else choosing.sha256)
@@ -66,7 +66,7 @@ def identify(config, blocks, weights, choosing=None) -> dict:
 
 # %% ../nbs/62_resuming.ipynb #62aa0911
 def chosen(plan, config) -> dict:
-    "What a plan has decided of what `asked` leaves open."
+    "What a plan decides of what `asked` leaves open."
     recipe = plan.recipe
     rank = {name: getattr(config, name) for name in OF_LORA} if recipe.method == "lora" else {}
     rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
@@ -74,7 +74,7 @@ def chosen(plan, config) -> dict:
 
 # %% ../nbs/62_resuming.ipynb #62aa0041
 def known_by(run, config, plan) -> dict:
-    "What a mirror knows a `run` by: nothing that the machine decides."
+    "What a mirror knows a `run` by: nothing of the machine."
     own = replace(config, learning_rate=None)
     usual = pick_learning_rate(own, plan.parameters, "lora" if config.method == "lora" else "full", plan.tokens)
     rate = None if run["learning_rate"] == usual else run["learning_rate"]
@@ -84,7 +84,7 @@ def known_by(run, config, plan) -> dict:
 FIXED = "text", "weights", "tokenizer", "seed", "effective_batch_size", "block_size", "method", "optim", *OF_LORA
 
 def differences(then, now, names=None) -> dict:
-    "Name to (then, now) of what differs between two runs, as far as both say it; of `names` only, if given."
+    "Name to (then, now) of what differs, as far as both say it; of `names`, if given."
     both = (name for name in now if name != "model" and None not in (then.get(name), now[name]))
     found = {name: (then[name], now[name]) for name in both if then[name] != now[name]}
     if "text" in found: found.pop("tokenizer", None)  # which is known by the tokens
@@ -108,7 +108,7 @@ def differences_told(then, now, names=None) -> Sentence:
 
 # %% ../nbs/62_resuming.ipynb #85386443
 def check_output_dir(output_dir) -> Path:
-    "The folder, there or not. NotADirectoryError, or PermissionError if it cannot be written to."
+    "The folder, there or not. NotADirectoryError, or PermissionError if nothing can be written."
     path = check_mounted(output_dir, "output_dir")
     if os.path.lexists(path) and not path.is_dir():
         what = "a link that leads nowhere" if not path.exists() else "a file"
@@ -137,7 +137,7 @@ class Found(Record):
     how: dict = field(default_factory=dict)  # it was computed: micro_batch and precision
 
     def damage(self, report=None) -> str:
-        "What is wrong with it, or ''. All of it is read."
+        "What is wrong with it, or ''."
         if self.files is None:
             try: check_intact(self.path, report)
             except ValueError as e: return str(e)
@@ -148,14 +148,14 @@ class Found(Record):
 
 # %% ../nbs/62_resuming.ipynb #62aa0021
 def read_result(folder) -> dict:
-    "What a finished run has written, or what tells whose model is on its way; {} without either, or a corrupted one."
+    "What a finished run wrote, or what tells whose model is on its way; {} without either."
     path = Path(folder, RESULT)
     try: return unsealed(retried(lambda: path.read_bytes() if path.is_file() else b"", may_pass), RESULT)
     except (OSError, ValueError): return {}
 
 # %% ../nbs/62_resuming.ipynb #62aa0920
 def found_in(folder) -> list:
-    "What a folder holds, as `Found`: the finished run, and the complete checkpoints, the newest first."
+    "The finished run and the complete checkpoints in a folder, newest first, as `Found`."
     told, folder, found = read_result(folder), Path(folder), []
     if "files" in told: found = [Found(folder, told["fingerprint"], told["steps"], told["steps"], files=told["files"])]
     for path in reversed(find_checkpoints(folder)):
@@ -166,7 +166,7 @@ def found_in(folder) -> list:
 
 # %% ../nbs/62_resuming.ipynb #62aa0025
 def strangers(folder) -> list:
-    "Names in a folder that no run of ours has left there: neither checkpoints, nor leftovers, nor a lock."
+    "Names in a folder that no run of ours left: neither checkpoints, nor leftovers, nor a lock."
     folder = Path(folder)
     ours = {LOCK, RESULT, BEST, "runs", ADAPTED, *(path.name for path in folder.glob("checkpoint-*"))}
     if not folder.is_dir() or read_result(folder): return []
@@ -190,7 +190,7 @@ OTHER_SOURCE = "{resume} {path} is of a run that cannot continue with these sett
 
 # %% ../nbs/62_resuming.ipynb #62aa0029
 def refuse(other, now, output_dir):
-    "FileExistsError: `output_dir` holds `other`, which differs from the run that is to begin `now`."
+    "FileExistsError: `output_dir` holds `other`, which differs from the run `now`."
     fixed = differences(other.run, now, FIXED)
     what = f"step {other.step}" if other.files is None else "the model"
     onward = ONWARD % str(output_dir).translate({ord("{"): "?", ord("}"): "?"})  # a value in a template has no braces
@@ -201,14 +201,14 @@ def refuse(other, now, output_dir):
 
 # %% ../nbs/62_resuming.ipynb #62aa0031
 def newest_intact(found, report=None) -> Found | None:
-    "The first of several `Found` that is intact; a warning names each before it."
+    "The first `Found` that is intact; a warning names each before it."
     for each in found:
         if not (why := each.damage(report)): return each
         warnings.warn(f"{each.path} is skipped: {why}.", stacklevel=4)
 
 # %% ../nbs/62_resuming.ipynb #62aa0931
 def source_of(config, now) -> Found:
-    "What `config.resume`, a checkpoint or a folder with some, has to continue from with the settings of `now`."
+    "What `config.resume`, a checkpoint or a folder with some, has to continue from with the settings `now`."
     path = home(config.resume)
     there = [each for each in (*found_in(path), *found_in(path.parent)) if path in (each.path, each.path.parent)]
     def fallen(each):  # a longer run does not begin with the end of a shorter one
@@ -223,7 +223,7 @@ def source_of(config, now) -> Found:
 
 # %% ../nbs/62_resuming.ipynb #62aa0033
 def check_free(config, now):
-    "FileExistsError if `config.output_dir` holds anything that the run `now` neither resumes nor may replace."
+    "FileExistsError for anything in `config.output_dir` that the run `now` neither resumes nor may replace."
     if config.overwrite_output_dir: return
     folder, found = Path(config.output_dir), found_in(config.output_dir)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
@@ -231,8 +231,8 @@ def check_free(config, now):
     own = next((each for each in found if not differences(each.run, now)), None)
     if own and own.files: return
     others = [each for each in found if differences(each.run, now) and not (own and each.saved <= own.saved)]
-    source = home(config.resume).resolve()  # if it is in this folder, what is there is no other's
-    told = read_result(folder)  # of a run that ended while its model was saved, or evaluated
+    source = home(config.resume).resolve()  # if in this folder, that is no other's
+    told = read_result(folder)  # of a run that ended while it was saved or evaluated
     if told and "files" not in told and differences(told["fingerprint"], now) and list(folder.glob("*.safetensors")):
         others.append(Found(folder, told["fingerprint"], files={}))
     if others and (config.resume == "auto" or folder.resolve() not in (source, source.parent)):
@@ -242,7 +242,7 @@ def check_free(config, now):
 
 # %% ../nbs/62_resuming.ipynb #62aa0034
 def where_to_resume(config, now, report=None) -> Found | None:
-    "The newest intact state of the run `now` in its folder, or None. Refuses as `check_free` does."
+    "The newest intact state of the run `now` in its folder, or None. Refuses as `check_free`."
     check_free(config, now)
     if config.overwrite_output_dir or config.resume == "never": return None
     for path in list_checkpoints(config.output_dir):
@@ -254,12 +254,12 @@ def where_to_resume(config, now, report=None) -> Found | None:
 
 # %% ../nbs/62_resuming.ipynb #62aa0037
 def untouched(folder) -> bool:
-    "Whether nothing is in `folder` that a new run would have to spare."
+    "Whether a new run would spare nothing in `folder`."
     if not os.path.lexists(folder): return True
     return folder.is_dir() and not (read_result(folder) or list_checkpoints(folder) or strangers(folder))
 
 def folder_for(config, now) -> Path:
-    "The folder of the run `now`: `config`'s, that which has it already, or the first that is free for it."
+    "The folder of the run `now`: `config`'s, the one that has it, or the first free for it."
     if config.output_dir: return Path(config.output_dir)
     base, numbers = Path(config.folder), itertools.count(2)
     there = [p for p in Path().iterdir() if re.fullmatch(re.escape(base.name) + r"(-\d+)?", p.name) and p.is_dir()]
@@ -270,7 +270,7 @@ def folder_for(config, now) -> Path:
 
 # %% ../nbs/62_resuming.ipynb #6c2c6832
 def foresee(config, now) -> tuple:
-    "(a button's words for a run, what it will do with what its folder holds, or ''), as `now` tells. Refuses as above."
+    "(a button's words for a run, what it will do with its folder, or ''), as `now` tells. Refuses as above."
     config = replace(config, output_dir=str(folder_for(config, now)))
     folder = check_output_dir(config.output_dir)
     if config.overwrite_output_dir and folder.is_dir() and any(folder.iterdir()):

@@ -29,7 +29,7 @@ def interrupt(number, frame):
 # %% ../nbs/02_signals.ipynb #02aa000b
 @contextlib.contextmanager
 def catching(handler=interrupt):
-    "`handler(number, frame)` gets the signals in ENDING. Only Python's main thread gets any."
+    "`handler(number, frame)` gets the signals in ENDING, in Python's main thread only."
     if threading.current_thread() is not threading.main_thread(): yield; return
     process, former = os.getpid(), {}
 
@@ -50,7 +50,7 @@ def catching(handler=interrupt):
 
 # %% ../nbs/02_signals.ipynb #02aa000e
 def leave_dead_terminal():
-    "What goes to a terminal that is gone goes nowhere from now on: a device that is no terminal any more."
+    "What goes to a terminal that is gone goes nowhere from now on."
     for output in (1, 2):
         with contextlib.suppress(OSError):  # it may be closed
             if not stat.S_ISCHR(os.fstat(output).st_mode) or os.isatty(output): continue

@@ -11,7 +11,7 @@ import json, os, time, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .config import PROMPT, TEXT, FinetuneConfig, changed
+from .config import PROMPT, FinetuneConfig, changed
 from .core import Record, home, human_bytes, several
 from .errors import Sentence, about, check_number
 from .reporting import reporting
@@ -19,7 +19,7 @@ from .runtime import check_runtime, in_colab
 from .signals import Interrupted
 from .storage.archives import archive_model, check_archive_path, reading_archive
 from .storage.drive import free_name, restore_from_drive, save_to_drive
-from .text.corpus import load_corpus
+from .text.corpus import fetch_for, load_corpus
 
 # %% ../nbs/64_tasks.ipynb #efe36024
 check = check_runtime
@@ -32,21 +32,15 @@ def fetch(
     "The text, downloaded, verified and stored: a `Corpus`."
     return load_corpus(dataset, **options)
 
-# %% ../nbs/64_tasks.ipynb #440cdff4
-def fetch_for(config, progress=True, **options) -> Record:
-    "The text that `config` names."
-    same = {name: getattr(config, name) for name in (*TEXT[1:], "cache_dir")}
-    return load_corpus(config.dataset, **same, progress=progress, **options)
-
 # %% ../nbs/64_tasks.ipynb #83dd3af0
 def corpus_for_plan(config, download, progress=True):
-    "The text that `config` names, or None for a published one that is not to be had."
+    "`config`'s text, or None for a published one that is not to be had."
     try: return fetch_for(config, progress, download=download)
     except ConnectionError: return None
 
 # %% ../nbs/64_tasks.ipynb #79a71546
 def tokenizer_for_plan(config, download):
-    "The tokenizer that `config` names, or None if it need not or cannot be fetched."
+    "`config`'s tokenizer, or None if it need not or cannot be fetched."
     from colab_gpt2.model.loading import TOKENIZERS, from_cache, load_tokenizer, locate
     place = locate(config.tokenizer or config.model)
     try:
@@ -59,7 +53,7 @@ def tokenizer_for_plan(config, download):
 
 # %% ../nbs/64_tasks.ipynb #c54be9db
 def shape_for_plan(config, download):
-    "The config of the model that is trained: a new one, or one with another tokenizer, follows its tokenizer."
+    "The trained model's config: a new one, or one with another tokenizer, follows its tokenizer."
     from colab_gpt2.model.loading import load_config
     from colab_gpt2.preparing import fit_shape
     with about("model"): shape = load_config(config.model, cache_dir=config.cache_dir)
@@ -69,7 +63,7 @@ def shape_for_plan(config, download):
 
 # %% ../nbs/64_tasks.ipynb #c1243baa
 def size_for_plan(config, context, download, progress=True):
-    "The training text as `Blocks` where text and tokenizer are to be had, else, and of a long `Stream`, a `TextSize`."
+    "The training text as `Blocks` if text and tokenizer are to be had, else, and of a long `Stream`, a `TextSize`."
     corpus, tokenizer = corpus_for_plan(config, download, progress), tokenizer_for_plan(config, download)
     long = corpus and corpus.train and corpus.train.suffix == ".stream" and corpus.bytes["train"]
     if corpus and tokenizer and not long:
@@ -115,9 +109,9 @@ def evaluate(
 
 # %% ../nbs/64_tasks.ipynb #de1f328a
 def run_in(place) -> dict:
-    "The `finetune.json` of the run whose model is in `place`, a folder or an archive; {} without one."
+    "The `finetune.json` of the run in a folder or an archive, or {}."
     try:
-        if Path(place).is_dir(): told = json.loads(Path(place, "finetune.json").read_text(encoding="utf-8"))
+        if Path(place).is_dir(): told = json.loads(Path(place, "finetune.json").read_bytes())
         else:
             with reading_archive(place, place) as tar:
                 told = next((json.load(tar.extractfile(m)) for m in tar if m.name == "finetune.json"), {})
@@ -126,7 +120,7 @@ def run_in(place) -> dict:
 
 # %% ../nbs/64_tasks.ipynb #caad638b
 def prompt_of(model) -> str:
-    "The prompt of the run that made the folder `model`; WikiText's without one."
+    "The prompt of the run in the folder `model`; WikiText's without."
     try: return run_in(model)["config"]["prompt"] or PROMPT
     except (KeyError, TypeError): return PROMPT
 
@@ -173,7 +167,7 @@ def restore(
 FAILURES = OSError, RuntimeError, ValueError  # of a Drive
 
 def open_drive(drive):
-    "Make the folder `drive`, or mount the Drive before anything slow; one that does not mount is only a warning."
+    "Make the folder `drive`, or mount the Drive before anything slow; if that fails, only a warning."
     from colab_gpt2.storage.drive import drive_folder, mount_drive
     if drive is not None: return drive_folder(drive, make=True)
     try: return mount_drive()
@@ -190,7 +184,7 @@ def ask_for_drive() -> str:
 
 # %% ../nbs/64_tasks.ipynb #143e1e0d
 def save_or_say_why(archive, folder, drive, progress=True) -> dict:
-    "`path` of the copy on the Drive, or None and `why`; `failed` if there is a Drive, and no copy on it."
+    "`path` of the copy on the Drive, or None and `why`; `failed` if a Drive has no copy."
     if drive is None and not in_colab():
         return dict(path=None, why="this is not Colab, and no folder was given in place of a Drive", failed=False)
     try: copy = save(archive, folder, drive=drive, progress=progress)
@@ -200,14 +194,14 @@ def save_or_say_why(archive, folder, drive, progress=True) -> dict:
 
 # %% ../nbs/64_tasks.ipynb #228156f0
 def same_run(place, other) -> bool:
-    "Whether the models in `place` and `other`, folders or archives, are of one run, as far as both tell."
+    "Whether two models, in folders or archives, are of one run, as far as both tell."
     from colab_gpt2.resuming import differences
     both = [run_in(each).get("fingerprint") for each in (place, other)]
     return all(told and isinstance(told, dict) for told in both) and not differences(*both)
 
 # %% ../nbs/64_tasks.ipynb #5ea28b06
 def place_for(path, folder) -> Path:
-    "`path`, or with a number if the archive there holds another run than `folder`."
+    "`path`, numbered if the archive there holds another run than `folder`."
     place = free_name(path, lambda there: same_run(there, folder))
     told = f"{path} holds another run and stays; this one is packed into {place}."
     if place != path: warnings.warn(told, stacklevel=3)
@@ -279,7 +273,7 @@ def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> Ru
     from colab_gpt2.engine.guards import TimeLimit
     config, length = config or DEMO, ("max_steps", "num_train_epochs")
     own = any(name in options or getattr(config, name) != getattr(DEMO, name) for name in length)
-    limit = () if own else (TimeLimit(45),)  # s, without imports and the archive: a slow machine is done in a minute
+    limit = () if own else (TimeLimit(45),)  # s, without imports and the archive
     return run(config, callbacks=[*callbacks, *limit], **options)
 
 # %% ../nbs/64_tasks.ipynb #fd0a4950
@@ -289,7 +283,7 @@ GOES_WITH = dict(  # the demo's, for its model and its text
     train_file=(*AUTOMATIC, "max_steps"), dataset=(*AUTOMATIC, "max_steps"))
 
 def suggest() -> tuple:
-    "(FinetuneConfig, why): the defaults where there are a GPU and the Hub; else the demo's values, and why."
+    "(FinetuneConfig, why): the defaults with a GPU and the Hub; else the demo's values, and why."
     from colab_gpt2.runtime import find_device
     from colab_gpt2.text.hub import hub_trouble
     small = replace(DEMO, output_dir=None, logging_steps=2)  # fifty points of a curve

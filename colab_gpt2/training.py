@@ -76,14 +76,14 @@ class FinetuneResult(Record):
     fingerprint: dict = field(default_factory=dict)  # what decided the weights
     evaluated: dict = field(default_factory=dict)  # what decided perplexities and samples
     files: dict = field(default_factory=dict)  # of the model: name to SHA-256
-    best_step: int | None = None  # the step of the lowest perplexity; None where nothing was evaluated on the way
+    best_step: int | None = None  # of the lowest perplexity; None if nothing was evaluated on the way
     evaluations: tuple[tuple[int, float], ...] = ()  # (step, perplexity) of the text that chose
     stopped: str = ""  # why the training ended before its last step
-    repeated: bool = False  # an earlier call has finished this run, and nothing was trained now
+    repeated: bool = False  # an earlier call finished this run; nothing was trained now
 
     @property
     def risen(self) -> str:
-        "What to do about a perplexity that the run has raised, or ''."
+        "What to do about a perplexity that has risen, or ''."
         before, after = self.perplexity_before.value, self.perplexity_after.value
         return "" if after <= before else Sentence(RISEN, before=before, after=after)
 
@@ -91,7 +91,7 @@ class FinetuneResult(Record):
 
 # %% ../nbs/63_training.ipynb #4bab8d57
 def chosen_rows(result) -> list:
-    "Which step's weights are kept, and why the training ended early, if it did."
+    "Which step's weights are kept, and why the training ended early."
     known, kept = dict(result.evaluations), result.config.load_best_model_at_end
     found = f"step {result.best_step}, held-out perplexity {known.get(result.best_step, 0):.2f}"
     if not kept: found += f"; the weights of step {result.steps} are kept"
@@ -104,7 +104,7 @@ def no_step(result):
     return Sentence(f"no step was left: to train further, {told}", path=path)
 
 def rows_of(result) -> list:
-    "The (label, text) pairs of a FinetuneResult's table."
+    "The rows of a FinetuneResult's table."
     after, speed = result.perplexity_after, result.tokens_per_second
     return [("model", f"{result.model}, {result.parameters:,} parameters"),
             ("text", f"{result.dataset}, {result.train_tokens:,} tokens"),
@@ -119,7 +119,7 @@ def rows_of(result) -> list:
 
 # %% ../nbs/63_training.ipynb #eafea48d
 def load_finished(trainer, checkpoint, steps) -> bool:
-    "Load a `checkpoint` at which training ended, if it did, by the last of `steps` or before: the Trainer would go on."
+    "Load a `checkpoint` at which training ended, at the last of `steps` or before: the Trainer would go on."
     state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
     if trainer.chooser: trainer.chooser.follow(state)
     if state.global_step < steps and not (trainer.chooser and trainer.chooser.over): return False
@@ -130,7 +130,7 @@ def load_finished(trainer, checkpoint, steps) -> bool:
 
 # %% ../nbs/63_training.ipynb #21f15d23
 def within_time(trainer, plan) -> Plan:
-    "The plan as the trainer's TimeLimits shorten it, and the trainer's steps; with a warning."
+    "The plan as TimeLimits shorten it, and the trainer's steps; with a warning."
     steps = plan.steps
     for limit in trainer.callback_handler.callbacks:
         if isinstance(limit, TimeLimit): plan = limit.shorten(plan)
@@ -141,7 +141,7 @@ def within_time(trainer, plan) -> Plan:
 
 # %% ../nbs/63_training.ipynb #21f15d24
 def train_model(trainer, plan, resumed_from=None) -> Plan:
-    "Train the trainer's model in place; -> the plan as carried out. `Interrupted` if it was stopped before its end."
+    "Train in place; -> the plan as carried out. `Interrupted` if it was stopped before its end."
     listeners, output_dir = trainer.callback_handler.callbacks, Path(trainer.args.output_dir)
     with in_one_line(output_dir):
         if trainer.chooser: trainer.chooser.begin(plan.steps, resumed_from)
@@ -152,7 +152,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
         tell(listeners, "on_stage", PROBING)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
         if not resumed_from: plan = within_time(trainer, plan)
-        else: trainer.args.max_steps = plan.steps  # fewer than the settings say, if its first session shortened it
+        else: trainer.args.max_steps = plan.steps  # fewer if its first session shortened it
         if trainer.chooser: plan = replace(plan, reasons=(*plan.reasons, *trainer.chooser.begin(plan.steps).reasons))
         warn_of_idle(plan)
         mirror = next((c for c in listeners if hasattr(c, "in_use")), None)
@@ -177,7 +177,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
 
 # %% ../nbs/63_training.ipynb #e9a40a51
 def all_told(shown, callbacks):
-    "A report for `shown`, and then for each Listener among `callbacks`."
+    "A report for `shown`, and then each Listener."
     def report(*told):
         shown(*told)
         tell(callbacks, "on_progress", *told)
@@ -188,7 +188,7 @@ WENT_BACK = ("{why}. The run goes back to {place} and on with half the learning 
              "{learning_rate} next time.")
 
 def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tuple:
-    "(trainer, plan as carried out); once, after a divergence, from the newest good checkpoint of the `run`."
+    "(trainer, plan as carried out); once, after a divergence, from the newest good checkpoint."
     factor = found.rate_factor if found and not differences(found.run, run) else 1.
     if first() and config.overwrite_output_dir:
         for path in find_checkpoints(config.output_dir): remove_checkpoint(path)
@@ -214,7 +214,7 @@ def train_or_go_back(config, prepared, plan, found, run, callbacks, shown) -> tu
 AGAIN_WITHOUT = "Run it again without {overwrite_output_dir=True} to resume."
 
 def ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown):
-    "A trainer whose checkpoints are of the `run`, with `factor` times its learning rate."
+    "A trainer whose checkpoints are of the `run`, with `factor` times its rate."
     own = make_chooser(config, prepared, plan, callbacks)
     with about("trainer_args") if config.trainer_args else contextlib.nullcontext():
         trainer = make_trainer(config, model, prepared.tokenizer, prepared.train, plan, [*callbacks, *own], shown)
@@ -227,8 +227,8 @@ def ready_trainer(config, prepared, model, plan, run, factor, callbacks, shown):
 
 # %% ../nbs/63_training.ipynb #e9a40a5b
 def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tuple:
-    """(model, what writes its adapters, or None, plan as carried out, facts for a FinetuneResult). The optimizer is
-    gone: evaluation needs its memory."""
+    """(model, what writes its adapters, or None, plan as carried out, facts for a FinetuneResult). The optimizer's
+    memory is free."""
     trainer, plan = train_or_go_back(config, prepared, plan, found, run, callbacks, shown)
     model, state, speed = trainer.model, trainer.state, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step)
     losses = [dict(step=entry["step"], loss=entry["loss"]) for entry in state.log_history if "loss" in entry]
@@ -247,7 +247,7 @@ def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tup
 
 # %% ../nbs/63_training.ipynb #7d3cd2aa
 def read_finished(output_dir) -> FinetuneResult | None:
-    "What was finished in `output_dir`; None without, or if another run has begun since."
+    "What was finished in `output_dir`; None without, or if another run has begun."
     told, folder = read_result(home(output_dir)), Path(output_dir)
     if any(differences(told.get("fingerprint", {}), each.run) for each in found_in(home(output_dir))): return
     try: result = FinetuneResult.from_dict(told)
@@ -260,13 +260,13 @@ def run_of(config, prepared) -> dict:
     return identify(config, prepared.train, checksum_of(prepared.model, config), prepared.choosing)
 
 def claim(config, opened, report):
-    "The output folder is this run's until the ExitStack `opened` is closed; what is in its way is refused."
+    "The output folder is this run's until `opened`, an ExitStack, is closed; what is in its way is refused."
     opened.enter_context(only_run(config.output_dir, report))
     recover(config.output_dir)
     check_free(config, asked(config))  # what differs is said before anything slow
 
 def placed(prepared, opened, report):
-    "`prepared`, in the folder of its own that nobody chose."
+    "`prepared`, in a folder that nobody chose."
     place = by_first(lambda: str(folder_for(prepared.config, run_of(prepared.config, prepared))))
     asked, config = (replace(each, output_dir=place) for each in (prepared.asked, prepared.config))
     by_first(lambda: claim(config, opened, report))
@@ -297,7 +297,7 @@ def look_for(config, prepared, report, opened) -> tuple:
 
 # %% ../nbs/63_training.ipynb #ff407e6f
 def look_first(*given) -> tuple:
-    "`look_for` by the first process: the others hear what it found, and have a mirror that does nothing."
+    "`look_for` by the first process: the others have a mirror that does nothing."
     mirrors = [Mirror()]
     def look():
         found, mirror, run = look_for(*given)
@@ -308,7 +308,7 @@ def look_first(*given) -> tuple:
 
 # %% ../nbs/63_training.ipynb #ffe78b37
 def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
-    "The result of the finished run in `folder`; evaluated again if `config` evaluates in another way."
+    "The result of the finished run in `folder`; evaluated again if `config` does so in another way."
     result = FinetuneResult.from_dict(read_result(folder))
     result = replace(result, output_dir=config.output_dir, config=prepared.asked, repeated=True)
     if result.evaluated == (now := evaluation_of(config, prepared)): return result
@@ -327,7 +327,7 @@ RESUMING = "Resuming at step {step} of {steps}.{since}"
 
 # %% ../nbs/63_training.ipynb #ffe78b38
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
-    "What is left of a run, from the evaluation before it to the one after it."
+    "What is left of a run, from the evaluation before to the one after."
     report, place = all_told(shown, callbacks), config.output_dir
     plan = by_first(lambda: first_plan(config, prepared, found, run))
     training_arguments(config, plan)  # what it refuses is said before anything slow
@@ -356,7 +356,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
 def finetune(
     config: FinetuneConfig | None = None,  # None: the defaults
     *,
-    callbacks=(),  # transformers' TrainerCallbacks; a `Listener` among them also hears of the other stages
+    callbacks=(),  # transformers' TrainerCallbacks; a `Listener` also hears of other stages
     progress=True,  # bars on stderr; False: nothing; a function of (what, done, total): that
     **changes,  # fields of the config
 ) -> FinetuneResult:

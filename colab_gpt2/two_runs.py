@@ -38,7 +38,7 @@ class Told(Record):
 
     @property
     def settings(self) -> dict:
-        "The config, with what the run has chosen where that leaves it open."
+        "The config, with what the run chose where that leaves it open."
         chosen = {name: value for name, value in self.fingerprint.items() if name in self.config and value is not None}
         chosen.pop("tokenizer", None)  # a checksum
         return {name: value for name, value in (self.config | chosen).items() if name not in PLACES}
@@ -50,7 +50,7 @@ PLACES = {"output_dir", "overwrite_output_dir", "resume", "cache_dir", "mirror",
 NO_RUN = "{place} holds no finished run; give a run's output folder, its archive, or a FinetuneResult."
 
 def told_by(run) -> Told:
-    "What `run`, a folder, an archive or a result, tells. FileNotFoundError if there is none."
+    "What a folder, an archive or a result tells. FileNotFoundError if there is no run."
     told = json.loads(json.dumps(run.to_dict())) if isinstance(run, Record) else run_in(home(run))
     if "config" not in told: raise FileNotFoundError(Sentence(NO_RUN, place=run))
     def known(kind, facts):
@@ -70,7 +70,7 @@ def told_by(run) -> Told:
 
 # %% ../nbs/64_two_runs.ipynb #64c00011
 def card_of(a, b) -> tuple:
-    "(the ReportCard of the trained models, one with the other `before`, or None; why the rest isn't comparable)"
+    "(the trained models' ReportCard, one `before`, or None; why the rest isn't comparable)"
     pair, rows, why = [each.perplexity_after for each in (a, b)], [], []
     if None in pair: return None, [f"{each.name} has no perplexity to compare." for each in (a, b)
                                    if each.perplexity_after is None]
@@ -85,7 +85,7 @@ def card_of(a, b) -> tuple:
 
 # %% ../nbs/64_two_runs.ipynb #64c00014
 def notes_on(a, b) -> list:
-    "What a reader of both curves has to know."
+    "What a reader of both curves must know."
     found, notes = differences(a.fingerprint, b.fingerprint), []
     if "text" in found: notes.append("The training texts are different, so the losses are not comparable.")
     elif "tokenizer" in found: notes.append("The tokenizers are different, so a loss per token is not comparable.")
@@ -95,7 +95,7 @@ def notes_on(a, b) -> list:
 
 # %% ../nbs/64_two_runs.ipynb #64c00017
 def samples_of(a, b, options, report) -> tuple:
-    "(the two samples, or (); a note). `options` of `generate`: if there are any, both are made anew."
+    "(the two samples, or (); a note). With `options` of `generate` both are made anew."
     same = "prompt", "seed", "max_new_tokens"
     if not options:
         if a.sample and b.sample and not differences(a.evaluated, b.evaluated, same): return (a.sample, b.sample), ""
@@ -138,7 +138,7 @@ def compare(
     run_a,  # an output folder, an archive, or a FinetuneResult
     run_b,  # another
     *,
-    prompt=None,  # with a prompt, a seed or a length, both models write anew; what is not given is the first run's
+    prompt=None,  # with a prompt, a seed or a length, both models write anew; the rest is the first run's
     seed=None,
     max_new_tokens=None,
     progress=True,

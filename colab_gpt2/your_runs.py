@@ -22,7 +22,7 @@ from .storage.heartbeat import spoken
 # %% ../nbs/64_your_runs.ipynb #64e00005
 @dataclass(frozen=True)
 class KnownRun(Record):
-    "A run as it is told by a small file; '' or None for what that does not say."
+    "A run as told by a small file; '' or None for what that does not say."
     place: str  # a folder, or an archive, as `compare` takes it
     name: str
     model: str
@@ -43,7 +43,7 @@ class KnownRun(Record):
 
     @property
     def config(self) -> FinetuneConfig | None:
-        "What continues a run that was stopped; None where its manifest, or that of another version, does not tell."
+        "What continues a stopped run; None if its manifest does not tell."
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return FinetuneConfig.from_dict(json.loads(self._settings))
 
@@ -55,12 +55,12 @@ class KnownRun(Record):
 
 # %% ../nbs/64_your_runs.ipynb #64e00008
 def moment_of(path) -> str:
-    "When the file `path` was written, in UTC."
+    "When a file was written, in UTC."
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(os.stat(path).st_mtime))
 
 # %% ../nbs/64_your_runs.ipynb #64e00026
 def of_result(told, place, when) -> KnownRun:
-    "The run that its `finetune.json`, `told`, is of."
+    "The run of a `finetune.json`."
     config, steps, measured = told["config"], told.get("steps", 0), told.get("perplexity_after") or {}
     text = ((told.get("samples") or {}).get("after") or {}).get("text", "")
     known = dict(text=told.get("dataset") or config.get("train_file") or config.get("dataset") or "", when=when,
@@ -70,7 +70,7 @@ def of_result(told, place, when) -> KnownRun:
 
 # %% ../nbs/64_your_runs.ipynb #64e00010
 def of_manifest(text, place) -> KnownRun:
-    "The run that the manifest `text` of a checkpoint is of."
+    "The run of a checkpoint's manifest."
     told = unsealed(text)
     when, run = told["saved"].replace("T", " ")[:16], told["run"]
     return KnownRun(place=str(place), name=Path(place).name, model=run.get("model") or "", step=told["step"], when=when,
@@ -79,9 +79,9 @@ def of_manifest(text, place) -> KnownRun:
 
 # %% ../nbs/64_your_runs.ipynb #64e00012
 def finished_in(folder) -> KnownRun | None:
-    "The run whose model is in `folder`. ValueError if its record is damaged."
+    "The run whose model is in `folder`. ValueError for a damaged record."
     if not (path := folder/RESULT).is_file(): return None
-    told = json.loads(path.read_text(encoding="utf-8"))
+    told = json.loads(path.read_bytes())
     if not isinstance(told, dict): raise ValueError(f"{RESULT} tells of no run")
     return of_result(told, folder, moment_of(path)) if "config" in told else None
 
@@ -95,14 +95,14 @@ def stopped_in(folder) -> KnownRun | None:
     if wrong: raise wrong
 
 def run_of(folder) -> KnownRun | None:
-    "The run in `folder`, an output folder, if there is one."
+    "The run in an output folder, if any."
     return finished_in(folder) or stopped_in(folder)
 
 # %% ../nbs/64_your_runs.ipynb #64e00015
 LARGE = 64_000_000  # bytes, which no record has
 
 def run_packed(path) -> KnownRun | None:
-    "The run in the archive `path`; None if its beginning tells of none. ValueError if that is damaged."
+    "The run in an archive; None if its beginning tells of none. ValueError if that is damaged."
     with reading_archive(path, path) as tar:
         near = takewhile(lambda member: member.size < LARGE, tar)
         told = next((json.load(tar.extractfile(member)) for member in near if member.name == RESULT), {})
@@ -122,12 +122,12 @@ def known_in(read, paths) -> list:
 
 # %% ../nbs/64_your_runs.ipynb #64e00019
 def mirrored(folder) -> KnownRun | None:
-    "The run that is copied to `folder` of a mirror, called NAME-DIGEST."
+    "The run that is copied to `folder`, NAME-DIGEST, of a mirror."
     run = finished_in(folder/"finished") or stopped_in(folder)
     return run and replace(run, name=folder.name[:-9])
 
 def on_drive(drive=None, packed=True) -> list:
-    "The runs on the `drive`, or on Colab's if that is mounted: those of its mirror, and those `packed` in archives."
+    "The runs on the `drive`, or on a mounted Colab's: its mirror's, and those `packed` in archives."
     try:
         if not (drive := drive or in_colab() and my_drive("/content/drive")): return []
         top = Path(drive, "colab-gpt2")
@@ -140,7 +140,7 @@ def on_drive(drive=None, packed=True) -> list:
 
 # %% ../nbs/64_your_runs.ipynb #64e00022
 def merged(here, there) -> list:
-    "`here`, and of the runs `there` those that are no others; of two of one run that which got further."
+    "`here`, and of the runs `there` those that are no others; of two of one run the further."
     known = list(here)
     for run in there:
         twins = [i for i, each in enumerate(known) if each._run == run._run != "{}"]
@@ -152,7 +152,7 @@ def merged(here, there) -> list:
 
 # %% ../nbs/64_your_runs.ipynb #ab4356d0
 def runs_in(folder) -> list:
-    "The runs in the folders of `folder`."
+    "The runs in its folders."
     return known_in(run_of, filter(Path.is_dir, home(folder).iterdir()))
 
 # %% ../nbs/64_your_runs.ipynb #64e00023
@@ -169,7 +169,7 @@ def runs(
 
 # %% ../nbs/64_your_runs.ipynb #64e00031
 def unfinished(folder=".", drive=None) -> list:
-    "The runs that were stopped and can be continued, by `finetune(run.config)`, the newest first."
+    "The stopped runs that `finetune(run.config)` can continue, the newest first."
     found = [run for run in merged(runs_in(folder), on_drive(drive, packed=False)) if not run.finished and run.config]
     return sorted(found, key=lambda run: run.when, reverse=True)
 

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from colab_gpt2.errors import fields_of
-from colab_gpt2.text.reading import END, find_texts, holds_chats, is_plain, read_documents, read_rows
+from colab_gpt2.text.formats import END
+from colab_gpt2.text.reading import find_texts, holds_chats, is_plain, read_documents, read_rows
 
 TIDES = ["It ebbs,\nand flows.", 'He said: "It ebbs"; she said, "It\tflows".', "Größe, 潮水, 🌊", "{'a': 1}, [2]"]
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 # %% ../../nbs/engine/40_callbacks.ipynb #3fc62871
 class Meter(TrainerCallback):
-    "The seconds of every step on a device, a name or a torch.device."
+    "The seconds of every step on a device."
     def __init__(self, device="cpu"):
         self.gpu, self.seconds, self.begun, self.running = torch.device(device).type == "cuda", [], None, deque()
 
@@ -31,21 +31,21 @@ class Meter(TrainerCallback):
         self.read()
 
     def read(self, wait=False):
-        "Record the steps that the device has finished, or wait for all."
+        "Record the steps that the device has finished, or `wait` for all."
         if wait and self.running and self.gpu: self.running[-1][1].synchronize()
         while self.running and (not self.gpu or self.running[0][1].query()):
             begun, ended = self.running.popleft()
             self.seconds.append(begun.elapsed_time(ended) / 1000 if self.gpu else ended - begun)
 
     def tokens_per_second(self, tokens_per_step, newest=None):
-        "By the median step after the first two, which warm up, or of the `newest`; None before a step."
+        "By the median step after two that warm up, or of the `newest`; None before a step."
         if not newest: self.read(wait=True)
         counted = (self.seconds[2:] or self.seconds)[-(newest or 0):]
         return tokens_per_step / statistics.median(counted) if counted else None
 
 # %% ../../nbs/engine/40_callbacks.ipynb #4f113ad1
 class Bar(TrainerCallback):
-    "Reports every step; a bar on the screen also shows the loss, the tokens a second, and the `status` of a mirror."
+    "Reports every step; a bar on the screen also shows loss, tokens a second, and a mirror's `status`."
     status, what = str, "Fine-tuning"  # of a mirror: by default ""; what the steps are for
 
     def __init__(self, meter, tokens_per_step, report):
@@ -79,7 +79,7 @@ class Listener(TrainerCallback):
         "A report (see `reporting`) of everything but the training's steps. What this raises ends the run."
 
     def on_measured(self, perplexity, sample):
-        "The Perplexity of the held-out text and a Sample, before the training or after it."
+        "The held-out text's Perplexity and a Sample, before or after the training."
 
     def on_evaluated(self, step, perplexity, best_step):
         """The perplexity, per token, of the text that chooses after a step of the training, and the step of the lowest
@@ -87,6 +87,6 @@ class Listener(TrainerCallback):
 
 # %% ../../nbs/engine/40_callbacks.ipynb #47b8015d
 def tell(callbacks, event, *args, **kwargs):
-    "Call the method `event` of each Listener among `callbacks`."
+    "Call the method `event` of each Listener."
     for listener in callbacks:
         if isinstance(listener, Listener): getattr(listener, event)(*args, **kwargs)

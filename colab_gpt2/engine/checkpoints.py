@@ -15,7 +15,7 @@ from ..runtime import out_of_memory
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #c4b7f44e
 def check_finite(model):
-    "FloatingPointError if a weight is NaN or infinite: such a model must not replace a good one."
+    "FloatingPointError if a weight is NaN or infinite: it must not replace a good one."
     from colab_gpt2.model.loading import lost_weight
     if not (name := lost_weight(model)): return
     told = "Weights became NaN or infinite ({name}) and are not saved; start again with a lower {learning_rate}."
@@ -24,7 +24,7 @@ def check_finite(model):
 # %% ../../nbs/engine/41_checkpoints.ipynb #f1c42f04
 @contextlib.contextmanager
 def full_disk_told(folder, model):
-    "Turn an error that says so, or one while less than the size of `model` is free, into the system's own, ENOSPC."
+    "Turn an error that says so, or one while less than `model`'s size is free, into ENOSPC."
     try: yield
     except Exception as e:
         number, size = errno_of(e), sum(p.numel() * p.element_size() for p in model.parameters())
@@ -35,14 +35,14 @@ def full_disk_told(folder, model):
 MANIFEST, ADAPTED, BEST, RESULT = "whole.json", "adapters", "best.safetensors", "finetune.json"
 
 def list_files(folder) -> dict:
-    "Name to bytes of the files in `folder` and in its adapters/, without the manifest."
+    "Name to bytes of the files in `folder` and its adapters/, without the manifest."
     folder = Path(folder)
     files = (f for f in sorted([*folder.iterdir(), *folder.glob(f"{ADAPTED}/*")]) if f.is_file() and f.name != MANIFEST)
     return {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #41aa5a01
 def keep_others(folder, new, ours):
-    "Rename, with a warning, files that `new` (name to SHA-256) would replace and that are not as in `ours`."
+    "Rename, with a warning, files that `new` (name to SHA-256) would replace and that are not `ours`."
     there = [name for name in new if Path(folder, name).is_file()]
     for name, digest in checksums(folder, there).items():
         if digest in (new[name], ours.get(name)): continue
@@ -52,9 +52,9 @@ def keep_others(folder, new, ours):
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
 def save_model(model, tokenizer, output_dir, ours=None, adapters=None) -> dict:
-    """Write weights, config and tokenizer, and by `adapters(folder)` those; on an error `output_dir` stays as it was.
-    -> name to SHA-256 of the files. Given `ours` (such a dict), a file that is there and is neither one of these nor a
-    new one becomes NAME.before."""
+    """Write weights, config, tokenizer, and what `adapters(folder)` writes; on an error `output_dir` stays. -> name to
+    SHA-256. Given `ours` (such a dict), a file that is there and neither one of these nor a new one becomes
+    NAME.before."""
     from colab_gpt2.model.fitting import published, save_tokenizer, set_ids
     from colab_gpt2.model.loading import quiet
     check_finite(model)
@@ -72,7 +72,7 @@ def _checksum(facts): return hashlib.sha256(json.dumps(facts, sort_keys=True).en
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #5362e7c9
 def sealed(facts, indent=None) -> str:
-    "JSON of `facts` with a checksum of their own: a manifest, or a result."
+    "JSON of `facts` with a checksum of their own."
     return json.dumps(facts | dict(checksum=_checksum(facts)), indent=indent)
 
 def unsealed(text, name=MANIFEST) -> dict:
@@ -83,9 +83,9 @@ def unsealed(text, name=MANIFEST) -> dict:
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
 def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, config=None, **how):
-    """List the files of a complete checkpoint, with the fingerprint of its `run` (names to plain values), its `step` of
-    how many `steps`, by what the run's learning rate is multiplied since it diverged, its `config`, as a dict, which a
-    person would have to set again, and `how` it is computed."""
+    """List the files of a complete checkpoint, with its `run`'s fingerprint (names to plain values), its `step` of
+    `steps`, what the learning rate is multiplied by since it diverged, its `config`, which a person would have to set
+    again, and `how` it is computed."""
     files, now = list_files(folder), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = dict(files=files, sha256=checksums(folder, files), run=run, step=step, steps=steps, saved=now,
                  rate_factor=rate_factor, config=config, how=how)
@@ -93,7 +93,7 @@ def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, config=None, *
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a80
 def check_complete(folder) -> dict:
-    "The manifest of a checkpoint that has all its files in full size; else ValueError: what is wrong."
+    "The manifest of a checkpoint with all files in full size; else ValueError."
     path = Path(folder, MANIFEST)
     try:
         with explained(f"Reading {path}"): text = retried(path.read_bytes, may_pass)
@@ -102,14 +102,14 @@ def check_complete(folder) -> dict:
     return manifest
 
 def check_sizes(manifest, there):
-    "ValueError if a file of the `manifest` is not `there` (name to bytes) in full size."
+    "ValueError if a file is not `there` (name to bytes) in full size."
     for name, size in manifest["files"].items():
         if name not in there: raise ValueError(f"{name} is missing")
         if there[name] != size: raise ValueError(f"{name} has {there[name]:,} of {size:,} bytes")
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a81
 def check_intact(folder, report=None) -> dict:
-    "The manifest of a complete checkpoint with the right checksums; else ValueError: what is wrong."
+    "The manifest of a complete checkpoint with the right checksums; else ValueError."
     sums = (manifest := check_complete(folder))["sha256"]
     with explained(f"Reading {folder}"): now = retried(lambda: checksums(folder, sums, report), may_pass)
     damaged = [name for name, digest in now.items() if digest != sums[name]]
@@ -135,7 +135,7 @@ def find_checkpoints(output_dir) -> list[Path]:
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #41aa5a05
 def recover(output_dir):
-    "Tidy up after a killed process. A complete checkpoint that it was about to put into its place goes there."
+    "Tidy up after a killed process. A complete checkpoint that it had no time to put into its place goes there."
     found = (path for left in leftovers(output_dir) for path in left.glob("checkpoint-*") if read_manifest(path))
     for path in sorted(found, key=lambda path: read_manifest(path)["saved"], reverse=True):
         if not os.path.lexists(place := Path(output_dir, path.name)): path.rename(place)
@@ -143,14 +143,14 @@ def recover(output_dir):
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
 def remove_checkpoint(path):
-    "Delete a checkpoint; of a link only the link: what it leads to may be needed elsewhere."
+    "Delete a checkpoint; of a link only the link."
     path = Path(path)
     with scratch(path.parent, path.name) as temporary: path.rename(temporary/path.name)
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #f77231b3
 @contextlib.contextmanager
 def loadable(checkpoint):
-    "Say in one line that a library cannot load `checkpoint`."
+    "Say in one line that `checkpoint` cannot be loaded."
     try: yield
     except Exception as e:
         if out_of_memory(e) or isinstance(e, OSError): raise
@@ -161,7 +161,7 @@ def loadable(checkpoint):
 # %% ../../nbs/engine/41_checkpoints.ipynb #afcf4980
 @contextlib.contextmanager
 def new_checkpoint(place):
-    "A folder that becomes the checkpoint `place` on a clean exit. A complete one there goes; else `.before` is added."
+    "A folder that becomes `place` on a clean exit. A complete checkpoint there goes; else `.before` is added."
     place = former = Path(place)
     with contextlib.ExitStack() as around:
         if place.exists() and read_manifest(place):

@@ -22,17 +22,17 @@ from ..errors import Sentence, may_pass
 from ..ranks import RANKS, by_first, first, shared, spread
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0006
-SHARE = 0.08  # of the work, that measuring may take: 8.3% of it took 10.2% of the seconds of a training
-PASSES = dict(full=3, lora=2)  # forward passes that the training of a token costs
+SHARE = 0.08  # of the work, for measuring: 8.3% took 10.2% of the seconds of a training
+PASSES = dict(full=3, lora=2)  # forward passes that training a token costs
 OFTEN, MOST = 20, 100  # measurements: one in 5% of a run, or two in an epoch
-LEAST = 2048  # tokens: paired differences of two models' losses, about 0.3 each, then have an error of 0.7%
-SMALL_TEXT = 1_000_000  # tokens: a longer text is seldom read so often that it is learnt by heart
+LEAST = 2048  # tokens: paired differences of losses, about 0.3 each, have an error of 0.7%
+SMALL_TEXT = 1_000_000  # tokens: a longer text is seldom learnt by heart
 PATIENCE = 5  # measurements without a fall, and two epochs
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0007
 @dataclass(frozen=True)
 class Work(Record):
-    "What a run does, and what there is to measure, in tokens alone."
+    "What a run does and can measure, in tokens."
     steps: int
     step_tokens: int
     text_tokens: int  # of the training text
@@ -48,17 +48,17 @@ class Work(Record):
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0008
 @dataclass(frozen=True)
 class Schedule(Record):
-    "When a run measures, on how much, and when it stops."
-    every: int  # steps between two measurements; 0: there is none
+    "When a run measures, how much, and when it stops."
+    every: int  # steps between two measurements; 0: none
     windows: int
-    patience: int  # measurements without a fall after which the training ends; 0: it does not
+    patience: int  # measurements without a fall that end the training; 0: none do
     reasons: tuple  # sentences
 
     def due(self, step, steps) -> bool: return bool(self.every) and (step % self.every == 0 or step == steps)
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0009
 def pick_interval(eval_steps, work) -> tuple:
-    "(steps between two measurements, windows of each); 0 steps where a run is too short for two measurements."
+    "(steps between two measurements, windows of each); 0 steps if the run is too short for two."
     if eval_steps == -1: return 0, 0
     budget = int(SHARE * PASSES[work.method] * work.steps * work.step_tokens / work.context)  # windows
     wanted = math.ceil(work.steps / eval_steps) if eval_steps else min(MOST, max(OFTEN, math.ceil(2 * work.epochs)))
@@ -75,7 +75,7 @@ PATIENT = ("It stops when that has not fallen in {patience} evaluations: a text 
            "heart.")
 
 def plan_choosing(config, work) -> Schedule:
-    "What `config` leaves open of when to evaluate and when to stop, from the `work`."
+    "What `config` leaves open of when to evaluate and to stop."
     (every, windows), patience = pick_interval(config.eval_steps, work), config.early_stopping_patience
     short = Sentence(TOO_SHORT, steps=several(work.steps, "step"))
     if not every: return Schedule(0, 0, 0, (short,) if config.eval_steps != -1 else ())
@@ -91,22 +91,22 @@ def plan_choosing(config, work) -> Schedule:
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0016
 def trained(model) -> dict:
-    "The parameters of `model` that are trained, by name; tied ones once."
+    "The parameters that are trained, by name; tied ones once."
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 def put_weights(path, model):
-    "The file `path` of trained parameters into `model`, tensor by tensor."
+    "A file of trained parameters into `model`, tensor by tensor."
     with torch.no_grad(), loadable(path), safe_open(path, "pt") as file:
         for name, p in trained(model).items(): p.copy_(file.get_tensor(name))
 
 def link(file, place):
-    "Give `file` a second name `place`; a copy where the file system has one name for each."
+    "Give `file` a second name; a copy if the file system has one name for each."
     try: os.link(file, place)
     except OSError: shutil.copyfile(file, place)
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0017
 class BestWeights:
-    "The best weights of a run in `output_dir`: one file, which is written in the background if the model is on a GPU."
+    "The best weights of a run: one file, written in the background if the model is on a GPU."
     def __init__(self, output_dir):
         self.scratch = tempfile.TemporaryDirectory() if drive_top(output_dir) else None
         self.path = Path(self.scratch.name if self.scratch else output_dir)/BEST
@@ -117,7 +117,7 @@ class BestWeights:
         if self.writing: self.writing.result()
 
     def begin_from(self, checkpoint=None):
-        "With those of a checkpoint that is resumed, or none."
+        "A checkpoint's, or none."
         if not first(): return
         retried(lambda: self.path.unlink(missing_ok=True), may_pass)
         if checkpoint and (there := Path(checkpoint)/BEST).exists(): link(there, self.path)
@@ -133,7 +133,7 @@ class BestWeights:
         with atomic(self.path) as file, full_disk_told(file.parent, model): save_file(weights, file)
 
     def restore(self, model):
-        "Into `model`, tensor by tensor; of several processes the first reads them."
+        "Into `model`; of several processes the first reads them."
         by_first(lambda: self.read_into(model))
         spread(trained(model).values())
 
@@ -147,13 +147,13 @@ KEPT, LAST = "These weights are kept.", "The last weights are kept, as {load_bes
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0021
 def best_of(curve) -> tuple:
-    "The first (step, perplexity) of the lowest perplexity; the step is None where nothing was measured."
+    "The first (step, perplexity) of the lowest; (None, inf) without any."
     return min(curve, key=lambda entry: entry[1], default=(None, math.inf))
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0023
 class Course(Listener):
-    """What a run has measured so far, in its checkpoints' state. `measure(model, windows, report)` -> a perplexity;
-    `text`: a checksum of the held-out one; `listeners` hear of each measurement."""
+    """What a run has measured, in its checkpoints' state. `measure(model, windows, report)` -> a perplexity; `text`:
+    the held-out one's checksum; `listeners` hear of each."""
     trainer = None  # whose `stop` says whether a run is to end
 
     def __init__(self, config, work, measure, text, listeners=()):
@@ -161,13 +161,13 @@ class Course(Listener):
         self.listeners, self.weights, self.curve = listeners, BestWeights(config.folder), []  # [step, perplexity]
 
     def begin(self, steps, checkpoint=None) -> Schedule:
-        "Before a training of so many `steps` in all, which may resume from a `checkpoint`."
+        "Before a training of so many `steps` in all, maybe from a `checkpoint`."
         if checkpoint: self.weights.begin_from(checkpoint)
         self.schedule = plan_choosing(self.config, replace(self.work, steps=steps))
         return self.schedule
 
     def follow(self, state):
-        "Continue from what `state` has measured, if that was on this text, and its best weights can be had."
+        "Continue from what `state` has measured, if on this text, and its best weights can be had."
         known, wanted = state.stateful_callbacks.get("choosing", {}), self.config.load_best_model_at_end
         step, there = best_of(known.get("curve", ()))[0], shared(self.weights.path.exists())
         if known.get("text") != self.text or wanted and step != state.global_step and not there:
@@ -180,16 +180,16 @@ class Course(Listener):
 
     @property
     def over(self) -> bool:
-        "Whether there is nothing more to gain."
+        "Is there nothing more to gain?"
         best, _ = best_of(self.curve)
         return 0 < self.schedule.patience <= sum(step > best for step, _ in self.curve)
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0039
-class Unmeasured(Exception): "Raised inside a measurement that nobody waits for."
+class Unmeasured(Exception): "Raised in a measurement that nobody waits for."
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0032
 class Chooser(Course):
-    "Measures as the Trainer calls it, keeps the best weights, and ends a training that has nothing more to gain."
+    "Measures as the Trainer calls it, keeps the best weights, and ends a training with nothing to gain."
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not state.global_step: self.weights.begin_from()  # what another run has left
         self.follow(state)
@@ -199,12 +199,12 @@ class Chooser(Course):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not self.schedule.due(state.global_step, state.max_steps): return
-        self.look(state, model)  # if that was broken off, it is made up for at this very step
+        self.look(state, model)  # what was broken off is made up for
         if self.over: control.should_log = True
         if self.over or self.trainer.stop.asked: control.should_training_stop = control.should_save = True
 
     def look(self, state, model):
-        "Measure at this step, unless it was, or the run is asked to stop before its end."
+        "Measure now, unless it was, or the run is asked to stop before its end."
         step = state.global_step
         def report(*told):
             if RANKS.group is None and self.trainer.stop.asked and step < state.max_steps: raise Unmeasured
@@ -222,14 +222,14 @@ class Chooser(Course):
         if self.config.load_best_model_at_end: self.weights.keep(model)
 
     def put_into(self, checkpoint, step):
-        "The best weights into a new checkpoint of `step`, unless they are its own."
+        "The best weights into a checkpoint of `step`, unless they are its own."
         self.weights.wait()
         if best_of(self.curve)[0] not in (None, step) and self.weights.path.exists():
             link(self.weights.path, checkpoint/BEST)
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0033
 def finish(chooser, state, model) -> dict:
-    "Give `model` the weights that are to be saved; -> facts for the result."
+    "Give `model` the weights to save; -> facts for the result."
     if chooser.schedule.every: chooser.look(state, model)  # another callback may have ended the training
     (step, value), best = best_of(chooser.curve), chooser.config.load_best_model_at_end
     if best and step not in (None, state.global_step): chooser.weights.restore(model)

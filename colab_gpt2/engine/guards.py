@@ -16,7 +16,7 @@ from ..core import human_time, several
 from .callbacks import AFTER, LOADING, PROBING, SAVING, TRAINING, Listener
 from .checkpoints import find_checkpoints
 from ..errors import Sentence
-from ..model.loading import lost_weight
+from ..model.loading import lost_weight, rows_of
 from ..model.tune import uncompiled
 from ..planning.plan import step_time
 from ..ranks import RANKS, agreed, reduced, shared
@@ -25,8 +25,7 @@ from ..signals import OUT_OF_TIME, Interrupted, catching, leave_dead_terminal, s
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0006
 class SaveByTime(TrainerCallback):
-    """A checkpoint every so many `minutes`, and at a third, at two thirds and at the end of a run. It begins sooner by
-    what the last one took, to be complete in time."""
+    "A checkpoint every so many `minutes`, and at each third of a run, sooner by what the last one took."
     def __init__(self, minutes): self.seconds = 60 * minutes
 
     def on_train_begin(self, args, state, control, **kwargs): self.due = time.monotonic() + self.seconds
@@ -41,7 +40,7 @@ class SaveByTime(TrainerCallback):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0009
 class Asked(Listener):
-    "A run in `output_dir` that may be asked to stop, knows how far it is, and says what that means."
+    "A run in `output_dir` that may be asked to stop, and says what that means."
     def __init__(self, output_dir=""):
         self.output_dir, self.stage, self.resumed_from = output_dir, LOADING, None
         self.asked, self.ended, self.code, self.why = False, False, 128 + signal.SIGINT, ""
@@ -50,7 +49,7 @@ class Asked(Listener):
         self.asked, self.code, self.why = True, code, why
 
     def interrupted(self) -> Interrupted:
-        "What is to be raised where the run is to end at once. What is done then, as for a mirror, reports as ever."
+        "To be raised where the run is to end at once. What is done then reports as ever."
         self.ended = True
         if self.stage == AFTER: said = f"Stopped after the training; the model is saved in {self.output_dir}."
         elif self.stage in (TRAINING, SAVING):
@@ -72,13 +71,13 @@ class Asked(Listener):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0021
 class StopOnInterrupt(Asked):
-    "SIGINT, SIGTERM and SIGHUP end a run after the current step, or when the model is saved; a second one at once."
+    "SIGINT, SIGTERM and SIGHUP end a run after the current step, or when the model is saved; again: at once."
     when, aloud = -math.inf, True  # of the last signal; whether it is answered on stderr
     signals = 0  # so far; after two nothing is waited for
 
     def handle(self, number, frame):
         if number == getattr(signal, "SIGHUP", None): leave_dead_terminal()
-        if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes on what the terminal has sent to both
+        if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes it on
         again, self.when, self.signals = self.asked, time.monotonic(), self.signals + 1
         self.ask(128 + number)
         if again or self.stage not in (TRAINING, SAVING): raise self.interrupted()
@@ -95,7 +94,7 @@ class StopOnInterrupt(Asked):
 
 # %% ../../nbs/engine/41_guards.ipynb #695cee13
 class Agreement(TrainerCallback):
-    "After each step all processes of a run stop, save and log alike, and divide the next one alike."
+    "After each step all processes stop, save and log alike, and divide the next alike."
     trainer = None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -109,13 +108,13 @@ class Agreement(TrainerCallback):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa001a
 def sessions_for(steps, room, a_step) -> int:
-    "How many sessions `steps` take, each of which has `room` seconds for steps, and makes one at least."
+    "How many sessions `steps` take, each with `room` seconds for at least one."
     return math.ceil(steps / max(1, math.ceil(room / (a_step or 1))))
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa000c
 class TimeLimit(Listener):
     """A run that ends within `seconds` of `began`, on time.monotonic(): with fewer steps than planned, but at `least`
-    so many; or, given `stop`, with a checkpoint in time, and one step at least. `why`: whose limit, or `end`, it is."""
+    so many; or, given `stop`, with a checkpoint in time. `why`: whose limit, or `end`, it is."""
     def __init__(self, seconds, least=20, stop=None, why="", began=None, end=None):
         self.least, self.stop, self.why, self.mirror = least, stop, why, None
         self.since = self.began = time.monotonic() if began is None else began
@@ -129,7 +128,7 @@ class TimeLimit(Listener):
         self.since = now
 
     def shorten(self, plan):
-        "The plan as it fits; the same one if it does already, or no step was measured."
+        "The plan as it fits; the same if it does, or no step was measured."
         if self.stop or not plan.step_seconds: return plan
         steps = max(self.least, int((self.end - time.monotonic() - self.measuring) / plan.step_seconds))
         if steps >= plan.steps: return plan
@@ -160,7 +159,7 @@ class TimeLimit(Listener):
 COLAB_SECONDS, IDLE_SECONDS = 12 * 3600, 90 * 60  # research.google.com/colaboratory/faq.html
 
 def limits_of(config, stop, began) -> list:
-    "The TimeLimits of a run: its own, and Colab's; the zero of time.monotonic() is the start of a Linux machine."
+    "The TimeLimits of a run, and Colab's; the zero of time.monotonic() is the start of a Linux machine."
     limits = []
     if config.max_minutes:
         why = Sentence("because {max_minutes} is {minutes:g}", minutes=config.max_minutes)
@@ -172,14 +171,14 @@ def limits_of(config, stop, began) -> list:
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0012
 def warn_of_idle(plan):
-    "On Colab, of a training that is longer than a page may be left alone."
+    "On Colab, of a training longer than a page may be left alone."
     if not in_colab() or (plan.seconds or 0) < IDLE_SECONDS: return
     warnings.warn(f"The training takes about {human_time(plan.seconds)}, and Colab ends a session whose page is unused "
                   "for about 90 minutes: look at it now and then, or run the same again to resume.", stacklevel=3)
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0015
 class Diverged(FloatingPointError):
-    "The training is lost. `what` says by which sign, the message also what to try."
+    "The training is lost. `what` says how, the message also what to try."
     def __init__(self, what, rate, now, try_first="", again="{overwrite_output_dir=True}", **values):
         told = f"{what}; start again with {try_first}{{learning_rate={rate}}}, not {{now}}, and {again}."
         super().__init__(Sentence(told, now=now, **values))
@@ -187,7 +186,7 @@ class Diverged(FloatingPointError):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0022
 def loss_now(model, batches) -> float:
-    "The mean loss of a model as it trains: RWKV has other weights when it is evaluated. The random state stays."
+    "The mean loss of a model in training: RWKV has other weights to evaluate. The random state stays."
     def on_device(batch): return {name: ids.to(model.device) for name, ids in batch.items()}
     model.train()
     with torch.no_grad(), uncompiled(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -196,15 +195,15 @@ def loss_now(model, batches) -> float:
 # %% ../../nbs/engine/41_guards.ipynb #41aa0016
 class StopOnDivergence(TrainerCallback):
     """`Diverged` when the loss or a weight is NaN or infinite, the loss has exploded, or fp16's gradients are infinite
-    whatever the scale. The loss is looked at when it is logged, the weights before each checkpoint and at the end: at
-    each step it would wait for the device. `usual`: a rate at which such models train; `batches`: of the text."""
+    at any scale. The loss is looked at when it is logged, the weights before each checkpoint and at the end: at each
+    step it would wait for the device. `usual`: a rate at which such models train; `batches`: of the text."""
     again, factor = "{overwrite_output_dir=True}", 1.  # how to start again; of the learning rate that was asked for
 
     def __init__(self, usual, batches=()): self.usual, self.batches, self.bound, self.seen = usual, batches, math.inf, 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.seen = state.global_step
-        guess = math.log(model.get_input_embeddings().num_embeddings)
+        guess = math.log(rows_of(model))
         if self.batches: self.bound = shared(2 * max(guess, loss_now(model, self.batches)))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -238,6 +237,6 @@ class StopOnDivergence(TrainerCallback):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0018
 def skipped_steps(optimizer, steps) -> int:
-    "How many of a run's `steps` the gradient scaler skipped: AdamW counts those that it took."
+    "How many `steps` the gradient scaler skipped: AdamW counts what it took."
     taken = next((state["step"] for state in optimizer.state.values() if "step" in state), steps)
     return max(0, steps - int(taken))

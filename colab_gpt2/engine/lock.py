@@ -19,7 +19,7 @@ from ..reporting import silent
 LOCK, TOUCHED = ".running.json", 30.  # seconds
 
 def this_run() -> dict:
-    "The process that asks, its machine, which of the machine's starts this is, and where the process's number counts."
+    "This process, its machine, which start of it this is, and where the process's number counts."
     boot, numbers = Path("/proc/sys/kernel/random/boot_id"), ""  # other systems: the time of the start
     boot = boot.read_text().strip() if boot.exists() else f"{psutil.boot_time():.0f}"
     with contextlib.suppress(OSError): numbers = os.readlink("/proc/self/ns/pid")
@@ -27,12 +27,12 @@ def this_run() -> dict:
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0009
 def counts_here(told) -> bool:
-    "Does this process see the one that wrote `told` under its number?"
+    "Does this process see the one that wrote `told` by its number?"
     own = this_run()
     return all(told.get(name) == own[name] for name in ("boot", "machine", "numbers"))
 
 def is_running(told, touched, locked) -> bool:
-    "Is the run alive that wrote `told` and `touched` it last at that time? `locked`: this process has its `flock` now."
+    "Is the run alive that wrote `told` and `touched` it last then? `locked`: this process has its `flock`."
     if abs(time.time() - touched) > 4 * TOUCHED: return False
     if told.get("boot") == this_run()["boot"] and locked: return False
     if counts_here(told): return psutil.pid_exists(told.get("process", -1))
@@ -42,8 +42,8 @@ def is_running(told, touched, locked) -> bool:
 ALIVE = "Waiting {left:.0f} s: the run was alive on another machine a moment ago"
 
 def watch(signs, report, tick=1., most=1):
-    """Until each of `signs()`, name to (what it shows, seconds), has shown the same for so many seconds; -> at once the
-    name of one that changes more than `most` times, else None."""
+    """Until each of `signs()`, name to (what it shows, seconds), has shown the same so long; -> at once the name of one
+    that changes more than `most` times, else None."""
     shown, ends, whole = {}, {}, 0
     while True:
         now, found = time.monotonic(), signs()
@@ -60,7 +60,7 @@ def watch(signs, report, tick=1., most=1):
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000b
 def try_flock(file) -> bool:
-    "Lock an open file; BlockingIOError if another has it. False where that is not possible: a Drive, Windows."
+    "Lock an open file; BlockingIOError if another has it. False on a Drive or Windows."
     try: import fcntl
     except ImportError: return False
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,14 +70,14 @@ def try_flock(file) -> bool:
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000d
 def read_lock(file) -> dict:
-    "What stands in an open lock file; {} where that cannot be read, or is not written yet."
+    "What an open lock file says, or {}."
     file.seek(0)
     try: return dict(json.load(file))
     except (ValueError, TypeError): return {}
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000f
 def refuse(folder, told):
-    "BlockingIOError that names who uses the folder."
+    "BlockingIOError: who uses the folder."
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(told.get("since")))
     who = "another run" if told.get("process") in (None, os.getpid()) else f"process {told['process']}"
     where = f" on {told['machine']}" if "machine" in told else ""
@@ -87,7 +87,7 @@ def refuse(folder, told):
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa0011
 def take_lock(path, report=silent):
-    "The open lock file, with this run in it, and locked where that is possible; BlockingIOError if another has it."
+    "The open lock file, with this run in it, locked if possible; BlockingIOError if another has it."
     def signs():
         told, still, now = read_lock(file), path.stat().st_mtime, time.time()
         if not is_running(told, still, locked): return {}
@@ -114,8 +114,8 @@ TAKEN = ("{output_dir} {folder} was taken over by another run, as this one had n
 # %% ../../nbs/engine/44_lock.ipynb #44aa0013
 @contextlib.contextmanager
 def only_run(output_dir, report=silent):
-    """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock is
-    gone afterwards, and so is a folder that was made for it, if it is empty."""
+    """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock goes
+    at the end, and so does a folder made for it, if it is empty."""
     folder, ended = Path(output_dir), threading.Event()
     path = folder/LOCK
 

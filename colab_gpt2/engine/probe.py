@@ -16,11 +16,11 @@ from ..core import human_bytes
 from ..model.tune import casting_once, compiled, repeated_blocks
 from ..planning.plan import Plan, smaller_micro_batch
 from ..ranks import RANKS, gathered
-from ..runtime import out_of_memory
+from ..runtime import first_line, out_of_memory
 
 # %% ../../nbs/engine/43_probe.ipynb #45bb93d9
 def peak_rss() -> int:
-    "The most bytes of RAM that this process has used; see proc(5)."
+    "The most RAM, in bytes, of this process; see proc(5)."
     try: lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         try: import resource
@@ -32,7 +32,7 @@ def peak_rss() -> int:
 
 # %% ../../nbs/engine/43_probe.ipynb #456d27e9
 class PeakMemory:
-    "The most memory that a GPU, or this process on a CPU, has in use from now on."
+    "The most memory that a GPU, or this process on a CPU, uses from now on."
     def __init__(self, device):
         self.device = torch.device(device)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
@@ -47,14 +47,14 @@ class PeakMemory:
 
 # %% ../../nbs/engine/43_probe.ipynb #a5a200f5
 def moment_bytes(model, optimizer) -> int:
-    "Of AdamW, for what is trained: 8 a parameter; in 8 bits 2, but for embeddings, which stay in 32."
+    "Of AdamW: 8 a parameter; in 8 bits 2, but for embeddings."
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     def each(p): return 2 if optimizer == "adamw_bnb_8bit" and id(p) not in embeddings else 8
     return sum(p.numel() * each(p) for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/engine/43_probe.ipynb #615dd07e
 def probe(trainer, plan) -> Plan:
-    "The plan with measured memory and time. Raises what torch raises when memory runs out."
+    "The plan with measured memory and time. Raises torch's errors."
     model, device = trainer.model, trainer.args.device
     blocks = min(plan.blocks_per_step, len(trainer.train_dataset))  # a text may have fewer than a step takes
     blocks = math.ceil(blocks / RANKS.all)
@@ -79,12 +79,12 @@ def probe(trainer, plan) -> Plan:
 
 # %% ../../nbs/engine/43_probe.ipynb #31894fef
 def hardest(plan) -> Plan:
-    "Of all processes' plans, as probed, the one that needs the most."
+    "Of all processes' probed plans, the one that needs most."
     return max(gathered(plan), key=lambda probed: (not probed.fits, probed.peak_bytes))
 
 # %% ../../nbs/engine/43_probe.ipynb #27e03498
 def settle(trainer, plan) -> Plan:
-    "Probe smaller micro-batches until one fits, or none would need less; `trainer.micro_batch` follows."
+    "Probe smaller micro-batches until one fits, or none needs less; `trainer.micro_batch` follows."
     while True:
         micro = trainer.micro_batch = plan.recipe.micro_batch
         less = smaller_micro_batch(trainer.model, plan.recipe)
@@ -102,7 +102,7 @@ def settle(trainer, plan) -> Plan:
 
 # %% ../../nbs/engine/43_probe.ipynb #a7e07c54
 def settle_compiled(trainer, plan, around) -> Plan:
-    "`settle` with the model's blocks compiled until the ExitStack `around` ends, if that works."
+    "`settle` with the blocks compiled until the ExitStack `around` ends, if that works."
     try:
         with contextlib.ExitStack() as tried:
             tried.enter_context(compiled(repeated_blocks(trainer.model)))
@@ -111,6 +111,5 @@ def settle_compiled(trainer, plan, around) -> Plan:
             return plan
     except Exception as e:
         if out_of_memory(e): raise
-        said = next(iter(str(e).splitlines()), type(e).__name__)
-        warnings.warn(f"torch.compile failed ({said}), so the model is trained without it.", stacklevel=2)
+        warnings.warn(f"torch.compile failed ({first_line(e)}), so the model is trained without it.", stacklevel=2)
         return settle(trainer, replace(plan, torch_compile=False))

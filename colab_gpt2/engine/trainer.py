@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/42_trainer.ipynb #0039147b
-import contextlib, difflib, gc, inspect, math, re, warnings
+import contextlib, gc, inspect, math, re, warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -22,7 +22,7 @@ from ..config import ADAPTERS, LENGTHENED, OPTIMIZERS, FinetuneConfig, decay_beg
 from .callbacks import Bar, Meter
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, read_manifest
 from .checkpoints import remove_checkpoint, write_manifest
-from ..core import retried
+from ..core import nearest, retried
 from .guards import Agreement, SaveByTime, StopOnDivergence, StopOnInterrupt
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
@@ -36,14 +36,14 @@ from ..text.chats import Conversations
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3a
 def share_of(part, step, dataset):
-    "Of the targets of a `step` those in a `part`: so many as there are blocks, but for conversations."
+    "Of the targets of a `step` those in a `part`; but for conversations, as of blocks."
     if not isinstance(dataset, Conversations): return len(part["labels"]) / len(step["labels"])
     counted, all = ((some["labels"][:, 1:] != -100).sum() for some in (part, step))
     return counted / all
 
 # %% ../../nbs/engine/42_trainer.ipynb #953e18e8
 def own_blocks(blocks) -> tuple:
-    "(first, end) of those `blocks` of a step that this process computes."
+    "(first, end) of a step's `blocks` that this process computes."
     return tuple(blocks * n // RANKS.all for n in (RANKS.own, RANKS.own + 1))
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf33
@@ -52,7 +52,7 @@ class MicroBatchTrainer(Trainer):
     micro_batch, share, recipe, syncs = 1, 1., None, True  # syncs: the last micro-batch adds up all gradients
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        "The loss of a step, with its gradients. If memory runs out, lower the micro-batch and repeat the step."
+        "The loss of a step, with its gradients. If memory runs out, it is repeated in smaller micro-batches."
         while True:
             try: return self.divided_step(model, inputs)
             except Exception as e:
@@ -90,7 +90,7 @@ class MicroBatchTrainer(Trainer):
 
 # %% ../../nbs/engine/42_trainer.ipynb #d5d93e74
 class SharedSteps(MicroBatchTrainer):
-    "Steps of which each of several processes computes its own blocks."
+    "Steps of which each process computes its own blocks."
     proven = 0, 0  # the micro-batch, and for how many steps it has been enough
 
     def get_train_dataloader(self):
@@ -113,13 +113,13 @@ class SharedSteps(MicroBatchTrainer):
         return loss
 
     def unlogged(self):
-        "The sum of the losses since the last entry of the log."
+        "The sum of the losses since the last log entry."
         loss = self._tr_loss.item()
         if RANKS.group: self._tr_loss.fill_(loss := reduced([loss], "SUM")[0] / RANKS.all)
         return dict(loss=loss, since=self._globalstep_last_logged)
 
     def add_up(self, model, ids):
-        "The gradients of all processes, by a pass that counts nothing and takes no memory."
+        "All processes' gradients, by a pass that counts nothing and takes no memory."
         self.share = 0.
         with uncompiled(), lost_told(): Trainer.training_step(self, model, dict(input_ids=ids, labels=ids))
 
@@ -138,7 +138,7 @@ class SettingsOfNow(SharedSteps):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        "Keep this run's learning rate and weight decay, not the checkpoint's."
+        "Keep this run's learning rate and weight decay."
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         with loadable(checkpoint): super()._load_optimizer_and_scheduler(checkpoint)
         rate, schedule = self.args.learning_rate, self.lr_scheduler
@@ -148,7 +148,7 @@ class SettingsOfNow(SharedSteps):
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the next step logs
 
     def _load_scaler(self, checkpoint):
-        "A run that began in fp16 may resume in another precision: nothing to scale."
+        "A run that began in fp16 may resume in another precision."
         with loadable(checkpoint):
             if self.accelerator.scaler: super()._load_scaler(checkpoint)
 
@@ -168,7 +168,7 @@ class BlockTrainer(SettingsOfNow):
 
     @property
     def falls(self):
-        "The step from which a rate falls that is constant before: a longer run begins there, so its checkpoint stays."
+        "The step from which a constant rate falls: a longer run begins there, so its checkpoint stays."
         if self.args.lr_scheduler_type != LENGTHENED: return
         return decay_begins(self.args.lr_scheduler_kwargs, self.state.max_steps)
 
@@ -215,7 +215,7 @@ REFUSED_ARGS = dict(
 RULES = {float: "a number", int: "a whole number", bool: "true or false", type(None): ""}
 
 def broken_rule(kind, value) -> str:
-    "What a `value` of this type, if it is one of RULES, must be; '' if it is."
+    "What a `value` of a type in RULES must be; '' if it is."
     if isinstance(value, float) and not math.isfinite(value): return "finite"
     kinds = {*(get_args(kind) or [kind])}
     if kinds - RULES.keys() or type(value) in kinds or float in kinds and type(value) is int: return ""
@@ -223,7 +223,7 @@ def broken_rule(kind, value) -> str:
 
 # %% ../../nbs/engine/42_trainer.ipynb #e34634b6
 def check_trainer_args(trainer_args):
-    "TypeError for a name that TrainingArguments lacks; ValueError for one in REFUSED_ARGS, a secret, a bad number."
+    "TypeError for a name that TrainingArguments lacks; ValueError for REFUSED_ARGS, a secret, a bad number."
     known = inspect.signature(TrainingArguments).parameters
     for name, value in trainer_args.items():
         inner = " ".join(map(str, value)) if isinstance(value, dict) else ""
@@ -231,16 +231,15 @@ def check_trainer_args(trainer_args):
         if why := "secrets would stand in finetune.json" if secret else REFUSED_ARGS.get(name):
             raise ValueError(Sentence("{trainer_args} has {name!r}: {why}.", name=name, why=why))
         if name not in known:
-            near = "".join(f" Did you mean {n!r}?" for n in difflib.get_close_matches(name, known, n=1))
             told = "{trainer_args} has {name!r}, which TrainingArguments does not take.{near}"
-            raise TypeError(Sentence(told, name=name, near=near))
+            raise TypeError(Sentence(told, name=name, near=nearest(name, known, "")))
         if rule := broken_rule(known[name].annotation, value):
             told = "{trainer_args} has {name}={value!r}; it must be {rule}."
             raise ValueError(Sentence(told, name=name, value=value, rule=rule))
 
 # %% ../../nbs/engine/42_trainer.ipynb #57c1dca1
 def check_parts(arguments):
-    "Make the optimizer, schedule, trackers and loader of TrainingArguments, to get their errors now."
+    "Make the optimizer, schedule, trackers and loader, to get their errors now."
     kind, options = torch.optim.AdamW, {}
     if arguments.optim == OPTIMIZERS[0]: kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer, special = kind([torch.nn.Parameter(torch.zeros(1))], **options), schedule_options(arguments, 2)
@@ -256,7 +255,7 @@ SAME = ("output_dir", "num_train_epochs", "max_steps", "weight_decay", "warmup_s
 
 # %% ../../nbs/engine/42_trainer.ipynb #02b7ab9b
 def training_arguments(config, plan) -> TrainingArguments:
-    "ValueError if TrainingArguments refuses a value of `config.trainer_args`."
+    "ValueError if TrainingArguments refuses `config.trainer_args`."
     recipe = plan.recipe
     decided = dict(
         learning_rate=pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens), optim=recipe.optimizer,
@@ -278,7 +277,7 @@ def training_arguments(config, plan) -> TrainingArguments:
 
 # %% ../../nbs/engine/42_trainer.ipynb #84343245
 class StepsOfNow(TrainerCallback):
-    "A resumed run logs and saves at the steps that are set now; the last step is always logged."
+    "A resumed run logs and saves at the steps set now, and logs the last."
     def __init__(self, trainer): self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -293,7 +292,7 @@ class StepsOfNow(TrainerCallback):
 
 # %% ../../nbs/engine/42_trainer.ipynb #e3e30b34
 def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=silent) -> BlockTrainer:
-    "Tunes `model`, and gives it adapters, in place. Nothing is written or deleted yet."
+    "Tunes `model`, and gives it adapters, in place; writes and deletes nothing."
     recipe = plan.recipe
     told = tune_model(model, keep_attention_dropout=config.keep_attention_dropout) if config.tune else ()
     inner, how = model, {name: getattr(config, name) for name in ADAPTERS}
@@ -305,8 +304,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     bar = Bar(meter, min(plan.blocks_per_step, len(blocks)) * blocks.block_size, report)
     some = range(0, len(blocks), math.ceil(len(blocks) / 4))  # four at most
     usual = pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method, plan.tokens)
-    guard = StopOnDivergence(usual,
-                             [default_data_collator([blocks[i]]) for i in some])
+    guard = StopOnDivergence(usual, [default_data_collator([blocks[i]]) for i in some])
     if config.resume not in ("auto", "never"): guard.again = "another {output_dir}"  # what it continues from stays
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU: no DataParallel
     if inner.config.model_type == "gpt2": arguments.ddp_find_unused_parameters = False  # it has none

@@ -8,12 +8,11 @@ __all__ = []
 # %% ../../nbs/legacy/90_flags.ipynb #9066dbaa
 import argparse
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
 from ..config import FinetuneConfig
-from ..core import printable
+from ..core import nearest, printable
 from ..errors import Sentence, check_choice, check_number, in_python, shortened
 
 # %% ../../nbs/legacy/90_flags.ipynb #7f5f4d99
@@ -28,7 +27,7 @@ class Flag:
 FIELDS = {f.name: f for f in fields(FinetuneConfig)}
 
 def kept(name, otherwise=...):
-    "The field takes the value, and checks it; zero and negative numbers meant `otherwise`."
+    "The field takes the value; zero and negative numbers meant `otherwise`."
     def rule(value, given):
         if otherwise is not ... and value <= 0: value = otherwise
         return {name: value}, f"{name}={value}"
@@ -37,7 +36,7 @@ def kept(name, otherwise=...):
 
 # %% ../../nbs/legacy/90_flags.ipynb #d3807eb3
 def passed(kind, name, help, **limits):
-    "transformers.TrainingArguments takes the value under `name`; limits as `check_number` takes them."
+    "transformers.TrainingArguments takes the value as `name`; limits: of `check_number`."
     def rule(value, given):
         if limits: check_number(name, value, **limits)
         return {"trainer_args": {name: value}}, f"trainer_args[{name!r}]={value}"
@@ -51,7 +50,7 @@ def ignored(kind, why): return Flag(kind, lambda value, given: ({}, f"nothing: {
 
 # %% ../../nbs/legacy/90_flags.ipynb #a04bda59
 def refused(kind, why, nothing=None):
-    "A flag that is a ValueError with any other value than `nothing`."
+    "A ValueError with any value but `nothing`."
     def rule(value, given):
         if value != nothing: raise ValueError(why)
         return {}, "nothing, as in 2020"
@@ -59,7 +58,7 @@ def refused(kind, why, nothing=None):
 
 # %% ../../nbs/legacy/90_flags.ipynb #dab111c7
 def needs(other, flag) -> Flag:
-    "`flag`, which is not used without `other`."
+    "`flag`, not used without `other`."
     def rule(value, given):
         return flag.become(value, given) if other in given else ({}, f"nothing: it is used with --{other} only")
     return replace(flag, become=rule)
@@ -74,13 +73,13 @@ def shape_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #6c9b5a63
 def resumed_by(given) -> list:
-    "The flags that name what is resumed, where all others leave it to the run itself."
+    "The flags that name what is resumed."
     asked = {name: given.get(name) for name in ("should_continue", "resume_from_checkpoint", "resume")}
     return [name for name, value in asked.items() if str(value).lower() not in ("none", "false", "auto", "never")]
 
 # %% ../../nbs/legacy/90_flags.ipynb #6c9b5a64
 def type_of(value, given):
-    "`--model_type`: it decides only where neither weights nor a config are named."
+    "`--model_type`: it decides only if neither weights nor a config are named."
     if {"model_name_or_path", "config_name"} & given.keys() or resumed_by(given):
         return {}, "nothing: the model's own config says what it is"
     if value != "gpt2": raise ValueError("a new model has the shape of gpt2; give --config_name for another.")
@@ -88,7 +87,7 @@ def type_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #83eb9228
 def newest_checkpoint(folder) -> Path:
-    "The newest complete checkpoint in `folder`, or `folder` itself if it is one."
+    "The newest complete checkpoint in `folder`, or `folder` if it is one."
     from colab_gpt2.engine.checkpoints import find_checkpoints
     folder = Path(folder)
     if complete := find_checkpoints(folder): return complete[-1]
@@ -110,7 +109,7 @@ def start_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #e10cbee8
 def resume_of(value, given):
-    "The flags of `resumed_by`: from a checkpoint, or, for a folder or True, from the newest in it."
+    "The flags of `resumed_by`: from a checkpoint, or for a folder or True from its newest."
     if value in ("auto", "never"): return {"resume": value}, f"resume={value}"
     if not (asked := resumed_by(given)): return {}, "nothing: the same run resumes by itself"
     if asked[1:]: raise ValueError(f"--{asked[0]} and --{asked[1]} ask for the same; leave one of them out.")
@@ -120,7 +119,7 @@ def resume_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #c34f7c86
 def overwrite_of(value, given):
-    "`--overwrite_output_dir`: begin again, unless the command asks to resume: then, too, the script wanted the flag."
+    "`--overwrite_output_dir`: begin again, unless the command asks to resume: the script wanted the flag then."
     if resumed_by(given) or "resume" in start_of(given.get("model_name_or_path", ""), given)[0]:
         return {}, "nothing: a run that is resumed keeps what is there"
     return {"overwrite_output_dir": True}, "overwrite_output_dir=True: it begins again, and earlier checkpoints go"
@@ -201,7 +200,7 @@ def watch_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #1a32ff8d
 def best_of(value, given):
-    "The best weights of those that are evaluated as `watch_of` says."
+    "The best weights of those `watch_of` evaluates."
     changes, _ = watch_of(given.get("evaluation_strategy", True), given)
     if not changes: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
     return changes, "the best weights are saved"
@@ -261,7 +260,7 @@ NAMES = dict(model="model_name_or_path", tokenizer="tokenizer_name", train_file=
              eval_file="eval_data_file")
 
 def name_of(name, *value) -> str:
-    "The flag of 2020 for a field, with its `value`; Python's words where it had none."
+    "The flag of 2020 for a field, with its `value`; Python's words without one."
     flag = NAMES.get(name, name)
     if flag not in FLAGS: return in_python(name, *value)
     return f"--{flag}" if not value or value[0] is True else f"--{flag}={value[0]}"
@@ -279,7 +278,7 @@ EXAMPLE = """python -m colab_gpt2.run_language_modeling --output_dir=output --mo
     --per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2"""
 
 def make_parser() -> argparse.ArgumentParser:
-    "All flags of both generations, none abbreviated; bad usage is one line."
+    "All flags, none abbreviated; bad usage is one line."
     parser = argparse.ArgumentParser(
         prog="python -m colab_gpt2.run_language_modeling", usage="%(prog)s --output_dir=FOLDER [--FLAG[=VALUE] ...]",
         description="The command line of 2020, in today's terms.", epilog=f"Example:\n{EXAMPLE}", allow_abbrev=False,
@@ -293,12 +292,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/legacy/90_flags.ipynb #a906e87c
 def parse(words) -> dict:
-    "The flags that were given; an unknown one ends the process with exit code 2."
+    "The given flags; an unknown one ends the process with exit code 2."
     parser = make_parser()
     found, unknown = parser.parse_known_args(words)
     for word in unknown:
         if not word.startswith("--"): parser.error(f"{word!r} is not a flag; write --FLAG=VALUE.")
         flag = word.partition("=")[0]  # its value may be a secret
-        close = get_close_matches(flag, [f"--{name}" for name in FLAGS], n=1, cutoff=0.5)
-        parser.error(f"there is no flag {flag}. {f'Did you mean {close[0]!r}?' if close else '--help lists all.'}")
+        near = nearest(flag, [f"--{name}" for name in FLAGS], " --help lists all.")
+        parser.error(f"there is no flag {flag}.{near}")
     return {name: getattr(found, name) for name in FLAGS if getattr(found, name, False) is not False}

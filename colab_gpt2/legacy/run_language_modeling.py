@@ -51,7 +51,7 @@ DEFAULTS = dict(num_train_epochs=3.0, learning_rate=5e-5, warmup_steps=0, save_t
                 eval_steps=-1)  # the last weights are saved
 
 def translate(given) -> Job:
-    "The job that the flags ask for; ValueError, in one line, for what is missing, refused or out of range."
+    "The job of the flags; ValueError, in one line, for what is missing, refused or out of range."
     check_given(given)
     given = {name: str(home(value)) if PATH.search(name) and str(value)[:1] == "~" else value
              for name, value in given.items()}
@@ -73,7 +73,7 @@ def translate(given) -> Job:
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #8a8d6455
 def opening(path, folder, size=1 << 16) -> Path:
-    "The first `size` bytes of a text, nine tenths at most, in complete characters, as a file in `folder`."
+    "The first `size` bytes of a text, nine tenths at most, in whole characters, as a file in `folder`."
     with open(path, "rb") as file: start = file.read(min(size, os.path.getsize(path) * 9 // 10))
     cut = Path(folder)/f"start of {Path(path).name} (trained on)"
     cut.write_text(start.decode("utf-8", errors="ignore"), encoding="utf-8")
@@ -81,7 +81,7 @@ def opening(path, folder, size=1 << 16) -> Path:
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
 def with_texts(job, folder) -> FinetuneConfig:
-    "The job's config with a text to train on and one to evaluate on."
+    "The job's config with texts to train and evaluate on."
     from colab_gpt2.text.reading import find_texts, is_plain, join
     config = job.config
     if not job.train or config.eval_file: return config
@@ -101,7 +101,7 @@ def write_results(output_dir, results):
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #f8daae4d
 def watcher():
-    "A Listener that shows each perplexity during training."
+    "A Listener that shows each perplexity."
     from tqdm import tqdm
     from colab_gpt2.engine.callbacks import Listener
 
@@ -113,7 +113,7 @@ def watcher():
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #5bd82156
 def work(job) -> dict:
-    "Train and evaluate as `job` says; returns what `eval_results_lm.txt` holds, empty without --do_eval."
+    "Train and evaluate; -> what `eval_results_lm.txt` holds, empty without --do_eval."
     from colab_gpt2.engine.checkpoints import find_checkpoints
     from colab_gpt2.model.loading import load_config, model_context
     from colab_gpt2.resuming import asked, check_free, check_output_dir
@@ -137,13 +137,13 @@ def work(job) -> dict:
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #a4b25ca0
 def end(error, code) -> int:
-    "Say `error` in one line on stderr; returns the exit code."
+    "Say `error` in one line on stderr; -> the exit code."
     say(f"run_language_modeling: {one_line(error, name_of)}")
     return code
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #d4ae4bff
 def main(words=None) -> int:
-    "The command: returns 0, 1 for what failed, 2 for bad usage, 75 when out of time, 130, 143 or 129 after a signal."
+    "The command; -> 0, 1 for what failed, 2 for bad usage, 75 out of time, 130, 143 or 129 after a signal."
     given = parse(sys.argv[1:] if words is None else words)
     if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not loaded yet
     try: job = translate(given)

@@ -57,7 +57,7 @@ STOCK = TANH_GELU | {GPT2LMHeadModel, GPT2Model, GPT2Block, GPT2Attention, GPT2M
                      nn.ModuleList, nn.LayerNorm, nn.Embedding, nn.Linear, nn.Dropout}
 
 def is_stock(module) -> bool:
-    "Whether `module` computes what GPT-2's does: no other type, no hook, no forward of its own, no unusual option."
+    "Whether `module` computes what GPT-2's does: no other type, hook, forward of its own or unusual option."
     kind, hooked = type(module), module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
     if kind not in STOCK or hooked: return False
     if kind is GPT2LMHeadModel:
@@ -68,14 +68,14 @@ def is_stock(module) -> bool:
 
 # %% ../../nbs/model/25_decoding.ipynb #7187d6c8
 def is_stock_gpt2(model) -> bool:
-    "Whether GPT2Reader computes what `model` does: a GPT-2 with stock parts only, in one precision, on one device."
+    "Whether GPT2Reader computes what `model` does: stock parts only, in one precision, on one device."
     if type(model) is not GPT2LMHeadModel or not all(map(is_stock, model.modules())): return False
     weight, kinds = model.lm_head.weight, {(type(p), p.dtype, p.device) for p in model.parameters()}
     return len(kinds) == 1 and type(weight) is nn.Parameter and not torch.is_autocast_enabled(weight.device.type)
 
 # %% ../../nbs/model/25_decoding.ipynb #3c15410c
 def bare(layer):
-    "What a stock Conv1D or LayerNorm computes, as a function of a matrix (rows, width)."
+    "What a stock Conv1D or LayerNorm computes, for a matrix (rows, width)."
     weight, bias = layer.weight, layer.bias
     if type(layer) is Conv1D: return lambda x: torch.addmm(bias, x, weight)
     shape, eps = layer.normalized_shape, layer.eps
@@ -123,7 +123,7 @@ class GPT2Reader:
 
 # %% ../../nbs/model/25_decoding.ipynb #06c2bdd9
 class GraphReader(GPT2Reader):
-    "A GPT2Reader on the current GPU that records its step as a CUDA graph, if that works."
+    "A GPT2Reader on the current GPU with its step as a CUDA graph, if that works."
     graph = None
 
     def read(self, ids):
@@ -155,7 +155,7 @@ class GraphReader(GPT2Reader):
 GRAPH_FROM = 32  # new tokens; an estimate
 
 def open_reader(model, samples, length, max_new_tokens):
-    "The reader that suits `model`, for texts of up to `length` tokens at a time."
+    "The reader for `model`, and texts of up to `length` tokens at a time."
     if not is_stock_gpt2(model): return ModelReader(model, samples)
     device = model.lm_head.weight.device
     on_this_gpu = device.type == "cuda" and device.index == torch.cuda.current_device()
@@ -163,7 +163,7 @@ def open_reader(model, samples, length, max_new_tokens):
 
 # %% ../../nbs/model/25_decoding.ipynb #53ba649d
 class Noise:
-    "Exponential variables for the texts `rows` of a request, as many as there are scores."
+    "Exponential variables for the texts `rows` of a request, one a score."
     def __init__(self, seed, rows, device):
         seeds = ((seed + 0x9E3779B97F4A7C15 * row) % 2**64 for row in rows)  # far from those of the next seed
         self.generators, self.ready = [torch.Generator(device).manual_seed(s) for s in seeds], iter(())
@@ -179,7 +179,7 @@ class Noise:
 # %% ../../nbs/model/25_decoding.ipynb #535146db
 @torch.no_grad()
 def decode(model, prompt, sampling, noise, max_new_tokens, samples, context):
-    """Yield `max_new_tokens` times the next token of each sample, a LongTensor (samples, 1), all on the model's device.
+    """Yield `max_new_tokens` times the next token of each sample, a LongTensor (samples, 1), on the model's device.
     `prompt` is (1, tokens), fewer than the `context` that the model sees at once; `noise`: see `draw`."""
     start = prompt.shape[1]
     tokens = prompt.new_zeros(samples, start + max_new_tokens)

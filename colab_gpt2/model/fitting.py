@@ -18,26 +18,26 @@ from ..text.tokens import cut_pattern
 
 # %% ../../nbs/model/26_fitting.ipynb #441a9f54
 def listed(model, name) -> list:
-    "The ids, one, several or none, that the generation config of `model`, or a config, has under `name`."
+    "The ids that the generation config of a model, or a config, has under `name`."
     given = getattr(getattr(model, "generation_config", model), name, None)
     return [i for i in (given if isinstance(given, (list, tuple)) else [given]) if i is not None]
 
 # %% ../../nbs/model/26_fitting.ipynb #862e6fd9
 def special_ids(model, name, tokenizer) -> list:
-    """What `tokenizer` has under `name`, and those ids of `model` that are special to it: no ordinary tokens. An answer
-    may end otherwise than a text."""
+    """What `tokenizer` has under `name`, and those ids of `model` that are special to it. An answer may end otherwise
+    than a text."""
     own, special = getattr(tokenizer, name), {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     answers = [answer_end(tokenizer)] if name == "eos_token_id" and tokenizer.chat_template else []
     return [*dict.fromkeys(i for i in (own, *answers, *listed(model, name)) if i is not None and i in {own, *special})]
 
 # %% ../../nbs/model/26_fitting.ipynb #df0ca32b
 def end_ids(model, tokenizer) -> set:
-    "The ids that end a text; [SEP] where nothing else does, as in BERT's tokenizer."
+    "The ids that end a text; [SEP] if nothing else does."
     return set(special_ids(model, "eos_token_id", tokenizer) or [tokenizer.sep_token_id]) - {None}
 
 # %% ../../nbs/model/26_fitting.ipynb #bee973d4
 def set_ids(model, tokenizer):
-    "Let the ids in the configs of `model`, or in a config, follow `tokenizer`; none is beyond the embedding."
+    "Let the ids in the configs of `model`, or in a config, follow `tokenizer`, within the embedding."
     config, rows = getattr(model, "config", model), rows_of(model)
     for place in (config, config.get_text_config(), getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -47,8 +47,8 @@ def set_ids(model, tokenizer):
 
 # %% ../../nbs/model/26_fitting.ipynb #483588c3
 def check_match(model, tokenizer):
-    """ValueError if `tokenizer` has more entries, without added tokens, than the embedding of `model` (or its config)
-    has rows, or under nine tenths in all. A warning for an end of text that is an ordinary token."""
+    """ValueError if `tokenizer` has more entries, without added tokens, than the embedding of a model or config has
+    rows, or under nine tenths. A warning for an end of text that is an ordinary token."""
     rows, entries, ends = rows_of(model), len(tokenizer), end_ids(model, tokenizer)
     if entries < 0.9 * rows or min(entries, tokenizer.vocab_size) > 1.01 * rows:
         raise ValueError(Sentence(
@@ -61,7 +61,7 @@ def check_match(model, tokenizer):
 # %% ../../nbs/model/26_fitting.ipynb #f51e50d9
 @torch.no_grad()
 def add_rows(model, entries):
-    "Give the embedding of `model`, and an output layer of its own, `entries` rows if they have fewer."
+    "Give the embedding, and an output layer of its own, `entries` rows if they have fewer."
     if entries <= (rows := rows_of(model)): return
     with loading(type(model).__name__): model.resize_token_embeddings(entries, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -70,7 +70,7 @@ def add_rows(model, entries):
 
 # %% ../../nbs/model/26_fitting.ipynb #1bb039ae
 def keep_names(config):
-    "Let `config` have its context and `rope_parameters` under the names of transformers 4 as well."
+    "Give `config` its context and `rope_parameters` under transformers 4's names too."
     text = config.get_text_config()
     if text.model_type == "gpt2": text.n_ctx = text.n_positions
     rope, theta = getattr(text, "rope_parameters", None) or {}, "rope_theta"
@@ -83,7 +83,7 @@ def keep_names(config):
 
 # %% ../../nbs/model/26_fitting.ipynb #447695fd
 def published(model):
-    "The weights of a GPT-2 under their names on the Hub; None of another model, or with an output layer of its own."
+    "A GPT-2's weights under the Hub's names; None of another model, or with an output layer of its own."
     if model.config.model_type != "gpt2" or not model.config.tie_word_embeddings: return None
     own = ((name.removeprefix("transformer."), weight) for name, weight in model.state_dict().items())
     return {name: weight for name, weight in own if name != "lm_head.weight"}
@@ -93,7 +93,7 @@ def save_tokenizer(tokenizer, folder):
     "As transformers from 4.57 loads it, and tools built on it."
     tokenizer.save_pretrained(folder)
     file, end = Path(folder)/"tokenizer_config.json", "<|endoftext|>"
-    told = json.loads(file.read_text(encoding="utf-8"))
+    told = json.loads(file.read_bytes())
     for name in ("is_local", "local_files_only"): told.pop(name, None)
     if extra := told.pop("extra_special_tokens", None): told["additional_special_tokens"] = extra
     gpt2s = (cut_pattern(tokenizer.backend_tokenizer) and tokenizer.bos_token == tokenizer.eos_token == end

@@ -59,8 +59,8 @@ NEAR, FAR = 2. ** -10, 2. ** 20  # powers of two: a product with a scale is exac
 
 @contextlib.contextmanager
 def undisturbed(model):
-    """Inside, `model` trains, no token is padding, and a cache spares the question whether texts are packed, to which
-    a model without numbers has no answer; then all is as it was, torch's random state too."""
+    """Inside, `model` trains, no token is padding, and a cache spares the question whether texts are packed, which a
+    model without numbers cannot answer; then all is as before, torch's random state too."""
     modes, config = [(module, module.training) for module in model.modules()], model.config
     inside = dict(pad_token_id=None, use_cache=True)
     before = {name: vars(config)[name] for name in inside if name in vars(config)}
@@ -73,7 +73,7 @@ def undisturbed(model):
 
 # %% ../../nbs/model/22_heads.ipynb #a21h0014
 def answer_to(model, numbers, ids):
-    "What a training `model` makes of `numbers` from its output layer, and the shapes that this layer was asked for."
+    "What a training `model` makes of `numbers` from its output layer, and the shapes it was asked for."
     layer, asked = model.get_output_embeddings(), []
     def answer(hidden):
         asked.append(tuple(hidden.shape))
@@ -84,7 +84,7 @@ def answer_to(model, numbers, ids):
 
 # %% ../../nbs/model/22_heads.ipynb #a21h0015
 def output_form(model) -> tuple | None:
-    "(scale, softcap) of a model's output; None where it is not linear, or its loss is not the next token's alone."
+    "(scale, softcap) of a model's output; None if it is not linear, or its loss not the next token's alone."
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear: return None
     rows, ids = layer.out_features, torch.arange(3)[None] % layer.out_features
@@ -106,8 +106,8 @@ def output_form(model) -> tuple | None:
 def output_head(
     model,  # a causal language model of transformers
 ) -> Head | None:  # None: its output is not linear, or its loss is another
-    "The output layer of a model, if one product, a bias, a scale and a cap are all that it is."
+    "The output layer, if it is a product, a bias, a scale and a cap."
     try: form = output_form(model)
-    except Exception: return None  # it wants more of its output layer than numbers; its own faults show in training
+    except Exception: return None  # it wants more of its output layer than numbers
     layer = model.get_output_embeddings()
     return form and Head(layer.weight, layer.bias, *form)

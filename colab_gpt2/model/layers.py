@@ -34,7 +34,7 @@ class GatedProduct(torch.autograd.Function):
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0008
 def gated_forward(self, x):
-    "Of a gated MLP. Adapters on its last layer see its input, which is then kept."
+    "Of a gated MLP. Adapters on its last layer see, and keep, its input."
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if type(down) is not nn.Linear: return down(self.act_fn(gate) * up)
     return GatedProduct.apply(gate, up, down.weight.to(gate.dtype), self.act_fn)
@@ -64,7 +64,7 @@ class RMSNorm(torch.autograd.Function):
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0013
 def norm_forward(self, hidden, more=0):
-    "Of a root-mean-square norm, whose weight may be `more` than is saved; then it is rounded late."
+    "Of a root-mean-square norm, whose weight may be `more` than is saved: then it is rounded late."
     eps = getattr(self, "variance_epsilon", None) or self.eps
     return RMSNorm.apply(hidden, self.weight.float() + more if more else self.weight, eps, bool(more))
 
@@ -74,7 +74,7 @@ def gemma_norm_forward(self, hidden):
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0015
 def small_copy(module):
-    "A module with the forward of `module`, but other weights, which are 6 × 6 where it has layers."
+    "A module with the forward of `module`, but other weights, 6 × 6 where it has layers."
     small, random = copy.copy(module), torch.Generator("cpu").manual_seed(0)
     def rand(*shape): return nn.Parameter(torch.randn(shape, generator=random, device="cpu"))
     small._parameters = {name: rand(*weight.shape) for name, weight in module._parameters.items()}
@@ -87,7 +87,7 @@ def small_copy(module):
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0016
 def does_the_same(module, forward) -> bool:
-    "Whether `forward` gives the value and the gradients of the module's own."
+    "Whether `forward` gives the module's own value and gradients."
     small, random = small_copy(module), torch.Generator("cpu").manual_seed(1)
     width, answers = next((weight.shape[-1] for weight in small.parameters()), 1), []
     x = torch.randn(2, 3, width, generator=random, device="cpu").requires_grad_()
@@ -109,7 +109,7 @@ KEEPING_LESS = {kind: [(f, unless_compiled(f)) for f in forwards] for kind, forw
 
 # %% ../../nbs/model/22_layers.ipynb #a22l0019
 def keep_less(model) -> int:
-    "Replace the forward of norms and gated MLPs by one that keeps less; -> how many there were."
+    "Replace the forward of norms and gated MLPs by one that keeps less; -> how many."
     found = 0
     for module in model.modules():
         if "forward" in vars(module): continue

@@ -33,7 +33,7 @@ TINY = Path(colab_gpt2.__file__).parent/"assets"/"tiny"  # a GPT-2 with a vocabu
 ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # of a model on the Hub
 
 def locate(name):
-    "The Path or the Hub id that `name` stands for; ValueError or FileNotFoundError if it can be neither."
+    "The Path or the Hub id of `name`; ValueError or FileNotFoundError if it can be neither."
     text = from_link(str(name))
     folder, known = home(text), text in MODELS and (MODELS[text].hub_id or TINY)
     if known and not (folder/"config.json").exists(): return known
@@ -59,7 +59,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 def check_files(place, files, *needs):
-    "FileNotFoundError unless `files` has one name of each tuple of `needs`; ValueError for weights as a pickle only."
+    "FileNotFoundError unless `files` has one name of each of `needs`; ValueError for what is not loaded here."
     missing = [names for names in needs if not set(names) & set(files)]
     pickles = sorted(f for f in files if f.endswith(".bin"))
     if WEIGHTS in missing and pickles:
@@ -78,7 +78,7 @@ def check_files(place, files, *needs):
 
 # %% ../../nbs/model/20_loading.ipynb #ebe484ea
 def from_cache(hub_id, cache_dir, *needs):
-    "The folder of `hub_id` in Hugging Face's cache; ConnectionError if it is incomplete."
+    "The folder of `hub_id` in the Hub's cache; ConnectionError if it is incomplete."
     try:
         folder = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True, cache_dir=cache_dir))
         check_files(folder, [p.name for p in folder.iterdir()], *needs)
@@ -87,13 +87,13 @@ def from_cache(hub_id, cache_dir, *needs):
 
 # %% ../../nbs/model/20_loading.ipynb #edf0dca7
 def folder_of(place, cache_dir=None) -> Path:
-    "`place`, or where the Hub's cache has the model of that id; ConnectionError if it has not."
+    "`place`, or the folder of that id in the Hub's cache; ConnectionError if it is not there."
     return Path(place) if Path(place).is_dir() else from_cache(place, cache_dir)
 
 # %% ../../nbs/model/20_loading.ipynb #20ad0004
 @contextlib.contextmanager
 def quiet():
-    "Inside, transformers logs errors only and draws no bars; the Hub's bars of downloads stay as they are."
+    "Inside, transformers logs errors only and draws no bars; downloads' bars stay."
     logging, hub = transformers.utils.logging, huggingface_hub.utils
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     downloads = not hub.are_progress_bars_disabled()
@@ -114,7 +114,7 @@ OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "C
 
 # %% ../../nbs/model/20_loading.ipynb #303a8a1f
 def damage(place, why, cache_dir=None) -> str:
-    "What to say of `place`, of which a file cannot be read: in a folder or the Hub's cache, which."
+    "What to say of `place`, of which a file cannot be read, and of which."
     with contextlib.suppress(ConnectionError, ValueError): place = folder_of(place, cache_dir)
     for path in filter(Path.is_file, sorted(Path(place).glob("*.*"))):
         try:
@@ -130,7 +130,7 @@ def damage(place, why, cache_dir=None) -> str:
 
 # %% ../../nbs/model/20_loading.ipynb #3b74c0ae
 def explain(error, place, cache_dir=None) -> Exception:
-    "The exception of one line for `error`, which came up while `place` was loaded."
+    "The exception, in one line, for an `error` while `place` was loaded."
     errors = [error]
     while cause := errors[-1].__cause__ or errors[-1].__context__: errors.append(cause)
     kinds = {type(e).__name__ for e in errors}
@@ -158,7 +158,7 @@ def explain(error, place, cache_dir=None) -> Exception:
 # %% ../../nbs/model/20_loading.ipynb #8ac12c90
 @contextlib.contextmanager
 def loading(place, cache_dir=None):
-    "Inside it is `quiet`, and errors become one line, but for those of memory and of the disk."
+    "Inside it is `quiet`, and errors become one line, but for memory's and the disk's."
     try:
         with quiet(): yield
     except Exception as e:
@@ -167,7 +167,7 @@ def loading(place, cache_dir=None):
 
 # %% ../../nbs/model/20_loading.ipynb #74452046
 def ready(name, cache_dir, *needs):
-    "Where to load `name` from: a folder, or a Hub id if the Hub answers. One of each of `needs` is there."
+    "Where to load `name` from, a folder or a Hub id. One of each of `needs` is there."
     place, text = locate(name), str(name)
     if text in MODELS and home(text).is_dir() and TOKENIZERS not in needs:  # told once, not for its tokenizer too
         what = "the model in it is used" if place == home(text) else "it holds no model, and is not used"
@@ -211,7 +211,7 @@ def load_tokenizer(
 NOT_CAUSAL = ("xlnet", "reformer")
 
 def check_causal(config, place="The model"):
-    "ValueError, which speaks of `place`, unless `config` is of a causal model."
+    "ValueError about `place`, unless `config` is of a causal model."
     decodes = any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder"))
     looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or looks_ahead or config.model_type in NOT_CAUSAL:
@@ -220,7 +220,7 @@ def check_causal(config, place="The model"):
 
 # %% ../../nbs/model/20_loading.ipynb #2cd40d7e
 def check_size(config, place, most=1 << 42):
-    "ValueError for thousands of layers, or more than about `most` bytes of weights in fp32."
+    "ValueError for over 2000 layers, or more than about `most` bytes of weights in fp32."
     names = ("num_hidden_layers", "hidden_size", "n_positions", "vocab_size")
     shape = {name: getattr(config.get_text_config(), name, None) for name in names}
     size = 4 * gpt2_parameters(*(value or 0 for value in shape.values()))
@@ -235,7 +235,7 @@ OURS = dict(_attn_implementation=None, _experts_implementation=None,  # transfor
             return_dict=True, output_attentions=False, output_hidden_states=False)
 
 def read_config(place, cache_dir=None):
-    "The config of the causal model in `place`, a folder or a Hub id, with what is `OURS` to decide."
+    "The config of the causal model in a folder or a Hub id, with what is `OURS` to decide."
     with loading(place, cache_dir):
         config = AutoConfig.from_pretrained(place, cache_dir=cache_dir, trust_remote_code=False)
         for name, value in OURS.items(): setattr(config, name, value)
@@ -248,7 +248,7 @@ def read_config(place, cache_dir=None):
 
 # %% ../../nbs/model/20_loading.ipynb #25afdc27
 def load_config(config, cache_dir=None):
-    "`config` if it is a PretrainedConfig, else that of the causal model it names. Errors as `load_model`."
+    "`config`, or that of the causal model it names. Errors as `load_model`."
     if isinstance(config, PretrainedConfig): return config
     cache_dir = cache_dir and cache_folder(cache_dir)
     place = locate(config)
@@ -259,14 +259,14 @@ def load_config(config, cache_dir=None):
 
 # %% ../../nbs/model/20_loading.ipynb #bfac291c
 def rows_of(model) -> int:
-    "How many tokens the embedding of a model has rows for, or that of a config."
+    "How many tokens the embedding of a model, or of a config, has."
     if isinstance(model, PretrainedConfig): return model.get_text_config().vocab_size
     return model.get_input_embeddings().num_embeddings
 
 # %% ../../nbs/model/20_loading.ipynb #2598374d
 @torch.no_grad()
 def check_reading(model, place):
-    "ValueError unless `model` predicts each token from those before it alone, and its loss is that of the next token."
+    "ValueError unless `model` predicts each token from those before it, and its loss is the next token's."
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) % rows_of(model)
     with loading(place): out = model.eval()(input_ids=ids, labels=ids)
     (one, other), logits = out.logits[:, :3], out.logits.flatten(0, 1)
@@ -279,21 +279,26 @@ def check_reading(model, place):
 
 # %% ../../nbs/model/20_loading.ipynb #9e9b0243
 def new_model(config, seed=None):
-    "A model with random weights, in fp32; with a `seed` the same ones, and torch's own generator stays as it was."
+    "A model with random weights, in fp32; with a `seed` the same, and torch's own generator stays."
     place = type(config).__name__
     check_size(config, place, memory()[0])
     with loading(place), torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
+# %% ../../nbs/model/20_loading.ipynb #e7f150aa
+def weightless(config, dtype=torch.float32):
+    "The model that `config` describes, on torch's meta device."
+    with quiet(), torch.device("meta"): return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
 # %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
 def lost_weight(model) -> str:
-    "The name of the first weight of `model` that is NaN or infinite, or ''."
+    "The first weight that is NaN or infinite, or ''."
     return next((name for name, p in model.named_parameters() if not p.isfinite().all()), "")
 
 # %% ../../nbs/model/20_loading.ipynb #60cd11ea
 def check_floats(folder):
-    "ValueError if the weights in `folder` are no floats of 16 bits or more: they are quantized."
+    "ValueError if the weights in `folder` are quantized."
     names = {WEIGHTS[0]} if (folder/WEIGHTS[0]).exists() else weight_files(folder/WEIGHTS[1])
     for path in (folder/name for name in sorted(names)):
         with safe_open(path, "pt") as file:
@@ -307,7 +312,7 @@ def load_model(
     name="gpt2",  # one of MODELS, a Hub id "owner/name", or a folder
     *,
     from_scratch=False, seed=None,  # new weights, no checkpoint
-    config=None,  # another configuration than the model's own: a folder, a name or a PretrainedConfig
+    config=None,  # another than the model's own: a folder, a name or a PretrainedConfig
     cache_dir=None,  # Hugging Face's cache, if not its usual place
 ):
     """A causal language model in fp32, in evaluation mode, on the CPU; from safetensors only, and no code is run.
@@ -334,7 +339,7 @@ def load_model(
 # %% ../../nbs/model/20_loading.ipynb #d6f35d9e
 def model_context(model) -> int:
     "How many tokens a model, or that of a config, sees at once; 2048 if nothing sets a limit."
-    config = getattr(model, "config", model).get_text_config()  # a model of text and pictures keeps it one level down
+    config = getattr(model, "config", model).get_text_config()  # a model with pictures has it one level down
     names = "n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "max_target_positions"
     length = next((length for name in names if (length := getattr(config, name, None))), 2048)
     starts_late = any(kind in config.model_type for kind in ("roberta", "camembert", "data2vec", "xmod"))
@@ -342,5 +347,5 @@ def model_context(model) -> int:
 
 # %% ../../nbs/model/20_loading.ipynb #33a26656
 def keeps_logits(model) -> bool:
-    "Whether `model.forward` takes `logits_to_keep`, as GPT-2's does."
+    "Whether `model.forward` takes `logits_to_keep`."
     return "logits_to_keep" in inspect.signature(model.forward).parameters

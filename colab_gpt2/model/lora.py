@@ -19,14 +19,14 @@ from .tune import return_freed_memory
 # %% ../../nbs/model/23_lora.ipynb #3850d9c9
 @contextlib.contextmanager
 def quiet_peft():
-    "Inside, peft does not warn of what only it can change, and of what it saves besides adapters."
+    "Inside, peft does not warn of what only it can change or saves besides adapters."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated|Setting `save_embed")
         yield
 
 # %% ../../nbs/model/23_lora.ipynb #3850d9ca
 def targets_of(model, names=None):
-    "What peft takes for `names` with commas between them, or None. ValueError for one that no linear layer has."
+    "What peft takes for `names`, with commas, or None. ValueError for one that no linear layer has."
     if not names: return "all-linear"
     there = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D, torch.nn.Embedding))]
     names = [name.strip() for name in names.split(",")]
@@ -39,13 +39,13 @@ def targets_of(model, names=None):
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000d
 def linear_layers(model) -> list:
-    "(parent, name) of each linear layer of `model` but its output layer."
+    "(parent, name) of each linear layer but the output layer."
     return [(parent, name) for parent in model.modules() for name, layer in parent.named_children()
             if type(layer) in (torch.nn.Linear, Conv1D) and layer is not model.get_output_embeddings()]
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000c
 def quantize(model, precision):
-    "Keep the linear layers of `model`, but not its output layer, in 4 bits, in place; they compute in `precision`."
+    "Keep the linear layers but the output layer in 4 bits, in place; they compute in `precision`."
     from bitsandbytes.nn import Linear4bit, Params4bit
     for parent, name in linear_layers(model):
         layer = getattr(parent, name)  # each is freed before the next
@@ -61,7 +61,7 @@ def quantize(model, precision):
 
 # %% ../../nbs/model/23_lora.ipynb #3850d9d2
 def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, load_in_4bit=False, **options):
-    "`model` in `precision`, frozen, with LoRA adapters in fp32: a peft.PeftModel. `options`: of peft.LoraConfig."
+    "`model` in `precision`, frozen, with LoRA adapters in fp32: a peft.PeftModel. `options`: of LoraConfig."
     try: import peft
     except ImportError as e:
         raise ImportError(Sentence("{method=lora} needs peft: pip install peft, or set {method=full}.")) from e
@@ -77,14 +77,14 @@ def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, loa
 
 # %% ../../nbs/model/23_lora.ipynb #23a50008
 def weights_of(adapted) -> dict:
-    "Those of its adapters, in RAM, by peft's names."
+    "The adapters', in RAM, by peft's names."
     import peft
     with quiet_peft(): weights = peft.get_peft_model_state_dict(adapted)
     return {name: weight.cpu() for name, weight in weights.items()}
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000a
 def adapters_of(adapted, base):
-    "A function that writes the adapters of now into a new folder, for peft to put on `base`, a model's name or path."
+    "A function that writes the adapters of now into a new folder, for peft to put on `base`."
     weights, settings = weights_of(adapted), copy.copy(adapted.peft_config["default"])
     settings.base_model_name_or_path, settings.inference_mode = str(base), True
     settings.target_modules = sorted(settings.target_modules)  # a set has another order in each process
@@ -97,14 +97,14 @@ def adapters_of(adapted, base):
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000f
 def free_weights(model):
-    "A model that is not needed goes where weights have no memory; those in 4 bits cannot go there."
+    "A model not needed goes where weights have no memory; those in 4 bits cannot."
     for module in model.modules():
         if hasattr(module, "quant_state"): module.weight = module.quant_state = None
     model.to("meta")
 
 # %% ../../nbs/model/23_lora.ipynb #cbf0db77
 def merge_adapters(adapted, load):
-    "The untouched model that `load()` gives, in fp32 and in RAM, with the adapters of `adapted` in its weights."
+    "The untouched model that `load()` gives, in fp32 and in RAM, with `adapted`'s adapters in its weights."
     import peft
     adapters = weights_of(adapted)
     free_weights(adapted)

@@ -12,13 +12,13 @@ from torch.autograd.function import once_differentiable
 from ..errors import check_choice, check_number
 
 # %% ../../nbs/model/21_loss.ipynb #83b8e22a
-CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a block is a single chunk, and nothing is added up
+CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; of a block nothing is added up
 EXACT_LOGITS = 2**20  # at a time in fp32 on a CPU: 4 MB, which stay in its cache
-EXACT_ROWS = 256  # at a time in fp32 on a GPU, which wants much work a launch: for GPT-2 0.05 GB
+EXACT_ROWS = 256  # the same on a GPU, which wants much work a launch: for GPT-2 0.05 GB
 
 # %% ../../nbs/model/21_loss.ipynb #ece66863
 def chunk_rows(vocabulary) -> int:
-    "Rows of logits at a time; fewer where the vocabulary has more than 65,536."
+    "Rows of logits at a time."
     return min(CHUNK_SIZE, max(1, CHUNK_SIZE * 65_536 // vocabulary))
 
 # %% ../../nbs/model/21_loss.ipynb #83b8e22b
@@ -61,7 +61,7 @@ def chunk_loss(logits, vocabulary, targets, wanted, softcap=None, smoothing=0.):
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
 def scaled(gradient, scale):
-    "`gradient` times the scalar `scale`, in the precision of `scale`: a new tensor, and no second one on the way."
+    "`gradient` times the scalar `scale`, in its precision: one new tensor."
     return gradient * scale if gradient.dtype == scale.dtype else gradient.to(scale.dtype).mul_(scale)
 
 # %% ../../nbs/model/21_loss.ipynb #da0b4972
@@ -69,7 +69,7 @@ FP16_SUM = 64  # of the weights of a chunk's rows, at most
 
 # %% ../../nbs/model/21_loss.ipynb #f2d2e667
 def added(total, gradient, rows):
-    "`gradient.T @ rows` added to `total`, which is None at first and then in fp32."
+    "`gradient.T @ rows` added to `total`, None at first and then in fp32."
     if total is None: return (gradient.T @ rows).to(torch.promote_types(rows.dtype, torch.float32))
     direct = total.dtype == rows.dtype and rows.dim() == 2
     return total.addmm_(gradient.T, rows) if direct else total.add_(gradient.T @ rows)
@@ -114,7 +114,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 # %% ../../nbs/model/21_loss.ipynb #21c5000d
 def those_that_count(rows, labels, ignore_index):
-    "`rows` and `labels` without those that do not count, if that costs no wait."
+    "`rows` and `labels` that count, if that costs no wait."
     counted = labels != ignore_index
     if type(labels) is not torch.Tensor or labels.device.type != "cpu" or not counted.any(): return rows, labels
     return rows[counted], labels[counted]
@@ -128,11 +128,11 @@ def linear_cross_entropy(
     bias=None,  # (vocabulary,)
     scale: float = 1.,  # of the logits, bias and all
     softcap: float | None = None,  # logits z become softcap * tanh(z / softcap)
-    chunk_size: int | None = None,  # rows at a time; None: 1024, fewer where the vocabulary has more than 65,536
+    chunk_size: int | None = None,  # rows at a time; None: 1024, fewer for a vocabulary over 65,536
     ignore_index: int = -100,  # the label of what does not count
     reduction: str = "mean",  # over the labels that count, or "sum"
     label_smoothing: float = 0.,  # as F.cross_entropy has it: this share is spread over the vocabulary
-    multiple: int = 1,  # for the products the weight is padded to a multiple of so many rows
+    multiple: int = 1,  # the weight is padded to a multiple of so many rows
 ):
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits, after Liger Kernel (arXiv 2410.10989, 3.2).
 

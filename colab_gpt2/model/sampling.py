@@ -16,7 +16,7 @@ from ..errors import Sentence, check_number, check_utf8
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e06
 @dataclass(frozen=True)
 class Sampling(Record):
-    "How the next token is drawn from the model's distribution. Bad values are refused when it is made."
+    "How the next token is drawn. Bad values are refused when it is made."
     temperature: float = value(1.0, "below 1 safer, above 1 bolder")
     top_k: int = value(50, "choose among this many of the likeliest tokens; 0: among all", label="Top k")
     top_p: float = value(1.0, "choose among the likeliest tokens that add up to this probability", label="Top p")
@@ -33,7 +33,7 @@ class Sampling(Record):
 
 # %% ../../nbs/model/24_sampling.ipynb #b5361c5c
 def check_request(prompt, max_new_tokens, seed=None, samples=1):
-    "ValueError for a prompt or a number that no request can have; a million texts take weeks."
+    "ValueError for a prompt or a number that no request can have."
     check_utf8("prompt", prompt)
     check_number("max_new_tokens", max_new_tokens, minimum=1, maximum=10**7, integer=True)
     check_number("samples", samples, minimum=1, maximum=10**6, integer=True)
@@ -41,7 +41,7 @@ def check_request(prompt, max_new_tokens, seed=None, samples=1):
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e0b
 def penalise(logits, tokens, penalty):
-    "`logits` (batch, vocabulary), those of `tokens` (batch, n) lowered as in CTRL (arXiv 1909.05858, section 4.1)."
+    "`logits` (batch, vocabulary), those of `tokens` (batch, n) lowered as in CTRL (arXiv 1909.05858, 4.1)."
     scores = logits.gather(1, tokens)
     return logits.scatter(1, tokens, (scores * penalty).where(scores < 0, scores / penalty))
 
@@ -62,7 +62,7 @@ def candidates(logits, sampling) -> tuple:
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e14
 def draw(logits, sampling, noise):
-    "One token a row, (batch, 1), of `logits` (batch, vocabulary). `noise(scores)`: exponential variables, as many."
+    "One token a row, (batch, 1), of `logits` (batch, vocabulary). `noise(scores)`: as many exponential variables."
     scores, tokens = candidates(logits, sampling)
     if scores.shape[1] == 1: return scores.argmax(-1, keepdim=True) if tokens is None else tokens
     chosen = (scores.softmax(-1) / noise(scores)).argmax(-1, keepdim=True)

@@ -10,17 +10,17 @@ import contextlib, ctypes, functools, sys, types
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .heads import Head, hidden_states, output_form, output_head
 from .layers import keep_less
-from .loading import quiet
+from .loading import weightless
 
 # %% ../../nbs/model/22_tune.ipynb #1ccb7ea6
 def use_fused_gelu(model) -> int:
-    "Replace every NewGELUActivation by `nn.GELU(approximate='tanh')`; -> how many there were."
+    "Replace every NewGELUActivation by `nn.GELU(approximate='tanh')`; -> how many."
     slow = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
             if type(child) is NewGELUActivation]
     for parent, name in slow: setattr(parent, name, nn.GELU(approximate="tanh"))
@@ -36,12 +36,12 @@ def drop_attention_dropout(model) -> int:
 
 # %% ../../nbs/model/22_tune.ipynb #c9516019
 def head_multiple(hidden) -> int:
-    "The products with `hidden` pad the output layer to a multiple of this: 64 on a GPU in half precision."
+    "What products with `hidden` pad the output layer to: 64 on a GPU in half precision."
     return 64 if hidden.is_cuda and torch.is_autocast_enabled("cuda") else 1
 
 # %% ../../nbs/model/22_tune.ipynb #22a5000c
 def run_layers(gpt2, input_ids):
-    "The last hidden states of full blocks, by a GPT2Model whose attention needs no mask."
+    "The last hidden states of full blocks, by a GPT2Model without a mask."
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     hidden = gpt2.drop(gpt2.wte(input_ids) + gpt2.wpe(positions))
     for layer in gpt2.h: hidden = layer(hidden)
@@ -56,13 +56,13 @@ def last_hidden(model, input_ids, kwargs):
 
 # %% ../../nbs/model/22_tune.ipynb #22a50012
 def rows_at_a_time(model, hidden) -> int | None:
-    "The chunk of the loss; None where the default is best."
+    "The chunk of the loss; None for the default."
     exact = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
     return 256 if exact and type(model) is not GPT2LMHeadModel else None
 
 # %% ../../nbs/model/22_tune.ipynb #26f8b58f
 def training_forward(stock, scale, softcap):
-    "`stock`, a model's forward, but in training with labels the loss alone, of an output layer that is as it was."
+    "`stock`, a model's forward, but in training with labels the loss alone, if the output layer is as it was."
     @functools.wraps(stock, assigned=(), updated=())  # the Trainer reads its arguments
     def forward(self, input_ids=None, labels=None, **kwargs):
         layer = self.get_output_embeddings()
@@ -83,11 +83,10 @@ CHUNKED = "The loss is computed in chunks, without logits in memory."
 OWN_LOSS = "The model computes its own loss, with all logits in memory: it is not that of one linear output layer."
 
 def loss_told(model) -> str:
-    "How the loss of a model, or of the one that a config describes, is computed; the config is enough for most."
+    "How the loss of a model, or of a config's, is computed."
     config = getattr(model, "config", model)
     with contextlib.suppress(Exception):  # some layers need numbers to run
-        with quiet(), torch.device("meta"): nowhere = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return CHUNKED if output_form(nowhere) else OWN_LOSS
+        return CHUNKED if output_form(weightless(config)) else OWN_LOSS
     if model is config: return "Whether the loss is computed in chunks shows when the model is loaded."
     return CHUNKED if output_head(model) else OWN_LOSS
 
@@ -95,7 +94,7 @@ def loss_told(model) -> str:
 def tune_model(
     model,  # a causal language model of transformers; it is changed in place
     *,
-    keep_attention_dropout: bool = False,  # keep the dropout inside attention that the model's config has
+    keep_attention_dropout: bool = False,  # keep the config's dropout inside attention
 ) -> tuple:  # of sentences: what was changed
     "Make a model fast to train; twice is as good as once."
     model.loss_type = "ForCausalLM"  # unset, transformers warns and guesses the same
@@ -111,13 +110,13 @@ def tune_model(
 
 # %% ../../nbs/model/22_tune.ipynb #bd113117
 def repeated_blocks(model):
-    "The blocks of a transformer: the longest list of modules in it."
+    "The longest list of modules in a model: its blocks."
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=())
 
 # %% ../../nbs/model/22_tune.ipynb #1ba8eb50
 class WhileTraining:
-    "The call of a module: the compiled one while it trains, else its own."
-    paused = False  # for all threads: with gradient checkpointing a GPU's backward pass calls blocks in one of its own
+    "The call of a module: compiled while it trains, else its own."
+    paused = False  # for all threads: a GPU's backward pass calls blocks in one of its own
 
     def __init__(self, block, fast): self.block, self.fast = block, fast
 
@@ -128,7 +127,7 @@ class WhileTraining:
 # %% ../../nbs/model/22_tune.ipynb #22a50005
 @contextlib.contextmanager
 def uncompiled(when=True):
-    "Inside, modules that are `compiled` run as they are, if `when`."
+    "Inside, `compiled` modules run as they are, if `when`."
     WhileTraining.paused = when
     try: yield
     finally: WhileTraining.paused = False
@@ -136,7 +135,7 @@ def uncompiled(when=True):
 # %% ../../nbs/model/22_tune.ipynb #213ac17b
 @contextlib.contextmanager
 def compiled(blocks):
-    "Inside, each of the modules `blocks` runs compiled in training, but not inside `uncompiled`."
+    "Inside, each of `blocks` runs compiled in training, but not inside `uncompiled`."
     for block in blocks:
         block.compile()
         block._compiled_call_impl = WhileTraining(block, block._compiled_call_impl)
@@ -147,8 +146,8 @@ def compiled(blocks):
 # %% ../../nbs/model/22_tune.ipynb #3765af22
 @contextlib.contextmanager
 def gradient_checkpointing(model, **options):
-    """Inside, `model` keeps only the input of each block, and computes the rest again in the backward pass; `options`
-    are torch.utils.checkpoint's."""
+    """Inside, `model` keeps only each block's input, and computes the rest again in the backward pass; `options`: of
+    torch.utils.checkpoint."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False, **options})
     try: yield
@@ -156,21 +155,21 @@ def gradient_checkpointing(model, **options):
 
 # %% ../../nbs/model/22_tune.ipynb #7c680dac
 def casting_once(device):
-    "A context in which autocast copies each weight to half precision once, however often it is entered."
+    "Inside, autocast copies each weight to half precision once, however often it is entered."
     return torch.autocast(torch.device(device).type, enabled=False)
 
 # %% ../../nbs/model/22_tune.ipynb #1e5c9dda
 def glibc(name):
-    "A function of glibc; None where there is another library."
+    "A function of glibc, or None."
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 # %% ../../nbs/model/22_tune.ipynb #22a50009
 def keep_freed_memory() -> bool:
-    "Have glibc keep freed memory until the process ends; -> whether there is a glibc to ask."
+    "Have glibc keep freed memory until the process ends; -> is there a glibc?"
     mallopt = glibc("mallopt")
     return bool(mallopt and mallopt(-4, 0) and mallopt(-1, -1))  # malloc.h: M_MMAP_MAX and M_TRIM_THRESHOLD
 
 # %% ../../nbs/model/22_tune.ipynb #22a5000b
 def return_freed_memory():
-    "Have glibc give back, once, what it has kept: the next plan counts free memory."
+    "Have glibc give back what it has kept: the next plan counts free memory."
     if trim := glibc("malloc_trim"): trim(0)

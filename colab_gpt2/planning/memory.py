@@ -14,20 +14,18 @@ from ..config import METHODS, OPTIMIZERS, PRECISIONS
 from ..core import Record
 from ..errors import check_choice, check_number
 from ..model.known import gpt2_parameters
-from ..model.loading import check_causal, model_context
+from ..model.loading import check_causal, model_context, weightless
 from ..model.lora import linear_layers
 from ..model.loss import CHUNK_SIZE, EXACT_LOGITS, EXACT_ROWS
 from .trace import trace_step
 
 # %% ../../nbs/planning/30_memory.ipynb #060ceb00
 def count_parameters(config) -> int:
-    "Parameters of the causal model that `config` describes; tied weights count once."
+    "Of the model that `config` describes; tied weights count once."
     if config.model_type == "gpt2":
         return gpt2_parameters(config.n_layer, config.n_embd, config.n_positions, config.vocab_size,
                                inner=config.n_inner, tied=config.tie_word_embeddings)
-    import torch
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(config).num_parameters()
+    return weightless(config).num_parameters()
 
 # %% ../../nbs/planning/30_memory.ipynb #7644379e
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Shape(Record):
     parameters: int  # tied weights count once
     attention_dropout: float  # probabilities; 0 where the config has none
     residual_dropout: float  # the embeddings' is taken to be the same
-    inner: int  # width of the MLP: a GPT-2's own; of another 4·C, which its constants stand for, or Mamba's states
+    inner: int  # width of the MLP: GPT-2's own; of another 4·C, or Mamba's states
     model_type: str
     _config: object = field(default=None, compare=False, repr=False)
 
@@ -50,11 +48,11 @@ class Shape(Record):
 
 # %% ../../nbs/planning/30_memory.ipynb #aed04d0f
 def shape_of(model) -> Shape:
-    "Of a model, its config or a Shape. ValueError where it is not causal, or its config lacks a number."
+    "Of a model, its config or a Shape. ValueError if it is not causal, or lacks a number."
     if isinstance(model, Shape): return model
     config = getattr(model, "config", model)
     check_causal(config)
-    text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
+    text = config.get_text_config()  # a model with pictures has them one level down
     def number(*names, default=0): return next((n for name in names if (n := getattr(text, name, None))), default)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")  # n_layer is mapped to these
     if missing := [name for name in needed if not hasattr(text, name)]:
@@ -79,7 +77,7 @@ class Recipe(Record):
     device: str = "cuda"  # or "cpu", "mps": attention with dropout and dropout's masks differ
     method: str = "full"  # or "lora"
     optimizer: str = OPTIMIZERS[0]  # or "adamw_bnb_8bit"
-    gradient_checkpointing: bool = False  # compute a layer's activations again in the backward pass
+    gradient_checkpointing: bool = False  # compute activations again
     lora_rank: int = 16
     use_dora: bool = False
     target_modules: str | None = None  # names of layers; None: all linear ones
@@ -130,12 +128,9 @@ class COSTS:
 # %% ../../nbs/planning/30_memory.ipynb #30a00001
 @functools.lru_cache(64)
 def saved_in_4_bits(shape, number_bytes) -> int:
-    "Bytes of a model's weights that QLoRA saves where a number has so many; 0 where it is not the way."
+    "Bytes of weights that QLoRA saves if a number has so many; 0 without it."
     if not number_bytes: return 0
-    import torch
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(shape._config)
-    sizes = [getattr(parent, name).weight.numel() for parent, name in linear_layers(model)]
+    sizes = [getattr(parent, name).weight.numel() for parent, name in linear_layers(weightless(shape._config))]
     return int(number_bytes*(sum(sizes) - max(sizes, default=0)) - COSTS.weight_4bit*sum(sizes))
 
 # %% ../../nbs/planning/30_memory.ipynb #914cfa0e
@@ -325,7 +320,7 @@ class TracedMemory(StepMemory):
 
 # %% ../../nbs/planning/30_memory.ipynb #6b78d2b7
 def step_memory(shape: Shape, recipe: Recipe) -> StepMemory:
-    "By the formula for a GPT-2 with the usual adapters, by a trace for any other model that can be traced."
+    "By the formula for a GPT-2 with the usual adapters, else by a trace, if it can be traced."
     traced = TracedMemory(shape, recipe)
     with contextlib.suppress(ValueError):
         usual = shape.gpt2 and not (recipe.lora and (recipe.use_dora or recipe.target_modules))

@@ -37,7 +37,7 @@ def named_runtime(
 
 # %% ../../nbs/planning/32_plan.ipynb #ca213319
 def pick_run_precision(config: FinetuneConfig, runtime: Runtime) -> Runtime:
-    "With the precision that `config` asks for. ValueError for fp16 without a GPU, a warning for emulated bf16."
+    "With `config`'s precision. ValueError for fp16 without a GPU, a warning for emulated bf16."
     if config.precision == "auto": return runtime
     if config.precision == "fp16" and runtime.device != "cuda":
         raise ValueError(Sentence("{precision} is 'fp16', which {device} computes far slower than fp32; "
@@ -72,7 +72,7 @@ class TextSize(Record):
 
 # %% ../../nbs/planning/32_plan.ipynb #e3a06dbd
 def estimate_text(config: FinetuneConfig, context: int, size: int | None = None) -> TextSize:
-    "The training text of `config`, of `size` bytes or as published, in tokens of tiny's tokenizer or of GPT-2's."
+    "The training text, of `size` bytes or as published, in tokens of tiny's tokenizer or GPT-2's."
     def sized(tokens, source): return TextSize(tokens, pick_block_size(config, context, tokens), source)
     tokenizer = "tiny" if (config.tokenizer or config.model) == "tiny" else "gpt2"
     if size is None and tokenizer == "gpt2" and config.dataset in KNOWN_TOKENS:
@@ -85,7 +85,7 @@ def estimate_text(config: FinetuneConfig, context: int, size: int | None = None)
 
 # %% ../../nbs/planning/32_plan.ipynb #1cf93331
 def micro_batches(config: FinetuneConfig):
-    "The micro-batches that `config` allows, the largest first: what it fixes, or every divisor of the effective batch."
+    "The micro-batches that `config` allows, largest first: what it fixes, or the effective batch's divisors."
     batch, micro = effective_batch(config), config.per_device_train_batch_size
     if micro or config.gradient_accumulation_steps: return [micro or batch // config.gradient_accumulation_steps]
     # each divisor up to the root has its partner above it, so that a batch of a billion takes no time
@@ -94,7 +94,7 @@ def micro_batches(config: FinetuneConfig):
 
 # %% ../../nbs/planning/32_plan.ipynb #3b826ced
 def methods(config: FinetuneConfig, runtime: Runtime):
-    "Pairs of method and optimizer, the best first: what `config` names, else what is installed."
+    "Pairs of method and optimizer, the best first: `config`'s, or what is installed."
     allowed = ["full", "lora"] if "peft" in runtime.versions else ["full"]
     if config.method != "auto" or config.load_in_4bit: allowed = ["lora" if config.load_in_4bit else config.method]
     saving = "bitsandbytes" in runtime.versions and runtime.device == "cuda"
@@ -103,7 +103,7 @@ def methods(config: FinetuneConfig, runtime: Runtime):
 
 # %% ../../nbs/planning/32_plan.ipynb #8df74fff
 def missing_packages(config: FinetuneConfig, runtime: Runtime):
-    "A sentence for each package that `config` asks for and the machine lacks."
+    "A sentence for each package that `config` needs and the machine lacks."
     asked = [("peft", "method", "lora"), ("bitsandbytes", "optim", OPTIMIZERS[1]),
              *((package, "load_in_4bit", True) for package in ("peft", "bitsandbytes"))]
     return [Sentence(f"{{{name}={value}}} needs {package}, which is not installed: pip install {package}.")
@@ -111,7 +111,7 @@ def missing_packages(config: FinetuneConfig, runtime: Runtime):
 
 # %% ../../nbs/planning/32_plan.ipynb #a04ca132
 def check_packages(config: FinetuneConfig, runtime: Runtime):
-    "ImportError for packages that `config` asks for and the machine lacks: before anything slow."
+    "ImportError for packages that `config` needs and the machine lacks."
     missing = missing_packages(config, runtime)
     if missing: raise ImportError(Sentence(" ".join(sentence.template for sentence in missing)))
 
@@ -119,7 +119,7 @@ def check_packages(config: FinetuneConfig, runtime: Runtime):
 PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
 
 def possible_ways(planner):
-    "The best first; each is a list of Recipes, the largest micro-batch first."
+    "The best first; each is a list of Recipes, largest micro-batch first."
     config, runtime, blocks = planner.config, planner.runtime, planner.blocks
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     step = Recipe(blocks, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
@@ -134,7 +134,7 @@ def possible_ways(planner):
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed6
 @dataclass(frozen=True)
 class Planner(Record):
-    "The ways to train a model on a text and a machine, and the first of them that fits."
+    "The ways to train a model on a text and a machine, and the first that fits."
     shape: Shape
     text: TextSize
     runtime: Runtime
@@ -143,7 +143,7 @@ class Planner(Record):
     ways = cached_property(possible_ways)
 
     def quick(self, way):
-        "Without the micro-batches that would take too long on a CPU. Later ways are forecast if an earlier fails."
+        "Without micro-batches that take too long on a CPU."
         if self.runtime.device != "cpu": return way
         def seconds(recipe): return forecast_step(self.shape, recipe, device_of(self.runtime), recipe.tokens)
         return way[next((n for n, recipe in enumerate(way) if seconds(recipe) <= PATIENCE), -1):]
@@ -217,7 +217,7 @@ def step_time(seconds: float) -> str:
 
 # %% ../../nbs/planning/32_plan.ipynb #bcfb7f20
 def correct(plan, peak_bytes, step_seconds):
-    "`plan` with what a probed step needed, and took without the update, compiled. ValueError for what cannot be."
+    "`plan` with what a probed step needed, and took without the update, compiled."
     peak = check_number("peak_bytes", peak_bytes, above=0)
     step = check_number("step_seconds", step_seconds, above=0) + plan.update_seconds
     forecast = f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""
@@ -297,7 +297,7 @@ def time_of(planner) -> tuple:
 
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa4
 def memory_reasons(planner: Planner):
-    "The verdict, and a sentence for each way that was passed over."
+    "The verdict, and a sentence for each way passed over."
     recipe, runtime, config, ways = planner.chosen, planner.runtime, planner.config, planner.ways
     size = (f"{describe(recipe)} in micro-batches of {recipe.micro_batch} × {recipe.block_size} tokens needs about "
             f"{human_bytes(planner.memory(recipe))}; the limit is {human_bytes(planner.limit)}, 90% of "
@@ -321,7 +321,7 @@ def memory_reasons(planner: Planner):
 
 # %% ../../nbs/planning/32_plan.ipynb #2ebf57ea
 def traced_told(planner) -> str:
-    "How far a forecast for another model than a GPT-2 can be trusted."
+    "How far a forecast for another model than GPT-2 can be trusted."
     try:
         TracedMemory(planner.shape, planner.chosen).trace
         return f"Memory and work were counted on a traced step of a {planner.shape.model_type}."
@@ -389,7 +389,7 @@ def plan_run(
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42c
 def smaller_micro_batch(model, recipe: Recipe) -> int | None:
-    "The largest that is at most half of the recipe's, divides its batch and needs less memory; None if there is none."
+    "The largest of at most half, that divides the batch and needs less memory, or None."
     def need(n): return forecast_memory(shape, recipe.divided(n))
     most, shape = recipe.micro_batch, shape_of(model)
     smaller = (n for n in range(most // 2, 0, -1) if recipe.batch % n == 0)
@@ -397,7 +397,7 @@ def smaller_micro_batch(model, recipe: Recipe) -> int | None:
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42f
 def out_of_memory_told(recipe: Recipe | None = None) -> Sentence:
-    "What could still be changed where a run by `recipe`, or without one an evaluation, needs too much."
+    "What could still be changed if a run by `recipe`, or an evaluation, needs too much."
     ways, why = ["a smaller {block_size}"], ", and a smaller micro-batch would not help" if recipe else ""
     if recipe and not recipe.gradient_checkpointing: ways.append("{gradient_checkpointing=True}")
     if recipe and not recipe.lora: ways.append("{method=lora}")

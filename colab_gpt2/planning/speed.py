@@ -47,7 +47,7 @@ CORE = _device("a CPU core", 0, half=0.39, fp32=0.075, bandwidth=10, share=0.8)
 
 # %% ../../nbs/planning/31_speed.ipynb #e39c8c92
 def device_of(runtime) -> Device | None:
-    "The `Device` that a Runtime is, of two of one name the one nearer in memory; None where no figure is known."
+    "The `Device` of a Runtime, of two of one name the one nearer in memory; None if no figure is known."
     words = set(re.split(r"[^\w]", runtime.device_name))
     named = [d for d in DEVICES.values() if set(d.name.split()) <= words]
     if named: return min(named, key=lambda d: abs(d.memory - (runtime.device_memory or 0)))
@@ -87,14 +87,14 @@ class MOVED:
 
 # %% ../../nbs/planning/31_speed.ipynb #751fef09
 def update_seconds(memory: StepMemory, device: Device | None) -> float:
-    "Seconds that a step takes after the backward pass, for clipping and AdamW; 0 for an unknown device."
+    "Seconds of a step after the backward pass, for clipping and AdamW; 0 for an unknown device."
     if device is None: return 0.
     each = MOVED.update + (MOVED.unscale if memory.recipe.precision == "fp16" else 0)
     return each * memory.trained / (MOVED.share * device.bandwidth)
 
 # %% ../../nbs/planning/31_speed.ipynb #751fef0a
 def token_bytes(memory: StepMemory) -> float:
-    "What a token moves outside the products, forward and backward: through the layers and the loss."
+    "What a token moves outside the products: through the layers and the loss."
     if isinstance(memory, TracedMemory): return memory.trace.moved / memory.recipe.tokens
     shape, recipe = memory.shape, memory.recipe
     lora = MOVED.lora if recipe.lora else 1
@@ -122,7 +122,7 @@ def forecast_step(
 COMPILING = {"cuda": (0.2, 40), "cpu": (-0.03, 60)}  # gain of speed, and seconds
 
 def pick_compile(asked: bool | None, runtime, seconds: float | None) -> tuple:
-    "Whether to compile, what it gains of the speed, its seconds, and a reason; `seconds`: of all steps without it."
+    "(whether to compile, what it gains, its seconds, a reason); `seconds`: of all steps without it."
     kind = runtime.device
     if kind == "cuda" and runtime.compute_capability < (8, 0): kind = "an older GPU"
     gain, start = COMPILING.get(kind, (0, 60))

@@ -20,10 +20,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..config import OPTIMIZERS
 from ..core import Record
-from ..model.loading import DTYPES, quiet
+from ..model.loading import DTYPES, quiet, weightless
 from ..model.lora import add_adapters
 from ..model.loss import chunk_rows
 from ..model.tune import casting_once, gradient_checkpointing, repeated_blocks, tune_model
+from ..runtime import first_line
 
 # %% ../../nbs/planning/29_trace.ipynb #34da7fef
 # operations that move nothing outside products: attention, views, and what touches one entry a row
@@ -39,14 +40,14 @@ def tensors(*nested): return [leaf for leaf in tree_leaves(nested) if isinstance
 
 # %% ../../nbs/planning/29_trace.ipynb #141f8e59
 def moved_bytes(name, given, made) -> int:
-    "What an operation of this `name` reads and writes; 0 for products, attention and views."
+    "What an operation reads and writes; 0 for products, attention and views."
     if FREE.search(name): return 0
     read, wrote = [] if FILLS.match(name) else given, [] if name.endswith(".out") else made  # it was given too
     return sum(tensor.numel() * tensor.itemsize for tensor in (*read, *wrote))
 
 # %% ../../nbs/planning/29_trace.ipynb #c0cce65e
 def count_flops(operation, args, kwargs, made) -> int | None:
-    "By torch's own table, in which a CPU's attention and sums in place are missing; None for what is no product."
+    "By torch's own table, which lacks a CPU's attention and sums in place; None for no product."
     packet = operation._overloadpacket
     name = packet.__name__.replace("_for_cpu", "").removesuffix("_")  # in place is no other product
     counted = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name, None))
@@ -68,7 +69,7 @@ class Live(TorchDispatchMode):
     def free(self, size): self.live -= size.pop()
 
     def allocate_in_place(self, tensor):
-        "A sum of two gradients of a weight takes the place of the first: of fake tensors autograd makes a third."
+        "A sum of a weight's gradients takes the place of the first: of fake tensors autograd makes a third."
         size = self.sizes[tensor.untyped_storage()]
         self.live -= size[0]
         size[0] = 0
@@ -156,10 +157,7 @@ def like_cuda(half):
 # %% ../../nbs/planning/29_trace.ipynb #84beb485
 def meta_model(config, recipe):
     "As the run trains it, on torch's meta device."
-    from transformers import AutoModelForCausalLM
-    with quiet(), torch.device("meta"):
-        dtype = DTYPES[recipe.precision if recipe.lora else "fp32"]
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    model = weightless(config, DTYPES[recipe.precision if recipe.lora else "fp32"]).train()
     if recipe.tune: tune_model(model, keep_attention_dropout=recipe.keep_attention_dropout)
     if not recipe.lora: return model
     how = dict(target_modules=recipe.target_modules, use_dora=recipe.use_dora)
@@ -167,7 +165,7 @@ def meta_model(config, recipe):
 
 # %% ../../nbs/planning/29_trace.ipynb #d493cb22
 def as_fake(model, fake, operations):
-    "Its weights as fake tensors of a CPU, tied ones still tied, all of them counted; -> the parameters that it trains."
+    "Its weights as fake tensors of a CPU, tied ones tied, all counted; -> the trained parameters."
     from torch._subclasses.fake_tensor import FakeTensor
     made = {}
     def fake_of(tensor):
@@ -183,7 +181,7 @@ def as_fake(model, fake, operations):
 
 # %% ../../nbs/planning/29_trace.ipynb #be490892
 def watch(model, weights, operations):
-    "Each block says when it begins, and each weight when it has a gradient."
+    "Each block says when it begins, each weight when it has a gradient."
     blocks, seen = [*repeated_blocks(model)], set()
     for n, block in enumerate(blocks):
         place = "first" if n == 0 else "last" if n == len(blocks) - 1 else "between"
@@ -196,7 +194,7 @@ def watch(model, weights, operations):
 
 # %% ../../nbs/planning/29_trace.ipynb #acef28c6
 def count_step(config, recipe) -> dict:
-    "What is held, work, sizes; of at most two micro-batches: a third is like the second."
+    "What is held, work, sizes; of two micro-batches at most: a third is like the second."
     from accelerate.utils.operations import convert_to_fp32
     from torch._subclasses.fake_tensor import FakeTensorMode
     model, operations, fake = meta_model(config, recipe), Operations(), FakeTensorMode()
@@ -226,7 +224,7 @@ def count_step(config, recipe) -> dict:
 
 # %% ../../nbs/planning/29_trace.ipynb #2ffb8330
 def blend(counts, shares):
-    "A sum of counts: between two of them, or beyond, where the shares add up to one."
+    "A sum of counts: between two, or beyond, if the shares add up to one."
     if isinstance(counts[0], dict):
         return {name: blend([c[name] for c in counts], shares) for name in counts[0] if all(name in c for c in counts)}
     if len({*map(len, counts)}) > 1: counts = [c[c[:, :1].argmax(0)] for c in counts]
@@ -234,7 +232,7 @@ def blend(counts, shares):
 
 # %% ../../nbs/planning/29_trace.ipynb #672dcffb
 def shallower(config, layers):
-    "`config` with so few layers; None where one is not like the others by a list of the config."
+    "`config` with so few layers; None if its lists tell of different ones."
     config = copy.deepcopy(config)
     text, deep = config.get_text_config(), config.get_text_config().num_hidden_layers
     for name, each in [*vars(text).items()]:
@@ -254,9 +252,8 @@ class Known:
 # %% ../../nbs/planning/29_trace.ipynb #ef5deb50
 @functools.lru_cache(256)
 def alike(known) -> bool:
-    "Whether the model's blocks are five or more, and all but the first of one make."
-    from transformers import AutoModelForCausalLM
-    with quiet(), torch.device("meta"): blocks = repeated_blocks(AutoModelForCausalLM.from_config(known.config))
+    "Whether the blocks are five or more, and all but the first of one make."
+    blocks = repeated_blocks(weightless(known.config))
     made = {(str(block), *(p.shape for p in block.parameters())) for block in blocks[1:]}
     return len(blocks) > 4 and len(made) == 1 and bool(shallower(known.config, 2))
 
@@ -281,7 +278,7 @@ def loops(known, recipe) -> bool:
 # %% ../../nbs/planning/29_trace.ipynb #639a9b5b
 @functools.lru_cache(512)
 def counted(known, recipe):
-    "Counts of a step; an Exception where it cannot be traced, which the model's own code may raise for any reason."
+    "Counts of a step; an Exception, of any kind, where it cannot be traced."
     size = recipe.block_size
     def shape(n): return 1, n, 1/n
     try:
@@ -321,8 +318,7 @@ def trace_step(
         more, share = counted(known, replace(recipe, micro_batch=high, **same)), (size - low) / (high - low)
         found = more if isinstance(more, Exception) else blend([found, more], (1 - share, share))
     if isinstance(found, Exception):
-        why = next(iter(str(found).splitlines()), type(found).__name__)
-        raise ValueError(f"A step of a {config.model_type} cannot be traced ({why}).") from found
+        raise ValueError(f"A step of a {config.model_type} cannot be traced ({first_line(found)}).") from found
     live, gradients = max((row for held in found["held"].values() for row in held), key=lambda row: row[0])
     weights, trained, embedded = found["sizes"]
     flops, moved = found["work"][:, same["gradient_accumulation_steps"] - 1]

@@ -27,7 +27,7 @@ LEFT_OUT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "train
 def model_files(folder, checkpoints=False) -> list:
     """The names of the files in `folder`, sorted; no hidden ones nor SECRETS; checkpoint-*/ and what matches `LEFT_OUT`
     only with `checkpoints`. A link counts as its file; none to a folder is followed."""
-    def stop(error): raise error  # os.walk would pass over a folder that it cannot read
+    def stop(error): raise error  # or os.walk passes over it
     def kept(names, *left_out):
         left_out = SECRETS if checkpoints else (*SECRETS, *left_out)
         return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in left_out)]
@@ -41,7 +41,7 @@ def model_files(folder, checkpoints=False) -> list:
 TOKEN = re.compile(rb'hf_[0-9A-Za-z]{30,}|"hub_token": "')
 
 def without_tokens(folder, names) -> list:
-    "`names` but for small files that hold an access token of the Hub; each is a warning."
+    "`names` but for small files that hold a token of the Hub, with a warning."
     def holds(path): return path.stat().st_size < 1 << 20 and TOKEN.search(path.read_bytes())
     found = [name for name in names if holds(folder/name)]
     for name in found: warnings.warn(f"{folder/name} holds an access token and stays out of the archive.", stacklevel=3)
@@ -81,7 +81,7 @@ class Archive(Record):
                 ("holds", ", ".join(self.files))]
 
 # %% ../../nbs/storage/50_archives.ipynb #f9795d8a
-LEVEL = 1  # of gzip: 93.0% of 5 million float32 from N(0, 0.02), in 12% less time than level 9, which makes it 92.8%
+LEVEL = 1  # of gzip: 93.0% of 5 million float32 from N(0, 0.02); level 9 takes 12% more time for 92.8%
 
 def write_archive(target, folder, names, add):
     "Write the files `names` of `folder` to `target`; `add` hears the bytes of each piece."
@@ -95,7 +95,7 @@ def write_archive(target, folder, names, add):
 
 # %% ../../nbs/storage/50_archives.ipynb #9d05d10c
 def check_archive_path(path, overwrite=False) -> Path:
-    "`path`, if an archive can be written there; else IsADirectoryError, FileExistsError, or ValueError (its name)."
+    "`path`, if an archive can be written there; else IsADirectoryError, FileExistsError, or ValueError."
     path = check_mounted(path)
     if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder; name a file in it that ends in .tar.gz.")
     if not path.name.lower().endswith((".tar.gz", ".tgz")):
@@ -133,10 +133,10 @@ def leads_out(name) -> str:
     return "a path with '..'" if ".." in path.parts else ""
 
 # %% ../../nbs/storage/50_archives.ipynb #a1f095db
-DEEPEST, LONGEST = 64, 255  # folders, bytes in a name: most file systems take no longer one
+DEEPEST, LONGEST = 64, 255  # folders, bytes in a name: most file systems' limit
 
 def refusal(member, folder=".") -> str:
-    "Why `member`, a TarInfo, must not be unpacked into `folder`, or ''."
+    "Why a TarInfo must not be unpacked into `folder`, or ''."
     parts = PurePosixPath(member.name).parts
     if not member.name.isprintable(): return "a name with control characters"  # a terminal would obey them
     if len(parts) > DEEPEST: return f"more than {DEEPEST} folders deep"
@@ -157,8 +157,8 @@ MOST = 10_000  # files in an archive
 
 # %% ../../nbs/storage/50_archives.ipynb #ea6d0b4f
 def plain_members(tar, path, folder, limit=math.inf) -> dict:
-    """Name -> TarInfo for all in `tar`; ValueError unless that is plain files and folders in `folder`, each once, of
-    no more than `limit` bytes together; OSError unless there is room. A header that is wrong is the last to be read."""
+    """Name -> TarInfo for all in `tar`; ValueError unless that is plain files and folders, each once, of no more than
+    `limit` bytes; OSError unless there is room. A header that is wrong is the last to be read."""
     def refuse(name, reason):
         raise ValueError(f"{path} holds {shortened(repr(name), 99)}, which {reason}. Nothing was unpacked.")
     members, files, total = {}, set(), 0
@@ -180,7 +180,7 @@ def plain_members(tar, path, folder, limit=math.inf) -> dict:
 
 # %% ../../nbs/storage/50_archives.ipynb #ec3c986a
 class Unzipped(gzip.GzipFile):
-    "A gzip file that is read in pieces of 16 MB at most."
+    "A gzip file, read in pieces of 16 MB at most."
     def read(self, size=-1):
         if size > 1 << 24: raise tarfile.ReadError(f"a header of {human_bytes(size)}")
         return super().read(size)
@@ -188,7 +188,7 @@ class Unzipped(gzip.GzipFile):
 # %% ../../nbs/storage/50_archives.ipynb #8eeec475
 @contextlib.contextmanager
 def reading_archive(path, called):
-    "The open archive `path`, `called` so in messages; ValueError if it cannot be read to its end."
+    "The open archive `path`, `called` so in messages; ValueError if it cannot be read."
     try:
         with Unzipped(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r:") as tar: yield tar
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -197,7 +197,7 @@ def reading_archive(path, called):
 
 # %% ../../nbs/storage/50_archives.ipynb #eef84516
 def empty_folder(folder) -> Path:
-    "`folder`, made absolute, if it is new or empty; else FileExistsError or NotADirectoryError."
+    "`folder`, absolute, if it is new or empty; else FileExistsError or NotADirectoryError."
     folder = check_mounted(folder).absolute()
     if not folder.exists(): return folder
     if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; give a folder to unpack into.")
@@ -206,7 +206,7 @@ def empty_folder(folder) -> Path:
 
 # %% ../../nbs/storage/50_archives.ipynb #e9ebe6c3
 def unpack(path, folder, report, called):
-    "Check the archive `path`, `called` so in messages, and unpack it, with the permissions that `open` gives."
+    "Check the archive `path`, `called` so in messages, and unpack it, with the permissions of `open`."
     with explained(f"Unpacking {called} into {folder}"), reading_archive(path, called) as tar:
         members = plain_members(tar, called, folder, (1 << 30) + 100 * os.path.getsize(path))  # weights hardly shrink
         total = sum(m.size for m in members.values())

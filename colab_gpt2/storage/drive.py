@@ -33,7 +33,7 @@ class Copy(Record):
 
 # %% ../../nbs/storage/51_drive.ipynb #83285893
 def discard_leftovers(destination):
-    "Discard temporaries for `destination` of more than a day ago; what a killed process had moved aside goes back."
+    "Discard temporaries of more than a day ago; what a killed process moved aside goes back."
     day = 24 * 3600  # seconds; no Colab session lasts longer
     with contextlib.suppress(OSError):  # the copy matters more
         for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part*"):
@@ -42,7 +42,7 @@ def discard_leftovers(destination):
 
 # %% ../../nbs/storage/51_drive.ipynb #f6783d41
 def copy_once(source, destination, report) -> str:
-    "Copy to a temporary name, read back, rename; returns the SHA-256."
+    "Copy to a temporary name, read back, rename; -> the SHA-256."
     writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     temporary = destination.with_name(f".{destination.name}.{writer}.part")
     try:
@@ -55,7 +55,7 @@ def copy_once(source, destination, report) -> str:
 
 # %% ../../nbs/storage/51_drive.ipynb #9956680f
 def shared_sha256(source, other):
-    "The SHA-256 of the file `source` if `other` is a file with the same bytes, else None."
+    "The SHA-256 of `source` if `other` is a file with the same bytes, else None."
     if not os.path.isfile(other) or os.stat(other).st_size != source.stat().st_size: return None
     sha256 = sha256_of(source)
     return sha256 if sha256_of(other) == sha256 else None
@@ -115,7 +115,7 @@ def mount_error(error, mountpoint):
 
 # %% ../../nbs/storage/51_drive.ipynb #b58d22eb
 def drive_folder(folder, make=False) -> Path:
-    "`folder`, or the `MyDrive` that is in it; outside Colab, `make` it when it is missing."
+    "`folder`, or the `MyDrive` in it; outside Colab, `make` it if it is missing."
     folder = drive_path(folder) if make and not in_colab() else check_mounted(folder)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(Sentence("{path} is a file; name a folder to save in: {drive}.", path=folder))
@@ -128,7 +128,7 @@ def drive_folder(folder, make=False) -> Path:
 
 # %% ../../nbs/storage/51_drive.ipynb #343fc23b
 def mount_drive(
-    mountpoint=None,  # on Colab: where (default /content/drive); elsewhere: the folder to use instead of the Drive
+    mountpoint=None,  # on Colab: where (default /content/drive); elsewhere: the folder to use instead
     *,
     force_remount=False,  # mount it again if it is mounted?
     readonly=False,
@@ -154,7 +154,7 @@ def mount_drive(
 
 # %% ../../nbs/storage/51_drive.ipynb #8a995293
 def flush_drive():
-    "On Colab, wait until Drive has uploaded everything, and unmount it; OSError if that failed."
+    "On Colab, wait until Drive has uploaded all, and unmount it; OSError if that failed."
     if not in_colab(): return
     try:
         from google.colab import drive
@@ -165,7 +165,7 @@ def flush_drive():
 
 # %% ../../nbs/storage/51_drive.ipynb #51d0b001
 def to_browser(path):
-    "Have Colab's page download the file `path`."
+    "Have Colab's page download a file."
     from google.colab import files
     files.download(str(path))
 
@@ -220,7 +220,7 @@ def save_to_drive(
 
 # %% ../../nbs/storage/51_drive.ipynb #454c7d66
 def find_archive(name, drive) -> Path:
-    "The file `name` in `drive` or in its folder `colab-gpt2`; FileNotFoundError with the names that are there."
+    "The file `name` in `drive` or its folder `colab-gpt2`; FileNotFoundError with those that are there."
     folders = [drive, drive/"colab-gpt2"]
     for folder in folders:
         if (folder/name).is_file(): return folder/name

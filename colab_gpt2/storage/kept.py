@@ -20,10 +20,10 @@ from .targets import FINISHED, NAMES, NEW, Entry, FolderTarget, complete_entry
 NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin|best.safetensors"
 
 def entry_of(path, weights_only=False) -> Entry:
-    "What to copy of `path`: a checkpoint, or the output folder of a finished run. OSError if it is incomplete."
+    "What to copy of a checkpoint, or of a finished run's folder. OSError if it is incomplete."
     told = path/"finetune.json"
     if told.exists():
-        sums = {**(result := json.loads(told.read_text(encoding="utf-8")))["files"], told.name: sha256_of(told)}
+        sums = {**(result := json.loads(told.read_bytes()))["files"], told.name: sha256_of(told)}
         manifest = dict(files={n: (path/n).stat().st_size for n in sums}, sha256=sums, run=result.get("fingerprint"))
         return Entry(FINISHED, manifest)
     if not (manifest := read_manifest(path)): raise OSError(f"{path} is incomplete")
@@ -34,7 +34,7 @@ def entry_of(path, weights_only=False) -> Entry:
 
 # %% ../../nbs/storage/53_kept.ipynb #8b9899b1
 def forecast_bytes(plan) -> tuple:
-    "About how many bytes a checkpoint has, its last and its best weights among them; its weights; the finished model."
+    "About how many bytes a checkpoint has, with its best weights; its weights; the finished model."
     model = 4 * plan.parameters
     weights = round(model * .02 * plan.recipe.lora_rank / 16) if plan.recipe.lora else model
     return (weights * 5 // 2 if "8bit" in plan.recipe.optimizer else weights * 4), weights, model
@@ -43,9 +43,9 @@ def forecast_bytes(plan) -> tuple:
 OFF, WEIGHTS, FULL = range(3)  # how much of a checkpoint is copied
 
 def what_fits(plan, free, held=0, spare=0) -> tuple:
-    """(OFF, WEIGHTS or FULL, how many to keep) with `free` bytes, and `held` ones of this run that new ones replace;
-    `spare` ones of them may go before a new one has arrived."""
-    checkpoint, weights, _ = forecast_bytes(plan)  # the finished model has its own turn, and a warning if it fails
+    """(OFF, WEIGHTS or FULL, how many to keep) with `free` bytes, and `held` ones that new ones replace; `spare` ones
+    of them may go before that."""
+    checkpoint, weights, _ = forecast_bytes(plan)  # the finished model has its own turn
     def fit(size): return max(0, min((free + held) / size - 1, 3)) if free + spare >= size else 0
     return (FULL, int(fit(checkpoint))) if fit(checkpoint) >= 1 else (WEIGHTS if fit(weights) >= 1 else OFF, 1)
 
@@ -60,7 +60,7 @@ TOLD = {
          "folder."}
 
 def fit_told(plan, free, kind, where, kept=1, held=0) -> Sentence:
-    "What of a run is copied, how much that takes, and what would take less; as `what_fits` has it."
+    "What is copied, how much that takes, and what would take less; as `what_fits` has it."
     checkpoint, weights, _ = forecast_bytes(plan)
     room = (f"; at most {kept} {'are' if kept > 1 else 'is'} kept, which with the next one takes up to "
             f"{human_bytes(checkpoint * (kept + 1))} of {human_bytes(free + held)}" if free < math.inf else "")
@@ -76,7 +76,7 @@ def reason(error) -> str:
 class Damaged(Exception): "Files of an entry are missing or have changed."
 
 def since(entry) -> float:
-    "When it was saved, by time.monotonic; long ago where that is not known."
+    "When it was saved, by time.monotonic; long ago if that is not known."
     saved = entry.manifest.get("saved")
     return time.monotonic() - max(0, time.time() - moment(saved)) if saved else -math.inf
 
@@ -93,10 +93,10 @@ class Stored:
     def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
         self.target, self.kind, self.kept, self.afresh = target, kind, kept, afresh
         self.skipped, self.damaged, self.mine, self.seen = set(), set(), set(), set()  # names of entries
-        self.there = {}  # name to the time since which the target has it, by time.monotonic; replaced, never changed
+        self.there = {}  # name to since when, by time.monotonic; replaced, never changed
 
     def entries(self) -> tuple:
-        "(complete entries, newest first; names of the others, and what is wrong with them)"
+        "(complete entries, newest first; name to what is wrong of the others)"
         complete, others = [], {}
         for name in retried(self.target.names, may_pass):
             if not NAMES.fullmatch(name.removeprefix(NEW)): continue
@@ -108,12 +108,12 @@ class Stored:
 
     @property
     def here(self):
-        "(name of the last that has arrived, since when); None without, or where it is not known."
+        "(name of the last that has arrived, since when), or None."
         known = [(when, name) for name, when in self.there.items() if when > -math.inf]
         return max(known)[::-1] if known else None
 
     def newest(self) -> Entry | None:
-        "What to resume, or the finished model; with a warning for what is there and cannot be used."
+        "What to resume, or the finished model; a warning for what cannot be used."
         if not self.target or self.afresh: return None
         try: complete, others = self.entries()
         except OSError as e:
@@ -132,7 +132,7 @@ class Stored:
 class Restored(Stored):
     "Fetches entries."
     def fetch(self, entry, output_dir, report) -> Path:
-        "Into the output folder; -> the checkpoint there, or the folder with the finished model."
+        "-> The checkpoint in the output folder, or the folder with the finished model."
         check_space(output_dir, entry.bytes, f"Restoring {entry.name}")
         place = output_dir if entry.name == FINISHED else output_dir/entry.name
         with atomic(place, folder=True) if entry.name == FINISHED else new_checkpoint(place) as folder:
@@ -142,7 +142,7 @@ class Restored(Stored):
         return place
 
     def restore(self, entry, output_dir, report=silent, above=-1) -> Path | None:
-        "Fetch `entry`, or the newest below it that is intact, of a step `above`, into the output folder; None without."
+        "Fetch `entry`, or the newest below it that is intact, of a step `above`; None without."
         while entry and entry.step > above:
             try: return self.fetch(entry, Path(output_dir), report)
             except Damaged as e:
@@ -208,12 +208,12 @@ class Kept(Restored):
         return entry
 
     def may_go(self, complete) -> list:
-        "Of complete entries, newest first, all but the newest that can be resumed; the oldest first."
+        "Of complete entries, newest first, all but the newest to resume; oldest first."
         usable = [e for e in complete if e.name not in self.damaged and not e.name.startswith("weights")]
         return [e for e in reversed(complete) if e not in (usable or complete)[:1]]
 
     def make_room(self, entry, complete, others):
-        "Where `entry` does not fit beside all that is there, what is of no use goes now, and then the oldest."
+        "If `entry` does not fit beside all, what is of no use goes now, and then the oldest."
         if self.target.free() >= entry.bytes: return
         for name in [name for name in others if name not in self.seen]: self.remove(name)
         lack = entry.bytes - self.target.free()

@@ -22,7 +22,7 @@ from .targets import NAMES, FolderTarget, HubTarget
 
 # %% ../../nbs/storage/53_mirror.ipynb #b33b5364
 class Newest:
-    "A daemon thread that calls `work(item)` with the newest item."
+    "A daemon thread that calls `work(item)` with the newest."
     def __init__(self, work):
         self.work = work
         self.current = self.pending = self.thread = None
@@ -44,7 +44,7 @@ class Newest:
             return self.current
 
     def run(self):
-        with contextlib.suppress(OSError):  # on Linux this is the thread's own priority: the training goes first
+        with contextlib.suppress(OSError):  # on Linux the thread's own: the training goes first
             if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, 0, 10)
         while item := self.next():
             self.work(item)
@@ -55,7 +55,7 @@ class Newest:
         with self.changed: return [item for item in (self.current, self.pending) if item]
 
 # %% ../../nbs/storage/53_mirror.ipynb #d69136e9
-class Stopped(Exception): "Nobody waits for the copy any more."
+class Stopped(Exception): "Nobody waits for the copy."
 
 def short(error) -> str:
     "What happened, for a progress line."
@@ -64,7 +64,7 @@ def short(error) -> str:
 
 # %% ../../nbs/storage/53_mirror.ipynb #8a6c8b10
 class Copying(Kept):
-    "Copies, in a thread, what it is offered; the last copy `took` so many seconds."
+    "Copies in a thread what it is offered; the last copy `took` so many seconds."
     took = 0.
 
     def __init__(self, *args, **options):
@@ -84,7 +84,7 @@ class Copying(Kept):
         self.done, self.moved = done, time.monotonic()
 
     def status(self) -> str:
-        "What the target holds, and how old it is, in a short phrase; '' without a target."
+        "What the target holds, and how old it is; '' without a target."
         current, error, here, said = self.queue.current, self.error, self.here, []  # the thread changes them
         if not self.target: return ""
         if self.kind == OFF: said.append("no room")
@@ -105,7 +105,7 @@ class Copying(Kept):
 
 # %% ../../nbs/storage/53_mirror.ipynb #00ac3844
 def wait_for(mirror, report, seconds, still):
-    "Until all that was offered has arrived; `seconds` at most, and `still` ones without progress."
+    "Until all has arrived; `seconds` at most, and `still` ones without progress."
     if mirror.error and not mirror.in_use(): mirror.offer(mirror.error[0])
     mirror.queue.set(ending=True)
     ending, begun, share = time.monotonic() + seconds, time.monotonic(), 0.
@@ -121,7 +121,7 @@ def wait_for(mirror, report, seconds, still):
         if left or error: warnings.warn(missing_told(mirror, left, error), stacklevel=4)
 
 def missing_told(mirror, left, error) -> str:
-    "What did not arrive, why, and what there is instead."
+    "What did not arrive, why, and what is there."
     path = left[-1] if left else error[0]
     name = path.name if NAMES.fullmatch(path.name) else "the finished model"
     why = f"{mirror.share():.0%} of it had arrived when the waiting ended" if left else reason(error[1])
@@ -135,7 +135,7 @@ class Mirror(Copying, TrainerCallback):
     told, lost = "", None  # the last heartbeat of a session that was lost
 
     def on_train_begin(self, args, state, control, **kwargs):
-        "Minutes after it was opened: another machine that began in the same moment can be seen now."
+        "Minutes after it was opened: another machine that began with it can be seen now."
         if self.pulse: self.pulse.check(.5)  # a slow Drive answers while the first steps are made
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -147,7 +147,7 @@ class Mirror(Copying, TrainerCallback):
         self.offer(Path(args.output_dir)/f"checkpoint-{state.global_step}")
 
     def offer(self, path):
-        "Copy a checkpoint, or the output folder of a finished run, as soon as possible; returns at once."
+        "Copy a checkpoint, or a finished run's folder, as soon as possible; returns at once."
         if not self.target or self.kind == OFF: return
         self.queue.set(pending=Path(path))
         if not self.queue.thread: self.queue.start()
@@ -157,14 +157,14 @@ class Mirror(Copying, TrainerCallback):
         return self.queue.items()
 
     def close(self, report=silent, seconds=600, still=None):
-        "Wait for what is still on its way, and say in a warning what did not arrive."
+        "Wait for what is on its way; a warning of what did not arrive."
         try:
             if self.queue.thread and not self.stopped: wait_for(self, report, seconds, still or self.target.still)
         finally:
             if self.pulse: self.pulse.end(min(seconds, 10))
 
     def before_end(self, saved) -> str:
-        "How long before its end the last session saved what has this time in its manifest; '' where unknown."
+        "How long before its end the last session saved what has this time in its manifest, or ''."
         if not (self.lost and saved): return ""
         gap = self.lost["time"] - moment(saved)
         return f"Your last session saved this {spoken(gap) if gap >= 60 else 'less than a minute'} before it ended."
@@ -176,7 +176,7 @@ NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, an
 
 # %% ../../nbs/storage/53_mirror.ipynb #910d0aab
 def mirror_folder(config, colab) -> tuple:
-    "(the folder for all runs, or a repository's name, or None; why there is none). ValueError for what cannot serve."
+    "(the folder for all runs, or a repository, or None; why there is none). ValueError for what cannot serve."
     output_dir, hub = Path(os.path.realpath(config.output_dir)), str(config.mirror).partition("hub:")
     if hub[1] and not hub[0]:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", hub[2]): return hub[2], ""
@@ -196,13 +196,13 @@ def mirror_folder(config, colab) -> tuple:
 
 # %% ../../nbs/storage/53_mirror.ipynb #ef0d3cae
 def run_name(output_dir, fingerprint) -> str:
-    "Of the run's folder in a target: from the output folder's, and from what decides the result."
+    "Of the run's folder in a target, by its output folder and what decides the result."
     digest = hashlib.sha256(json.dumps(plain(fingerprint), sort_keys=True).encode()).hexdigest()
     return f"{Path(output_dir).absolute().name[:60]}-{digest[:8]}"  # a name has 255 bytes at most
 
 # %% ../../nbs/storage/53_mirror.ipynb #46d12443
 def fit(mirror, plan, failed=None) -> Mirror:
-    "Decide by the room on the target what is copied of a run; `told` says it, or what has `failed` there already."
+    "Decide by the target's room what is copied; `told` says it, or what has `failed` there."
     target = mirror.target
     try:
         with contextlib.suppress(OSError): target.recover()
@@ -220,7 +220,7 @@ def fit(mirror, plan, failed=None) -> Mirror:
 
 # %% ../../nbs/storage/53_mirror.ipynb #ea0de90a
 def open_mirror(config, fingerprint, plan, runtime, report=silent) -> Mirror:
-    "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
+    "BlockingIOError if another machine trains this run. If a Drive fails, each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
     mirror = Mirror()
     if not top:

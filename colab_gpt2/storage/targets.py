@@ -42,7 +42,7 @@ def read_entry(name, text) -> Entry:
 
 # %% ../../nbs/storage/52_targets.ipynb #e426eb34
 def complete_entry(target, name) -> Entry:
-    "The entry `name` of a target; ValueError if it is not complete, and why."
+    "The entry `name` of a target; ValueError if it is incomplete."
     try:
         entry = read_entry(name, retried(lambda: target.read(f"{name}/{MANIFEST}"), may_pass))
         check_sizes(entry.manifest, retried(lambda: target.sizes(name), may_pass))
@@ -51,7 +51,7 @@ def complete_entry(target, name) -> Entry:
 
 # %% ../../nbs/storage/52_targets.ipynb #72dad1c9
 def damaged_in_transit(entry, source, place, report) -> list:
-    "Copy the files of `entry`; -> the names of those that are missing in `source`, or have another digest there."
+    "Copy the files of `entry`; -> those that are missing in `source`, or have another digest there."
     def intact(name, digest):
         try:
             (place/name).parent.mkdir(exist_ok=True)
@@ -63,21 +63,21 @@ def damaged_in_transit(entry, source, place, report) -> list:
 
 # %% ../../nbs/storage/52_targets.ipynb #10f70ef5
 def copy_entry(entry, source, place, report):
-    "Copy the files of `entry` from the folder `source` into `place`, which is empty, and then the manifest."
+    "Copy the files of `entry` from `source` into `place`, which is empty, and then the manifest."
     check_space(place, entry.bytes, f"Copying {entry.name}")
     if damaged := damaged_in_transit(entry, source, place, report):
         raise OSError(f"{source} is damaged on this machine ({', '.join(damaged)})")
     try: check_sizes(entry.manifest, list_files(place))
     except ValueError as e: raise OSError(f"{entry.name} did not arrive in {place.parent}: {e}") from None
     with tempfile.TemporaryDirectory() as here:
-        Path(here, MANIFEST).write_text(sealed(entry.manifest), encoding="utf-8")
+        Path(here, MANIFEST).write_text(sealed(entry.manifest))
         retried(lambda: copy_once(Path(here, MANIFEST), place/MANIFEST, None), may_pass)
 
 # %% ../../nbs/storage/52_targets.ipynb #3734f1bc
 class Folder:
     "The folder `run` in `top`. OSError where the disk or the Drive fails, or is another one."
-    beats, still = 30, 60  # seconds between two heartbeats; and without progress, after which a copy is given up
-    uploads = 180  # seconds after which a Drive, or another program, may be expected to have uploaded a copy
+    beats, still = 30, 60  # seconds between two heartbeats; and without progress, until a copy is given up
+    uploads = 180  # seconds after which a Drive may have uploaded a copy
     mark = None  # a file that was written: on another disk it is missing
 
     def __init__(self, top, run):
@@ -119,7 +119,7 @@ class Folder:
 # %% ../../nbs/storage/52_targets.ipynb #cec3c406
 class FolderTarget(Folder):
     "Holds entries in its folder."
-    def write(self, name, text):  # in place: a small file that is replaced often would fill the Drive's trash
+    def write(self, name, text):  # in place: replaced files would fill the Drive's trash
         (self.made()/name).write_text(text, encoding="utf-8")
         self.mark = self.folder/name
 
@@ -129,7 +129,7 @@ class FolderTarget(Folder):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError): discard(path)
 
     def put(self, entry, source, report):
-        "Beside what is there of this name, whose place it takes when it is complete."
+        "Beside what has this name, whose place it takes when it is complete."
         self.remove(NEW + entry.name)
         try:
             try: copy_entry(entry, Path(source), self.made(NEW + entry.name), report)
@@ -142,20 +142,20 @@ class FolderTarget(Folder):
             raise
 
     def settle(self, name):
-        "On the disk before anything older goes: a loss of power leaves one of them."
+        "On the disk before anything older goes."
         for folder, *_ in os.walk(self.path(NEW + name)): sync(folder)
         self.remove(name)
         os.rename(self.path(NEW + name), self.path(name))
         sync(self.folder)
 
     def recover(self):
-        "What was complete when a session ended, before it had its place, takes it now."
+        "What was complete when a session ended takes its place."
         for name in self.names():
             with contextlib.suppress(ValueError):
                 if name.startswith(NEW) and complete_entry(self, name): self.settle(name.removeprefix(NEW))
 
     def fetch(self, entry, folder, report) -> list:
-        "Copy the entry's files into `folder`; -> the names of those that are damaged or missing."
+        "Copy the entry's files; -> those that are damaged or missing."
         return damaged_in_transit(entry, self.path(entry.name), Path(folder), report)
 
 # %% ../../nbs/storage/52_targets.ipynb #496eae00
@@ -232,7 +232,7 @@ class HubTarget(Repository):
 
 # %% ../../nbs/storage/52_targets.ipynb #8116025f
 def commit_files(target, told, files):
-    "Commit `files`: path to bytes, to a local file's name, or to None, which deletes. The first makes the repository."
+    "Commit path to bytes, to a local file's name, or to None, which deletes. The first makes the repository."
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     if not target.made:
         target.ask(lambda: target.api.create_repo(target.repo, private=True, exist_ok=True))
@@ -252,12 +252,12 @@ def commit_files(target, told, files):
 
 # %% ../../nbs/storage/52_targets.ipynb #93b9ca20
 def put_commit(target, entry, source, report):
-    "Commit the entry's files and manifest; OSError if the Hub has others than the manifest says."
+    "Commit the entry's files and manifest; OSError if the Hub has others then."
     sums, where = entry.manifest["sha256"], f"{target.run}/{entry.name}"
     report(f"Copying {entry.name}", 0, entry.bytes)
     files = {f"{entry.name}/{name}": str(source/name) for name in sums}
     target.commit(entry.name, files | {f"{entry.name}/{MANIFEST}": sealed(entry.manifest).encode()})
-    def digest(info):  # small files are not in the Hub's store of large ones, and have git's only
+    def digest(info):  # small files have git's only
         if info.lfs: return info.lfs.sha256
         file = source/info.path.removeprefix(f"{where}/")
         return sha256_of(file) if info.blob_id == git_sha1(file) else ""
@@ -267,12 +267,12 @@ def put_commit(target, entry, source, report):
     report(f"Copying {entry.name}", entry.bytes, entry.bytes)
 
 def git_sha1(path) -> str:
-    "By which git knows a file."
+    "By which git knows it."
     return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
 
 # %% ../../nbs/storage/52_targets.ipynb #7a2d35c8
 def fetch_files(target, entry, folder, report) -> list:
-    "Download the entry's files into `folder`; -> the names of those that are missing or have another digest."
+    "Download the entry's files; -> those that are missing or have another digest."
     damaged, add = [], counter(report, f"Fetching {entry.name}", entry.bytes)
     with tempfile.TemporaryDirectory(dir=folder) as here:
         for name, digest in entry.manifest["sha256"].items():

@@ -42,7 +42,7 @@ TEMPLATE = """\
 
 # %% ../../nbs/text/14_chats.ipynb #14c00006
 def give_template(tokenizer):
-    "Let `tokenizer` have a chat template: its own, or TEMPLATE, which is saved with it."
+    "Let `tokenizer` have a chat template: its own, or TEMPLATE."
     if tokenizer.chat_template: return
     end = next((name for name in ("eos_token", "sep_token") if getattr(tokenizer, name)), "")
     if not end: raise ValueError(Sentence("{tokenizer} has no end token: no answer could end. Choose another."))
@@ -51,7 +51,7 @@ def give_template(tokenizer):
 
 # %% ../../nbs/text/14_chats.ipynb #14c00009
 def text_of(content):
-    "A message's `content` as a text; it may be a list of parts. ValueError for anything else."
+    "A message's `content`, maybe a list of parts, as a text. ValueError for anything else."
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text": raise ValueError(f"a message has a part of type {kind!r}; only text can be learnt")
@@ -63,7 +63,7 @@ def text_of(content):
 
 # %% ../../nbs/text/14_chats.ipynb #14c0000b
 def message_of(given) -> dict:
-    "A message, with its content as a text; ValueError for one without a role, or an empty answer."
+    "A message with its content as a text. ValueError without a role, or for an empty answer."
     if not (isinstance(given, dict) and isinstance(given.get("role"), str)): raise ValueError("a message has no role")
     calls = given.get("tool_calls")
     content = "" if calls and given.get("content") is None else text_of(given.get("content"))
@@ -72,7 +72,7 @@ def message_of(given) -> dict:
 
 # %% ../../nbs/text/14_chats.ipynb #14c0000d
 def parts_of(row) -> tuple:
-    "(prompt, completion) of a `row`: two texts, or two lists of messages, the first None where answers are anywhere."
+    "(prompt, completion): two texts, or two lists of messages, the first None where answers are anywhere."
     if not isinstance(row, dict): raise ValueError("it is no object with messages, or a prompt and a completion")
     names = ["prompt", "completion"] if row.get("messages") is None else ["", "messages"]
     prompt, completion = map(row.get, names)
@@ -89,20 +89,20 @@ def parts_of(row) -> tuple:
 
 # %% ../../nbs/text/14_chats.ipynb #14c00010
 def common(one, other) -> int:
-    "How many items `one` and `other` have in common at their beginning."
+    "How many items `one` and `other` share at their beginning."
     return next((n for n, pair in enumerate(zip(one, other)) if pair[0] != pair[1]), min(len(one), len(other)))
 
 # %% ../../nbs/text/14_chats.ipynb #14c00012
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def tools_of(row):
-    "The tools of `row`, which may be JSON in a text, as TRL takes them."
+    "The tools of `row`, or JSON of them, as TRL takes them."
     tools = row.get("tools") or None
     try: return json.loads(tools) if isinstance(tools, str) else tools
     except ValueError: raise ValueError("its tools are neither a list nor JSON") from None
 
 def render(tokenizer, messages, row, **options):
-    "What `tokenizer` makes of `messages`, with the tools of `row`; ValueError with what its template says."
+    "What the chat template makes of `messages`, with the tools of `row`; ValueError with what it says."
     options |= dict(tokenizer_kwargs=dict(verbose=False), tools=tools_of(row))
     try: return tokenizer.apply_chat_template(messages, **options, **(row.get("chat_template_kwargs") or {}))
     except Exception as e:  # of any kind: a template is a program
@@ -118,8 +118,8 @@ def compared(messages, answers, rendered) -> tuple:
 
 # %% ../../nbs/text/14_chats.ipynb #14c00044
 def encode_chat(
-    tokenizer,  # of transformers; one without a chat template is to get one: see `give_template`
-    row: dict,  # `messages`, or `prompt` and `completion`, which are both messages or both texts; perhaps `tools`
+    tokenizer,  # of transformers, with a chat template: see `give_template`
+    row: dict,  # `messages`, or `prompt` and `completion`, both messages or both texts; perhaps `tools`
 ) -> tuple:  # (ids, mask), two lists
     "The tokens of a conversation, and 1 for each that the loss counts: an answer and its end. ValueError says why not."
     prompt, completion = parts_of(row)
@@ -140,7 +140,7 @@ def encode_chat(
 
 # %% ../../nbs/text/14_chats.ipynb #14c00017
 def answer_end(tokenizer):
-    "The id of the special token after an answer in `tokenizer`'s chat template; None without one."
+    "The id of the special token that the chat template puts after an answer, or None."
     def answered(word): return dict(messages=[dict(role="user", content="?"), dict(role="assistant", content=word)])
     try: one, other = (encode_chat(tokenizer, answered(word))[0][::-1] for word in ("Yes", "No"))
     except ValueError: return None
@@ -169,7 +169,7 @@ class Conversations(Blocks):
     glued: int = 0  # prompts and completions that meet without a space
     apart: bool = True  # the model keeps apart what is in a block, by `position_ids`
 
-    coded = functools.cached_property(Blocks.stream.func)  # 4 × id + 2 where a conversation begins + 1 where it counts
+    coded = functools.cached_property(Blocks.stream.func)  # 4 × id + 2 where one begins + 1 where it counts
     stream = property(lambda self: self.coded >> 2)  # all ids
     room = property(lambda self: len(self) * self.block_size)  # tokens of all blocks, what fills them up included
     source = "conversations that share blocks"
@@ -182,7 +182,7 @@ class Conversations(Blocks):
 
     @functools.cached_property
     def pieces(self) -> np.ndarray:
-        "The `spans` as they are trained on: what is longer than a block is cut, and left out if no answer is left."
+        "The `spans` cut to a block, and left out if no answer is left."
         kept = [n <= self.block_size or bool((self.coded[start:start + self.block_size] & 1).any())
                 for start, n in self.spans.tolist()]
         return np.minimum(self.spans[kept], [self.tokens, self.block_size])
@@ -211,7 +211,7 @@ GLUED = ("{split}: {glued:,} prompts meet their completions without a space, and
          "they would stand in the chat template.")
 
 def notes_on(chats) -> list:
-    "Sentences on what of `chats` is left out, and on what is not kept apart."
+    "Sentences on what is left out or not kept apart."
     cut, lost = int((chats.spans[:, 1] > chats.block_size).sum()), len(chats.spans) - len(chats.pieces)
     told = {LONG: cut, SEEN: not chats.apart and len(chats) < len(chats.pieces), GLUED: chats.glued}
     facts = dict(split=chats.split, all=len(chats.spans), cut=cut, lost=lost, size=chats.block_size,
@@ -220,7 +220,7 @@ def notes_on(chats) -> list:
             *(Sentence(LEFT_OUT, **facts, n=n, why=why) for why, n in chats.left_out.items())]
 
 def rows_told(chats) -> list:
-    "The (label, text) pairs of the table of `chats`."
+    "The rows of its table."
     blocks = f"{len(chats):,} of {chats.block_size} tokens, {chats.pieces[:, 1].sum() / chats.room:.0%} full"
     return [("split", chats.split or "–"), ("conversations", f"{len(chats.spans):,}"), ("blocks", blocks),
             ("answers", f"{chats.answers:,} of {chats.tokens:,} tokens"), *(("note", n) for n in notes_on(chats))]
@@ -238,13 +238,13 @@ def code(tokenizer, row) -> np.ndarray:
 MEND = "{place}: {why}. Mend it, or leave such conversations out by {on_bad_lines=skip}. It begins {row!r}."
 
 def place_of(path, line) -> str:
-    "Where the `line` of the .jsonl file `path` comes from: `split_chats` has written it beside."
+    "Where the `line` of a .jsonl file comes from, as `split_chats` has noted."
     with contextlib.suppress(OSError, StopIteration), open(path.with_suffix(PLACES), encoding="utf-8") as places:
         return next(itertools.islice(places, line - 1, None)).rstrip("\n")
     return f"{path.name}, line {line}"
 
 def coded_rows(path, tokenizer, on_bad_lines, left_out, report=silent):
-    "Yield (row, code) of the .jsonl file `path`; a row that has none is an error, or counted in `left_out`."
+    "Yield (row, code) of a .jsonl file; a row without a code is an error, or counted in `left_out`."
     add = counter(report, f"Tokenising {path.name}", path.stat().st_size)
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
@@ -260,7 +260,7 @@ def coded_rows(path, tokenizer, on_bad_lines, left_out, report=silent):
 
 # %% ../../nbs/text/14_chats.ipynb #14c00056
 def first_question(path) -> str:
-    "What the first conversation of the .jsonl file `path` begins with: a prompt, or what a user asks, or a greeting."
+    "The first prompt, or user's message, of a .jsonl file; a greeting without any."
     with open(path, encoding="utf-8-sig") as file:
         for line in file:
             with contextlib.suppress(ValueError):  # to be left out, or told of by `coded_rows`
@@ -272,7 +272,7 @@ def first_question(path) -> str:
 
 # %% ../../nbs/text/14_chats.ipynb #14c00026
 def write_chats(path, file, tokenizer, report=silent, on_bad_lines="error") -> dict:
-    "The counts of `file`, written from the .jsonl file `path`."
+    "The counts of `file`, written from a .jsonl file."
     counts = collections.Counter(tokens=0, answers=0, words=0, bytes=0, templated=0, glued=0)
     left_out = collections.Counter()
     try:
@@ -302,7 +302,7 @@ def tokenize_chats(
     on_bad_lines="error",  # or "skip": what cannot be learnt is left out, and counted
     sha256=None,  # of the file, where it is known
 ) -> Conversations:
-    "The conversations of a file in blocks, written once. ValueError for a line that cannot be learnt, or if none can."
+    "The conversations of a file in blocks. ValueError for a line that cannot be learnt, or if none can."
     check_number("block_size", block_size, minimum=2, integer=True)
     give_template(tokenizer)
     path, encoder, sha256 = Path(path), Encoder(tokenizer), sha256 or sha256_of(path)

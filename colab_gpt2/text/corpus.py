@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..config import TEXT
 from ..core import LINK, Record, atomic, check_space, home, human_bytes, nearest, several, sha256_of
 from ..errors import Sentence, about, explained
 from ..reporting import reporting, silent
@@ -19,9 +20,9 @@ from .downloads import download, sole_owner, split_of, unzip
 from .formats import READERS, is_table, suffix_of
 from .hub import TITLE, from_hub, hub_name, is_wikitext, open_hub, pick_splits, write_lines, write_split
 from .reading import (SPLITS, TEXTS, check_text, find_texts, holds_chats, in_order, is_plain, join,
-                                     read_documents, read_rows)
+    read_documents, read_rows)
 from .splitting import (Documents, Numbers, Reading, documents_of, drop_duplicates, reading_of,
-                                       split_chats, split_text, told)
+    split_chats, split_text, told)
 from .streams import HELD, size_of, stream_hub, stream_in
 
 # %% ../../nbs/text/11_corpus.ipynb #ab03214b
@@ -63,28 +64,25 @@ def measure(name, files, source):
                   sha256={split: sha256_of(path) for split, path in files.items()},
                   bytes={split: size_of(path) for split, path in files.items()})
 
-# %% ../../nbs/text/11_corpus.ipynb #978a42fa
-log = logging.getLogger(__name__)
-
 # %% ../../nbs/text/11_corpus.ipynb #e4f48c28
 def recall(folder):
-    "The Corpus in `folder`, if there is a manifest and every file has its SHA-256; else None."
+    "The Corpus in `folder`, if it is there and intact."
     try:
-        known = json.loads((folder/"corpus.json").read_text(encoding="utf-8"))
+        known = json.loads((folder/"corpus.json").read_bytes())
         corpus = measure(known["name"], {s: folder/file for s, file in known["files"].items()}, known["source"])
         return replace(corpus, report=Reading.from_dict(known["report"])) if corpus.sha256 == known["sha256"] else None
     except (OSError, ValueError, KeyError): return None  # never kept, or damaged since
 
 # %% ../../nbs/text/11_corpus.ipynb #56532824
 def cleaned(path, on_bad_lines="error"):
-    "The text `path`, with a copy in its place if it is not plain."
+    "The text `path`, made plain."
     if not is_plain(path): os.replace(join([path], path.with_name("copy"), None, on_bad_lines), path)
     return path
 
 # %% ../../nbs/text/11_corpus.ipynb #56532823
 def cached(folder, name, source, make, published=()):
-    """The Corpus in `folder`; if it is not there, `make(folder)` writes its files and returns split -> path, maybe with
-    their Reading. ConnectionError if one has not the SHA-256 that is `published` for its split."""
+    """The Corpus in `folder`; if it is not there, `make(folder)` gives its files, split -> path, maybe with their
+    Reading. ConnectionError if one has not the SHA-256 `published` for its split."""
     def found(): return (known := recall(folder)) and replace(known, source=str(source))
     if known := found(): return known
     try: folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,7 @@ def cached(folder, name, source, make, published=()):
                                folder=folder.parent, why=e.strerror)) from e
     with explained(f"Writing {name} to {folder.parent}"), sole_owner(f"{folder}.lock"):
         if known := found(): return known  # another process has written it
-        if folder.exists(): log.warning("%s is damaged; it is fetched or made again", folder)
+        if folder.exists(): logging.getLogger(__name__).warning("%s is damaged; it is fetched or made again", folder)
         with atomic(folder, folder=True) as stage:
             made, read = made if isinstance(made := make(stage), tuple) else (made, None)
             for path in map(check_text, made.values()):
@@ -105,13 +103,13 @@ def cached(folder, name, source, make, published=()):
             if wrong: raise ConnectionError(f"sent a text that is not the published one (SHA-256 of {wrong})")
             files = {split: path.name for split, path in made.items()}
             manifest = dict(name=name, source=corpus.source, files=files, sha256=corpus.sha256, report=read.to_dict())
-            (stage/"corpus.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            (stage/"corpus.json").write_text(json.dumps(manifest, indent=1))
     return replace(corpus, **{split: folder/file for split, file in files.items()})
 
 # %% ../../nbs/text/11_corpus.ipynb #f140c2f0
 @dataclass(frozen=True)
 class Published(Record):
-    "Where to ask for a corpus, in order; the SHA-256 of its zip, and of each split's file where it is known."
+    "Where to ask for a corpus, in order; the SHA-256 of its zip, and of splits if known."
     sources: tuple
     zip_sha256: str
     files: dict = field(default_factory=dict)
@@ -131,7 +129,7 @@ WIKITEXT = {
 
 # %% ../../nbs/text/11_corpus.ipynb #0c19ea97
 def bring(source, name, zip_sha256, root, stage, report=silent):
-    "The files of the corpus `name` from one source, in `stage`: split -> path. A zip is downloaded to `root`."
+    "The files of the corpus `name` from one source: split -> path in `stage`."
     if hub := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/?(.*)", source):
         repository, inside = hub.groups()
         if not inside: return from_hub(repository, name, stage, report)
@@ -144,7 +142,7 @@ def bring(source, name, zip_sha256, root, stage, report=silent):
 
 # %% ../../nbs/text/11_corpus.ipynb #c65acef2
 def fetch(name, published, root, report=silent, download=True):
-    "The Corpus `name` from the cache, or the first source that has it; ConnectionError lists what each one answered."
+    "The Corpus `name` from the cache or a source; ConnectionError with what each one answered."
     if known := recall(root/name): return known  # where no source may be asked, too
     answers = []
     for source in published.sources if download else ():
@@ -160,7 +158,7 @@ MARKED = re.compile(r"^(?:\*|\d+\.) |\"([^\"]+)\"|\*+([^*\s][^*]*)\*+")  # of a 
 SENTENCE = re.compile(r"[A-Z][^][()\"*<>=|_\\{}^~@#$%&+`0-9;/\x7f-\U0010ffff]{30,}[.:]")  # words alone
 
 def to_wikitext(topic):
-    "The title of a reST `topic`, and the plain sentences of each of its paragraphs, as WikiText's lines."
+    "The title and the plain sentences of each paragraph of a reST `topic`, as WikiText's lines."
     topic = topic.translate(str.maketrans("“”‘’–—", "\"\"''--"))
     topic = re.sub(r"(\w-)\n *(?=\w)", r"\1", topic)  # a word broken at its hyphen
     parts = re.split(r"\n\s*\n|\n[*=~-]{3,}\n", topic.strip("\n"))
@@ -174,7 +172,7 @@ def to_wikitext(topic):
 PYTHON_DOCS = "python-docs"
 
 def python_docs(folder):
-    "Python's language reference as files in `folder`: a tenth of the topics in validation, a tenth in test."
+    "Python's language reference as files in `folder`; a tenth of it is validation, a tenth test."
     from pydoc_data.topics import topics
     names = sorted(topics)
     parts = dict(validation=names[::10], test=names[5::10], train=[n for i, n in enumerate(names) if i % 5])
@@ -197,7 +195,7 @@ def cached_docs(root, version):
 RULES = 3  # of splitting: one more with each change
 
 def made(name, files, source, root, make, options=()):
-    "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, from the cache if it is there."
+    "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, or the cache's."
     known = repr([RULES, options, *((split, *map(sha256_of, paths)) for split, paths in files.items())])
     return cached(root/f"{name[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:16]}", name, source, make)
 
@@ -206,8 +204,8 @@ def name_of(path): return home(path).resolve().stem if os.path.exists(home(path)
 
 # %% ../../nbs/text/11_corpus.ipynb #7031da04
 def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, report=silent):
-    """The Corpus of own texts (split -> paths): where they are, or copies without duplicates by `join` with its options
-    `reading`; what is wrong with a split is about the field that `asked` has for it."""
+    """The Corpus of own texts (split -> paths): these, or copies without duplicates, by `join` with `reading`; what is
+    wrong with a split is about its field in `asked`."""
     if all(len(paths) == 1 and is_plain(paths[0]) for paths in files.values()):
         read = documents_of(there := {split: path for split, (path,) in files.items()}, report)
         if not any(found.duplicates for found in read.values()):
@@ -228,7 +226,7 @@ def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, r
 
 # %% ../../nbs/text/11_corpus.ipynb #3aacaf4d
 def load_text(path, root, reading=(None, "error"), report=silent):
-    "The Corpus of the texts that `find_texts` finds, in three parts."
+    "The Corpus of the texts of `find_texts`, in three parts."
     paths, facts = find_texts(path), Counter()
     source = f"{len(paths)} files of {path}" if paths[1:] else path
     chats = reading[0] is None and holds_chats(paths, reading[1])
@@ -246,7 +244,7 @@ def load_text(path, root, reading=(None, "error"), report=silent):
 
 # %% ../../nbs/text/11_corpus.ipynb #f106ebf2
 def split_named(path):
-    "The split that a folder, a text or (a part of) a table is called after, or None."
+    "The split that a folder, a text or a table is called after, or None."
     if path.is_dir(): return split_of(f"{path.name}.txt")
     return split_of(re.sub(r"(-\d\S*)?\.\w+(\.gz|\.bz2|\.xz)?$", ".txt", path.name) if is_table(path) else path.name)
 
@@ -255,7 +253,7 @@ def texts_in(folder):
     return [path for path in folder.iterdir() if suffix_of(path) in (*TEXTS, *READERS)]
 
 def splits_in(folder) -> dict:
-    "split -> paths, of a `folder` in WikiText's layout, or with a folder, a table or its parts for each; else {}."
+    "split -> paths, of a folder in WikiText's layout, or with a folder, a table or its parts for each; else {}."
     found = {split: [] for split in SPLITS}
     for path in sorted(folder.iterdir(), key=in_order):
         if split := split_named(path): found[split].append(path)
@@ -269,7 +267,7 @@ def splits_in(folder) -> dict:
 
 # %% ../../nbs/text/11_corpus.ipynb #c671f6b6
 def load_path(path, root, report=silent, reading=(None, "error")):
-    "The Corpus of a text file, a pattern, a zip, or a folder: with `splits_in` it, or such a folder."
+    "The Corpus of a text, a pattern, a zip, or a folder: with `splits_in` it, or such a folder."
     if path.suffix.lower() == ".zip" and os.path.isfile(path):
         def unpack(stage): return {split: cleaned(p, reading[1]) for split, p in unzip(path, stage, report).items()}
         return made(path.stem, {"": [path]}, path, root, unpack, reading[1:])
@@ -291,8 +289,8 @@ STREAMED = "the disk has no room for the rest, which is read from the Hub as it 
 
 # %% ../../nbs/text/11_corpus.ipynb #8a161208
 def load_hub(repository, root, config, names, reading=(None, "error"), report=silent, download=True):
-    """The Corpus of a data set on the Hub. `names`: its splits to train and evaluate on, as `pick_splits` takes them.
-    What the disk has no room for is read by `stream_hub`."""
+    """The Corpus of a data set on the Hub; `names`: of its splits, for `pick_splits`. What the disk has no room for is
+    read by `stream_hub`."""
     def make(stage):
         if not download: raise ConnectionError(f"{repository} is not in the cache.")
         rows, facts = open_hub(repository, config, report), Counter()
@@ -339,7 +337,7 @@ def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error
 
 # %% ../../nbs/text/11_corpus.ipynb #9a633b5b
 def looks_like_table(start) -> bool:
-    "Whether each of the first lines of a text has the same number of commas, semicolons, tabs or | before a word."
+    "Whether all lines of `start` have as many commas, semicolons, tabs or | before a word."
     lines = re.sub(rb'"[^"]*("|$)', b"_", start).splitlines()[:20]  # what stands in quotes may have any
     marks = (re.compile(rb"(?<=[^\s<])%b(?=[\w.-])" % mark) for mark in (b",", b";", b"\t", rb"\|"))
     counts = ({len(mark.findall(line)) for line in lines[:-1]} for mark in marks)
@@ -347,7 +345,7 @@ def looks_like_table(start) -> bool:
 
 # %% ../../nbs/text/11_corpus.ipynb #1dc2890f
 def noted(corpus):
-    "`corpus`; a warning if little of it is held out, or if a syntax would be learned."
+    "`corpus`; a warning if little is held out, or a syntax would be learned."
     held = min((size for split, size in corpus.bytes.items() if split != "train"), default=1000)
     if held < 1000:  # some 250 tokens
         warnings.warn(Sentence("The held-out text of {name} has only {held}: its perplexity says little. "
@@ -385,10 +383,8 @@ def load_corpus(
     ConnectionError if no source of a published corpus has the right files and the cache does not either."""
     root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
     if not eval_file and LINK.fullmatch(str(train_file)): name, train_file, field = train_file, None, "train_file"
-    if train_file or eval_file:
-        with reporting(progress) as report:
-            return noted(load_files(train_file, eval_file, root, hold_out, reading, report))
-    with reporting(progress) as report, about(field):
+    with reporting(progress) as report, about(*() if train_file or eval_file else (field,)):
+        if train_file or eval_file: return noted(load_files(train_file, eval_file, root, hold_out, reading, report))
         if name in sources: return fetch(name, sources[name], root, report, download)
         if name == PYTHON_DOCS: return cached_docs(root, platform.python_version())
         if repository := hub_name(name):
@@ -399,3 +395,9 @@ def load_corpus(
             return noted(load_path(path, root, report, reading))
         near = nearest(name, [*sources, PYTHON_DOCS])
         raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{near}")
+
+# %% ../../nbs/text/11_corpus.ipynb #ab404f4b
+def fetch_for(config, progress=True, **options) -> Corpus:
+    "The text that `config` names."
+    same = {name: getattr(config, name) for name in (*TEXT[1:], "cache_dir")}
+    return load_corpus(config.dataset, **same, progress=progress, **options)

@@ -20,7 +20,7 @@ from ..errors import about
 from ..reporting import counted, counter, silent
 
 # %% ../../nbs/text/10_downloads.ipynb #07f16cfd
-USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses the default ones of Python's libraries
+USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses Python's default ones
 TIMEOUT = (10, 60)  # seconds: to connect, and between two pieces
 LONGEST_WAIT = 60  # seconds: a server that asks for more is given up
 
@@ -36,7 +36,7 @@ class Unreachable(ConnectionError):
 
 # %% ../../nbs/text/10_downloads.ipynb #b7ccd3c3
 def check_answer(answer, start):
-    "TryAgain, or ConnectionError if that is useless, unless `answer` holds the file or its bytes from `start`."
+    "TryAgain, or ConnectionError if that is useless, unless `answer` has the bytes from `start`, or all."
     status, said = answer.status_code, f"answered {answer.status_code} {answer.reason}"
     if status == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         raise ConnectionError(f"{said} with a part that was not asked for")
@@ -49,7 +49,7 @@ def check_answer(answer, start):
 
 # %% ../../nbs/text/10_downloads.ipynb #5531bfd0
 def receive(url, part, report=silent) -> bool:
-    "Append the rest of `url` to the file `part`; TryAgain if that breaks off. Returns whether it was resumed."
+    "Append the rest of `url` to the file `part`; -> whether it was resumed. TryAgain if that breaks off."
     start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
     if start: headers["Range"] = f"bytes={start}-"
@@ -59,7 +59,7 @@ def receive(url, part, report=silent) -> bool:
         if answer.status_code == 200: start = 0
         total = start + int(answer.headers.get("Content-Length") or 0)
         with about("cache_dir"): check_space(part, total - start, f"The rest of {url}")
-        answer.raw.enforce_content_length = False  # or what came last before a break is lost; the size is checked below
+        answer.raw.enforce_content_length = False  # or the last before a break is lost; checked below
         add = counter(report, url.rsplit("/", 1)[-1], total or None, start)
         with open(part, "ab" if start else "wb") as f:
             for piece in answer.iter_content(1 << 16): add(f.write(piece))
@@ -69,7 +69,7 @@ def receive(url, part, report=silent) -> bool:
 
 # %% ../../nbs/text/10_downloads.ipynb #0b22fe06
 def attempt(url, part, report=silent):
-    "`receive`, with requests' errors as short ConnectionErrors."
+    "`receive`, with requests' errors as ConnectionErrors."
     try: return receive(url, part, report)
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e:
         if part.exists(): raise TryAgain("broke off") from e
@@ -78,7 +78,7 @@ def attempt(url, part, report=silent):
 
 # %% ../../nbs/text/10_downloads.ipynb #0006c02c
 def download(url, path, sha256, *, tries=4, wait=0.5, report=silent) -> Path:
-    "The file at `url` as `path`; ConnectionError if it cannot be had, or if its bytes are wrong."
+    "The file at `url` as `path`; ConnectionError if it cannot be had, or has wrong bytes."
     path, part = Path(path), Path(f"{path}.part")
     if path.exists() and sha256_of(path) == sha256: return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def download(url, path, sha256, *, tries=4, wait=0.5, report=silent) -> Path:
 # %% ../../nbs/text/10_downloads.ipynb #2f4cf239
 @contextlib.contextmanager
 def sole_owner(path):
-    "Another process or thread that asks for the lock file `path` waits; it is gone afterwards."
+    "Others that ask for the lock file `path` wait; it is gone afterwards."
     with FileLock(path):
         try: yield
         finally:
@@ -107,13 +107,13 @@ def sole_owner(path):
 LAYOUT = re.compile(r"(?:wiki\.)?(train|valid|validation|val|dev|test)\.(?:raw|tokens|txt)")
 
 def split_of(filename):
-    "The split that the name of a file stands for, or None."
+    "The split that a file's name stands for, or None."
     found = LAYOUT.fullmatch(filename)
     return found and ("validation" if found[1][0] in "vd" else found[1])
 
 # %% ../../nbs/text/10_downloads.ipynb #cbc90fc3
 def find_splits(archive):
-    "split -> its member in the open zip `archive`; ValueError for none, two of one split, or a path that leads out."
+    "split -> member of a zip; ValueError for none, two of one split, or a path that leads out."
     found = []
     for member in archive.infolist():
         path = PureWindowsPath(member.filename)  # it knows both slashes, and drives

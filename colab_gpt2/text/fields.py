@@ -6,12 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/text/10_fields.ipynb #10f00003
-import difflib, re
+import re
 from typing import NamedTuple
 
+from ..core import nearest
 from ..errors import Sentence
-from .encodings import bad_character
-from .encodings import called as one_line
+from .encodings import bad_character, called as one_line
 
 # %% ../../nbs/text/10_fields.ipynb #10f00006
 class Row(NamedTuple):
@@ -28,7 +28,7 @@ class Document(NamedTuple):
 
 # %% ../../nbs/text/10_fields.ipynb #10f00009
 def is_chat(values) -> bool:
-    "Whether the row `values` is a conversation: `messages`, or a `prompt` with its `completion`."
+    "Whether the row `values` is a conversation."
     return isinstance(values.get("messages"), list) or {"prompt", "completion"} <= values.keys()
 
 # %% ../../nbs/text/10_fields.ipynb #10f0000c
@@ -36,7 +36,7 @@ NAMES = "text", "content", "body", "document", "article", "story", "passage", "m
 WORDS = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]")  # two words
 
 def kind_of(values) -> str:
-    "What the `values` of a column are: 'text', 'words' (not a sentence among them), 'numbers', 'lists', … or 'empty'."
+    "What the `values` of a column are: 'text', 'words' (no sentences), 'numbers', 'lists', … or 'empty'."
     known = [v for v in values if v is not None and str(v).strip()]
     if not known: return "empty"
     texts = [v for v in known if isinstance(v, str)]
@@ -46,7 +46,7 @@ def kind_of(values) -> str:
 
 # %% ../../nbs/text/10_fields.ipynb #10f00013
 def clearest(kinds) -> list:
-    "The columns that may hold the text, by their `kinds` (name -> kind): one, if that is clear."
+    "The columns that may hold the text, by their `kinds`: one, if that is clear."
     words = [name for name in kinds if kinds[name] in ("text", "words")]
     named = [name for known in NAMES for name in words if name.strip().lower() == known]
     return named[:1] or [name for name in words if kinds[name] == "text"] or words
@@ -59,7 +59,6 @@ def pick_field(rows, wanted, called) -> str:
     if wanted is None: texts = clearest(kinds)
     else: texts = [wanted] if kinds.get(wanted) in ("text", "words", "empty") else []
     if len(texts) == 1: return texts[0]
-    near = wanted is not None and difflib.get_close_matches(wanted, columns, n=1, cutoff=0.5)
     told = "{called} has no column with text; it has {there}."
     if "conversations" in kinds: told += " Give 'messages' with role and content to learn conversations."
     if texts: told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
@@ -69,11 +68,11 @@ def pick_field(rows, wanted, called) -> str:
     elif wanted: told = "{dataset_text_field} is {wanted!r}, which {called} has not; it has {there}.{near}"
     raise ValueError(Sentence(told, called=called, wanted=wanted, kind=kinds.get(wanted), n=len(texts),
                               there=", ".join(f"{one_line(name)[:40]} ({kind})" for name, kind in kinds.items()),
-                              near=f" Did you mean {near[0]!r}?" if near else ""))
+                              near=nearest(wanted, columns, "")))
 
 # %% ../../nbs/text/10_fields.ipynb #10f00011
 def documents(rows, field, faults, blank=False):
-    "Yield the Documents in the column `field` of `rows`, maybe `blank` ones; `faults` hears of what is bad or empty."
+    "Yield the Documents in the column `field`, maybe `blank` ones; `faults` hears of what is bad or empty."
     for values, place in rows:
         text = values.get(field)
         if text is None and field in values: text = ""

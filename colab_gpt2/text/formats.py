@@ -16,20 +16,12 @@ from .fields import Document, Row
 
 # %% ../../nbs/text/10_formats.ipynb #10a00005b
 def next_of(lines, size):
-    "The next `size` characters of the iterator `lines`, or a few more; '' at the end."
+    "The next `size` characters, or a few more, of the iterator `lines`; '' at its end."
     taken = []
     while size > 0 and (line := next(lines, "")):
         taken.append(line)
         size -= len(line)
     return "".join(taken)
-
-# %% ../../nbs/text/10_formats.ipynb #10a00006
-def check_binary(source):
-    "ValueError for a text that begins with what no text has."
-    zero = source.start.find(0) if source.encoding[:5] == "utf-8" else -1
-    if zero < 0: return
-    raise ValueError(f"{source.faults.called} is binary, not text: byte {zero} is zero. "
-                     "Save its text as UTF-8 in a .txt file.")
 
 # %% ../../nbs/text/10_formats.ipynb #b4afa58c
 def suffix_of(path) -> str:
@@ -41,7 +33,7 @@ def suffix_of(path) -> str:
 HUGE = 1 << 27  # bytes of XML, some forty novels
 
 def paragraphs(xml):
-    "Yield the paragraphs of the open file `xml`, of a Word document, as lines."
+    "Yield those of a Word document's `xml` as lines."
     parts, again = [], 0
     for event, element in ElementTree.iterparse(xml, ("start", "end")):
         kind = element.tag.rpartition("}")[2]
@@ -57,7 +49,7 @@ def paragraphs(xml):
 
 # %% ../../nbs/text/10_formats.ipynb #a5d103ff
 def word_lines(source):
-    "Yield the paragraphs of a Word document as lines; ValueError for what is none."
+    "Yield a Word document as lines; ValueError for what is none."
     try:
         with zipfile.ZipFile(source.data) as archive, archive.open("word/document.xml") as xml:
             if archive.getinfo("word/document.xml").file_size > HUGE: raise ValueError("it is too large")
@@ -71,13 +63,15 @@ END = "<|endoftext|>"
 LONGEST = 1 << 20  # characters of a piece
 
 def lines_of(source):
-    "The lines of a text, or of a Word document."
+    "The lines of a text, or of a Word document; ValueError for another binary file."
     if suffix_of(source.path) == "docx": return word_lines(source)
-    check_binary(source)
-    return source.lines(1 << 16)
+    zero = source.start.find(0) if source.encoding[:5] == "utf-8" else -1
+    if zero < 0: return source.lines(1 << 16)
+    raise ValueError(f"{source.faults.called} is binary, not text: byte {zero} is zero. "
+                     "Save its text as UTF-8 in a .txt file.")
 
 def text_documents(source, longest=LONGEST):
-    "Yield the Documents of a text, as they stand in it, without blank ones."
+    "Yield the Documents, as they stand, without blank ones."
     lines, name, held, begun = lines_of(source), source.faults.called, "", False
     while more := next_of(lines, longest // 4):
         *whole, held = (held + more).split(END)
@@ -92,7 +86,7 @@ def text_documents(source, longest=LONGEST):
 
 # %% ../../nbs/text/10_formats.ipynb #10a00107
 def write_documents(documents, target):
-    "Write Documents to the file `target`, with END between two; -> `target`."
+    "Write Documents to the file `target`, END between two; -> `target`."
     more = True
     with open(target, "w", encoding="utf-8", newline="") as f:
         for document in documents:
@@ -102,7 +96,7 @@ def write_documents(documents, target):
 
 # %% ../../nbs/text/10_formats.ipynb #10a00009
 def dialect_of(start) -> dict:
-    "How the CSV that begins with the text `start` divides its columns, in `csv.reader`'s terms."
+    "How a CSV that begins with `start` divides columns, for `csv.reader`."
     def fit(dialect):
         widths, clean = [], False
         with contextlib.suppress(csv.Error):  # what was read until then counts
@@ -113,7 +107,7 @@ def dialect_of(start) -> dict:
     return max(dialects, key=fit)
 
 # %% ../../nbs/text/10_formats.ipynb #10a0000b
-FIELD = 1 << 24  # characters of a value: where a quote is never closed, a row ends here
+FIELD = 1 << 24  # characters of a value whose quote is never closed
 csv.field_size_limit(max(FIELD, csv.field_size_limit()))
 
 def records(source, **dialect):
@@ -137,7 +131,7 @@ def records(source, **dialect):
 
 # %% ../../nbs/text/10_formats.ipynb #10a0000d
 def csv_rows(source):
-    "Yield the Rows of a CSV, whose first line names the columns."
+    "Yield the Rows; the first line names the columns."
     start = source.start.decode(source.encoding, errors="ignore")
     found = records(source, **dialect_of(start))
     header = [name.strip() for name in next(found, (0, ()))[1]]
@@ -152,14 +146,14 @@ def csv_rows(source):
 
 # %% ../../nbs/text/10_formats.ipynb #10a00010
 def as_row(value, place, source):
-    "A list of Row of what JSON gave: a record, or a text alone; [] of anything else, which is bad."
+    "[Row] of a record or a text; [] of anything else, which is bad."
     if isinstance(value, (dict, str)): return [Row(value if isinstance(value, dict) else {"text": value}, place)]
     source.faults.add(place, f"no record ({{…}}) but {json.dumps(value)[:40]}")
     return []
 
 # %% ../../nbs/text/10_formats.ipynb #10a00210
 def json_lines(source):
-    "Yield the Rows of JSON lines."
+    "Yield the Rows, one a line."
     for line in source.lines():
         if line.isspace(): continue
         place = f"line {source.line}"
@@ -176,7 +170,7 @@ BETWEEN = re.compile(r"[\s,]*")
 
 # %% ../../nbs/text/10_formats.ipynb #10a00012
 def json_list(source):
-    "Yield the Rows of a list of records."
+    "Yield the Rows of a list."
     decode, lines = json.JSONDecoder().raw_decode, source.lines(1 << 16)
     text = next_of(lines, 1 << 16)
     at = text.find("[") + 1
@@ -198,13 +192,13 @@ def json_list(source):
 
 # %% ../../nbs/text/10_formats.ipynb #10a00014
 def json_rows(source):
-    "Yield the Rows of JSON lines, or of a list."
+    "Yield the Rows of JSON."
     start = source.start.decode(source.encoding, errors="ignore")
     yield from (json_list if start.lstrip()[:1] == "[" else json_lines)(source)
 
 # %% ../../nbs/text/10_formats.ipynb #10a00017
 def parquet_rows(source):
-    "Yield the Rows of a parquet file."
+    "Yield the Rows."
     from pyarrow import ArrowException, parquet
     with tempfile.TemporaryFile() as unpacked:
         file = source.raw
@@ -230,5 +224,5 @@ def is_table(path) -> bool:
 
 # %% ../../nbs/text/10_formats.ipynb #5b59abad
 def rows_of(path, *options):
-    "Yield the Rows of one table; `options` are those of `Source`."
+    "Yield the Rows of a table; `options` are those of `Source`."
     with Source(path, *options) as source: yield from READERS[suffix_of(path)](source)

@@ -23,13 +23,13 @@ from .formats import READERS, suffix_of, write_documents
 TITLE = re.compile(r" = (?!=)(.*[^= ]) = ?\n?")
 
 def is_wikitext(rows, field=None) -> bool:
-    "Whether the texts of the first `rows` (dicts) are lines of articles with titles: WikiText's."
+    "Whether a text of the first `rows` (dicts) is a title of WikiText's."
     texts = (values.get(field or "text") for values in rows)
     return any(isinstance(text, str) and TITLE.fullmatch(text) for text in texts)
 
 # %% ../../nbs/text/10_hub.ipynb #0130c678
 def write_lines(texts, path):
-    "Write `texts`, the rows of WikiText, as lines of the file `path`."
+    "Write the rows of WikiText as lines; -> `path`."
     with open(path, "w", encoding="utf-8", newline="") as f:
         for text in texts: f.write(text if text and text.endswith("\n") else (text or " ") + "\n")
     return path
@@ -41,7 +41,7 @@ def hub_trouble() -> str:
     if constants.HF_HUB_OFFLINE: return "gave no answer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_token()  # asks Colab for its secret, once: without it all that is public can be had, so no word of that
+        get_token()  # asks Colab for its secret, once: what is public needs none
     try: answer = requests.head(constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
     except requests.RequestException: return "gave no answer"
     busy = answer.status_code == 429 or answer.status_code >= 500
@@ -54,7 +54,7 @@ def said_of(error) -> str:
 
 @contextlib.contextmanager
 def quietly(report):
-    "The module `datasets`, which shows its own bars only where `report` does."
+    "The module `datasets`, with its own bars only where `report` has some."
     import datasets
     check_mounted(datasets.config.HF_DATASETS_CACHE)
     noisy = not isinstance(report, Bars) and not datasets.are_progress_bars_disabled()
@@ -65,7 +65,7 @@ def quietly(report):
 
 # %% ../../nbs/text/10_hub.ipynb #0f39d948
 def from_hub(repository, name, folder, report=silent):
-    "The splits of a dataset on the Hub as files in `folder`: split -> path; ConnectionError if that fails."
+    "split -> path in `folder` of a dataset on the Hub; ConnectionError if that fails."
     if trouble := hub_trouble(): raise ConnectionError(trouble)
     def texts(split): return (text for batch in rows[split].iter(1000) for text in batch["text"])
     with quietly(report) as datasets:
@@ -78,7 +78,7 @@ def from_hub(repository, name, folder, report=silent):
 
 # %% ../../nbs/text/10_hub.ipynb #10c00011
 def hub_name(name):
-    "The repository that `name` stands for, as `USER/NAME` or an address of the Hub; None for a path."
+    "The repository, `USER/NAME` or an address of the Hub, that `name` is; None for a path."
     if (linked := from_link(str(name), "datasets/")) != str(name): return linked
     is_file = os.path.exists(str(name)) or suffix_of(name) in (*READERS, "txt", "md", "zip")
     return None if is_file or not re.fullmatch(r"\w[\w.-]{,95}/[\w.-]{,96}", str(name)) else str(name)
@@ -112,7 +112,7 @@ def why_not(repository, config, error) -> Exception:
 
 # %% ../../nbs/text/10_hub.ipynb #10c00016
 def open_hub(repository, config=None, report=silent, revision=None) -> dict:
-    "The splits of a data set on the Hub, as it is or was at a `revision`: name -> its rows, which are streamed."
+    "Split -> its rows, streamed, as a data set on the Hub is or was at a `revision`."
     if trouble := hub_trouble():
         raise ConnectionError(Sentence("The Hub {trouble}, and {repository} is not in the cache. Without a network "
                                        "{dataset=python-docs} works.", trouble=trouble, repository=repository))
@@ -122,7 +122,7 @@ def open_hub(repository, config=None, report=silent, revision=None) -> dict:
 
 # %% ../../nbs/text/10_hub.ipynb #10c00019
 def pick_splits(names, train_split="train", test_split=None) -> dict:
-    "Our split -> its name among `names`, which a data set has; ValueError for one that it has not."
+    "Our split -> its name among `names`; ValueError for one that is not there."
     held = {split_of(f"{name}.txt"): name for name in names if name not in (train_split, test_split)}
     if test_split: held["test"] = check_choice("dataset_test_split", test_split, names)
     found = {"train": check_choice("dataset_train_split", train_split, names)}
@@ -130,7 +130,7 @@ def pick_splits(names, train_split="train", test_split=None) -> dict:
 
 # %% ../../nbs/text/10_hub.ipynb #10c0001b
 def hub_rows(rows, called, report=silent):
-    "Yield the Rows of a split, which errors and `report` call `called`."
+    "Yield the Rows of a split, `called` so in messages."
     known = (rows.info.splits or {}).get(str(rows.split))
     add, rows = counter(report, f"Reading {called}", known and known.num_examples), iter(rows)
     for n in itertools.count(1):
@@ -142,7 +142,7 @@ def hub_rows(rows, called, report=silent):
 
 # %% ../../nbs/text/10_hub.ipynb #10c0001f
 def first_of(rows, called) -> list:
-    "The values of the first rows; ValueError if there are none."
+    "The values of the first rows; ValueError without any."
     found = [row.values for row in itertools.islice(hub_rows(rows, called), 100)]
     if not found: raise ValueError(f"{called} has no rows.")
     return found
@@ -157,10 +157,10 @@ def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent,
 
 # %% ../../nbs/text/10_hub.ipynb #10c00022
 def write_split(rows, called, path, field=None, on_bad_lines="error", report=silent, skipped=None):
-    "Write a split to the file `path`, with the suffix that it needs; the options are those of `hub_documents`."
+    "Write a split to `path`, with the suffix that it needs; options: those of `hub_documents`."
     first, options = first_of(rows, called), (field, on_bad_lines, report, skipped)
     if field is None and is_chat(first[0]):
-        with open(path := path.with_suffix(".rows.jsonl"), "w", encoding="utf-8") as f:
+        with open(path := path.with_suffix(".rows.jsonl"), "w") as f:
             for row in hub_rows(rows, called, report): f.write(json.dumps(row.values, default=str) + "\n")
         return path
     if not is_wikitext(first, field): return write_documents(hub_documents(rows, called, *options), path)

@@ -15,7 +15,7 @@ from ..errors import Sentence, about
 from ..reporting import silent
 from .encodings import DOS_END, PACKED, Source, called
 from .fields import documents, is_chat, pick_field
-from .formats import END, READERS, is_table, rows_of, suffix_of, text_documents, write_documents
+from .formats import READERS, is_table, rows_of, suffix_of, text_documents, write_documents
 
 # %% ../../nbs/text/10_reading.ipynb #610cb670
 TEXTS = "txt", "md", "text", "docx"
@@ -26,11 +26,11 @@ SAVE = dict.fromkeys(("doc", "odt", "rtf", "pdf"), "Open it in Word or Google Do
 SAVE[""] = "Save its text as UTF-8 in a .txt file."
 
 def empty(path):
-    "The ValueError on a file `path` of nothing but white space."
+    "The ValueError on a blank file."
     return ValueError(f"{called(path)} is empty: it holds no text in its {several(path.stat().st_size, 'byte')}.")
 
 def check_file(path) -> Path:
-    "`path`, if it is a file of a kind that is read and holds something; what it is in full is seen while it is read."
+    "`path`, if it is a file that may be read; all of it is seen while it is read."
     path = home(path)
     if path.is_dir(): raise IsADirectoryError(f"{called(path)} is a folder; a text file is needed here.")
     if not path.exists(): raise FileNotFoundError(f"{called(path)} does not exist. Give the path of a text file.")
@@ -46,7 +46,7 @@ def is_blank(path): return path.stat().st_size < 1 << 16 and not path.read_bytes
 
 # %% ../../nbs/text/10_reading.ipynb #610cb672
 def rows_in(path, *options):
-    "Yield the Rows of one table, which `Source` opens with `options`; ValueError for a table without any."
+    "`rows_of`; ValueError for a table without any."
     rows = rows_of(path, *options)
     if (first := next(rows, None)) is None: raise ValueError(f"{called(path)} has no rows.")
     yield first
@@ -67,7 +67,7 @@ def check_text(
 
 # %% ../../nbs/text/10_reading.ipynb #b49ac36f
 def is_plain(path) -> bool:
-    "Whether the file `path` is a text that can be used as it stands."
+    "Whether the text `path` can be used as it stands."
     if is_table(path) or Path(path).suffix.lower() in PACKED: return False
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with open(path, "rb") as f:
@@ -86,7 +86,7 @@ def in_order(path):
 
 # %% ../../nbs/text/10_reading.ipynb #b70696b8
 def files_in(folder) -> list:
-    "The texts and tables in a folder and those below it, without hidden ones; a warning of what else is there."
+    "The texts and tables in a folder and below it but hidden ones; a warning of what else is there."
     def failed(e): raise type(e)(f"{called(e.filename)} cannot be read: {e.strerror}.") from e
     walked = (Path(at, name) for at, _, names in os.walk(folder, onerror=failed) for name in names)
     seen = [p for p in walked if "/." not in f"/{p.relative_to(folder)}" and p.is_file()]
@@ -105,7 +105,7 @@ def files_in(folder) -> list:
 
 # %% ../../nbs/text/10_reading.ipynb #b70696b9
 def find_texts(path) -> list:
-    "The texts and tables of a folder or a pattern, without hidden and blank ones; [path] for a file."
+    "The texts and tables of a folder or a pattern but hidden and blank ones; [path] for a file."
     path = home(path)
     if os.path.isdir(path): found = files_in(path)
     elif os.path.exists(path) or not glob.has_magic(str(path)): return [check_file(path)]
@@ -117,9 +117,8 @@ def find_texts(path) -> list:
 
 # %% ../../nbs/text/10_reading.ipynb #953966ac
 def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipped=None, blank=False):
-    """Yield the Documents of the texts and tables `paths`. `field`: the column of tables that holds the text; None: it
-    is found. `on_bad_lines`: 'error' or 'skip'; the Counter `skipped` is told why rows were left out, and what `Source`
-    tells it. `blank`: those of tables too that are."""
+    """Yield the Documents of the texts and tables `paths`, by the column `field`; None: it is found. `on_bad_lines`:
+    'error' or 'skip'; the Counter `skipped` is told why rows were left out, and by `Source`. `blank`: blank too."""
     skipped, found = Counter() if skipped is None else skipped, False
     for path in paths:
         column = is_table(path) and pick_field([row.values for row in itertools.islice(
@@ -135,18 +134,18 @@ def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipp
 
 # %% ../../nbs/text/10_reading.ipynb #953966ae
 def read_rows(paths, on_bad_lines="error", report=silent, skipped=None, named=called):
-    "Yield the Rows of the tables `paths`, with what `named` calls the file in their places."
+    "Yield the Rows of the tables `paths`; their places begin with the file, as `named` calls it."
     for path in paths:
         for row in rows_of(path, on_bad_lines, report, skipped):
             yield row._replace(place=f"{named(path)}, {row.place}")
 
 def holds_chats(paths, on_bad_lines="error") -> bool:
-    "Whether `paths` are tables of conversations: by the first row of each."
+    "Whether `paths` are tables of conversations, by their first rows."
     return all(is_table(path) and is_chat(next(rows_in(path, on_bad_lines)).values) for path in paths)
 
 # %% ../../nbs/text/10_reading.ipynb #375b41cd
 def join(paths, target, *options):
-    "Write the documents of `paths` to the file `target`, END between two; `options` are those of `read_documents`."
+    "Write the documents of `paths` to the file `target`; `options` are those of `read_documents`."
     with about("cache_dir"): check_space(target, sum(p.stat().st_size for p in paths), f"A copy of {called(paths[0])}")
     return write_documents(read_documents(paths, *options), target)
 
@@ -161,7 +160,7 @@ CHARACTER = re.compile(rb"[^\x80-\xbf]")
 
 # %% ../../nbs/text/10_reading.ipynb #e516fdc5
 def cut_near(file, size, share, after=0):
-    "The byte near `share` of the first `size` of the open `file`, and beyond `after`, where the coarsest unit begins."
+    "The byte near `share` of the first `size` of the open `file`, beyond `after`, where the coarsest unit begins."
     wanted, reach = int(share * size), min(max(size // 20, 16), size // 12, 1 << 21)  # bounded memory
     low, high = max(wanted - reach, after), min(wanted + reach, size - 1)
     file.seek(start := max(low - 99, 0))  # what ends a unit may begin before `low`
@@ -175,7 +174,7 @@ def cut_near(file, size, share, after=0):
 SPLITS = ("train", "validation", "test")
 
 def cut_text(path, folder, named):
-    "Copy about 80, 10 and 10% of the text `path`, which errors call `named`, into files in `folder`: split -> path."
+    "Copy about 80, 10 and 10% of a text, `named` so in errors, into files in `folder`: split -> path."
     total = size = path.stat().st_size
     with about("cache_dir"): check_space(folder, size, f"Cutting {named} in three")
     files = {split: folder/f"{split}.txt" for split in SPLITS}

@@ -16,7 +16,8 @@ from ..core import Record, check_space, several
 from ..errors import Sentence, about
 from ..reporting import silent
 from .encodings import called
-from .reading import END, SPLITS, cut_text, read_rows
+from .formats import END
+from .reading import SPLITS, cut_text, read_rows
 
 # %% ../../nbs/text/10_splitting.ipynb #c2b2bbb1
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Reading(Record):
     shares: dict  # split -> its share of the bytes
     rule: str = "as they are"  # how the documents came into the splits
     skipped: dict = field(default_factory=dict)  # why -> how many rows were left out
-    line_ends: dict = field(default_factory=dict)  # those of which system -> in how many files; all are Unix's now
+    line_ends: dict = field(default_factory=dict)  # whose -> how many files; all are Unix's now
     encodings: dict = field(default_factory=dict)  # name -> how many files; all is UTF-8 now
 
     def _rows(self):
@@ -45,7 +46,7 @@ class Reading(Record):
 MARK = END.encode()
 
 def parts_of(path, report=silent, size=1 << 20):
-    "Yield (bytes, whether a document ends with them) of the text `path`, without marks."
+    "Yield (bytes, whether a document ends with them), without marks."
     rest, keep, total = b"", len(MARK) - 1, os.path.getsize(path)
     with open(path, "rb") as f:
         if f.read(3) != codecs.BOM_UTF8: f.seek(0)
@@ -62,7 +63,7 @@ DROPPED = len(SPLITS)  # where a duplicate goes
 INSIDE = bytes(range(0x80, 0xc0))  # the bytes of a character in UTF-8 after its first
 
 def side_of(number) -> int:
-    "The index in SPLITS of the document with this hash: 80, 10 and 10% of all numbers."
+    "The index in SPLITS of a document with this hash, in 80, 10 and 10%."
     return (number >= 0.8 * 2**64) + (number >= 0.9 * 2**64)
 
 class Hasher:
@@ -84,11 +85,11 @@ class Hasher:
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f006
 class Numbers:
-    "A set of 64-bit numbers, in 11 to 16 bytes each, where Python's own takes 78."
+    "A set of 64-bit numbers in 11 to 16 bytes each; Python's own takes 78."
     def __init__(self): self.table, self.count = array("Q", bytes(512)), 0
 
     def place(self, number):
-        "Where `number` stands in the table, or the free place where it belongs: a 0."
+        "Where `number` stands in the table, or belongs."
         at, size = number % len(self.table), len(self.table)
         while self.table[at] not in (0, number): at = (at + 1) % size
         return at
@@ -105,8 +106,8 @@ class Numbers:
 
 # %% ../../nbs/text/10_splitting.ipynb #1f0c556f
 class Documents:
-    """The documents of the text `path`: `sides` has the index of a split for each, or DROPPED for one that is blank, or
-    whose hash is in the Numbers `known`, to which those of the others are added; `sizes`, the bytes on each side."""
+    """The documents of a text: `sides` has the index of a split for each, or DROPPED for one that is blank or whose
+    hash the Numbers `known` have, which get those of the others; `sizes`, the bytes on each side."""
     def __init__(self, path, known, report=silent):
         self.path, self.sides, self.sizes = path, bytearray(), [0] * (DROPPED + 1)
         self.duplicates, self.characters, self.longest, hasher = 0, 0, 0, Hasher()
@@ -130,7 +131,7 @@ class Documents:
         return [size / max(1, sum(self.sizes[:DROPPED])) for size in self.sizes[:DROPPED]]
 
     def write(self, targets):
-        "Copy each document that is kept to the file `targets[side]`, with END between two."
+        "Copy what is kept to the file `targets[side]`."
         with contextlib.ExitStack() as stack:
             files = {path: stack.enter_context(open(path, "wb")) for path in {*targets}}
             n, inside = 0, False
@@ -142,7 +143,7 @@ class Documents:
 
 # %% ../../nbs/text/10_splitting.ipynb #915d3223
 def reading_of(files, read, rule="as they are") -> Reading:
-    "The Reading of the Documents `read` (split -> Documents, or one for all), of which the `files` came by a `rule`."
+    "The Reading of `read` (split -> Documents, or one for all), whose `files` came by a `rule`."
     sizes = {split: os.path.getsize(path) for split, path in files.items()}
     shares = {split: size / max(1, sum(sizes.values())) for split, size in sizes.items()}
     sums = (sum(getattr(found, name) for found in read.values()) for name in ("kept", "duplicates", "characters"))
@@ -150,7 +151,7 @@ def reading_of(files, read, rule="as they are") -> Reading:
 
 # %% ../../nbs/text/10_splitting.ipynb #9f8ee233
 def told(read, facts):
-    "The Reading `read` with what `read_documents` has counted in `facts`."
+    "`read` with what `read_documents` has counted in `facts`."
     def of(kind): return {key[1]: n for key, n in facts.items() if key[0] == kind}
     skipped = {key: n for key, n in facts.items() if isinstance(key, str)}
     return replace(read, skipped=skipped, encodings=of("encoding"), line_ends=of("line ends"))
@@ -162,7 +163,7 @@ def are_fair(shares) -> bool:
 
 # %% ../../nbs/text/10_splitting.ipynb #dc018f20
 def split_text(path, folder, named, report=silent):
-    "Copy the text `path`, which errors call `named`, into a file for each split in `folder`: (split -> path, Reading)."
+    "Part a text, `named` so in errors: (split -> path in `folder`, Reading)."
     with about("cache_dir"): check_space(folder, 2 * path.stat().st_size, f"Cutting {named} in three")
     read, files = Documents(path, Numbers(), report), {split: folder/f"{split}.txt" for split in SPLITS}
     if not read.kept: raise ValueError(f"{named} is empty: all of its documents are.")
@@ -194,7 +195,7 @@ def documents_of(files, report=silent) -> dict:
 
 # %% ../../nbs/text/10_splitting.ipynb #5cebaeae
 def drop_duplicates(files, folder, report=silent):
-    "The `files` (split -> path), in place of those with duplicates others in `folder`; and the Reading of all."
+    "(the `files`, for those with duplicates others in `folder`; the Reading of all)."
     read, files = documents_of(files, report), dict(files)
     for split, found in read.items():
         if not found.duplicates: continue
@@ -205,7 +206,7 @@ def drop_duplicates(files, folder, report=silent):
 
 # %% ../../nbs/text/10_splitting.ipynb #10c00002
 def shared_out(numbers) -> tuple:
-    "(the side of each, rule) of the hashes `numbers`; few are parted by their order, so that some are held out."
+    "(side of each, rule) of these hashes; few are parted by their order."
     sides = bytearray(map(side_of, numbers))
     if are_fair([sides.count(side) / max(1, len(sides)) for side in range(DROPPED)]):
         return sides, f"each of {len(sides):,} conversations by its hash"
@@ -218,19 +219,18 @@ LEARNT = "messages", "prompt", "completion", "tools", "chat_template_kwargs"  # 
 
 def hash_of(chat) -> int:
     "Of what is learnt, in any order."
-    told = json.dumps(chat, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "big")
+    return Hasher(json.dumps(chat, sort_keys=True, default=str).encode()).number
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f009
 PLACES = ".places"
 
 def letters(told) -> int:
-    "The characters of a text, of a message or a part of one, or of a list of such."
+    "The characters of a text, a message, a part of one, or a list of such."
     if isinstance(told, dict): told = told.get("content") or told.get("text")
     return len(told) if isinstance(told, str) else sum(map(letters, told)) if isinstance(told, list) else 0
 
 def keep_chats(rows, path, known) -> tuple:
-    "Write those `rows` to the .jsonl file `path` whose hashes `known` has not: (the new hashes, letters of each, all)."
+    "Write `rows` that are not `known` to a .jsonl file: (new hashes, letters of each, number of all)."
     numbers, lengths, n = array("Q"), array("Q"), 0
     with open(path, "w", encoding="utf-8") as out, open(path.with_suffix(PLACES), "w", encoding="utf-8") as places:
         for n, (values, place) in enumerate(rows, 1):
@@ -244,7 +244,7 @@ def keep_chats(rows, path, known) -> tuple:
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f00b
 def part_chats(whole, numbers) -> tuple:
-    "Part the .jsonl file `whole` of conversations with the hashes `numbers`: (split -> path, rule)."
+    "Part conversations by their hashes `numbers`: (split -> path, rule)."
     sides, rule = shared_out(numbers)
     made = {SPLITS[side]: whole.with_name(f"{SPLITS[side]}.jsonl") for side in sorted({*sides})}
     for suffix in (whole.suffix, PLACES):
@@ -258,7 +258,7 @@ def part_chats(whole, numbers) -> tuple:
 # %% ../../nbs/text/10_splitting.ipynb #10c00004
 def split_chats(files, folder, on_bad_lines="error", report=silent, named=called):
     """Write each conversation of the tables `files` (split -> paths; "" for any) once, into a .jsonl file for its split
-    in `folder`: (split -> path, Reading). What is held out is not trained on. Errors call a file as `named` does."""
+    in `folder`: (split -> path, Reading). Errors call a file as `named` does."""
     known, skipped, kept, rule = Numbers(), Counter(), {}, "as they are"
     made = {split: folder/f"{split or 'all'}.jsonl" for split in files}
     def keep(split, known, skipped):

@@ -14,12 +14,12 @@ from ..errors import Sentence, same_kind
 from ..reporting import silent
 from .fields import is_chat
 from .hub import first_of, hub_documents, open_hub
-from .reading import END
+from .formats import END
 from .splitting import SPLITS, Documents, Hasher, Numbers, side_of
 
 # %% ../../nbs/text/10_streams.ipynb #8ad2e9df
 class Texts(io.TextIOBase):
-    "The strings `texts`, END between two, to be read like a file; the first `start` bytes are passed over."
+    "The strings `texts`, read like a file from the byte `start` on."
     def __init__(self, texts, start=0, context=0):
         self.parts, self.rest, self.before = (END * (n > 0) + text for n, text in enumerate(texts)), "", ""
         while start > 0 and (part := next(self.parts, None)) is not None:
@@ -71,7 +71,7 @@ class Stream(Record):
 HELD = 10**7  # bytes of text at most that are held out for each split
 
 def hold_out(texts, files, by_hash=False, most=None):
-    "Write of `texts` to the `files` (split -> path) of held-out splits, until each has `most` bytes, or HELD."
+    "Write `texts` to the `files` (split -> path) until each has `most` bytes, or HELD."
     most = most or HELD
     with contextlib.ExitStack() as stack:
         out = {SPLITS.index(split): stack.enter_context(open(path, "wb")) for split, path in files.items()}
@@ -89,7 +89,7 @@ NO_ROOM = ("{repository} holds conversations, for which the disk has no room. Fr
 # %% ../../nbs/text/10_streams.ipynb #98d495ef
 def stream_hub(repository, config, splits, field, on_bad_lines, rules, stage, report=silent):
     """Files in `stage` of a data set whose `splits` (ours -> its) are too large for the disk: its Stream, and what is
-    held out of each other split, or by hash where there is none."""
+    held out of each other split, or by hash without one."""
     from huggingface_hub import HfApi
     alone, revision = len(splits) == 1, HfApi().dataset_info(repository).sha
     rows = open_hub(repository, config, report, revision)[splits["train"]]
@@ -104,21 +104,21 @@ def stream_hub(repository, config, splits, field, on_bad_lines, rules, stage, re
     for split in () if alone else files:
         hold_out(replace(stream, split=splits[split]).texts(report), {split: files[split]})
     stream = replace(stream, held={split: sha256_of(path) for split, path in files.items()})
-    (stage/f"train{SUFFIX}").write_text(json.dumps(stream.to_dict()), encoding="utf-8")
+    (stage/f"train{SUFFIX}").write_text(json.dumps(stream.to_dict()))
     return {"train": stage/f"train{SUFFIX}", **files}
 
 # %% ../../nbs/text/10_streams.ipynb #38392b29
 def stream_in(path):
-    "The Stream in the file `path`; None for any other, and for somebody's text of such a name."
+    "The Stream in the file `path`; None for any other."
     if path.suffix != SUFFIX or path.stat().st_size > 1 << 16: return None
-    try: return Stream.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    try: return Stream.from_dict(json.loads(path.read_bytes()))
     except ValueError: return None
 
 def size_of(path) -> int:
-    "The bytes of a text, or those of the texts that a Stream stands for."
+    "The bytes of a text, or of the texts of a Stream."
     return stream.bytes if (stream := stream_in(path)) else path.stat().st_size
 
-def open_stream(path, start, context, report=silent):
-    "The Texts of the Stream in the file `path`, without what is held out beside it; and the `context` before `start`."
-    texts = Texts(stream_in(path).training(sorted(path.parent.glob("*.txt")), report), start, context)
+def open_stream(path, start, context):
+    "(the Texts of the Stream in `path` from `start` on, without what is held out; the `context` before)."
+    texts = Texts(stream_in(path).training(sorted(path.parent.glob("*.txt"))), start, context)
     return texts, texts.before

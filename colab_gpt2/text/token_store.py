@@ -51,7 +51,7 @@ class Blocks(Record):
         return {"input_ids": ids, "labels": ids}
 
     def __getstate__(self):
-        "Without the map, which would travel as a copy of all tokens."
+        "Without the map: it would be copied."
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _rows(self):
@@ -63,7 +63,7 @@ class Blocks(Record):
 
 # %% ../../nbs/text/13_token_store.ipynb #62b24e33
 def check_trainable(blocks: Blocks, minimum_blocks=1) -> Blocks:
-    "`blocks`, if there are enough to train on; else a ValueError that says what to do."
+    "`blocks`, if they are enough to train on; else a ValueError."
     if len(blocks) >= minimum_blocks: return blocks
     fits, text = blocks.tokens // minimum_blocks, f"The {blocks.split} text" if blocks.split else "The text"
     said = f"{text} has {several(blocks.tokens, 'token')}, which is {several(len(blocks), 'block')} of"
@@ -80,24 +80,24 @@ class TokenFile:
         self.record, self.part, self.journal = (ids.with_suffix(s) for s in (".json", ".part", ".journal"))
 
     def counts(self, complete=True):
-        "Of the tokens, words and bytes in the ids, or surely in the part; None without a right record."
+        "Of tokens, words and bytes in the ids, or surely in the part; None without a right record."
         record, ids = (self.record, self.ids) if complete else (self.journal, self.part)
         try:
-            known = json.loads(record.read_text(encoding="utf-8"))
+            known = json.loads(record.read_bytes())
             beyond = ids.stat().st_size - known["tokens"] * np.dtype(known["dtype"]).itemsize
         except (FileNotFoundError, NotADirectoryError, ValueError): return None  # never written, or not to its end
         if not self.key.items() <= known.items() or beyond < 0 or beyond and complete: return None
         return {name: value for name, value in known.items() if name not in self.key}
 
     def note(self, record, counts, out):
-        "Put the ids written to `out` on the disk, and then their `counts` into `record`."
+        "Put the ids in `out` on the disk, and then their `counts` into `record`."
         out.flush()
         os.fsync(out.fileno())
-        with atomic(record) as temporary: temporary.write_text(json.dumps(counts | self.key), encoding="utf-8")
+        with atomic(record) as temporary: temporary.write_text(json.dumps(counts | self.key))
 
 # %% ../../nbs/text/13_token_store.ipynb #3d462e78
 def write_ids(pieces, encoder, out, counts, last=" ", before=-1):
-    "Append the `pieces` of `read_windows` to the file `out`; yield the `counts`. `last`, `before`: what was there."
+    "Append the `pieces` of `read_windows` to `out`; yield the `counts`. `last`, `before`: what was there."
     for text, ids in pieces:
         ids = opened(np.asarray(ids, encoder.dtype), encoder.opening, encoder.ends, before)
         out.write(ids.tobytes())
@@ -109,7 +109,7 @@ def write_ids(pieces, encoder, out, counts, last=" ", before=-1):
 
 # %% ../../nbs/text/13_token_store.ipynb #33fab38d
 def open_text(path, start):
-    "The text of `path`, open `start` bytes after its byte order mark if it has one; and the CONTEXT before that."
+    "(the open text from the byte `start` on, without a byte order mark; the CONTEXT before)."
     if stream_in(path): return open_stream(path, start, CONTEXT)
     file = open(path, "rb")
     mark = 3 if file.read(3) == codecs.BOM_UTF8 else 0
@@ -122,7 +122,7 @@ EVERY = 1 << 26  # bytes of text between two entries in the journal: some second
 
 # %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 def write_part(path, file, encoder, report=silent):
-    "Tokenise `path` into the part of `file`, from where the journal stopped; returns the counts."
+    "Tokenise `path` into the part of `file`, from where the journal stopped; -> the counts."
     counts = file.counts(complete=False) or dict(tokens=0, words=0, bytes=0)
     what, size, due = f"Tokenising {path.name}", size_of(path), counts["bytes"] + EVERY
     text, before = open_text(path, counts["bytes"])
@@ -146,7 +146,7 @@ def write_part(path, file, encoder, report=silent):
 
 # %% ../../nbs/text/13_token_store.ipynb #1b2ca5d3
 def write_tokens(path, file, encoder, report=silent, write=write_part):
-    "The counts of `file`, tokenised from the text `path` by one process at a time."
+    "The counts of `file`, tokenised by one process at a time."
     try:
         file.ids.parent.mkdir(parents=True, exist_ok=True)
         with sole_owner(file.ids.with_suffix(".lock")):
@@ -163,7 +163,7 @@ def write_tokens(path, file, encoder, report=silent, write=write_part):
 
 # %% ../../nbs/text/13_token_store.ipynb #13c00001
 def check_utf8(path) -> Path:
-    "`path`, if it is a text in UTF-8 as it stands; errors as `check_text`."
+    "`path`, if it is UTF-8 as it stands; errors as `check_text`."
     with Source(path := check_text(path)) as source: told = source.encoding
     told = "compressed" if path.suffix.lower() in PACKED else "a table" if is_table(path) else told.upper()
     if told[:5] == "UTF-8": return path

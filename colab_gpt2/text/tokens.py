@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import Sentence
 from ..runtime import memory
-from .reading import END
+from .formats import END
 
 # %% ../../nbs/text/12_tokens.ipynb #f19b97a3
 CONTEXT = 1 << 10  # characters before and after a cut that are looked at
@@ -29,11 +29,10 @@ def find_cut(encode, text, context=CONTEXT):
 
 # %% ../../nbs/text/12_tokens.ipynb #ce1864e5
 TOO_LONG = "{tokenizer} finds no place to cut the text, and memory is too short for {n:,} characters in one piece."
-COST = 120  # bytes of memory for a character at most; tokenizers 0.23 took 100 to 120, with and without spaces
+COST = 120  # bytes of memory a character; tokenizers 0.23 took 100 to 120
 
 def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT):
-    """Yield (text, ids) piece by piece; the ids are those of one piece. `text`: the `context` characters before the
-    place where `file` stands."""
+    "Yield (text, ids) piece by piece, as of one piece. `text`: the `context` characters before `file`'s place."
     known, skip = len(text), len(encode([text])[0]) if text else 0  # of the text and its ids: what came before
     ended = False
     while not ended:
@@ -42,27 +41,27 @@ def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT):
         at, before = (len(text), []) if ended else find_cut(encode, text, context)
         if COST * len(text) > memory()[1]: raise MemoryError(Sentence(TOO_LONG, n=len(text)))
         if at is None: continue
-        [ids], tail = encode([text[:at]]), before[len(before) // 2:]  # the first half may not know what stood before it
+        [ids], tail = encode([text[:at]]), before[len(before) // 2:]  # the first half lacks what stood before
         if ids[len(ids) - len(tail):] != tail: continue
         if at > known: yield text[known:at], ids[skip:]
         text, known, skip = text[at - context:], context, len(before)
 
 # %% ../../nbs/text/12_tokens.ipynb #04a3cf22
 def opening_ids(tokenizer) -> list:
-    "The ids that `tokenizer` puts before a text, such as `<s>`; not what it puts after one."
+    "The ids that `tokenizer` puts before a text, such as `<s>`."
     both, own = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (True, False))
     return both[:next((n for n in range(len(both)) if both[n:n + len(own)] == own), 0)]
 
 # %% ../../nbs/text/12_tokens.ipynb #0f1ed26f
 def opened(ids, opening, ends, before=-1):
-    "The array `ids` with `opening` before each document in it, that is after one of `ends`; `before`: the last id."
+    "`ids` with `opening` before each document, that is after one of `ends`; `before`: the last id."
     if not (opening and len(ids)): return ids
     first = np.isin(np.append(before, ids[:-1]), ends) & (ids != opening[0])
     return np.insert(ids, np.flatnonzero(first).repeat(len(opening)), opening * int(first.sum()))
 
 # %% ../../nbs/text/12_tokens.ipynb #332143f3
 def end_mark(tokenizer) -> str:
-    "What END becomes for `tokenizer`: itself if it is a token, else the tokenizer's own end token; '' without one."
+    "What END becomes: itself if it is a token, else the tokenizer's own end token; '' without one."
     if END in tokenizer.get_vocab(): return END
     end = tokenizer.eos_token or tokenizer.sep_token or ""
     return end if end and len(tokenizer(end, add_special_tokens=False)["input_ids"]) == 1 else ""
@@ -72,7 +71,7 @@ MARKS = END, "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text
 
 
 def notes_on(data, name, tokenizer, lost=False):
-    "Yield a text for what is unknown in `data`, the bytes of `name` or its `sample_of`, or `lost` from it."
+    "Yield a text for what is unknown in `data`, bytes of `name`, or `lost` from it."
     def ids(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     white = {"line ends": "\n", "repeated spaces": "  "} if lost else {}
     gone = [what for what, w in white.items() if data.find(w.encode()) >= 0 and ids(f"a{w}a") == ids("a a")]
@@ -88,7 +87,7 @@ def notes_on(data, name, tokenizer, lost=False):
 
 # %% ../../nbs/text/12_tokens.ipynb #a598e47a
 def sample_of(path) -> bytes:
-    "The beginning of a text, and what else of it `notes_on` looks for; to map the file would fill the memory."
+    "The beginning of a text, and what else `notes_on` looks for."
     wanted, start, last = {*(mark.encode() for mark in MARKS), b"\n", b"  "}, b"", b""
     with open(path, "rb") as f:
         while more := f.read(1 << 20):
@@ -100,14 +99,14 @@ def sample_of(path) -> bytes:
 
 # %% ../../nbs/text/12_tokens.ipynb #ee511239
 def check_ids(ids, rows, tokenizer, said, **values):
-    "ValueError if one of `ids` is not among the `rows` of the embedding; `said` is the template of whose they are."
+    "ValueError if one of `ids` is beyond the embedding's `rows`; `said`: the template of whose they are."
     if not len(ids) or (largest := int(np.max(ids))) < rows: return
     told = f"{said} has the token {{token}}, for which the model has no embedding. Remove it."
     raise ValueError(Sentence(told, token=tokenizer.convert_ids_to_tokens(largest), **values))
 
 # %% ../../nbs/text/12_tokens.ipynb #c443ca46
 def private_copy(tokenizer):
-    "A copy of the `tokenizers.Tokenizer` inside `tokenizer`, with padding and truncation off."
+    "The `tokenizers.Tokenizer` inside, copied, without padding and truncation."
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
