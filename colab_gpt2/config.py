@@ -99,7 +99,7 @@ OPTIMIZERS = "adamw_torch_fused", "adamw_bnb_8bit"
 
 @dataclass(frozen=True)
 class MethodFields(StepFields):
-    "What changes memory and speed more than the result."
+    "What changes memory and speed more than results."
     precision: str = value(
         "auto", "number format of the computation; auto: the fastest that the device supports well", choices=PRECISIONS)
     method: str = value("auto", "train all weights, or LoRA's adapters only; auto: all where they fit", choices=METHODS)
@@ -172,7 +172,7 @@ def unnumbered(folder, name) -> str:
 # %% ../nbs/04_config.ipynb #3ddc969c
 @dataclass(frozen=True)
 class FinetuneConfig(EvaluationFields):
-    "Everything that a fine-tuning run depends on. ValueError for a bad value names field, value and rule."
+    "Everything that a run depends on. ValueError for a bad value names field, value and rule."
     seed: int = value(42, "the same seed gives the same weights on the same machine", minimum=0, maximum=2**32 - 1)
     logging_steps: int = value(10, "steps between two entries of the loss", label="Log every", minimum=1)
     save_steps: int | None = value(

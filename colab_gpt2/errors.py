@@ -48,8 +48,8 @@ def _fill(template, values, name_of):
 
 # %% ../nbs/01_errors.ipynb #51ea8613
 class Sentence(str):
-    """A text whose `template` has names in braces: one of `values`, or a field, `{resume}`, perhaps with the value to
-    give it, `{method=lora}`. As a string it has Python's names."""
+    """A text whose `template` has names in braces: of `values`, or a field, `{resume}`, maybe with the value to give
+    it, `{method=lora}`. As a string it has Python's names."""
     def __new__(cls, template, /, **values):
         self = super().__new__(cls, _fill(template, values, in_python))
         self.template, self.values = template, values

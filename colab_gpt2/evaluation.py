@@ -39,9 +39,9 @@ UNITS, ALSO = ("token", "word", "byte"), "this text also chose the weights"
 
 @dataclass(frozen=True)
 class Perplexity(Record):
-    """exp(nats / count) and all that it takes to compare it with another.
+    """exp(nats / count) and what it takes to compare it.
 
-    Every token but the first counts; words (between white space) and bytes (UTF-8) are those of the complete text.
+    Every token but the first counts; words (between white space) and bytes (UTF-8) are the complete text's.
     lm-evaluation-harness counts so too, but also scores the first token of each article, after an end-of-text."""
     value: float
     unit: str  # "token", "word" or "byte"
@@ -216,7 +216,7 @@ def perplexity(
     together=False,  # each process scores its share of the windows; all must call this
     progress=True,  # a bar on stderr; or a function of (what, done, total), in tokens
 ) -> Perplexity:  # per token; `.per("word")` and `.per("byte")` cost nothing
-    """exp of the mean nats a token, each scored once, after `context - stride` tokens or more where there are as many:
+    """exp of the mean nats a token, each scored once, after `context - stride` tokens or more if there are as many:
     https://huggingface.co/docs/transformers/perplexity. RuntimeError if a loss is not finite."""
     stride, context = check_measure(model, blocks, stride, context)
     if batch_size is not None: check_number("batch_size", batch_size, 1, integer=True)
@@ -242,7 +242,7 @@ def perplexity(
 # %% ../nbs/60_evaluation.ipynb #e8dac32c
 @dataclass(frozen=True)
 class ReportCard(Record):
-    "Perplexities of one text; maybe with those of the model before training, where they are comparable."
+    "Perplexities of one text; maybe with comparable ones of the model before training."
     rows: tuple  # of Perplexity
     before: tuple = ()  # of Perplexity, row by row
 

@@ -127,9 +127,9 @@ def find_learning_rate(
     progress=True,
     **changes,  # fields of the config
 ) -> RateCurve:
-    """A learning rate for a run of `config`, by the range test of Smith (2017, https://arxiv.org/abs/1506.01186). How
-    long it takes is told, as a warning, before it starts. Stopped on its way, it returns the curve so far. Nothing is
-    written to the output folder, and no weight is kept."""
+    """A learning rate for a run, by the range test of Smith (2017, https://arxiv.org/abs/1506.01186). How long it takes
+    is told, as a warning, before. Stopped on its way, it returns the curve so far. Nothing is written to the output
+    folder."""
     started, config = time.monotonic(), changed(config, **changes)
     check_number("steps", steps, minimum=10, integer=True, hint="Fewer make no curve.")
     ramp, ended = Ramp([LOWEST * (HIGHEST / LOWEST) ** (n / (steps - 1)) for n in range(steps)]), ""

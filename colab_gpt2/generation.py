@@ -273,5 +273,5 @@ def stream_pieces(request):
 def stream(
     model="gpt2", prompt=" = Toronto Raptors = \n", **options,  # all as in `generate`, without samples and progress
 ):
-    "The text of `generate` in pieces, each as soon as it is final: no half characters but the last, no stop string."
+    "The text of `generate` in pieces, each as soon as it is final: no half characters but the last."
     return stream_pieces(Request(model, prompt, samples=1, **options))

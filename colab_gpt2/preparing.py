@@ -113,7 +113,7 @@ def choosing_blocks(config, corpus, held_out, *given) -> Blocks | None:
 def check_room(config, plan, tokenizer=None):
     """OSError without room for what a run adds: the checkpoints kept and, before the oldest goes, another, or the
     model. A checkpoint has weights and AdamW's two moments, in fp32, and the best weights, which also lie beside them;
-    one of adapters is small. The tokenizer is in each. What goes to a Drive is on this machine's disk first."""
+    one of adapters is small. The tokenizer is in each. What goes to a Drive is on this disk first."""
     every = config.save_steps or math.ceil(plan.steps / 3)
     full, best = plan.recipe.method != "lora", config.load_best_model_at_end and config.eval_steps != -1
     made = math.ceil(plan.steps / every) if every > 0 else 1

@@ -80,7 +80,7 @@ def plan(
     progress=True,
     **changes,  # to `config`
 ) -> Record:
-    "What a run would take, before it is started: a `Plan`, from the model's config without its weights."
+    "What a run would take: a `Plan`, from the model's config without its weights."
     from colab_gpt2.model.loading import model_context
     from colab_gpt2.planning.plan import named_runtime, plan_run
     config = changed(config, **changes)
@@ -96,7 +96,7 @@ def evaluate(
     progress=True,
     **changes,  # to `config`
 ) -> Record:
-    "Perplexity on held-out text per token, word and byte, at the `eval_stride` or at two strides: a `ReportCard`."
+    "Perplexity on held-out text per token, word and byte, at the `eval_stride` or two strides: a `ReportCard`."
     from colab_gpt2.evaluation import report_card
     from colab_gpt2.preparing import prepare
     config = changed(config, **{**changes, "model": model, "from_scratch": False})
@@ -176,7 +176,7 @@ def open_drive(drive):
 
 # %% ../nbs/64_tasks.ipynb #9e71669d
 def ask_for_drive() -> str:
-    "Mount Colab's Drive now, while somebody is there to allow it; returns a one-sentence status, and never fails."
+    "Mount Colab's Drive now, while somebody can allow it; -> a one-sentence status. It never fails."
     from colab_gpt2.storage.drive import mount_drive
     if not in_colab(): return "This is not Colab: there is no Drive to allow, and a folder takes its place."
     try: return f"The Drive is mounted at {mount_drive()}."
@@ -237,8 +237,7 @@ def run(
     progress=True,
     **changes,  # to `config`
 ) -> RunResult:
-    """Check, fetch, fine-tune, generate, archive and save: the complete tutorial in one call. The same call again does
-    what is left of it."""
+    "Check, fetch, fine-tune, generate, archive and save: the complete tutorial. The same call again does what is left."
     from colab_gpt2.training import finetune
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir
@@ -269,7 +268,7 @@ DEMO = FinetuneConfig(
 
 # %% ../nbs/64_tasks.ipynb #5953484d
 def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> RunResult:
-    "`run` with `DEMO`, or `config` in its place. A slow machine takes fewer steps, unless steps or epochs are set."
+    "`run` with `DEMO`, or `config`. A slow machine takes fewer steps, unless steps or epochs are set."
     from colab_gpt2.engine.guards import TimeLimit
     config, length = config or DEMO, ("max_steps", "num_train_epochs")
     own = any(name in options or getattr(config, name) != getattr(DEMO, name) for name in length)
@@ -317,7 +316,7 @@ def bench(
     progress=True,
     **changes,  # to `config`
 ) -> Bench:
-    "Train for some steps and throw the result away: training tokens a second over the median step."
+    "Train for some steps and throw the result away: tokens a second over the median step."
     from colab_gpt2.finding_rate import try_steps
     check_number("steps", steps, minimum=3, integer=True, hint="The first two are not counted.")
     config = changed(config or DEMO, **changes)

@@ -360,9 +360,9 @@ def finetune(
     progress=True,  # bars on stderr; False: nothing; a function of (what, done, total): that
     **changes,  # fields of the config
 ) -> FinetuneResult:
-    """Fine-tune a model on a text, save it, and evaluate it before and after. The same again resumes where it was, or
-    returns what was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time,
-    with a checkpoint. What `progress` or a Listener raises ends the run."""
+    """Fine-tune a model on a text, save it, and evaluate it before and after. The same again resumes, or returns what
+    was finished. Raises what the parts raise, in one line; `Interrupted` after a signal or out of time, with a
+    checkpoint. What `progress` or a Listener raises ends the run."""
     started, config = time.monotonic(), changed(config, **changes)
     if config.num_processes > 1 and expected() == 1: return launch(config, callbacks, progress)
     config = check_run(config)

@@ -143,8 +143,8 @@ def compare(
     max_new_tokens=None,
     progress=True,
 ) -> Comparison:
-    """Two runs side by side: settings that differ, losses, perplexities where they are comparable, samples of the same
-    prompt and seed. FileNotFoundError where there is no run, ValueError for the same run twice."""
+    """Two runs side by side: settings that differ, losses, comparable perplexities, samples of the same prompt and
+    seed. FileNotFoundError without a run, ValueError for the same run twice."""
     a, b = told_by(run_a), told_by(run_b)
     if a.name == b.name: a, b = replace(a, name=a.place), replace(b, name=b.place)
     alike = replace(a, name=b.name, place=b.place, config=b.config) == b and a.settings == b.settings

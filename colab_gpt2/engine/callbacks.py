@@ -82,8 +82,8 @@ class Listener(TrainerCallback):
         "The held-out text's Perplexity and a Sample, before or after the training."
 
     def on_evaluated(self, step, perplexity, best_step):
-        """The perplexity, per token, of the text that chooses after a step of the training, and the step of the lowest
-        so far. A run that resumes, or goes back after a divergence, tells all that it has measured again."""
+        """The perplexity, per token, of the text that chooses after a step, and the step of the lowest so far. A run
+        that resumes, or goes back after a divergence, tells again all that it has measured."""
 
 # %% ../../nbs/engine/40_callbacks.ipynb #47b8015d
 def tell(callbacks, event, *args, **kwargs):

@@ -53,8 +53,7 @@ def keep_others(folder, new, ours):
 # %% ../../nbs/engine/41_checkpoints.ipynb #a6a6dfb1
 def save_model(model, tokenizer, output_dir, ours=None, adapters=None) -> dict:
     """Write weights, config, tokenizer, and what `adapters(folder)` writes; on an error `output_dir` stays. -> name to
-    SHA-256. Given `ours` (such a dict), a file that is there and neither one of these nor a new one becomes
-    NAME.before."""
+    SHA-256. Given `ours` (such a dict), a file there that is neither one of these nor new becomes NAME.before."""
     from colab_gpt2.model.fitting import published, save_tokenizer, set_ids
     from colab_gpt2.model.loading import quiet
     check_finite(model)
@@ -84,8 +83,7 @@ def unsealed(text, name=MANIFEST) -> dict:
 # %% ../../nbs/engine/41_checkpoints.ipynb #7a7d77c3
 def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, config=None, **how):
     """List the files of a complete checkpoint, with its `run`'s fingerprint (names to plain values), its `step` of
-    `steps`, what the learning rate is multiplied by since it diverged, its `config`, which a person would have to set
-    again, and `how` it is computed."""
+    `steps`, what the learning rate is multiplied by since it diverged, its `config`, and `how` it is computed."""
     files, now = list_files(folder), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     facts = dict(files=files, sha256=checksums(folder, files), run=run, step=step, steps=steps, saved=now,
                  rate_factor=rate_factor, config=config, how=how)

@@ -52,7 +52,7 @@ def slice_loss(logits, targets, vocabulary, wanted, softcap=None, smoothing=0.):
 # %% ../../nbs/model/21_loss.ipynb #e6a995b0
 def chunk_loss(logits, vocabulary, targets, wanted, softcap=None, smoothing=0.):
     """The loss of each row, (rows, 1); if `wanted`, `logits` (rows, padded vocabulary) become their gradients.
-    `targets` (rows, 1) are in the vocabulary, those that do not count too."""
+    `targets` (rows, 1) are in the vocabulary, even those that do not count."""
     rows = EXACT_ROWS if logits.is_cuda else max(1, EXACT_LOGITS // logits.shape[1])
     slices = [*zip(logits.split(rows), targets.split(rows))]
     if type(logits) is not torch.Tensor and not logits.is_cuda: slices = slices[:1]  # a trace's: one tells of all
@@ -136,8 +136,8 @@ def linear_cross_entropy(
 ):
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits, after Liger Kernel (arXiv 2410.10989, 3.2).
 
-    Under autocast the products are in its precision; the loss is a scalar in fp32 (fp64 for fp64). ValueError for
-    shapes that do not fit and for options; torch's own error for a label out of range."""
+    Under autocast the products are in its precision; the loss is a scalar in fp32 (fp64 for fp64). ValueError for wrong
+    shapes and options; torch's own error for a label out of range."""
     if chunk_size is None: chunk_size = chunk_rows(len(weight))
     check_number("chunk_size", chunk_size, minimum=1)
     check_choice("reduction", reduction, ("mean", "sum"))

@@ -47,8 +47,8 @@ def penalise(logits, tokens, penalty):
 
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e0e
 def candidates(logits, sampling) -> tuple:
-    """Scores and ids, both (batch, k), of the tokens that may come next, most likely first; top-p makes scores -inf.
-    Where every token is kept, the scores are in the vocabulary's order and the ids None."""
+    """Scores and ids, both (batch, k), of the tokens that may come next, most likely first; top-p makes scores -inf. If
+    every token is kept, the scores are in the vocabulary's order and the ids None."""
     size = logits.shape[-1]
     k = min(sampling.top_k or size, size)
     if k == size and sampling.top_p == 1: return (logits - logits.amax(-1, keepdim=True)) / sampling.temperature, None

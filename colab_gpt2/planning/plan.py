@@ -23,7 +23,7 @@ from ..runtime import Precision, Runtime, pick_precision
 def named_runtime(
     gpu: str,  # one of DEVICES, in small letters or capitals; "CPU" for none
 ) -> Runtime:
-    "The Runtime of a Colab machine as far as a plan needs it: its disk and most versions are unknown."
+    "The Runtime of a Colab machine as far as a plan needs it."
     name = {name.upper(): name for name in DEVICES}.get(str(gpu).upper())
     if name is None:
         raise ValueError(Sentence("{gpu} is {given!r}; known are {known}.", given=gpu, known=", ".join(DEVICES)))
@@ -245,7 +245,7 @@ def plan_rows(plan):
 # %% ../../nbs/planning/32_plan.ipynb #27a25a6d
 @dataclass(frozen=True)
 class Plan(Record):
-    "How a model will be trained, and why. Bytes and seconds are estimates until a probe has measured them."
+    "How a model will be trained, and why. Bytes and seconds are estimates until a probe measures them."
     fits: bool
     recipe: Recipe  # how: method, precision, micro-batch and the rest
     peak_bytes: int
@@ -365,7 +365,7 @@ def plan_run(
     config: FinetuneConfig | None = None,  # None: the defaults. What it fixes is kept, fitting or not
 ) -> Plan:
     """Forecast memory and time, and choose what `config` leaves open, at a constant effective batch. ValueError for a
-    text of less than a block, a block that the model cannot take, or a precision that the device cannot."""
+    text of less than a block, a block the model cannot take, or a precision the device cannot."""
     config, shape, size = config or FinetuneConfig(), shape_of(model), blocks.block_size
     runtime = pick_run_precision(config, runtime)
     check_number("tokens", blocks.tokens, minimum=1, integer=True)

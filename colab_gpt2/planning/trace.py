@@ -77,7 +77,7 @@ class Live(TorchDispatchMode):
 # %% ../../nbs/planning/29_trace.ipynb #e284c725
 class Operations(Live):
     """Counts operations on fake tensors, in each micro-batch: what is `held` after each, by stage, in all and of
-    gradients; `flops`; bytes `moved`. A stage is a part of the model on the way forward or back."""
+    gradients; `flops`; bytes `moved`. A stage is a part of the model, forward or backward."""
     def __init__(self):
         super().__init__()
         self.gradients, self.weights, self.count = 0, set(), 0
@@ -305,7 +305,7 @@ def trace_step(
     config,  # a transformers config
     recipe,  # a Recipe
 ) -> Trace:
-    "Follow one training step on tensors without numbers. ValueError, in a sentence, where the model does not let it."
+    "Follow a training step on tensors without numbers. ValueError, in a sentence, if the model does not let it."
     known = Known(f"{type(config)} {config._attn_implementation} {config.to_json_string()}", config)
     same = dict(gradient_accumulation_steps=min(recipe.gradient_accumulation_steps, 2), optimizer=OPTIMIZERS[0],
                 device="cuda" if recipe.on_cuda else "cpu", lora_rank=recipe.lora_rank if recipe.lora else 1)

@@ -49,7 +49,7 @@ def without_tokens(folder, names) -> list:
 
 # %% ../../nbs/storage/50_archives.ipynb #41f2eca0
 def check_model(folder):
-    "`folder`, if it holds a model; else FileNotFoundError, NotADirectoryError, or ValueError for damaged weights."
+    "`folder`, if it holds a model; else FileNotFoundError, NotADirectoryError, or ValueError for damage."
     folder, advice = home(folder), "Give the output folder of a finished fine-tuning."
     if not folder.exists(): raise FileNotFoundError(f"There is no folder {folder}. {advice}")
     if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file; give the folder that holds the model.")
@@ -112,7 +112,7 @@ def archive_model(
     overwrite=False,  # replace a file that is there?
     progress=True,  # as `reporting` takes it
 ) -> Archive:
-    "Pack a model; the bytes depend on its files (and on zlib) alone. Errors of `check_model` and `check_archive_path`."
+    "Pack a model; the bytes depend on its files (and zlib) alone. Errors of `check_model` and `check_archive_path`."
     action = f"Packing {folder} into {path}"
     with reporting(progress) as report, explained(action):
         folder, path = check_model(folder), check_archive_path(path, overwrite)

@@ -81,8 +81,8 @@ def copy_verified(
     wait=1.0,  # seconds before the second attempt
     progress=True,  # as `reporting` takes it
 ) -> Copy:
-    """Copy a file, to Drive or anywhere, and read it back. A file with other content is replaced; the `note` says so.
-    OSError if the copy does not arrive: then `destination` stays as it was."""
+    """Copy a file, to Drive or anywhere, and read it back. One with other content is replaced; the `note` says so.
+    OSError if the copy does not arrive: then `destination` stays."""
     start, source, destination = time.monotonic(), check_mounted(source), check_mounted(destination)
     check_number("attempts", attempts, minimum=1, integer=True)
     check_number("wait", wait, minimum=0)
@@ -133,8 +133,8 @@ def mount_drive(
     force_remount=False,  # mount it again if it is mounted?
     readonly=False,
 ) -> Path:
-    """Mount Google Drive unless it is mounted, and return its `MyDrive`. Call it in a cell. PermissionError if it is
-    not authorised, OSError or RuntimeError if it does not mount; with errno `GONE` if `force_remount` may help."""
+    """Mount Google Drive unless it is mounted; -> its `MyDrive`. Call it in a cell. PermissionError if it is not
+    authorised, OSError or RuntimeError if it does not mount; with errno `GONE` if `force_remount` may help."""
     if not in_colab() and mountpoint is None:
         raise FileNotFoundError(Sentence("Google Drive can be mounted on Colab only, and this is another machine. "
                                          "Name a folder to save in: {drive}."))
@@ -200,7 +200,7 @@ def save_to_drive(
     flush=False,  # wait for the upload, and unmount?
     progress=True,  # as `reporting` takes it
 ) -> Copy:
-    "Copy an archive to Drive and read it back. The `note` says what that does not prove, and what was there before."
+    "Copy an archive to Drive and read it back. The `note` says what that does not prove, and what was there."
     source = home(getattr(archive, "path", archive))
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
     check_folder(folder)

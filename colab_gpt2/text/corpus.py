@@ -377,10 +377,10 @@ def load_corpus(
     sources=WIKITEXT,  # name -> Published: other mirrors
     download=True,  # False: what is not in the cache is a ConnectionError
 ) -> Corpus:
-    """The text to train and evaluate on, as files that exist and are checked.
+    """The text to train and evaluate on, as checked files.
 
     ValueError for an unknown name or a text that cannot be used, FileNotFoundError for a file that does not exist,
-    ConnectionError if no source of a published corpus has the right files and the cache does not either."""
+    ConnectionError if no source of a published corpus has the right files."""
     root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
     if not eval_file and LINK.fullmatch(str(train_file)): name, train_file, field = train_file, None, "train_file"
     with reporting(progress) as report, about(*() if train_file or eval_file else (field,)):

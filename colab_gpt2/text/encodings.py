@@ -51,7 +51,7 @@ def called(path) -> str:
 # %% ../../nbs/text/10_encodings.ipynb #10e0000f
 class Faults:
     """Of what is read from `called`: `add` is told each bad line. It raises, or with `on_bad_lines="skip"` counts them
-    in the Counter `skipped`, and `tell` warns of them at the end."""
+    in the Counter `skipped`; `tell` warns at the end."""
     def __init__(self, called, on_bad_lines="error", skipped=None):
         self.called, self.skip = called, on_bad_lines == "skip"
         self.skipped, self.count, self.first = Counter() if skipped is None else skipped, 0, ""
@@ -116,8 +116,8 @@ def without_end(lines, skipped):
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00015
 class Source:
-    """The characters of the file `path`, with the line ends of Unix; `line` is the number of the last line. `skipped`
-    counts the file's encoding and line ends as well, under pairs."""
+    """The characters of a file, with the line ends of Unix; `line` is the last line's number. `skipped` counts the
+    file's encoding and line ends too, by pairs."""
     def __init__(self, path, on_bad_lines="error", report=silent, skipped=None):
         self.path, self.line, self.start, self.report = path, 0, b"", report
         self.faults = Faults(called(path), on_bad_lines, skipped)

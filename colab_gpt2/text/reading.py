@@ -57,7 +57,8 @@ def check_text(
     path,  # of a text or a table; `~` is the home folder
 ) -> Path:
     """`path`, if all of it can be read; else FileNotFoundError, IsADirectoryError, or ValueError with the wrong line.
-    A text may be UTF-8 or UTF-16, and compressed (.gz, .bz2, .xz)."""
+
+    It may be UTF-8 or UTF-16, and compressed (.gz, .bz2, .xz)."""
     path = check_file(path)
     if is_table(path): read = sum(1 for _ in rows_in(path))
     else:

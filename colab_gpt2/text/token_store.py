@@ -26,7 +26,7 @@ from .tokens import CONTEXT, Encoder, notes_on, opened, read_windows, sample_of
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
 @dataclass(frozen=True, eq=False)
 class Blocks(Record):
-    "The token stream of one text as a torch dataset of blocks, for the workers of a DataLoader too."
+    "The token stream of one text as a torch dataset of blocks."
     path: Path  # the memory map: all ids, nothing else
     block_size: int  # tokens a block
     tokens: int  # of the stream, with those after the last full block
@@ -73,8 +73,8 @@ def check_trainable(blocks: Blocks, minimum_blocks=1) -> Blocks:
 
 # %% ../../nbs/text/13_token_store.ipynb #eb8b44a6
 class TokenFile:
-    """The files of the ids of one text by one tokenizer: `ids` with a `record`; before that, `part` with a `journal`.
-    A record holds the `key`: the dtype, and the SHA-256 of the text and of the tokenizer."""
+    """The files of one text's ids by one tokenizer: `ids` with a `record`; before that, `part` with a `journal`. A
+    record holds the `key`: the dtype, and the SHA-256 of the text and the tokenizer."""
     def __init__(self, ids, **key):
         self.ids, self.key = ids, key
         self.record, self.part, self.journal = (ids.with_suffix(s) for s in (".json", ".part", ".journal"))
@@ -185,9 +185,9 @@ def tokenize_file(
 ) -> Blocks:
     """The complete text as one stream of tokens in a memory map, cut into blocks.
 
-    It is read in pieces, in memory that does not grow with the file, and a run that was killed is resumed; the ids are
-    those of one piece. `<|endoftext|>` in the text is the token of that name. What the tokenizer puts before a text,
-    such as `<s>`, stands before each document; no end token is added. Errors: as `check_text`."""
+    It is read in pieces, in memory that does not grow with the file, and a killed run is resumed; the ids are those of
+    one piece. `<|endoftext|>` in the text is the token of that name. What the tokenizer puts before a text, such as
+    `<s>`, stands before each document; no end token is added. Errors: as `check_text`."""
     hint = "A causal model learns from each token to the next."
     check_number("block_size", block_size, minimum=2, integer=True, hint=hint)
     path, encoder = check_utf8(path), Encoder(tokenizer)

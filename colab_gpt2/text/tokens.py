@@ -18,8 +18,8 @@ from .formats import END
 CONTEXT = 1 << 10  # characters before and after a cut that are looked at
 
 def find_cut(encode, text, context=CONTEXT):
-    """A place near the end of `text` where a token ends whatever follows, and the ids of the `context` characters
-    before it: after a line if it can be, else after any character; (None, None) where there is none."""
+    """A place near the end of `text` where a token ends whatever follows, after a line if it can be, and the ids of the
+    `context` characters before it; (None, None) without."""
     last = len(text) - context
     for at in (text.rfind("\n", 2 * context, last) + 1, *range(last, last - 64, -1)):
         if at < 2 * context or text[at:at + context // 2].isspace(): continue  # a token may take all space before it
@@ -115,8 +115,8 @@ def private_copy(tokenizer):
 
 # %% ../../nbs/text/12_tokens.ipynb #47fef69b
 def cut_pattern(backend) -> "re.Pattern | None":
-    """The empty match at each place inside a text where a `tokenizers.Tokenizer` that splits as GPT-2's does surely
-    splits: before the last of a run of white space, unless an added token may follow. None for any other."""
+    """The empty match wherever a `tokenizers.Tokenizer` that splits as GPT-2's does surely splits inside a text: before
+    the last of a run of white space, unless an added token may follow. None for any other."""
     state = json.loads(backend.to_str())
     split, added = {"use_regex": True} | (state["pre_tokenizer"] or {}), state["added_tokens"]
     form = [split.get(name) for name in ("type", "use_regex", "add_prefix_space")]
@@ -128,10 +128,10 @@ def cut_pattern(backend) -> "re.Pattern | None":
 
 # %% ../../nbs/text/12_tokens.ipynb #7fcdcb1e
 class Encoder:
-    """Texts to ids, by a private copy of `tokenizer`: no padding, no truncation, no special tokens added.
+    """Texts to ids, by a private copy of `tokenizer`: no padding, truncation or added special tokens.
 
-    `opening` and `ends` are for `opened`, `vocabulary_size` is the largest id + 1, `dtype` what holds an id,
-    `fingerprint` the SHA-256 of all that decides about ids."""
+    `opening` and `ends` are for `opened`, `vocabulary_size` is the largest id + 1, `dtype` holds an id, `fingerprint`
+    is the SHA-256 of all that decides about ids."""
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
         self.end, self.opening = end_mark(tokenizer), opening_ids(tokenizer)
