@@ -307,7 +307,8 @@ def _carry(stage, temporary, place):
 @contextlib.contextmanager
 def atomic(path, folder=False, aside=None):
     """A temporary file, or an empty `folder`, that takes the place of `path` on a clean exit; else `path` stays. Into a
-    folder that is there the new files move one by one, the largest last, and its others stay; or all moves `aside`."""
+    folder that is there the new files move one by one, the largest last, and its others stay; or all of it moves
+    `aside`."""
     path = Path(path)
     inside = folder and not aside and path.is_dir()  # it may be a mount, which nothing can leave
     place = path if inside else path.parent

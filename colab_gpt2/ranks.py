@@ -132,12 +132,11 @@ def others_silent():
         if not first(): warnings.simplefilter("ignore")
         yield
 
-# %% ../nbs/02_ranks.ipynb #f8d8cab2
+# %% ../nbs/02_ranks.ipynb #13be3712
 IN_USE = "MASTER_PORT {port} is in use on this machine: set MASTER_PORT to another one, and start all processes again."
 ALONE = ("Not all of the {all} processes met at {place} within {seconds:g} s, as WORLD_SIZE says: start as many, each "
          "with its own RANK and this MASTER_ADDR and MASTER_PORT.")
 
-# %% ../nbs/02_ranks.ipynb #13be3712
 def check_port(host, port):
     "OSError if the first process cannot be met there."
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True": return  # the program that has started this one listens

@@ -322,10 +322,9 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     write_result(config.output_dir, replace(result, repeated=False).to_dict())
     return result
 
-# %% ../nbs/63_training.ipynb #ffe78bc0
+# %% ../nbs/63_training.ipynb #ffe78b38
 RESUMING = "Resuming at step {step} of {steps}.{since}"
 
-# %% ../nbs/63_training.ipynb #ffe78b38
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
     "What is left of a run, from the evaluation before to the one after."
     report, place = all_told(shown, callbacks), config.output_dir

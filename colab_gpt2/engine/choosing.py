@@ -141,11 +141,10 @@ class BestWeights:
         self.wait()
         put_weights(self.path, model)
 
-# %% ../../nbs/engine/45_choosing.ipynb #45aa0020
+# %% ../../nbs/engine/45_choosing.ipynb #45aa0021
 STOPPED = "Stopped at step {step}: the held-out perplexity has not fallen since step {best} ({value:.1f}). {kept}"
 KEPT, LAST = "These weights are kept.", "The last weights are kept, as {load_best_model_at_end=False} asks."
 
-# %% ../../nbs/engine/45_choosing.ipynb #45aa0021
 def best_of(curve) -> tuple:
     "The first (step, perplexity) of the lowest; (None, inf) without any."
     return min(curve, key=lambda entry: entry[1], default=(None, math.inf))

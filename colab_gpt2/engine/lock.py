@@ -107,11 +107,10 @@ def take_lock(path, report=silent):
     if not locked: file.close()  # Windows deletes no open file
     return file
 
-# %% ../../nbs/engine/44_lock.ipynb #44aa00c0
+# %% ../../nbs/engine/44_lock.ipynb #44aa0013
 TAKEN = ("{output_dir} {folder} was taken over by another run, as this one had not touched its lock for two minutes. "
          "End one of the two: they spoil each other's files.")
 
-# %% ../../nbs/engine/44_lock.ipynb #44aa0013
 @contextlib.contextmanager
 def only_run(output_dir, report=silent):
     """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock goes

@@ -20,10 +20,9 @@ from .loading import keeps_logits
 from .sampling import draw, penalise
 from ..runtime import out_of_memory
 
-# %% ../../nbs/model/25_decoding.ipynb #5f2dfbc0
+# %% ../../nbs/model/25_decoding.ipynb #5f2dfb41
 CACHES = "past_key_values", "cache_params", "state"
 
-# %% ../../nbs/model/25_decoding.ipynb #5f2dfb41
 class ModelReader:
     "Reads with the model's own forward and cache, or all again where it keeps none."
     def __init__(self, model, samples):

@@ -64,10 +64,9 @@ def scaled(gradient, scale):
     "`gradient` times the scalar `scale`, in its precision: one new tensor."
     return gradient * scale if gradient.dtype == scale.dtype else gradient.to(scale.dtype).mul_(scale)
 
-# %% ../../nbs/model/21_loss.ipynb #da0b4972
+# %% ../../nbs/model/21_loss.ipynb #f2d2e667
 FP16_SUM = 64  # of the weights of a chunk's rows, at most
 
-# %% ../../nbs/model/21_loss.ipynb #f2d2e667
 def added(total, gradient, rows):
     "`gradient.T @ rows` added to `total`, None at first and then in fp32."
     if total is None: return (gradient.T @ rows).to(torch.promote_types(rows.dtype, torch.float32))

@@ -152,10 +152,9 @@ def refusal(member, folder=".") -> str:
     except tarfile.FilterError as e: return str(e)
     return ""
 
-# %% ../../nbs/storage/50_archives.ipynb #ea6d0bc0
+# %% ../../nbs/storage/50_archives.ipynb #ea6d0b4f
 MOST = 10_000  # files in an archive
 
-# %% ../../nbs/storage/50_archives.ipynb #ea6d0b4f
 def plain_members(tar, path, folder, limit=math.inf) -> dict:
     """Name -> TarInfo for all in `tar`; ValueError unless that is plain files and folders, each once, of no more than
     `limit` bytes; OSError unless there is room. A header that is wrong is the last to be read."""

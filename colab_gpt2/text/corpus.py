@@ -284,10 +284,9 @@ def load_path(path, root, report=silent, reading=(None, "error")):
         return own_corpus(found, path, place, root, reading, report=report)
     return load_text(path, root, reading, report)
 
-# %% ../../nbs/text/11_corpus.ipynb #8a1612c0
+# %% ../../nbs/text/11_corpus.ipynb #8a161208
 STREAMED = "the disk has no room for the rest, which is read from the Hub as it is tokenised"
 
-# %% ../../nbs/text/11_corpus.ipynb #8a161208
 def load_hub(repository, root, config, names, reading=(None, "error"), report=silent, download=True):
     """The Corpus of a data set on the Hub; `names`: of its splits, for `pick_splits`. What the disk has no room for is
     read by `stream_hub`."""

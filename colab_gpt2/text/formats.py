@@ -165,10 +165,9 @@ def json_lines(source):
             source.faults.add(place, f"broken or cut off JSON ({getattr(e, 'msg', 'too deep')})")
         else: yield from as_row(value, place, source)
 
-# %% ../../nbs/text/10_formats.ipynb #10a000c0
+# %% ../../nbs/text/10_formats.ipynb #10a00012
 BETWEEN = re.compile(r"[\s,]*")
 
-# %% ../../nbs/text/10_formats.ipynb #10a00012
 def json_list(source):
     "Yield the Rows of a list."
     decode, lines = json.JSONDecoder().raw_decode, source.lines(1 << 16)

@@ -119,7 +119,8 @@ def find_texts(path) -> list:
 # %% ../../nbs/text/10_reading.ipynb #953966ac
 def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipped=None, blank=False):
     """Yield the Documents of the texts and tables `paths`, by the column `field`; None: it is found. `on_bad_lines`:
-    'error' or 'skip'; the Counter `skipped` is told why rows were left out, and by `Source`. `blank`: blank too."""
+    'error' or 'skip'; the Counter `skipped` is told why rows were left out, and all that `Source` tells. `blank`: also
+    blank rows."""
     skipped, found = Counter() if skipped is None else skipped, False
     for path in paths:
         column = is_table(path) and pick_field([row.values for row in itertools.islice(

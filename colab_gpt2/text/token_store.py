@@ -117,10 +117,9 @@ def open_text(path, start):
     before = file.read(min(start, 4 * CONTEXT)).decode(errors="ignore")[-CONTEXT:]  # it may begin inside a character
     return io.TextIOWrapper(file, encoding="utf-8", newline=""), before
 
-# %% ../../nbs/text/13_token_store.ipynb #d6c86fc0
+# %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 EVERY = 1 << 26  # bytes of text between two entries in the journal: some seconds' work
 
-# %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 def write_part(path, file, encoder, report=silent):
     "Tokenise `path` into the part of `file`, from where the journal stopped; -> the counts."
     counts = file.counts(complete=False) or dict(tokens=0, words=0, bytes=0)
