@@ -257,8 +257,7 @@ def check_config(config):
     "ValueError for the first value that no run could use."
     for f in fields(config): check_value(f, getattr(config, f.name))
     for name in ("max_steps", "save_steps", "eval_steps"):
-        if getattr(config, name) == 0:
-            raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1."))
+        if getattr(config, name) == 0: raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1."))
     if config.resume not in ("auto", "never") and config.overwrite_output_dir:
         told = "{resume} {path} and {overwrite_output_dir} exclude each other: choose one."
         raise ValueError(Sentence(told, path=config.resume))

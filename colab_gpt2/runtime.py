@@ -16,22 +16,22 @@ from .errors import Sentence, check_choice, explained
 
 # %% ../nbs/03_runtime.ipynb #bca13f84
 def on_kaggle() -> bool:
-    "Whether this is one of Kaggle's notebooks."
+    "Is this one of Kaggle's notebooks?"
     known = "KAGGLE_KERNEL_", "KAGGLE_CONTAINER_", "KAGGLE_URL_"
     return any(name.startswith(known) for name in os.environ) or Path("/kaggle/working").exists()
 
 # %% ../nbs/03_runtime.ipynb #cefbc495
 def in_colab() -> str:
-    "`'kernel'` of a Colab notebook, `'subprocess'` elsewhere on a Colab machine, `''` on any other."
+    "`'kernel'` of a Colab notebook, `'subprocess'` elsewhere on Colab, `''` on any other machine."
     if on_kaggle(): return ""
-    ipython = sys.modules.get("IPython")  # a kernel has imported it; importing it here would only cost time
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
     shell = ipython.get_ipython() if ipython else None
     if "google.colab" in str(shell): return "kernel"
     return "subprocess" if "COLAB_RELEASE_TAG" in os.environ or Path("/var/colab/hostname").exists() else ""
 
 # %% ../nbs/03_runtime.ipynb #5838a40a
 def is_folder(path) -> bool:
-    "os.path.isdir, but with an error for a mount that has gone."
+    "os.path.isdir, with an error for a mount that has gone."
     with explained(f"Reading {path}"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return stat.S_ISDIR(os.stat(path).st_mode)
     return False
@@ -45,7 +45,7 @@ def my_drive(mountpoint):
 
 # %% ../nbs/03_runtime.ipynb #0c5f0499
 def drive_path(path) -> Path:
-    "`path`, with the home folder for `~`, and Drive's folder in the spelling that exists."
+    "`path`, with a home folder for `~`, and Drive's folder in the spelling that exists."
     path = home(path)
     for folder in (*reversed(path.parents), path):
         if folder.name in SPELLINGS and (found := my_drive(folder.parent)): return found/path.relative_to(folder)
@@ -53,7 +53,7 @@ def drive_path(path) -> Path:
 
 # %% ../nbs/03_runtime.ipynb #ebe2c1b5
 def check_mounted(path, field="") -> Path:
-    "`drive_path(path)`; FileNotFoundError about `field` if that is on a Drive that is not mounted. Nothing is made."
+    "`drive_path(path)`; FileNotFoundError about `field` for a Drive that is not mounted. Nothing is made."
     path, colab = drive_path(path), in_colab()
     top = drive_top(path, anywhere=colab)
     if colab and not top and path.absolute().is_relative_to("/content/drive"): top = Path("/content/drive/MyDrive")
@@ -64,7 +64,7 @@ def check_mounted(path, field="") -> Path:
 
 # %% ../nbs/03_runtime.ipynb #94682992
 def cache_folder(cache_dir=None) -> Path:
-    "Where downloads and token files are kept: `cache_dir`, else `colab_gpt2` under `$XDG_CACHE_HOME` or `~/.cache`."
+    "Where downloads and token files are kept: `cache_dir`, else `colab_gpt2` in `$XDG_CACHE_HOME` or `~/.cache`."
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"colab_gpt2"
     try: return check_mounted(cache_dir or usual, "cache_dir")
     except ValueError as e: raise ValueError(Sentence("{cache_dir} is {why}", why=e)) from None
@@ -72,7 +72,7 @@ def cache_folder(cache_dir=None) -> Path:
 # %% ../nbs/03_runtime.ipynb #9b36c39a
 @dataclass(frozen=True)
 class Precision(Record):
-    "In which numbers the products of training are computed; the weights themselves stay in fp32."
+    "The numbers of training's products; the weights stay in fp32."
     dtype: str  # "bf16", "fp16" or "fp32"
     scaler: bool  # whether the loss must be scaled (torch.amp.GradScaler)
     reason: str  # in words
@@ -81,18 +81,18 @@ class Precision(Record):
 
 # %% ../nbs/03_runtime.ipynb #1bfebcfb
 def cpu_info(name: str, path="/proc/cpuinfo") -> str:
-    "What Linux says of the first core's `flags` or `model name`, or ''."
+    "What Linux says of the first core's `name`, or ''."
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 # %% ../nbs/03_runtime.ipynb #2c5c41d7
 def cpu_name(path="/proc/cpuinfo") -> str:
-    "The processor's name as Linux, else as Python, knows it."
+    "As Linux, else as Python, knows it."
     return cpu_info("model name", path) or platform.processor() or platform.machine()
 
 # %% ../nbs/03_runtime.ipynb #6e04993b
 def cpu_bfloat16(capabilities=None) -> str:
-    "`'amx_bf16'`, `'avx512_bf16'` or `''`; `capabilities`: a set, or names -> bool as torch.cpu.get_capabilities says."
+    "`'amx_bf16'`, `'avx512_bf16'` or `''`; `capabilities`: a set, or names -> bool as torch's."
     if capabilities is None:
         import torch
         ask = getattr(torch.cpu, "get_capabilities", None)
@@ -106,7 +106,7 @@ def pick_precision(
     compute_capability=None,  # (major, minor) of the GPU; asked of torch if None
     cpu_capabilities=None,  # see `cpu_bfloat16`; asked of torch if None
 ) -> Precision:
-    "The fastest that `device` computes in hardware and that GPT-2 trains well in: bf16, since Ampere (8.0), or fp16."
+    "The fastest that `device` has in hardware and GPT-2 trains well in: bf16, since Ampere (8.0), or fp16."
     check_choice("device", device, ("cuda", "mps", "cpu"))
     if device == "mps": return Precision("fp32", False, "on Apple's GPUs only fp32 is known to train well here")
     if device == "cpu":
@@ -124,7 +124,7 @@ def pick_precision(
 
 # %% ../nbs/03_runtime.ipynb #0dc98468
 def lacks_code(gpu) -> str:
-    "What to do if this torch has no code for a GPU with these properties, else ''."
+    "What to do if this torch has no code for a GPU with these properties, or ''."
     import torch
     built = re.findall(r"(sm|compute)_(\d+)(\d)([af]?)", " ".join(torch.cuda.get_arch_list()))  # none of AMD's
     mine, codes = (gpu.major, gpu.minor), [(int(major), int(minor)) for _, major, minor, _ in built]
@@ -151,7 +151,7 @@ def find_device():
 
 # %% ../nbs/03_runtime.ipynb #18174e59
 def check_device(device):
-    "The torch.device of `device`, or None for None; ValueError where nothing can be computed on it here."
+    "A torch.device, or None for None; ValueError if nothing can be computed on it here."
     import torch
     try: return device if device is None else torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError, TypeError) as e:
@@ -160,7 +160,7 @@ def check_device(device):
 
 # %% ../nbs/03_runtime.ipynb #2748cfc7
 def describe_device(device):
-    "`(name, memory in bytes, compute capability)` of the first device of its kind; the last two may be None."
+    "`(name, memory in bytes, compute capability)` of the first of its kind; the last two may be None."
     import torch
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
@@ -170,7 +170,7 @@ def describe_device(device):
 
 # %% ../nbs/03_runtime.ipynb #544a6ad8
 def gpu_free():
-    "Bytes of the GPU that this process can get, or has and does not use; None if that cannot be asked."
+    "Bytes of the GPU that this process can get or does not use; None if that is not known."
     import torch
     try: free, _ = torch.cuda.mem_get_info()
     except (RuntimeError, AssertionError, OSError): return None
@@ -197,7 +197,7 @@ def cgroup_memory(root="/sys/fs/cgroup"):
 
 # %% ../nbs/03_runtime.ipynb #39e1d5fd
 def memory(root="/sys/fs/cgroup"):
-    "`(ram, ram_free)` bytes: the machine's, or the container's where that is less."
+    "`(ram, ram_free)` bytes of the machine, or of the container."
     import psutil
     machine = psutil.virtual_memory()
     limit = cgroup_memory(root) or (machine.total, machine.available)
@@ -205,7 +205,7 @@ def memory(root="/sys/fs/cgroup"):
 
 # %% ../nbs/03_runtime.ipynb #92f4ac2c
 def cgroup_cores(root="/sys/fs/cgroup"):
-    "How many cores this container's quota of time amounts to, at least 1; infinity without one."
+    "How many cores the container's quota of time amounts to, at least 1; infinity without one."
     for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
         try: quota, period = " ".join((Path(root)/name).read_text() for name in names).split()
         except OSError: continue
@@ -214,20 +214,20 @@ def cgroup_cores(root="/sys/fs/cgroup"):
 
 # %% ../nbs/03_runtime.ipynb #92f4ac2e
 def core_count() -> int:
-    "How many cores this process computes on: those it may use, or fewer by OMP_NUM_THREADS and a container's quota."
+    "How many cores this process computes on, by its affinity, OMP_NUM_THREADS and a container's quota."
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else allowed
     return min(allowed, threads, cgroup_cores())
 
 # %% ../nbs/03_runtime.ipynb #cd4c3839
 def disk(path):
-    "`(size, free)` bytes of the disk that holds `path`, or would hold it."
+    "`(size, free)` bytes of the disk that holds `path`, or would."
     usage = shutil.disk_usage(existing(path))
     return usage.total, usage.free
 
 # %% ../nbs/03_runtime.ipynb #d75fd3e5
 def out_of_memory(error: BaseException) -> bool:
-    "Whether it says that memory ran out: a GPU's, torch's on the CPU, or Python's."
+    "Does it say that memory ran out: a GPU's, torch's on the CPU, or Python's?"
     import torch
     known = (
         "DefaultCPUAllocator", "std::bad_alloc",  # torch's c10/core/impl/alloc_cpu.cpp, and C++'s own
@@ -240,7 +240,7 @@ def out_of_memory(error: BaseException) -> bool:
 PACKAGES = "colab-gpt2 torch transformers datasets accelerate ipywidgets peft bitsandbytes".split()
 
 def versions(packages=PACKAGES) -> dict:
-    "Of Python and of the packages that matter in a bug report; one that is not installed is left out."
+    "Of Python and the packages that matter in a bug report and are installed."
     found, missing = {"python": platform.python_version()}, importlib.metadata.PackageNotFoundError
     for name in packages:
         with contextlib.suppress(missing): found[name] = importlib.metadata.version(name)
@@ -251,7 +251,7 @@ SHARED = "There are {n} GPUs of this kind: {num_processes=%d} trains on all of t
 UNLIKE = "There are {n} GPUs that differ: a run uses the first, or the second by CUDA_VISIBLE_DEVICES=1."
 
 def advise(colab: str, device: str, trouble="", gpus=1, shared=1) -> str:
-    "What to do without a GPU, with what torch said of one that failed, or with several; '' where there is one."
+    "What to do without a GPU, with what torch said of one that failed, or with several; '' with one."
     if gpus > 1: return Sentence(SHARED % gpus if shared > 1 else UNLIKE, n=gpus)
     if device != "cpu": return ""
     said = f" torch said: {trouble}." if trouble else ""
@@ -270,7 +270,7 @@ def device_told(r) -> str:
     return f"{kind}: " + f"{r.gpus} × " * (r.gpus > 1) + r.device_name
 
 def runtime_rows(r) -> list:
-    "The rows of a `Runtime`'s table, in words."
+    "The rows of a `Runtime`'s table."
     where = {"kernel": "Colab notebook", "subprocess": "Colab machine, outside the notebook's kernel"}
     name = device_told(r) + (f", {human_bytes(r.device_memory)}" if r.device_memory else "")
     if r.compute_capability: name += ", compute capability {}.{}".format(*r.compute_capability)
@@ -306,7 +306,7 @@ class Runtime(Record):
 def check_runtime(
     path=".",  # a folder, there or not: its disk is looked at
 ) -> Runtime:
-    "Look at the machine, and say what to do where there is no GPU. A GPU that fails is no error."
+    "Look at the machine, and say what to do without a GPU. A GPU that fails is no error."
     device, trouble = find_device()
     gpus, shared = count_gpus() if device == "cuda" else (0, 0)
     name, gpu_memory, capability = describe_device(device)

@@ -165,9 +165,10 @@ def json_lines(source):
             source.faults.add(place, f"broken or cut off JSON ({getattr(e, 'msg', 'too deep')})")
         else: yield from as_row(value, place, source)
 
-# %% ../../nbs/text/10_formats.ipynb #10a00012
+# %% ../../nbs/text/10_formats.ipynb #24344ef1
 BETWEEN = re.compile(r"[\s,]*")
 
+# %% ../../nbs/text/10_formats.ipynb #10a00012
 def json_list(source):
     "Yield the Rows of a list."
     decode, lines = json.JSONDecoder().raw_decode, source.lines(1 << 16)

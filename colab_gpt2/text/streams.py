@@ -82,10 +82,11 @@ def hold_out(texts, files, by_hash=False, most=None):
             if all(file.tell() >= most for file in out.values()): break
     return files
 
-# %% ../../nbs/text/10_streams.ipynb #98d495ef
+# %% ../../nbs/text/10_streams.ipynb #35b71933
 NO_ROOM = ("{repository} holds conversations, for which the disk has no room. Free some space, or give another "
            "{cache_dir}.")
 
+# %% ../../nbs/text/10_streams.ipynb #98d495ef
 def stream_hub(repository, config, splits, field, on_bad_lines, rules, stage, report=silent):
     """Files in `stage` of a data set whose `splits` (ours -> its) are too large for the disk: its Stream, and what is
     held out of each other split, or by hash without one."""
