@@ -1,5 +1,5 @@
 "Counts of the source that tests/test_project.py holds as ratchets: notebooks, cells, widths, docstrings, arguments."
-import ast, json, re, statistics
+import ast, functools, json, re, statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,7 @@ def wide(paths, columns):
             for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > columns]
 
 
+@functools.cache
 def cells_of(notebook): return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
 
 
@@ -33,13 +34,17 @@ def is_exported(cell):
 def statements(cell): return ast.parse(re.sub(r"(?m)^#\s*\|.*\n?", "", source_of(cell))).body
 
 
-def exported_cells():
+@functools.cache
+def exported_cells() -> list:
     "(notebook, its code cells, place of one among them, its statements) of exported cells that hold more than imports."
+    found = []
     for notebook in NOTEBOOKS:
         code = [cell for cell in cells_of(notebook) if cell["cell_type"] == "code"]
         for i, cell in enumerate(code):
-            if is_exported(cell) and any(not isinstance(s, (ast.Import, ast.ImportFrom)) for s in statements(cell)):
-                yield notebook, code, i, statements(cell)
+            body = statements(cell) if is_exported(cell) else []
+            if any(not isinstance(s, (ast.Import, ast.ImportFrom)) for s in body):
+                found.append((notebook, code, i, body))
+    return found
 
 
 def cell_sizes():
@@ -64,10 +69,18 @@ def demonstrated():
             for notebook, code, i, body in exported_cells() for d in definitions(body)}
 
 
-def trees(paths=LIBRARY): return {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+@functools.cache
+def parsed(path): return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def functions(tree): return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+def trees(): return {path: parsed(path) for path in LIBRARY}
+
+
+@functools.cache
+def nodes(tree): return list(ast.walk(tree))
+
+
+def functions(tree): return [n for n in nodes(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def arguments(function):
@@ -98,20 +111,20 @@ def both(first, second):
 
 def dataclasses():
     "The names of the library's dataclasses."
-    return {n.name for tree in trees().values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)
+    return {n.name for tree in trees().values() for n in nodes(tree) if isinstance(n, ast.ClassDef)
             and any("dataclass" in ast.unparse(decorator) for decorator in n.decorator_list)}
 
 
 def positional():
     "{module:line class: positional arguments} of what constructs a dataclass of ours."
     ours = dataclasses()
-    return {f"{path.stem}:{n.lineno} {name}": len(n.args) for path, tree in trees().items() for n in ast.walk(tree)
-            if isinstance(n, ast.Call) and (name := ast.unparse(n.func).split(".")[-1]) in ours}
+    return {f"{path.stem}:{n.lineno} {name}": len(n.args) for path, tree in trees().items() for n in nodes(tree)
+            if isinstance(n, ast.Call) and (name := getattr(n.func, "attr", getattr(n.func, "id", ""))) in ours}
 
 
 def is_message(node):
     "str(error), or an error's message: what no code may search."
-    if not isinstance(node, ast.Call) or ast.unparse(node.func) != "str" or len(node.args) != 1: return False
+    if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "str" or len(node.args) != 1: return False
     return ast.unparse(node.args[0]).split(".")[-1] in {*ERRORS, "message"}
 
 
@@ -124,15 +137,15 @@ def read_back(trees_by_path=None):
         if not isinstance(node, ast.Call) or not node.args: return False  # split() without a word joins lines
         method = node.func if isinstance(node.func, ast.Attribute) else None
         if method and method.attr in SEARCHES and is_message(method.value): return True
-        return ast.unparse(node.func).startswith("re.") and any(map(is_message, node.args))
+        return method is not None and ast.unparse(method.value) == "re" and any(map(is_message, node.args))
     def of(path, tree):
         allowed = {id(n) for f in functions(tree) if f.name in OF_TORCH for n in ast.walk(f)}
-        return [f"{path.stem}:{n.lineno}" for n in ast.walk(tree) if searches(n) and id(n) not in allowed]
+        return [f"{path.stem}:{n.lineno}" for n in nodes(tree) if searches(n) and id(n) not in allowed]
     return [place for path, tree in (trees_by_path or trees()).items() for place in of(path, tree)]
 
 
 def statement_counts():
-    return {path.stem: sum(isinstance(n, ast.stmt) for n in ast.walk(tree)) for path, tree in trees().items()}
+    return {path.stem: sum(isinstance(n, ast.stmt) for n in nodes(tree)) for path, tree in trees().items()}
 
 
 def figures(public):
