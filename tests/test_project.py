@@ -1,5 +1,5 @@
 "What holds the project together: notebooks and package in step, the order of the rooms, thin edges, a light import."
-import ast, configparser, dataclasses, importlib, json, os, re, shutil, subprocess, sys
+import ast, configparser, dataclasses, functools, importlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,18 @@ SETTINGS.read(ROOT/"settings.ini", encoding="utf-8")
 WINGS = ("", "text", "model", "planning", "engine", "storage", "panels", "legacy")
 
 
+@functools.cache
 def module_of(notebook):
     source = "".join("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
     return re.search(r"#\| default_exp ([\w.]+)", source)[1]
 
 
-def imports_of(module):
-    "(dotted name, is it at module level) of every import in an exported module."
+@functools.cache
+def imports_of(module): return list(read_imports(module))
+
+
+def read_imports(module):
+    "Yield (dotted name, is it at module level) of every import in an exported module."
     package = ["colab_gpt2", *module.split(".")[:-1]]
     tree = ast.parse((ROOT/"colab_gpt2"/f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     top = {id(n) for n in tree.body}
