@@ -192,7 +192,7 @@ def number(n): return f" \n = Number {n} = \n \n {'word ' * 1000}\n"
 SIZES = {  # shape -> 10 MB of text, in files
     "articles": ["".join(map(number, range(2000)))], "no white space": ["ACGT" * 2_500_000],
     "a giant line": ["It_ebbs_and_flows_and_ebbs_again_for_ever, " * 240_000],
-    "line ends of Windows": ["It ebbs and flows for ever and ever.\r\n" * 270_000],
+    "line ends of Windows": [("It ebbs and flows for ever and ever. " * 9 + "\r\n") * 30_000],
     "many files": [number(n) * 20 for n in range(100)]}
 
 
