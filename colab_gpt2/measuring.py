@@ -68,7 +68,7 @@ def save_run(config, model, tokenizer, adapters, run) -> dict:
 
 # %% ../nbs/63_measuring.ipynb #e9a40a53
 def sampling_of(config) -> Sampling:
-    "A run's."
+    "How a run's samples are drawn."
     return Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
 
 # %% ../nbs/63_measuring.ipynb #68b339f9
