@@ -151,7 +151,7 @@ def join(seconds, cpu):
     from accelerate import PartialState
     from torch import distributed
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
-    if first(): check_port(host, port)
+    if first() and not distributed.is_initialized(): check_port(host, port)  # Ray has met before
     try: PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
     except distributed.DistError as e:
         raise TimeoutError(Sentence(ALONE, all=expected(), place=f"{host}:{port}", seconds=seconds)) from e

@@ -176,13 +176,6 @@ def gpu_free():
     except (RuntimeError, AssertionError, OSError): return None
     return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
-# %% ../nbs/03_runtime.ipynb #6c1d0b7f
-def count_gpus() -> tuple:
-    "How many GPUs there are, and how many a run can share: all, or one where they differ."
-    import torch
-    names = [torch.cuda.get_device_properties(n).name for n in range(torch.cuda.device_count())]
-    return len(names), len(names) if len({*names}) == 1 else 1
-
 # %% ../nbs/03_runtime.ipynb #d92abcbf
 def cgroup_memory(root="/sys/fs/cgroup"):
     "`(limit, free)` bytes of this container's control group, or None where there is no limit."
@@ -265,7 +258,6 @@ def advise(colab: str, device: str, trouble="", gpus=1, shared=1) -> str:
 
 # %% ../nbs/03_runtime.ipynb #9a4af2a6
 def device_told(r) -> str:
-    "Which device a `Runtime` has, and how many of it."
     kind = {"cuda": "GPU", "mps": "Apple GPU", "cpu": "No GPU, using the CPU"}[r.device]
     return f"{kind}: " + f"{r.gpus} × " * (r.gpus > 1) + r.device_name
 
@@ -308,11 +300,13 @@ def check_runtime(
 ) -> Runtime:
     "Look at the machine, and say what to do without a GPU. A GPU that fails is no error."
     device, trouble = find_device()
-    gpus, shared = count_gpus() if device == "cuda" else (0, 0)
+    cuda = sys.modules["torch"].cuda
+    cards = [cuda.get_device_properties(n).name for n in range(cuda.device_count())] if device == "cuda" else []
+    shared = len(cards) if len({*cards}) < 2 else 1  # the slower would set the pace
     name, gpu_memory, capability = describe_device(device)
     (ram, ram_free), (size, free), colab = memory(), disk(path), in_colab()
     return Runtime(
         colab=colab, device=device, device_name=name, device_memory=gpu_memory, compute_capability=capability,
         precision=pick_precision(device, capability), cores=core_count(), ram=ram, ram_free=ram_free, disk=size,
-        disk_free=free, versions=versions(), advice=advise(colab, device, trouble, gpus, shared),
+        disk_free=free, versions=versions(), advice=advise(colab, device, trouble, len(cards), shared),
         device_free=gpu_free() if device == "cuda" else None, gpus=shared)

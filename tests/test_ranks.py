@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from colab_gpt2.cli import one_line
 from colab_gpt2.engine.callbacks import BEFORE, LOADING, PROBING, TRAINING, Listener
 from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest
+from colab_gpt2.legacy.run_language_modeling import main
 from colab_gpt2.signals import Interrupted
 from colab_gpt2.training import finetune
 
@@ -92,12 +93,23 @@ class Short(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs): self.hook.remove()
 
 
+class Spoils(TrainerCallback):
+    "Weights that are NaN in one of the processes after step 7, until the learning rate is halved."
+    def __init__(self): self.begun = []
+    def on_train_begin(self, args, state, control, **kwargs): self.begun.append(state.global_step)
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 7 and args.learning_rate == 5e-3 and os.environ["RANK"] == "1":
+            next(model.parameters()).data.fill_(float("nan"))
+
+
 def several_runs(text, folder):
     "One after the other, so that a pair of processes is started once: -> what each gave."
     def run(name, **changes): return told(lambda: finetune(**settings(text, folder/name, **changes)))
+    def spoiled(): return (spoils := Spoils()) and (run("spoiled", callbacks=[spoils], save_steps=5), spoils.begun)
     return dict(plain=run("plain"), short=run("short", callbacks=[Short()], eval_steps=-1, max_steps=6),
                 stopped=run("stopped", callbacks=[Signal(7, 1)]), begun=run("begun"), again=run("plain"),
-                few=run("few", effective_batch_size=1))
+                few=run("few", effective_batch_size=1), lora=run("lora", method="lora", max_steps=6, eval_steps=-1),
+                mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12), spoiled=spoiled())
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +172,29 @@ def test_more_processes_than_blocks_are_refused_by_all(runs):
     assert [rank["few"] for rank in runs] == [("ValueError", f"{said}--effective-batch-size.")] * 2
 
 
+def test_lora_by_two_processes(runs, text, tmp_path):
+    result, other = (rank["lora"] for rank in runs)
+    alone = finetune(**settings(text, tmp_path/"out", method="lora", max_steps=6, eval_steps=-1))
+    same(result, alone)
+    assert result.losses == other.losses and (Path(result.output_dir)/"adapters"/"adapter_model.safetensors").exists()
+
+
+def test_the_mirror_of_two_processes_has_complete_copies(runs):
+    result = runs[0]["mirrored"]
+    [place] = (Path(result.output_dir).parent/"mirror").glob("**/mirrored-*")
+    assert find_checkpoints(place)
+    for path in find_checkpoints(place): check_intact(path)
+    ours, copied = (load_file(folder/"model.safetensors") for folder in (Path(result.output_dir), place/"finished"))
+    assert all(torch.equal(weight, copied[name]) for name, weight in ours.items())
+
+
+def test_weights_lost_in_one_process_take_all_back(runs):
+    for result, begun in (rank["spoiled"] for rank in runs):
+        assert begun == [0, 5] and result.steps == 20 and result.losses == runs[0]["spoiled"][0].losses
+    weights = load_file(Path(runs[0]["spoiled"][0].output_dir)/"model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
 def one_run(text, output_dir, changes=None, waits=()):
     "`changes`: by rank."
     own = (changes or {}).get(int(os.environ["RANK"]), {})
@@ -196,6 +231,30 @@ def test_different_settings_are_refused_by_all(text, tmp_path):
     said = "The processes have different settings: --learning-rate is 0.005 in process 0 and 0.001 in process 1."
     assert first == second == ("ValueError", said)
     assert not (tmp_path/"out").exists()
+
+
+def after_meeting(text, output_dir):
+    torch.distributed.init_process_group("gloo")
+    return one_run(text, output_dir)
+
+
+def test_processes_that_have_met_already_train(text, tmp_path):
+    "As Ray Train starts them: its group listens at MASTER_PORT."
+    assert pair(after_meeting, text, tmp_path/"out") == [20, 20]
+
+
+def of_2020(text, folder):
+    words = f"--output_dir={folder/'out'} --do_train --do_eval --model_name_or_path={text/'toy'} --max_steps=2"
+    files = f"--train_data_file={text/'train.txt'} --eval_data_file={text/'eval.txt'} --block_size=32"
+    return main([*words.split(), *files.split(), f"--local-rank={os.environ['LOCAL_RANK']}"])
+
+
+def test_the_command_of_2020_by_torchs_launcher(text, tmp_path):
+    with started(of_2020, text, tmp_path) as processes:
+        for process in processes: process.join(120)
+    assert [process.done.result for process in processes] == [0, 0], processes[0].done.stderr
+    assert "perplexity = " in (tmp_path/"out"/"eval_results_lm.txt").read_text()
+    assert processes[0].done.stderr.count("***** Eval results *****") == 1 and not processes[1].done.stderr
 
 
 def test_a_process_that_never_comes(text, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/legacy/90_flags.ipynb #9066dbaa
-import argparse
+import argparse, os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
@@ -229,13 +229,19 @@ def half_of(value, given):
     if device == "cuda": return {"precision": "fp16"}, "precision=fp16, with torch's own scaler"
     return {}, f"nothing: without an NVIDIA GPU fp16 is very slow, so {pick_precision(device).dtype} is used"
 
+# %% ../../nbs/legacy/90_flags.ipynb #7d20c1a1
+def rank_of(value, given):
+    "`--local_rank`, which torch's launchers give each process."
+    if value in (-1, int(os.environ.get("LOCAL_RANK", -1))): return {}, "nothing: LOCAL_RANK says the same"
+    raise ValueError("type torchrun --nproc-per-node 2 -m colab_gpt2.run_language_modeling, then the other flags.")
+
 # %% ../../nbs/legacy/90_flags.ipynb #5a5ba5c0
 DEBUGGER = "ptvsd is gone; leave it out, and for a debugger use `python -m debugpy`."
 MACHINE = dict(
     fp16=Flag(bool, half_of, "compute in half precision"),
     fp16_opt_level=ignored(str, "apex is gone, and torch's mixed precision has no levels"),
     no_cuda=means("no NVIDIA GPU is used"),
-    local_rank=refused(int, "this command is one process on one GPU, without torchrun; leave it out.", nothing=-1),
+    local_rank=Flag(int, rank_of, "nothing: a launcher of several processes adds it"),
     tpu_num_cores=refused(int, "TPUs are not supported; leave it out."),
     tpu_metrics_debug=ignored(bool, "it showed the figures of a TPU"),
     debug=means("the traceback of an error is shown"),
@@ -294,7 +300,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(words) -> dict:
     "The given flags; an unknown one ends the process with exit code 2."
     parser = make_parser()
-    found, unknown = parser.parse_known_args(words)
+    found, unknown = parser.parse_known_args([word.replace("--local-rank", "--local_rank") for word in words])
     for word in unknown:
         if not word.startswith("--"): parser.error(f"{word!r} is not a flag; write --FLAG=VALUE.")
         flag = word.partition("=")[0]  # its value may be a secret

@@ -15,6 +15,7 @@ from ..config import FinetuneConfig, pick_block_size
 from ..core import atomic, home, printable
 from ..errors import fields_of, shortened
 from .flags import FLAGS, name_of, parse, resumed_by
+from ..ranks import first, leave
 from ..signals import catching, say
 from ..tasks import evaluate
 
@@ -132,18 +133,20 @@ def work(job) -> dict:
     results = dict(perplexity=found.value, stride=found.stride, tokens=found.tokens)
     for path in find_checkpoints(config.output_dir) if job.every_checkpoint else ():
         results[f"perplexity_{path.name.partition('-')[2]}"] = measure(str(path)).value
-    write_results(config.output_dir, results)
+    if first(): write_results(config.output_dir, results)
     return results
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #a4b25ca0
 def end(error, code) -> int:
     "Say `error` in one line on stderr; -> the exit code."
     say(f"run_language_modeling: {one_line(error, name_of)}")
+    leave()
     return code
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #d4ae4bff
 def main(words=None) -> int:
     "The command; -> 0, 1 for what failed, 2 for bad usage, 75 out of time, 130, 143 or 129 after a signal."
+    if not first(): sys.stderr = open(os.devnull, "w")
     given = parse(sys.argv[1:] if words is None else words)
     if "no_cuda" in given: os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch is not loaded yet
     try: job = translate(given)
