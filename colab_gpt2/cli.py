@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from . import __version__, tasks
 from .config import TEXT, FinetuneConfig
-from .core import Record, plain, printable
+from .core import Record, existing, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling, check_request
 from .ranks import RANKS, Lost, first, leave
@@ -30,9 +30,9 @@ app = typer.Typer(
     help="Fine-tune GPT-2: check the machine, fetch a text, fine-tune, generate, archive and save.")
 
 # %% ../nbs/65_cli.ipynb #b11cf3c0
-def option(kind, help, *flags, **limits):
-    "The annotation of an option."
-    return Annotated[kind, typer.Option(*flags, help=help, **limits)]
+def option(kind, help, *flags, **options):
+    "The annotation of an argument that is an option."
+    return Annotated[kind, typer.Option(*flags, help=help, **options)]
 
 # %% ../nbs/65_cli.ipynb #b11cf3ce
 @app.callback(invoke_without_command=True)
@@ -51,8 +51,9 @@ def name_of(name, *value) -> str:
 
 # %% ../nbs/65_cli.ipynb #0ba5d3db
 def one_line(error, name_of=name_of) -> str:
-    "An error or a warning in one line; its class if it has no message."
-    return printable(" ".join(worded(error, name_of).split())) or type(error).__name__
+    "An error or a warning in one line, with the fields that it is `about`."
+    said = " ".join(worded(error, name_of).split()) or type(error).__name__
+    return printable("".join(f"{name_of(name)}: " for name in getattr(error, "about", ())) + said)
 
 # %% ../nbs/65_cli.ipynb #ce7f6373
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def errors_in_one_line(debug=False):
         if first(): say(f"colab-gpt2: {one_line(e)}")
         elif not isinstance(e, Lost) and RANKS.group and not hasattr(e, "shared_by"):  # the others do not know
             print(f"colab-gpt2, process {RANKS.own}: {one_line(e)}", file=sys.__stderr__, flush=True)
-        typed = "trainer_args" in fields_of(e)  # which only the libraries can check
+        typed = {"trainer_args", "steps"} & {*fields_of(e)}  # not checked before
         raise typer.Exit(getattr(e, "code", 130) if stopped else 2 if typed else 1) from None
 
 # %% ../nbs/65_cli.ipynb #2be9c24d
@@ -180,8 +181,10 @@ class Command(TyperCommand):
         if switched and any("--resume" in p.opts for p in self.params): raise typer.BadParameter(VALUED, ctx=ctx)
         try: return super().parse_args(ctx, args)
         except Exception as e:
-            given = "".join(f"{wrong['input']!r}. " for wrong in getattr(e.__cause__, "errors", list)())  # pydantic's
-            if hasattr(e, "message"): e.message = printable(shortened(given + e.message))
+            for wrong in getattr(e.__cause__, "errors", list)():  # pydantic's
+                kind = dict(int="whole number", float="number").get(wrong["type"].partition("_")[0])
+                e.message = f"{wrong['input']!r} is no {kind}." if kind else f"{wrong['input']!r}. {e.message}"
+            if hasattr(e, "message"): e.message = printable(shortened(e.message))
             raise
 
 # %% ../nbs/65_cli.ipynb #f02bdded
@@ -217,6 +220,7 @@ OF_TEXT = " ".join((*TEXT, "cache_dir"))
 @command("--json")
 def check(path: option(str, "where files would go") = "."):
     "Look at the machine: GPU, memory, precision."
+    if not os.path.isdir(path): warnings.warn(f"There is no folder {path}: the disk is that of {existing(path)}.")
     return tasks.check(path)
 
 # %% ../nbs/65_cli.ipynb #4ddad37e
@@ -246,7 +250,7 @@ def plan(
 OF_RATE = f"model from_scratch seed weight_decay max_grad_norm trainer_args {OF_TEXT} {WORK}"
 
 @command("--model gpt2 --train-file my.txt", (FinetuneConfig(), OF_RATE))
-def find_rate(config, steps: option(int, "steps to take, each with a higher rate", min=10) = 60):
+def find_rate(config, steps: option(int, "steps to take, each with a higher rate, 10 or more") = 60):
     "Find a learning rate: a curve and a suggestion."
     from colab_gpt2.finding_rate import find_learning_rate
     return find_learning_rate(config, steps=steps)
@@ -277,8 +281,8 @@ def generate(
     config,
     sampling,
     prompt: option(str | None, "the text to continue, as typed (default: that of the model's own run)") = None,
-    seed: option(int | None, "the same seed gives the same text", min=0) = None,
-    samples: option(int, "how many", min=1) = 1,
+    seed: option(int | None, "the same seed gives the same text") = None,
+    samples: option(int, "how many") = 1,
     stop: option(list[str] | None, r"end before this text, \n for a new line; may be repeated") = None,
     include_prompt: option(bool, "print the prompt before the text") = True,
     chat: option(bool, "answer the prompt, a question, by the chat template; without the prompt", "--chat") = False,
@@ -348,11 +352,12 @@ def compare(
     run_a: Run,
     run_b: Run,
     prompt: option(str | None, "both models continue this now (default: the samples of the runs are shown)") = None,
-    seed: option(int | None, "the same seed gives the same text", min=0) = None,
-    max_new_tokens: option(int | None, "length in tokens", min=1) = None,
+    seed: option(int | None, "the same seed gives the same text") = None,
+    max_new_tokens: option(int | None, "length in tokens") = None,
 ):
     "Show two runs side by side."
     from colab_gpt2.two_runs import compare
+    with bad_usage(): check_request("", 1 if max_new_tokens is None else max_new_tokens, seed)
     return compare(run_a, run_b, prompt=prompt, seed=seed, max_new_tokens=max_new_tokens)
 
 # %% ../nbs/65_cli.ipynb #1ecae43c
@@ -374,7 +379,7 @@ def demo(config, drive: DriveFolder = None):
 
 # %% ../nbs/65_cli.ipynb #c54475e4
 @command("--model tiny", (tasks.DEMO, f"model dataset train_file cache_dir from_scratch seed trainer_args {WORK}"))
-def bench(config, steps: option(int, "steps to take; the first two are not counted", min=3) = 8):
+def bench(config, steps: option(int, "steps to take, 3 or more; the first two are not counted") = 8):
     "Measure how fast this machine trains."
     return tasks.bench(config, steps=steps)
 

@@ -9,7 +9,7 @@ __all__ = ['FinetuneConfig']
 import math, numbers, os, re
 from dataclasses import dataclass, field, fields, replace
 
-from .core import LINK, Record, existing, home, nearest
+from .core import LINK, Record, existing, home
 from .errors import Sentence, check_choice, check_number, check_utf8
 
 # %% ../nbs/04_config.ipynb #1da4635b
@@ -278,9 +278,6 @@ def changed(config=None, **changes):
     "`config`, else a FinetuneConfig, with `changes`; TypeError for an unknown name."
     config = config or FinetuneConfig()
     if not isinstance(config, Record): raise TypeError(f"{config!r} is no config; set fields by name, as model='tiny'.")
-    names = [f.name for f in fields(config)]
-    for name in changes:
-        if name not in names: raise TypeError(f"{type(config).__name__} has no {name!r}.{nearest(name, names)}")
     return replace(config, **changes)
 
 # %% ../nbs/04_config.ipynb #5087b756

@@ -12,6 +12,20 @@ from pathlib import Path, PureWindowsPath
 from types import NoneType
 from typing import get_args, get_origin, get_type_hints
 
+# %% ../nbs/00_core.ipynb #bc007942
+def nearest(name, known, otherwise=None):
+    "`' Did you mean ...?'` for the entry of `known` most like `name`; else `otherwise`, or all of them."
+    lower = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    if close: return f" Did you mean {lower[close[0]]!r}?"
+    return f" Known: {', '.join(known)}." if otherwise is None else otherwise
+
+# %% ../nbs/00_core.ipynb #00f1e1d0
+def check_names(called, given, known):
+    "TypeError for the first name in `given` that is not `known`."
+    for name in given:
+        if name not in known: raise TypeError(f"{called} has no {name!r}.{nearest(name, known)}")
+
 # %% ../nbs/00_core.ipynb #58fd4e2f
 def _typed(hint, value):
     "The opposite of `plain`: what JSON gave as the type `hint`."
@@ -37,6 +51,10 @@ def plain(value):
 # %% ../nbs/00_core.ipynb #a2a6cc6d
 class Record:
     "Mixin for frozen dataclasses: a dict for programs, a table for people."
+    def __new__(cls, *args, **given):
+        check_names(cls.__name__, given, [f.name for f in dataclasses.fields(cls)])
+        return super().__new__(cls)
+
     def to_dict(self) -> dict:
         "The public fields, nested records included, ready for `json.dumps`."
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if not f.name.startswith("_")}
@@ -46,8 +64,7 @@ class Record:
         "The record whose `to_dict` is `facts`, by the type hints of its fields; ValueError for anything else."
         hints = get_type_hints(cls)
         try:
-            if unknown := facts.keys() - hints: raise ValueError(f"there is no {min(unknown)!r}")
-            return cls(**{name: _typed(hints[name], value) for name, value in facts.items()})
+            return cls(**{name: _typed(hints.get(name), value) for name, value in facts.items()})
         except (TypeError, AttributeError, ValueError) as e: raise ValueError(f"No {cls.__name__}: {e}.") from e
 
     def _rows(self):
@@ -65,14 +82,6 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-
 def printable(text) -> str:
     r"`text` with \\u and four digits for what could steer a terminal, or cannot be written to one."
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-# %% ../nbs/00_core.ipynb #bc007942
-def nearest(name, known, otherwise=None):
-    "`' Did you mean ...?'` for the entry of `known` most like `name`; else `otherwise`, or all of them."
-    lower = {entry.lower(): entry for entry in known}
-    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
-    if close: return f" Did you mean {lower[close[0]]!r}?"
-    return f" Known: {', '.join(known)}." if otherwise is None else otherwise
 
 # %% ../nbs/00_core.ipynb #6373cf46
 def human_bytes(n):
@@ -348,7 +357,7 @@ def weight_files(index) -> set:
 
 # %% ../nbs/00_core.ipynb #4a9058d6
 def retried(action, passing, attempts=3, wait=1.0):
-    "`action()`, again after `wait` (or the error's own `wait`) seconds, then twice as many, if its error is `passing`."
+    "`action()`, again after `wait` (or the error's own) seconds, then twice as many, if its error is `passing`."
     for attempt in range(1, attempts):
         try: return action()
         except Exception as e:

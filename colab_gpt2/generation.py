@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .core import Record, several
+from .core import Record, check_names, several
 from .engine.trying import find_unfinished, load_unfinished
 from .errors import Sentence, about, check_utf8
 from .evaluation import evaluation_mode
@@ -143,6 +143,8 @@ class Request:
     "A checked request: model, tokenizer, prompt ids, stops, and `steps`, the loop."
     def __init__(self, model, prompt, *, chat=False, tokenizer=None, max_new_tokens=250, seed=None, samples=1, stop=(),
                  device=None, cache_dir=None, **sampling):  # all as in `generate`
+        known = [*inspect.signature(Request).parameters][2:-1]
+        check_names("generate", sampling, [*known, *inspect.signature(Sampling).parameters])
         self.sampling, self.stops = Sampling(**sampling), stop_strings(stop)
         check_request("" if chat and isinstance(prompt, list) else prompt, max_new_tokens, seed, samples)
         self.model, self.tokenizer = resolve(model, tokenizer, device, cache_dir)
@@ -252,7 +254,7 @@ def generate(
     progress=True,  # a bar if it takes over three seconds, or a function of (what, done, total)
     **sampling,  # fields of `Sampling`
 ) -> list[Sample]:
-    "Texts that continue `prompt`; torch's own random state stays as it was. ValueError for a setting out of range."
+    "Texts that continue `prompt`; torch's own random state stays. ValueError for a setting out of range."
     request = Request(model, prompt, chat=chat, tokenizer=tokenizer, max_new_tokens=max_new_tokens, seed=seed,
                       samples=samples, stop=stop, device=device, cache_dir=cache_dir, **sampling)
     with evaluation_mode(request.model), reporting(progress, delay=3, leave=False) as report:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import PROMPT, FinetuneConfig, count_steps, effective_batch, pick_block_size, settled
 from .core import check_space, drive_top, several
 from .engine.checkpoints import find_checkpoints, list_files
-from .errors import Sentence
+from .errors import Sentence, about
 from .evaluation import evaluation_mode
 from .model.fitting import add_rows, check_match, keep_names, save_tokenizer, set_ids
 from .model.loading import load_config, load_model, load_tokenizer, locate, model_context, rows_of
@@ -141,7 +141,7 @@ def pick_prompt(config, corpus) -> str:
 # %% ../nbs/62_preparing.ipynb #62c00002
 @torch.no_grad()
 def keeps_apart(model) -> bool:
-    "Whether `model` keeps apart two conversations in a block, by `position_ids` that begin again."
+    "Whether `position_ids` that begin again keep conversations in a block apart."
     first, positions = torch.arange(8), torch.arange(4).repeat(2, 2).to(model.device)
     ids = torch.stack([first, first[[3, 2, 1, 0, 4, 5, 6, 7]]]).to(model.device)
     try:
@@ -151,7 +151,7 @@ def keeps_apart(model) -> bool:
 
 # %% ../nbs/62_preparing.ipynb #62c00004
 def fitted(blocks, model):
-    "`blocks`; conversations as `model` keeps them apart, with a warning of what is left out."
+    "`blocks`; conversations as `model` keeps them apart."
     if not isinstance(blocks, Conversations): return blocks
     blocks = replace(blocks, apart=keeps_apart(model) or blocks.split != "train")
     for note in notes_on(blocks): warnings.warn(note, stacklevel=3)
@@ -211,11 +211,13 @@ def prepare(config, report=silent, *, train=True, held_out=True, runtime=None) -
     release_memory()
     runtime = pick_run_precision(config, runtime or check_runtime(config.folder))
     if train: check_packages(config, runtime)
-    for name in filter(None, (config.model, config.tokenizer)): locate(name)  # a wrong one, before a download
+    for name in ("model", "tokenizer"):  # a wrong one, before a download
+        if given := getattr(config, name): locate(given, name)
     report("Fetching the text", 0, 1)
     corpus = fetch_for(config, report)
     report("Loading the model", 0, 1)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
+    with about("tokenizer" if config.tokenizer else "model"):
+        tokenizer = load_tokenizer(config.tokenizer or config.model, cache_dir=config.cache_dir)
     wanted = config if train else replace(config, tokenizer=None)  # rows that nobody trains are worth nothing
     model = starting_model(wanted, tokenizer).to(runtime.device)
     report("Reading the text", 0, 1)

@@ -9,6 +9,7 @@ __all__ = ['check', 'save', 'fetch', 'plan', 'evaluate', 'archive', 'restore', '
 # %% ../nbs/64_tasks.ipynb #2c5823a9
 import json, os, time, warnings
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 from .config import PROMPT, FinetuneConfig, changed
@@ -42,7 +43,7 @@ def corpus_for_plan(config, download, progress=True):
 def tokenizer_for_plan(config, download):
     "`config`'s tokenizer, or None if it need not or cannot be fetched."
     from colab_gpt2.model.loading import TOKENIZERS, from_cache, load_tokenizer, locate
-    place = locate(config.tokenizer or config.model)
+    place = locate(config.tokenizer or config.model, "tokenizer" if config.tokenizer else "model")
     try:
         if not (download or isinstance(place, Path)): place = from_cache(place, config.cache_dir, TOKENIZERS)
         return load_tokenizer(place, cache_dir=config.cache_dir)
@@ -108,13 +109,17 @@ def evaluate(
         return report_card(ready.model, ready.held_out, strides=strides, precision=precision, progress=report)
 
 # %% ../nbs/64_tasks.ipynb #de1f328a
+def packed_result(path) -> dict:
+    "The `finetune.json` at the beginning of an archive; {} without one. ValueError if that is damaged."
+    with reading_archive(path, path) as tar:
+        near = takewhile(lambda member: member.size < 64_000_000, tar)  # no weights
+        return next((json.load(tar.extractfile(member)) for member in near if member.name == "finetune.json"), {})
+
 def run_in(place) -> dict:
     "The `finetune.json` of the run in a folder or an archive, or {}."
     try:
         if Path(place).is_dir(): told = json.loads(Path(place, "finetune.json").read_bytes())
-        else:
-            with reading_archive(place, place) as tar:
-                told = next((json.load(tar.extractfile(m)) for m in tar if m.name == "finetune.json"), {})
+        else: told = packed_result(place)
     except (OSError, ValueError): return {}  # a published model, or a damaged file
     return told if isinstance(told, dict) else {}  # another tool's
 

@@ -8,7 +8,6 @@ __all__ = ['KnownRun', 'runs']
 # %% ../nbs/64_your_runs.ipynb #64e00003
 import calendar, contextlib, json, os, time, warnings
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 
 from .config import FinetuneConfig
@@ -16,8 +15,8 @@ from .core import Record, home
 from .engine.checkpoints import MANIFEST, RESULT, unsealed
 from .errors import explained
 from .runtime import in_colab, my_drive
-from .storage.archives import reading_archive
 from .storage.heartbeat import spoken
+from .tasks import packed_result
 
 # %% ../nbs/64_your_runs.ipynb #64e00005
 @dataclass(frozen=True)
@@ -99,13 +98,9 @@ def run_of(folder) -> KnownRun | None:
     return finished_in(folder) or stopped_in(folder)
 
 # %% ../nbs/64_your_runs.ipynb #64e00015
-LARGE = 64_000_000  # bytes, which no record has
-
 def run_packed(path) -> KnownRun | None:
-    "The run in an archive; None if its beginning tells of none. ValueError if that is damaged."
-    with reading_archive(path, path) as tar:
-        near = takewhile(lambda member: member.size < LARGE, tar)
-        told = next((json.load(tar.extractfile(member)) for member in near if member.name == RESULT), {})
+    "The run in the archive `path`; None if its beginning tells of none. ValueError if that is damaged."
+    told = packed_result(path)
     return replace(of_result(told, path, moment_of(path)), name=path.name[:-7]) if "config" in told else None
 
 # %% ../nbs/64_your_runs.ipynb #64e00017
@@ -152,8 +147,8 @@ def merged(here, there) -> list:
 
 # %% ../nbs/64_your_runs.ipynb #ab4356d0
 def runs_in(folder) -> list:
-    "The runs in its folders."
-    return known_in(run_of, filter(Path.is_dir, home(folder).iterdir()))
+    "The runs in the folders of `folder`."
+    with explained(f"Looking into {folder}"): return known_in(run_of, filter(Path.is_dir, home(folder).iterdir()))
 
 # %% ../nbs/64_your_runs.ipynb #64e00023
 def runs(

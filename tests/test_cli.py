@@ -163,6 +163,12 @@ def test_text_that_cannot_be_used(cli, own, tmp_path, name, content, said):
     (("--prompt", "a\udcffb"), 2, "--prompt is 'a\\udcffb'; it must be text in UTF-8."),
     (("--method", "lora", "--lora-rank", "1000000"), 2, "--lora-rank is 1000000; it must be"),
     (("--model", "nowhere/checkpoint-3"), 1, "There is no folder nowhere/checkpoint-3."),
+    (("--tokenizer", "nosuch"), 1, "Unknown --tokenizer 'nosuch', and no folder here."),
+    (("--tokenizer", "./nosuch"), 1, "There is no folder ./nosuch."),
+    (("--train-file", "nosuch.txt"), 1, "--train-file: nosuch.txt does not exist."),
+    (("--mirror", "/proc/nosuch"), 1, "--mirror: Making /proc/nosuch failed"),
+    (("--block-size", "abc"), 2, "Invalid value for '--block-size': 'abc' is no whole number."),
+    (("--learning-rate", "fast"), 2, "'fast' is no number."),
     (("--output-dir", "train.txt/below"), 1, "train.txt/below")])
 def test_values_that_cannot_be_used(cli, own, tmp_path, flags, code, said):
     refused(cli("finetune", *QUICK, *own, *flags), code, said)
@@ -353,6 +359,21 @@ def test_a_text_that_ends_at_once_is_noted(cli, monkeypatch, more):
     ran = cli(*words)
     note = "note: A text is empty: the model ended it at once. Set another --seed or --prompt.\n"
     assert (ran.returncode, ran.stderr) == (0, note)
+
+
+@pytest.mark.parametrize("words, said", [
+    (("find-rate", "--steps", "5"), "--steps is 5; it must be a whole number ≥ 10."),
+    (("bench", "--steps", "1"), "--steps is 1; it must be a whole number ≥ 3."),
+    (("generate", "--samples", "0"), "--samples is 0; it must be a whole number ≥ 1"),
+    (("compare", "a", "b", "--seed", "-1"), "--seed is -1; it must be a whole number ≥ 0")])
+def test_a_number_that_is_too_low_is_told_in_our_words(cli, words, said):
+    refused(cli(*words), 2, said)
+
+
+def test_a_folder_that_is_not_there_is_told_before_its_disk(cli):
+    ran = cli("check", "--path", "/nosuch")
+    assert ran.returncode == 0 and "note: There is no folder /nosuch: the disk is that of /." in ran.stderr
+    refused(cli("runs", "--folder", "nosuch"), 1, "Looking into nosuch failed: a file or folder is missing")
 
 
 def test_archive_and_save_refuse(cli, tmp_path):

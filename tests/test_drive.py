@@ -310,6 +310,14 @@ def test_interrupted_in_the_middle(archive, tmp_path, monkeypatch):
 
 # ---- saving and restoring
 
+def test_an_archive_that_was_cut_off_is_not_saved(archive, tmp_path):
+    cut = tmp_path/"cut.tar.gz"
+    cut.write_bytes(archive.path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="cut.tar.gz is truncated, corrupted or not a .tar.gz archive .*make it again"):
+        save_to_drive(cut, drive=tmp_path/"drive", progress=False)
+    assert not (tmp_path/"drive").exists()
+
+
 def test_save_and_restore_on_colab(colab, archive, model, tmp_path, monkeypatch):
     mount_here(monkeypatch, colab)
     saved = save_to_drive(archive, progress=False)

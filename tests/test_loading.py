@@ -171,7 +171,8 @@ def test_a_config_may_be_a_folder(folder, kind):
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_unknown_names(load, tmp_path):
-    with pytest.raises(ValueError, match="Unknown model 'DistilGPT', .* Did you mean 'distilgpt2'"): load("DistilGPT")
+    told = "Unknown (model|tokenizer) 'DistilGPT', .* Did you mean 'distilgpt2'"
+    with pytest.raises(ValueError, match=told): load("DistilGPT")
     with pytest.raises(FileNotFoundError, match="There is no folder .*/output"): load(tmp_path/"output")
     for name in "output/", "my folder/model", "a//b":
         with pytest.raises(FileNotFoundError, match=f"There is no folder {name}"): load(name)
@@ -424,6 +425,19 @@ def test_a_config_of_absurd_size_is_one_line_at_once(folder, fields, from_scratc
     with pytest.raises(ValueError, match="asks for .* of weights .*. Choose a smaller one") as e:
         load_model(folder, from_scratch=from_scratch)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("by_far", [10**7, 10**10], ids=["more than the files hold", "more than the memory"])
+def test_a_config_that_asks_for_more_than_there_is_is_refused_unbuilt(folder, kind, by_far, monkeypatch):
+    "By numbers, too, that no formula of a model's size knows."
+    if kind == "llama":
+        shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100)
+        new_model(LlamaConfig(**shape), seed=0).save_pretrained(folder)
+    change_config(folder, **{dict(gpt2="n_inner", llama="intermediate_size")[kind]: by_far})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were made"))
+    with pytest.raises(ValueError, match="asks for .*B of weights .*: take their own config.json.$"):
+        load_model(folder)
 
 
 def test_new_weights_that_the_memory_does_not_hold_are_not_allocated(monkeypatch):

@@ -863,6 +863,16 @@ def test_the_hub_is_told_in_a_word_and_its_token_never(hub, output, checkpoint, 
                                                            *tree(output).values()])
 
 
+def test_without_a_network_the_hub_is_told_in_a_line_at_once(hub, output, checkpoint, capfd, caplog):
+    with hub.closed():
+        mirror = opened(output, **ON_HUB)
+        copy(mirror, checkpoint(100))
+        assert mirror.told.startswith("Nothing can be copied to hub:me/checkpoints now")
+        assert mirror.told.endswith("the Hub gave no answer") and "checkpoint-100 failed" in mirror.status()
+        told(lambda: mirror.close(seconds=1))
+    assert "Retrying" not in "".join(capfd.readouterr()) + caplog.text
+
+
 def test_a_repository_that_cannot_serve_is_refused_before_the_run(hub, output):
     "A public one; and one that the user has already: what is replaced leaves its history, and all of that would go."
     hub.add("models", "me/checkpoints", {".gitattributes": b"", "README.md": b"my work", "thesis.bin": b"..."})

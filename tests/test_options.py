@@ -1,5 +1,5 @@
 "That the training options of transformers and peft act here as they act there."
-import copy
+import copy, re
 
 import pytest
 import torch
@@ -212,3 +212,11 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(ValueError, match="has 'q_proj'; the model's layers are wte, wpe, c_attn, c_proj, c_fc"):
         plan_run(new_model(GPT2, seed=0), TextSize(10_000, 32, "made up"), named_runtime("CPU"),
                  FinetuneConfig(target_modules="c_attn,q_proj"))
+
+
+def test_a_keyword_that_is_not_known_is_told_with_what_is():
+    from colab_gpt2 import generate
+    for call, said in ((lambda: FinetuneConfig(modle="tiny"), "FinetuneConfig has no 'modle'. Did you mean 'model'?"),
+                       (lambda: generate("tiny", num_beams=4), "generate has no 'num_beams'. Known: chat, tokenizer, "),
+                       (lambda: generate("tiny", temprature=1), "Did you mean 'temperature'?")):
+        with pytest.raises(TypeError, match=re.escape(said)): call()

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from colab_gpt2.errors import fields_of
+from colab_gpt2.text.fields import pick_field
 from colab_gpt2.text.formats import END
 from colab_gpt2.text.reading import find_texts, holds_chats, is_plain, read_documents, read_rows
 
@@ -187,6 +188,24 @@ def test_conversations_are_recognised_and_given_as_they_are(tmp_path, rows, chat
     (tmp_path/"a.jsonl").write_bytes(lines(rows))
     assert holds_chats([tmp_path/"a.jsonl"]) is chats
     if chats: assert [row.values for row in read_rows([tmp_path/"a.jsonl"])] == rows
+
+
+@pytest.mark.parametrize("row", [
+    dict(instruction="Translate.", input="The tide", output="La marée"),
+    dict(instruction="Translate.", context="The tide", response="La marée", category="words")], ids=["Alpaca", "Dolly"])
+def test_an_instruction_with_its_input_and_output_is_a_question_and_its_answer(tmp_path, row):
+    (tmp_path/"a.jsonl").write_bytes(lines([row, row | dict(input="", context="")]))
+    asked, answer = (dict(role="user", content="Translate.\n\nThe tide"), dict(role="assistant", content="La marée"))
+    found = [row.values for row in read_rows([tmp_path/"a.jsonl"])]
+    assert holds_chats([tmp_path/"a.jsonl"])
+    assert found == [dict(prompt=[asked], completion=[answer]),
+                     dict(prompt=[asked | dict(content="Translate.")], completion=[answer])]
+
+
+def test_answers_of_a_word_or_a_number_do_not_leave_the_questions_alone_as_the_text():
+    for answer in ("Paris", "42", 42):
+        with pytest.raises(ValueError, match="2 columns that may hold the text.* prompt and completion"):
+            pick_field([dict(question="What is the capital?", answer=answer)], None, "a.csv")
 
 
 # ---- what is wrong, and where

@@ -3,7 +3,7 @@ import json, os, shlex, shutil, signal, subprocess, sys, time
 
 import pytest
 
-from colab_gpt2.legacy.flags import parse
+from colab_gpt2.legacy.flags import name_of, parse
 from colab_gpt2.legacy.run_language_modeling import translate
 
 COMMAND = ("--output_dir=output --model_type=gpt2 --model_name_or_path=tiny --do_train "
@@ -52,6 +52,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tutorial(folder):
     return run(folder, COMMAND)
+
+
+def test_what_the_command_had_no_flag_for_is_said_as_one_can_type_it(folder, tmp_path):
+    (tmp_path/"latin.txt").write_bytes("La marée d'été.\n".encode("latin-1")*99 + b"The tide comes in.\n"*99)
+    flags = "--output_dir=o --model_name_or_path=tiny --do_train --train_data_file=latin.txt --max_steps=1"
+    ran = run(tmp_path, flags)
+    last = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 1 and "convert it (iconv -f " in last and "or set --on_bad_lines=skip to" in last
+    assert name_of("method", "lora") == "`colab-gpt2 finetune --method lora`"
 
 
 def test_the_tutorials_command(folder, tutorial):

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'TINY', 'load_tokenizer', 'load_model', 'model_context']
 
 # %% ../../nbs/model/20_loading.ipynb #ae8b1f07
-import contextlib, inspect, json, re, shlex, warnings
+import contextlib, inspect, json, math, re, shlex, warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +20,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 import colab_gpt2
 from ..core import from_link, home, human_bytes, nearest, weight_files
-from ..errors import shortened
+from ..errors import Sentence, shortened
 from .known import MODELS, gpt2_parameters
 from ..runtime import cache_folder, check_mounted, memory, out_of_memory
 from ..text.hub import hub_trouble
@@ -32,8 +32,8 @@ TINY = Path(colab_gpt2.__file__).parent/"assets"/"tiny"  # a GPT-2 with a vocabu
 # %% ../../nbs/model/20_loading.ipynb #dd253990
 ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # of a model on the Hub
 
-def locate(name):
-    "The Path or the Hub id of `name`; ValueError or FileNotFoundError if it can be neither."
+def locate(name, field="model"):
+    "The Path or the Hub id that `name`, given as `field`, stands for; ValueError or FileNotFoundError if neither."
     text = from_link(str(name))
     folder, known = home(text), text in MODELS and (MODELS[text].hub_id or TINY)
     if known and not (folder/"config.json").exists(): return known
@@ -52,7 +52,8 @@ def locate(name):
             f"There is no folder {text}.{has} Give a folder, a Hub id 'owner/name', or one of {known}.")
     if "/" in text or text != str(name): return text
     near = nearest(text, MODELS)
-    raise ValueError(f"Unknown model {text!r}, and no folder here.{near} A Hub id 'owner/name' works too.")
+    told = f"Unknown {{{field}}} {{name!r}}, and no folder here.{{near}} A Hub id 'owner/name' works too."
+    raise ValueError(Sentence(told, name=text, near=near))
 
 # %% ../../nbs/model/20_loading.ipynb #2676487b
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -168,7 +169,7 @@ def loading(place, cache_dir=None):
 # %% ../../nbs/model/20_loading.ipynb #74452046
 def ready(name, cache_dir, *needs):
     "Where to load `name` from, a folder or a Hub id. One of each of `needs` is there."
-    place, text = locate(name), str(name)
+    place, text = locate(name, "tokenizer" if TOKENIZERS in needs else "model"), str(name)
     if text in MODELS and home(text).is_dir() and TOKENIZERS not in needs:  # told once, not for its tokenizer too
         what = "the model in it is used" if place == home(text) else "it holds no model, and is not used"
         warnings.warn(f"{text} is a known model and also a folder here: {what}.", stacklevel=3)
@@ -219,16 +220,20 @@ def check_causal(config, place="The model"):
                          "Choose a causal (next-token) model, such as gpt2.")
 
 # %% ../../nbs/model/20_loading.ipynb #2cd40d7e
-def check_size(config, place, most=1 << 42):
-    "ValueError for over 2000 layers, or more than about `most` bytes of weights in fp32."
-    names = ("num_hidden_layers", "hidden_size", "n_positions", "vocab_size")
+def check_size(config, place, most=1 << 42, held=0):
+    "ValueError for thousands of layers, `most` bytes of weights in fp32, or twice as many as are `held` in files."
+    names = ("num_hidden_layers", "hidden_size", "n_positions", "vocab_size", "num_attention_heads")
     shape = {name: getattr(config.get_text_config(), name, None) for name in names}
-    size = 4 * gpt2_parameters(*(value or 0 for value in shape.values()))
+    size = 4 * gpt2_parameters(*(shape[name] or 0 for name in names[:4]))
     if wrong := [name for name, value in shape.items() if value is not None and value < 1]:
         raise ValueError(f"The config of {place} has {wrong[0]} {shape[wrong[0]]}; it must be 1 or more.")
-    if (shape["num_hidden_layers"] or 0) <= 2000 and size <= most: return
+    few, advice = (shape["num_hidden_layers"] or 0) <= 2000 and size <= most, "Choose a smaller one."
+    if few and held:
+        with loading(place): size = 4 * weightless(config).num_parameters()
+        if size > 8 * held: advice = f"Its files hold {human_bytes(4 * held)}: take their own config.json."
+    if few and size <= min(most, 8 * held or most): return
     told = ", ".join(f"{name} {value:,}" for name, value in shape.items() if value)
-    raise ValueError(f"The config of {place} asks for {human_bytes(size)} of weights ({told}). Choose a smaller one.")
+    raise ValueError(f"The config of {place} asks for {human_bytes(size)} of weights ({told}). {advice}")
 
 # %% ../../nbs/model/20_loading.ipynb #aaca9fdd
 OURS = dict(_attn_implementation=None, _experts_implementation=None,  # transformers chooses
@@ -281,7 +286,7 @@ def check_reading(model, place):
 def new_model(config, seed=None):
     "A model with random weights, in fp32; with a `seed` the same, and torch's own generator stays."
     place = type(config).__name__
-    check_size(config, place, memory()[0])
+    check_size(config, place, memory()[0], math.inf)
     with loading(place), torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -297,15 +302,23 @@ def lost_weight(model) -> str:
     return next((name for name, p in model.named_parameters() if not p.isfinite().all()), "")
 
 # %% ../../nbs/model/20_loading.ipynb #60cd11ea
-def check_floats(folder):
-    "ValueError if the weights in `folder` are quantized."
-    names = {WEIGHTS[0]} if (folder/WEIGHTS[0]).exists() else weight_files(folder/WEIGHTS[1])
-    for path in (folder/name for name in sorted(names)):
-        with safe_open(path, "pt") as file:
-            kinds = {key: file.get_slice(key).get_dtype() for key in file.keys() if key.endswith("weight")}
-        for key, kind in kinds.items():
-            if kind in ("F64", "F32", "F16", "BF16"): continue
-            raise ValueError(f"{path} is quantized ({key} is {kind}). Choose the model as it was before.")
+def count_floats(place, cache_dir=None):
+    "How many floats the weights of `place` are, inf before they are fetched; ValueError if they are quantized."
+    kinds, held = {}, 0
+    try:
+        with loading(place, cache_dir):
+            folder = folder_of(place, cache_dir)
+            names = {WEIGHTS[0]} if (folder/WEIGHTS[0]).exists() else weight_files(folder/WEIGHTS[1])
+            for path in (folder/name for name in sorted(names)):
+                with safe_open(path, "pt") as file:
+                    for key in file.keys():
+                        held += math.prod((part := file.get_slice(key)).get_shape())
+                        if key.endswith("weight"): kinds[path, key] = part.get_dtype()
+    except (ConnectionError, FileNotFoundError): return math.inf
+    for (path, key), kind in kinds.items():
+        if kind in ("F64", "F32", "F16", "BF16"): continue
+        raise ValueError(f"{path} is quantized ({key} is {kind}). Choose the model as it was before.")
+    return held
 
 # %% ../../nbs/model/20_loading.ipynb #9f0cd541
 def load_model(
@@ -322,6 +335,7 @@ def load_model(
     else:
         place = ready(name, cache_dir, ("config.json",), WEIGHTS)
         config = load_config(config, cache_dir) if config else read_config(place, cache_dir)
+        check_size(config, place, memory()[0], held := count_floats(place, cache_dir))
         safely = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         with loading(place, cache_dir):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -330,7 +344,7 @@ def load_model(
             raise ValueError(f"{place} has not the shapes of its config: {name} is {tuple(has)}, not {tuple(asked)}.")
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{place} is incomplete: it lacks {len(missing)} of its weights, such as {missing[0]}.")
-        with contextlib.suppress(ConnectionError): check_floats(folder_of(place, cache_dir))
+        if held == math.inf: count_floats(place, cache_dir)
         if name := lost_weight(model):
             raise ValueError(f"{place} is damaged: {name} is NaN or infinite. Choose another model.")
     if model.config.model_type != "gpt2": check_reading(model, place)

@@ -94,11 +94,13 @@ def write_archive(target, folder, names, add):
                 tar.addfile(member, CallbackIOWrapper(add, f, "read"))
 
 # %% ../../nbs/storage/50_archives.ipynb #9d05d10c
+ENDS = ".tar.gz", ".tgz"
+
 def check_archive_path(path, overwrite=False) -> Path:
     "`path`, if an archive can be written there; else IsADirectoryError, FileExistsError, or ValueError."
     path = check_mounted(path)
     if os.path.isdir(path): raise IsADirectoryError(f"{path} is a folder; name a file in it that ends in .tar.gz.")
-    if not path.name.lower().endswith((".tar.gz", ".tgz")):
+    if not path.name.lower().endswith(ENDS):
         raise ValueError(f"{path} is not a valid archive name: it must end in .tar.gz or .tgz.")
     if overwrite or not os.path.lexists(path): return path
     raise FileExistsError(Sentence("{path} exists. Give another path, or {overwrite=True} to overwrite it.", path=path))
@@ -193,6 +195,14 @@ def reading_archive(path, called):
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
         said = f"{called} is truncated, corrupted or not a .tar.gz archive ({e}). Copy or make it again."
         raise ValueError(said) from e
+
+# %% ../../nbs/storage/50_archives.ipynb #50f1e1d2
+def check_whole(path):
+    "ValueError if `path`, a .tar.gz by its name, cannot be read to its end."
+    if not path.name.lower().endswith(ENDS): return
+    with reading_archive(path, path) as tar:
+        tar.getmembers()
+        while tar.fileobj.read(1 << 20): continue
 
 # %% ../../nbs/storage/50_archives.ipynb #eef84516
 def empty_folder(folder) -> Path:

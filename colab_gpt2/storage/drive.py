@@ -15,7 +15,7 @@ from ..core import retried, sha256_of
 from ..errors import GONE, REMOUNT, Sentence, check_number, explained, may_pass, same_kind
 from ..reporting import reporting
 from ..runtime import SPELLINGS, check_mounted, drive_path, in_colab, is_folder, my_drive
-from .archives import Archive, empty_folder, leads_out, unpack
+from .archives import Archive, check_whole, empty_folder, leads_out, unpack
 
 # %% ../../nbs/storage/51_drive.ipynb #f01e97e7
 @dataclass(frozen=True)
@@ -204,6 +204,7 @@ def save_to_drive(
     source = home(getattr(archive, "path", archive))
     if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
     check_folder(folder)
+    if not isinstance(archive, Archive): check_whole(source)
     drive = mount_drive() if drive is None else drive_folder(drive, make=True)
     target = wanted = drive/folder/source.name
     if not overwrite:

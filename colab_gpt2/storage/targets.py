@@ -16,6 +16,7 @@ from ..errors import Sentence, may_pass
 from ..reporting import counter
 from ..runtime import is_folder
 from .drive import copy_once
+from ..text.hub import hub_trouble
 
 # %% ../../nbs/storage/52_targets.ipynb #1ba41620
 FINISHED, NAMES, NEW = "finished", re.compile(r"(checkpoint|weights)-(\d+)|finished"), ".new-"
@@ -167,11 +168,13 @@ class Repository:
     def __init__(self, name, run):
         from huggingface_hub import HfApi, utils
         utils.disable_progress_bars()  # the training has one
+        utils.logging.set_verbosity_error()  # a failure is told once, here
         self.api, self.repo, self.run, self.made = HfApi(), name, run, False
         self.called, self.label = f"hub:{name}", "Hub"
 
     def ask(self, action):
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+        if trouble := hub_trouble(self.api.endpoint): raise OSError(f"the Hub {trouble}")  # at once
         try: return action()
         except (EntryNotFoundError, RepositoryNotFoundError) as e:
             if isinstance(e, RepositoryNotFoundError): self.check_account()

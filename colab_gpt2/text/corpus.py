@@ -17,6 +17,7 @@ from ..errors import Sentence, about, explained
 from ..reporting import reporting, silent
 from ..runtime import cache_folder
 from .downloads import download, sole_owner, split_of, unzip
+from .encodings import called
 from .formats import READERS, is_table, suffix_of
 from .hub import TITLE, from_hub, hub_name, is_wikitext, open_hub, pick_splits, write_lines, write_split
 from .reading import (SPLITS, TEXTS, check_text, find_texts, holds_chats, in_order, is_plain, join,
@@ -343,19 +344,18 @@ def looks_like_table(start) -> bool:
     return len(lines) > 3 and any(len(found) == 1 and min(found) for found in counts)
 
 # %% ../../nbs/text/11_corpus.ipynb #1dc2890f
-def noted(corpus):
-    "`corpus`; a warning if little is held out, or a syntax would be learned."
+def noted(corpus, name):
+    "`corpus`, whose text is called `name`; a warning if little is held out, or if a syntax would be learned."
     held = min((size for split, size in corpus.bytes.items() if split != "train"), default=1000)
     if held < 1000:  # some 250 tokens
-        warnings.warn(Sentence("The held-out text of {name} has only {held}: its perplexity says little. "
-                               "Give a longer text or {eval_file}.", name=corpus.name,
-                               held=several(held, "byte")))
+        warnings.warn(Sentence("Only {held} of {name} are held out: their perplexity says little. "
+                               "Give a longer text or {eval_file}.", name=called(name), held=several(held, "byte")))
     for path in map(corpus.path, corpus.bytes):
         if path.suffix == ".jsonl" or stream_in(path): continue
         with open(path, "rb") as f: start = f.read(4000)
         marked = re.match(rb'(?i)\W*({\s*"|<(!doctype|html|\?xml)|(rtf|pdf-|ps-adobe-)\d)', start)
         if kind := "JSON, HTML or RTF" if marked else looks_like_table(start) and "a table (CSV)":
-            warnings.warn(f"{corpus.name} is {kind}, whose syntax will be learned, or measured.")
+            warnings.warn(f"{called(name)} is {kind}, whose syntax will be learned, or measured.")
             break
     return corpus
 
@@ -383,15 +383,16 @@ def load_corpus(
     root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
     if not eval_file and LINK.fullmatch(str(train_file)): name, train_file, field = train_file, None, "train_file"
     with reporting(progress) as report, about(*() if train_file or eval_file else (field,)):
-        if train_file or eval_file: return noted(load_files(train_file, eval_file, root, hold_out, reading, report))
+        if train_file or eval_file:
+            return noted(load_files(train_file, eval_file, root, hold_out, reading, report), eval_file or train_file)
         if name in sources: return fetch(name, sources[name], root, report, download)
         if name == PYTHON_DOCS: return cached_docs(root, platform.python_version())
         if repository := hub_name(name):
             names = dataset_train_split, dataset_test_split
-            return noted(load_hub(repository, root, dataset_config, names, reading, report, download))
+            return noted(load_hub(repository, root, dataset_config, names, reading, report, download), name)
         path = home(name)
         if os.path.exists(path) or "/" in str(name) or path.suffix in (".txt", ".zip"):
-            return noted(load_path(path, root, report, reading))
+            return noted(load_path(path, root, report, reading), path)
         near = nearest(name, [*sources, PYTHON_DOCS])
         raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{near}")
 

@@ -27,11 +27,21 @@ class Document(NamedTuple):
     more: bool = False  # the next Document continues it: a long text comes in pieces
 
 # %% ../../nbs/text/10_fields.ipynb #10f00009
+def as_chat(values) -> dict:
+    "The row `values`; of Alpaca's or Dolly's columns, without a `text`, as a question and its answer."
+    asked = [values.get(name) for name in ("instruction", "input", "context")]
+    answer = values.get("output", values.get("response"))
+    other = {"messages", "prompt", "completion", "text"} & values.keys()
+    if other or not (isinstance(asked[0], str) and isinstance(answer, str)): return values
+    asked = "\n\n".join(part for part in asked if isinstance(part, str) and part.strip())
+    return dict(prompt=[dict(role="user", content=asked)], completion=[dict(role="assistant", content=answer)])
+
 def is_chat(values) -> bool:
-    "Whether the row `values` is a conversation."
-    return isinstance(values.get("messages"), list) or {"prompt", "completion"} <= values.keys()
+    "Whether the row `values` is a conversation: `messages`, or a `prompt` with its `completion`."
+    return isinstance(values.get("messages"), list) or {"prompt", "completion"} <= as_chat(values).keys()
 
 # %% ../../nbs/text/10_fields.ipynb #10f0000c
+ANSWERS = {"output", "answer", "response", "chosen"}
 NAMES = "text", "content", "body", "document", "article", "story", "passage", "markdown"
 WORDS = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]")  # two words
 
@@ -49,7 +59,8 @@ def clearest(kinds) -> list:
     "The columns that may hold the text, by their `kinds`: one, if that is clear."
     words = [name for name in kinds if kinds[name] in ("text", "words")]
     named = [name for known in NAMES for name in words if name.strip().lower() == known]
-    return named[:1] or [name for name in words if kinds[name] == "text"] or words
+    answers = [name for name in kinds if name in ANSWERS and kinds[name] != "empty"]  # "Paris", "42"
+    return named[:1] or answers and [*{*words, *answers}] or [n for n in words if kinds[n] == "text"] or words
 
 # %% ../../nbs/text/10_fields.ipynb #10f0000e
 def pick_field(rows, wanted, called) -> str:
@@ -62,7 +73,7 @@ def pick_field(rows, wanted, called) -> str:
     told = "{called} has no column with text; it has {there}."
     if "conversations" in kinds: told += " Give 'messages' with role and content to learn conversations."
     if texts: told = "{called} has {n} columns that may hold the text: {there}. Choose one by {dataset_text_field}."
-    if texts and {"output", "answer", "response", "chosen"} & columns.keys():
+    if texts and ANSWERS & columns.keys():
         told += " To learn answers, name the columns of a question and its answer prompt and completion."
     elif wanted in kinds: told = "{dataset_text_field} is {wanted!r}, which holds {kind} in {called}; it has {there}."
     elif wanted: told = "{dataset_text_field} is {wanted!r}, which {called} has not; it has {there}.{near}"

@@ -35,14 +35,14 @@ def write_lines(texts, path):
     return path
 
 # %% ../../nbs/text/10_hub.ipynb #2ad8d266
-def hub_trouble() -> str:
-    "Why the Hub (or HF_ENDPOINT) cannot be used now; '' if it can."
+def hub_trouble(endpoint=None) -> str:
+    "Why the Hub (HF_ENDPOINT, or another `endpoint`) cannot be used now; '' if it can."
     from huggingface_hub import constants, get_token
     if constants.HF_HUB_OFFLINE: return "gave no answer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         get_token()  # asks Colab for its secret, once: what is public needs none
-    try: answer = requests.head(constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
+    try: answer = requests.head(endpoint or constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
     except requests.RequestException: return "gave no answer"
     busy = answer.status_code == 429 or answer.status_code >= 500
     return f"answers {answer.status_code} {answer.reason}".rstrip() if busy else ""

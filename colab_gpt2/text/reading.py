@@ -14,7 +14,7 @@ from ..core import check_space, home, several
 from ..errors import Sentence, about
 from ..reporting import silent
 from .encodings import DOS_END, PACKED, Source, called
-from .fields import documents, is_chat, pick_field
+from .fields import Row, as_chat, documents, is_chat, pick_field
 from .formats import READERS, is_table, rows_of, suffix_of, text_documents, write_documents
 
 # %% ../../nbs/text/10_reading.ipynb #610cb670
@@ -139,7 +139,7 @@ def read_rows(paths, on_bad_lines="error", report=silent, skipped=None, named=ca
     "Yield the Rows of the tables `paths`; their places begin with the file, as `named` calls it."
     for path in paths:
         for row in rows_of(path, on_bad_lines, report, skipped):
-            yield row._replace(place=f"{named(path)}, {row.place}")
+            yield Row(as_chat(row.values), f"{named(path)}, {row.place}")
 
 def holds_chats(paths, on_bad_lines="error") -> bool:
     "Whether `paths` are tables of conversations, by their first rows."
