@@ -63,12 +63,10 @@ class Record:
     def from_dict(cls, facts):
         "The record whose `to_dict` is `facts`, by the type hints of its fields; ValueError for anything else."
         hints = get_type_hints(cls)
-        try:
-            return cls(**{name: _typed(hints.get(name), value) for name, value in facts.items()})
+        try: return cls(**{name: _typed(hints.get(name), value) for name, value in facts.items()})
         except (TypeError, AttributeError, ValueError) as e: raise ValueError(f"No {cls.__name__}: {e}.") from e
 
-    def _rows(self):
-        "The (label, text) pairs of the table."
+    def _rows(self):  # (label, text) pairs of the table
         return [(name.replace("_", " "), value) for name, value in self.to_dict().items()]
 
     def _repr_html_(self):

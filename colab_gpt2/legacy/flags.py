@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_args
 
+from ..cli import name_of as option_of
 from ..config import FinetuneConfig
 from ..core import nearest, printable
-from ..errors import Sentence, check_choice, check_number, in_python, shortened
+from ..errors import Sentence, check_choice, check_number, shortened
 
 # %% ../../nbs/legacy/90_flags.ipynb #7f5f4d99
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ JOB = dict(
     do_eval=means("perplexity is written to eval_results_lm.txt"),
     do_predict=ignored(bool, "the script did nothing with it"),
     eval_all_checkpoints=needs("do_eval", means("each complete checkpoint is evaluated", every_checkpoint=True)),
-    **same("mirror max_minutes save_minutes"))
+    **same("mirror max_minutes save_minutes on_bad_lines dataset_text_field"))
 FLAGS = {**JOB, **MODEL, **DATA, **BATCH, **LEARNING, **JOURNAL, **MACHINE}
 
 # %% ../../nbs/legacy/90_flags.ipynb #1afb4bd4
@@ -268,7 +269,7 @@ NAMES = dict(model="model_name_or_path", tokenizer="tokenizer_name", train_file=
 def name_of(name, *value) -> str:
     "The flag of 2020 for a field, with its `value`; Python's words without one."
     flag = NAMES.get(name, name)
-    if flag not in FLAGS: return in_python(name, *value)
+    if flag not in FLAGS: return f"`colab-gpt2 finetune {option_of(name, *value)}`"
     return f"--{flag}" if not value or value[0] is True else f"--{flag}={value[0]}"
 
 # %% ../../nbs/legacy/90_flags.ipynb #0bf3c5c8

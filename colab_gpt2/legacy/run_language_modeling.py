@@ -90,7 +90,8 @@ def with_texts(job, folder) -> FinetuneConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is noted about the texts is noted when they are read
         first, *_ = find_texts(config.train_file)
-        if not is_plain(first): first = join([first], Path(folder)/f"{first.stem}.txt")
+        reading = config.dataset_text_field, config.on_bad_lines
+        if not is_plain(first): first = join([first], Path(folder)/f"{first.stem}.txt", *reading)
     return replace(config, eval_file=str(opening(first, folder)))
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ffe941d4

@@ -219,6 +219,11 @@ def check_causal(config, place="The model"):
         raise ValueError(f"{place} cannot be loaded as a causal language model: it is of type {config.model_type}. "
                          "Choose a causal (next-token) model, such as gpt2.")
 
+# %% ../../nbs/model/20_loading.ipynb #e7f150aa
+def weightless(config, dtype=torch.float32):
+    "The model that `config` describes, on torch's meta device."
+    with quiet(), torch.device("meta"): return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
 # %% ../../nbs/model/20_loading.ipynb #2cd40d7e
 def check_size(config, place, most=1 << 42, held=0):
     "ValueError for thousands of layers, `most` bytes of weights in fp32, or twice as many as are `held` in files."
@@ -290,11 +295,6 @@ def new_model(config, seed=None):
     with loading(place), torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-
-# %% ../../nbs/model/20_loading.ipynb #e7f150aa
-def weightless(config, dtype=torch.float32):
-    "The model that `config` describes, on torch's meta device."
-    with quiet(), torch.device("meta"): return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 # %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
 def lost_weight(model) -> str:

@@ -167,8 +167,7 @@ class Repository:
 
     def __init__(self, name, run):
         from huggingface_hub import HfApi, utils
-        utils.disable_progress_bars()  # the training has one
-        utils.logging.set_verbosity_error()  # a failure is told once, here
+        for quiet in utils.disable_progress_bars, utils.logging.set_verbosity_error: quiet()  # the run tells of all
         self.api, self.repo, self.run, self.made = HfApi(), name, run, False
         self.called, self.label = f"hub:{name}", "Hub"
 
