@@ -16,7 +16,7 @@ CHANGES = {
         "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/",
     f"tutorials/{COLAB.name}": f"tutorials/{KAGGLE.name}",
     "You need a Google account": "You need a Kaggle account",
-    "**How.** …": """**How.** Make the three settings below, then choose *Run All*. Everything else has a default, so you don't have to type anything, and you can leave it alone. If the session ends too early, choose *Run All* again: training resumes where it was. Each step below is a few sentences, a panel and, under it, the same in plain Python. Once you have seen it work, press *Upload a text* in step 2, then *Train* in step 3 and *Save* in step 5: panels keep working after their cell has finished, and a text of your own needs no more than that.""",
+    "**How.** …": """**How.** Make the three settings below, then choose *Run All*. Everything else has a default, so you don't have to type anything, and you can leave it alone. If the session ends too early, choose *Run All* again: training resumes where it left off. Each step below has a few sentences, a panel and, under it, the same in plain Python.""",
     "On a T4, training takes about 4 minutes": "On two T4s, training takes about 2 minutes",
     "**Without a GPU or a network** the notebook": "**Without a GPU** the notebook",
     "## Install": """## Before you start
@@ -33,8 +33,8 @@ For the first two, Kaggle asks you once to verify your phone number.
 
 ## Install""",
     "Colab already has": "Kaggle already has",
-    "*Runtime → Change runtime type* lists what Colab offers. The free one is the **T4**, and it is enough:":
-        "*Settings → Accelerator* lists what Kaggle offers. Choose **GPU T4 x2**:",
+    "*Runtime → Change runtime type* lists what Colab offers. The free one is the **T4**, and it is enough.":
+        "*Settings → Accelerator* lists what Kaggle offers. Choose **GPU T4 x2**.",
     "| in the menu …": """| in the menu | memory | which GPT-2 it trains on WikiText-2, and how long two epochs take (forecast) |
 |:--|:--|:--|
 | GPU T4 x2 | 15 GB each | gpt2 2 min, gpt2-medium 6 min; gpt2-large by LoRA, 9 min; gpt2-xl by LoRA, 17 min |
@@ -44,7 +44,8 @@ For the first two, Kaggle asks you once to verify your phone number.
         "from colab_gpt2 import FinetunePanel, check_runtime\n\ntraining = FinetunePanel(text, num_processes=check_runtime().gpus or 1)",
     "You can look at samples on the way, save, or stop and continue later.":
         "You can look at samples on the way, save, or stop and continue later. *Processes* is the number of GPUs: each trains on its share of every step, and the model becomes the one that a single GPU would train.",
-    "**When the session ends too early.** …": """**When the session ends too early.** Kaggle ends a session after 20 minutes in which you change and run nothing, and after 12 hours in any case. With *Persistence* at *Files only*, `/kaggle/working` comes back with the next one: open this notebook again, choose the same accelerator and *Run All*. It finds the newest checkpoint, the panel says at which step it resumes, and you get the same model as if nothing had happened. At most about five minutes of training are lost. What you typed into a panel, or uploaded, ended with the session, though: write it into the cells, as in `FinetunePanel(text, num_train_epochs=4, num_processes=2)` or `DataPanel(train_file="/kaggle/input/my-text/my.txt")`, and *Run All* finds it. [What is saved, where, and when](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/what_is_saved.md) has the details; what it says of a Drive is about Colab.
+    "**When the session ends too early.** …": """**When the session ends too early.** Kaggle ends a session after 20 minutes in which you change and run nothing, and after 12 hours in any case. With *Persistence* at *Files only*, `/kaggle/working` comes back with the next one: open this notebook again, choose the same accelerator and *Run All*. It finds the newest checkpoint, the panel says at which step it resumes, and you get the same model as if nothing had happened. You lose about five minutes of training at most.""",
+    "What you typed into a panel …": """What you typed into a panel, or uploaded, ended with the session. So that *Run All* finds it next time, write it into the cells: `FinetunePanel(text, num_train_epochs=4, num_processes=2)`, or `DataPanel(train_file="/kaggle/input/my-text/my.txt")`. [What is saved, where, and when](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/what_is_saved.md) has the details; what it says of a Drive is about Colab.
 
 **With the browser closed.** *Save Version → Save & Run All* runs the whole notebook in a session of its own, which lasts up to 12 hours and needs nobody to look at it. Afterwards the model is in that version's *Output*. A training that takes longer would be lost with its session, so give it `max_minutes=660` in the cell above: it stops in time with a checkpoint. To resume, choose *Add Input* and, under your work, that version's output; copy its path, and run `!cp -r PATH/gpt2-tuned .` before step 3 of the next version.""",
     "**If you choose Run all again**": "**If you choose Run All again**",
@@ -60,9 +61,9 @@ For the first two, Kaggle asks you once to verify your phone number.
     "# my.txt, my.csv, my.jsonl, or a path on the Drive": "# /kaggle/input/my-text/my.txt, or a .csv, a .jsonl, a folder",
     "from colab_gpt2.tasks import suggest\n\n": "from colab_gpt2 import check_runtime\nfrom colab_gpt2.tasks import suggest\n\ngpus = check_runtime().gpus or 1\n",
     'output_dir="my-model")': 'output_dir="my-model", num_processes=gpus)',
-    "in a new notebook, run the two cells at the top": "in a new notebook, add this one's output as an input, run the cell at the top",
-    'restore_from_drive("gpt2-tuned.tar.gz", "gpt2-tuned")`. Or with buttons: `from colab_gpt2 import DrivePanel`, then `DrivePanel()`; open *Load a saved model*, choose one and press *Restore*.':
-        'restore_from_drive("PATH/gpt2-tuned.tar.gz", "gpt2-tuned")`, with the path of that input.',
+    "in a new session, run the two cells at the top, then `from colab_gpt2 import DrivePanel` and `DrivePanel()`: open *Load a saved model*, choose one and press *Restore*. Or in Python: `from colab_gpt2 import restore_from_drive`, then":
+        "in a new notebook, add this one's output as an input, run the cell at the top, then `from colab_gpt2 import restore_from_drive` and",
+    'restore_from_drive("gpt2-tuned.tar.gz", "gpt2-tuned")`.': 'restore_from_drive("PATH/gpt2-tuned.tar.gz", "gpt2-tuned")`, with the path of that input.',
     "- For several GPUs: …": "- For more than two GPUs: [When one GPU is not enough](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/when_one_gpu_is_not_enough.md).",
     "`colab-gpt2 run --model gpt2 --dataset wikitext-2-raw-v1`": "`colab-gpt2 run --model gpt2 --dataset wikitext-2-raw-v1 --num-processes 2`",
 }

@@ -59,7 +59,7 @@ class Steps(Shown):
         panels = self.panels if converses(self.generate.config.model) else self.panels[:-1]
         if len(self.tab.children) != len(panels): self.tab.children = [panel.box for panel in panels]
         for i, panel in enumerate(panels): self.tab.set_title(i, "✓ " * bool(panel.result) + TABS[i])
-        self.onward.description = f"Next: {TABS[self.at + 1]}" if self.at < 4 else ""
+        self.onward.description = f"Next: {TABS[self.at + 1][2:]}" if self.at < 4 else ""
         self.onward.layout.display = "" if self.at < 4 else "none"
 
     @property

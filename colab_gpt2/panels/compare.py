@@ -44,7 +44,7 @@ def cells(tag, texts) -> str:
 LABELS = {f.name: label_of(f) for f in fields(FinetuneConfig)}
 
 def describe_comparison(compared) -> str:
-    "The HTML of a Comparison: a table of what differs and of what was measured, the notes, and the samples."
+    "The HTML of a Comparison: a table, the notes, and the samples."
     from colab_gpt2.evaluation import shown
     a, b = compared.runs
     rows = [(LABELS.get(name, name), *values) for name, values in compared.settings.items()]
@@ -69,7 +69,7 @@ def described(run) -> tuple:
     return run.name, run.text or "–", run.model, run.state, perplexity, run.when
 
 def describe_runs(found) -> str:
-    "The HTML of a table of KnownRuns; the second line of each says where it is, and how its sample begins."
+    "The HTML of a table of KnownRuns, two lines each."
     def beneath(run):
         told = " · ".join(filter(None, (run.where, run.sample[:80] and f"“{run.sample[:80]}”")))
         return f"<tr><td colspan='{len(HEADS)}' class='cg-lead'>{escape(told)}</td></tr>"
@@ -128,7 +128,7 @@ class RunTable(AfterTraining):
         self.form, self.table, self.view = Form(self.values, ["prompt", "seed"]), widgets.HTML(), widgets.HTML()
         self.compare = button("Compare", self.start, primary=True, tooltip="Put both runs on one chart")
         self.again.on_click(lambda _: self.look_again())
-        more = folding("More", "A prompt for both models", self.form.box)
+        more = folding("More", self.form.box)
         self.assemble(self.table, *(choice.widget for choice in self.choices), row(self.compare, self.halt, self.again),
                       self.status, self.far, self.view, row(more), self.form.box)
 

@@ -17,7 +17,7 @@ from ..config import TEXT
 from ..core import LINK, Record, atomic, human_bytes
 from ..errors import Sentence, fields_of
 from .fields import Form
-from .panel import Stoppable, button, folding, row, table, take_values, wide
+from .panel import Stoppable, asset, button, folding, row, table, take_values, wide
 from .snippets import differing
 from ..reporting import silent
 
@@ -117,9 +117,8 @@ def uploaded_files(value) -> dict:
 ACCEPTED = ".txt,.md,.docx,.csv,.tsv,.json,.jsonl,.parquet,.gz,.bz2,.xz"
 
 def upload_button(text, receive):
-    """A FileUpload that hands its value to `receive` and is emptied, so that the same file can be chosen again. It
-    writes how many files it holds after its text: that is then in a second line, which the style hides."""
-    made = widgets.FileUpload(description=f"{text}\n", accept=ACCEPTED, layout=widgets.Layout(width="auto"))
+    "A FileUpload that hands its value to `receive` and is emptied, so that the same file can be chosen again."
+    made = widgets.FileUpload(description=text, accept=ACCEPTED)
     made.add_class("cg-upload")
     def take(change):
         value = made.value
@@ -129,9 +128,19 @@ def upload_button(text, receive):
     made.observe(take, "value")
     return made
 
+# %% ../../nbs/panels/76_data.ipynb #16b9a487
+CLICK, DROP = "this.closest('.widget-hbox').querySelector('.widget-upload').click()", asset("drop.js")
+
+def drop_zone(upload, hint, look=""):
+    "The FileUpload behind a place to click, or to drop a file onto."
+    made = (f"<button type='button' class='jupyter-button {look}' onclick=\"{CLICK}\">{upload.description}</button>"
+            f"<span>or drop it here</span><span class='cg-hint'>{hint}</span>")
+    over = "ondragover='event.preventDefault()'"
+    return row(upload, widgets.HTML(f"<div class='cg-drop' {over} ondrop=\"{DROP}\">{made}</div>"))
+
 # %% ../../nbs/panels/76_data.ipynb #49e71cce
 def in_utf8(content) -> tuple:
-    "(`content`, ''), or what is in an older encoding as UTF-8, and the name of that; of several, the first is taken."
+    "(`content`, ''), or what is in an older encoding as UTF-8, and the name of that."
     from colab_gpt2.text.encodings import encoding_of, named_encodings
     if 0 in content or encoding_of(content[:1 << 16]) != "utf-8": return content, ""
     try: content.decode()
@@ -216,22 +225,21 @@ class TextChoice(Stoppable):
 
 # %% ../../nbs/panels/76_data.ipynb #9b5622e4
 class TextFields(TextChoice):
-    "The choice with the fields of own files; a subclass has `receive(name, value)` for uploads, and `allow(start)`."
+    "The choice with the fields of own files; a subclass has `receive(name, value)` and `allow(start)`."
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
         self.own = Form(self.values, FILES + READING)
         texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
         self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
-        self.uploads[0].add_class("cg-primary")
-        kinds = widgets.HTML("<span class='cg-hint' style='margin:0'>A text, a Word document or a table (.txt, .md, "
-                             ".docx, .csv, .jsonl, .parquet), of up to 10 MB</span>")
-        hint = widgets.HTML("<span class='cg-hint'>Add larger files next to the notebook (in Colab's Files panel) and "
-                            "type the name: a file, a folder, a pattern such as poems/*.txt, or "
-                            "hf://datasets/USER/NAME</span>")
-        self.files = widgets.VBox([row(self.uploads[1], hint), self.own.box])
-        self.more = folding("More", "Held-out text, paths, columns of tables", self.files)
+        kinds = ("Text, a Word document or a table (.txt, .md, .docx, .csv, .jsonl, .parquet), up to 10 MB. For a larger "
+                 "file see More.")
+        larger = ("Put a larger file next to the notebook (in Colab's Files panel) and type its name: a file, a folder, "
+                  "a pattern such as poems/*.txt, or hf://datasets/USER/NAME.")
+        own, other = map(drop_zone, self.uploads, (kinds, larger), ("cg-primary", ""))
+        self.files = widgets.VBox([other, self.own.box])
+        self.more = folding("More", self.files)
         for name in FILES: self.own.rows[name].widget.placeholder = "path"
-        self.top, self.beneath = (row(self.uploads[0], self.choice), kinds), (row(self.more), self.files)
+        self.top, self.beneath = (own, row(self.choice)), (row(self.more), self.files)
 
     def refresh(self):
         super().refresh()
@@ -256,7 +264,7 @@ class TextFiles(TextFields):
         super().say(told, sign, error)
 
     def receive(self, name, value):
-        "Keep what was uploaded for the field `name`, choose it and load it; or say why not, and what is still chosen."
+        "Keep what was uploaded for the field `name` and load it; or say why not, and what is still chosen."
         button, refused = self.uploads[FILES.index(name)], []
         for filename, content in uploaded_files(value).items():
             content, encoding = in_utf8(content)

@@ -91,7 +91,7 @@ def archives_on(drive, folder) -> list:
 
 # %% ../../nbs/panels/80_drive.ipynb #9a10c004
 def drive_there(drive) -> Path | None:
-    "The Drive, or the folder that stands for it, if it can be looked at now: nobody is asked, and nothing is made."
+    "The Drive, or the folder that stands for it, if it is there: nobody is asked, nothing is made."
     if in_colab(): return my_drive(drive or "/content/drive") or (drive and is_folder(drive) and Path(drive) or None)
     return my_drive(drive) or Path(drive) if drive and is_folder(drive) else None
 
@@ -104,7 +104,7 @@ def fetch(chosen, folder, drive, report=False) -> Path:
 
 # %% ../../nbs/panels/80_drive.ipynb #9a10c010
 def link_to(path) -> str:
-    "The HTML of a link to `path`, for an output: front ends serve what lies in or below the notebook's folder."
+    "The HTML of a link to `path`: front ends serve what lies in or below the notebook's folder."
     path, here = Path(os.path.abspath(path)), Path.cwd()
     if not path.is_relative_to(here): return ""
     href, size = quote(path.relative_to(here).as_posix()), human_bytes(path.stat().st_size)
@@ -135,7 +135,7 @@ class Saved(Record):
 
 # %% ../../nbs/panels/80_drive.ipynb #65fe9320
 def describe_saved(saved, room="") -> str:
-    "The HTML of a Saved: where it is, what to look after; folded, the checksum, the files and the `room` on the Drive."
+    "The HTML of a Saved: where it is, what to look after; folded, the rest and the `room` on the Drive."
     copy, archive = saved.copy, saved.archive
     rows = [("Copy", copy.path), ("SHA-256", copy.sha256), ("Files", ", ".join(archive.files)),
             ("Copied in", human_time(copy.seconds))]
@@ -177,18 +177,18 @@ class DriveWidgets(DriveSource):
         self.make_buttons()
         save, download, *others = self.buttons.values()
         load = widgets.VBox([self.kept_there, self.target.box, row(*others)])
-        self.more = folding("More", "What is saved, and where", self.form.box)
-        self.loading = folding("Load a saved model", "Models that were saved before", load)
+        self.more = folding("More", self.form.box)
+        self.loading = folding("Load a saved model", load)
         self.loading.observe(lambda _: self.list_kept(), "value")
         self.assemble(row(save, self.halt, download, self.again), self.status, self.far, self.link.widget, self.view,
-                      row(self.more), self.form.box, row(self.loading), load)
+                      row(self.more, self.loading), self.form.box, load)
 
     def make_buttons(self):
         self.buttons = dict(
-            save=button("Save", self.start, primary=True, tooltip="Pack the model and save a verified copy"),
-            download=button("Download", self.download, tooltip="Download the file to your computer"),
-            mount=button("Connect Drive", self.mount, tooltip="Connect Google Drive and list the saved models"),
-            restore=button("Restore", self.restore, tooltip="Unpack the chosen model on this machine"),
+            save=button("Save", self.start, primary=True, tooltip="Save a verified copy"),
+            download=button("Download", self.download, tooltip="To your computer"),
+            mount=button("Connect Drive", self.mount, tooltip="List its saved models"),
+            restore=button("Restore", self.restore, tooltip="Unpack the chosen model here"),
             use=button("Use this model", self.use_restored, tooltip="Generate with this model, or train it further"))
 
     @property

@@ -170,7 +170,8 @@ def make_widget(make, f, value, suggestions=()):
         return make(widgets.Dropdown, options=options, value=AUTOMATIC if value is None else value, **common)
     common |= dict(value=write_typed(value), continuous_update=False)
     if optional: common["placeholder"] = f.metadata.get("empty", AUTOMATIC)
-    if f.metadata.get("lines"): return make(widgets.Textarea, rows=f.metadata["lines"], **common)
+    if lines := f.metadata.get("lines"):
+        return make(widgets.Textarea, rows=lines, **common | dict(layout=size | dict(width="560px")))
     if suggestions: return make(widgets.Combobox, options=list(suggestions), ensure_option=False, **common)
     return make(widgets.Text, **common)
 

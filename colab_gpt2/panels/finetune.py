@@ -45,11 +45,10 @@ def describe_plan(plan, config) -> str:
     weights = "LoRA" if recipe.method == "lora" else "all weights"
     rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
     reasons = "\n".join(worded(reason, labels_of(config)) for reason in plan.reasons)
-    return "".join([f"<b>{'It fits' if plan.fits else '⚠ It may not fit'}</b>",
+    return "".join([f"<b class='cg-plan'>{'It fits' if plan.fits else '⚠ It may not fit'}</b>",
                     meter("Memory", plan.peak_bytes, plan.limit_bytes, memory),
                     fact("Time", f"{describe_time(plan)} ({source}), plus evaluation before and after"),
-                    fact("Batch", f"{blocks}, {weights}, {recipe.precision}, learning rate {rate:g}"),
-                    folded("Why", reasons)])
+                    folded("Why", f"{blocks}, {weights}, {recipe.precision}, learning rate {rate:g}\n{reasons}")])
 
 # %% ../../nbs/panels/78_finetune.ipynb #98a58a61
 def describe_summary(config, plan=None) -> str:
@@ -64,7 +63,7 @@ def describe_result(result, samples) -> str:
     speed = f", {result.tokens_per_second:,.0f} tokens a second" if result.tokens_per_second else ""
     resumed = f" It resumed from {escape(result.resumed_from)}." if result.resumed_from else ""
     resumed += f" {escape(worded(result.stopped, labels_of(result.config)))}".rstrip()
-    return (f"<p>Perplexity a {after.unit} on the {escape(after.split)} text, stride {after.stride}, context "
+    return (f"<p>Perplexity per {after.unit} on the {escape(after.split)} text, stride {after.stride}, context "
             f"{after.context}: <b>{before.value:,.2f} → {after.value:,.2f}</b>. "
             f"{escape(result.model)} on {escape(result.dataset)}, {several(result.steps, 'step')}{speed}, "
             f"{human_time(result.seconds)} in all; saved in {escape(result.output_dir)}.{resumed}</p>"
@@ -86,7 +85,7 @@ SUGGESTED = dict(model=MODELS, resume=("auto", "never"), mirror=("auto", "off"))
 
 # %% ../../nbs/panels/78_finetune.ipynb #1fade8c4
 class Groups:
-    "A Form for each of some groups of fields (heading -> names), under their headings; `rows` are those of all."
+    "A Form for each group of fields (heading -> names), under its heading; `rows` are those of all."
     def __init__(self, values, groups, suggestions=None):
         forms = {heading: Form(values, names.split(), suggestions) for heading, names in groups.items()}
         heads = [widgets.HTML(f"<p class='cg-group' role='heading' aria-level='4'>{heading}</p>") for heading in forms]
@@ -95,11 +94,10 @@ class Groups:
 
 # %% ../../nbs/panels/78_finetune.ipynb #e7a1249e
 def describe_text(values, origin="") -> str:
-    "The HTML that names the text, says where it was chosen, and why it was suggested."
+    "The HTML that names the text, and why it was suggested."
     config, began = values.config, values.began
-    text = config.train_file or config.dataset
-    said = f"<span class='cg-hint' style='margin:0'>Text: <b>{escape(text)}</b>{origin}</span>"
-    if not values.suggestion or (config.model, text) != (began.model, began.dataset): return said
+    said = f"<span class='cg-hint'>Text: <b>{escape(named(config))}</b>{origin}</span>"
+    if not values.suggestion or (config.model, named(config)) != (began.model, named(began)): return said
     return f"{said}<p class='cg-note'>ℹ {escape(values.suggestion)}</p>"
 
 # %% ../../nbs/panels/78_finetune.ipynb #bfc7e970
@@ -111,7 +109,8 @@ class Planned(Panel):
         self.verb, self.refused = "Train", ""  # what the main button says; why a run with good values cannot be started
         self.form, self.more = Form(self.values, MAIN, SUGGESTED), Groups(self.values, GROUPS, SUGGESTED)
         self.cards = ModelCards(self.values, lambda config: self.forecaster.glance(config))
-        self.advanced = folding("More settings", "All other settings", self.more.box)
+        self.form.rows["model"].widget.description = "or another"  # than those of the cards
+        self.advanced = folding("More settings", self.more.box)
         self.text, self.plan, self.outlook = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.origin = " (from step 2)" if isinstance(before, Panel) else ""
         if isinstance(before, Panel): before.followers.append(self.recount)
@@ -163,12 +162,12 @@ class Settings(Planned):
 
 # %% ../../nbs/panels/78_finetune.ipynb #c8a1f95b
 class Offers(Settings):
-    "Other ways than to train: continue a run that was stopped, leave a folder that is taken, or replace it."
+    "Other ways: continue a run that was stopped, leave a folder that is taken, or replace it."
     def __init__(self, before=None, **values):
         super().__init__(before, **values)
-        self.aside = button("", self.step_aside, tooltip="Keep what is there, and train into another folder")
+        self.aside = button("", self.step_aside, tooltip="Keep what is there")
         self.replacing = button("Replace it", lambda: self.values.set(overwrite_output_dir=True),
-                                tooltip="Begin again, and overwrite what is there")
+                                tooltip="Overwrite what is there")
         self.onward = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
         self.offer_aside(False)
 
@@ -213,12 +212,13 @@ class Controls(Offers):
             sample=button("Sample now", lambda: self.wish("sample"), tooltip="Generate a text and continue"))
         self.finder = RatePanel(self)
         self.finder.box.remove_class("cg-panel")  # one frame for both
-        self.find = folding("Find a rate", "Look for a learning rate", self.finder.box)
+        self.find = folding("Find a rate", self.finder.box)
         self.find.observe(lambda _: self.finder.ready(), "value")
         self.settings = widgets.VBox([self.text, self.cards.box, self.form.box, row(self.advanced, self.find),
                                       self.more.box, self.finder.box, self.plan])
-        self.fold = folding("Settings", "Show or hide the settings", self.settings)
+        self.fold = folding("Settings", self.settings)
         self.fold.value = True
+        self.fold.observe(lambda _: self.arrange(), "value")
         self.assemble(self.onward, row(self.fold, self.summary), self.settings, self.outlook,
                       row(*self.buttons.values(), self.aside, self.replacing, self.again), self.status,
                       self.progress, self.chart, self.samples)
@@ -232,10 +232,11 @@ class Controls(Offers):
             made.layout.display = "" if self.running == (name != "start") else "none"
 
     def arrange(self):
-        "Settings give way to a run; then one line tells them."
+        "Settings give way to a run; one line tells them while they are folded."
         self.fold.layout.display = "none" if self.running or not self.live else ""
         for part in (self.outlook, self.code, self.onward): part.layout.display = "none" if self.running else ""
-        self.summary.value = describe_summary(self.live.config, self.planned) if self.live else ""
+        folded = self.live and not self.fold.value
+        self.summary.value = describe_summary(self.live.config, self.planned) if folded else ""
         (self.box.add_class if self.running else self.box.remove_class)("cg-running")
 
 # %% ../../nbs/panels/78_finetune.ipynb #9229fc50
@@ -289,6 +290,16 @@ class Trained(Steering):
     def offer_again(self, missing):
         "What a run of its own has left in its folder is not missing."
         super().offer_again(missing and self.left != self.folder)
+
+    def foretell(self, notes):
+        "What the state, the button or the result tells already is not said again."
+        told = self.left == self.folder and self.verb.startswith(("Continue", "Show"))
+        super().foretell([] if told else notes)
+
+    def allow(self, start, taken=False):
+        super().allow(start, taken)
+        if start and self.left == self.folder and self.verb.startswith("Show"):
+            self.buttons["start"].layout.display = "none"  # it is shown
 
     def leave(self, saved):
         "The folder holds the model of the config `saved`, or none."
@@ -357,7 +368,7 @@ class FinetunePanel(Running):
     def start(self, callbacks=()):
         "-> the FinetuneResult, or None if it was refused, stopped or failed."
         self.refresh()  # what refused it may have gone
-        doing = "Training. You can use the buttons, or the cell's ■ button, while it runs."
+        doing = "Use the buttons while it runs, or the cell's ■ button to stop it."
         if not self.buttons["start"].disabled: return self.work(lambda: self.run(callbacks), doing, self.describe)
         why = next(iter(self.values.problems.values()), self.refused)
         self.say(f"Not started: {worded(why, self.name_of)}", "⚠")

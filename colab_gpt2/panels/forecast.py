@@ -36,7 +36,7 @@ DIVIDED = ("block_size", "num_train_epochs", "max_steps", "effective_batch_size"
            "gradient_accumulation_steps", "eval_stride")  # what decides the block size of a text
 
 def text_files(config) -> tuple:
-    "Size and time of each file of the text of `config`, maybe in folders or of a pattern: another may take its name."
+    "Size and time of each file of the text of `config`: another may take its name."
     named = [name for name in (config.dataset, config.train_file, config.eval_file) if name]
     found = (glob.glob(pattern, recursive=True) for name in named for pattern in (name, f"{name}/**"))
     paths = map(Path, itertools.chain(named, *found))
@@ -64,7 +64,7 @@ class Forecaster:
         return self.known[model]
 
     def glance(self, config) -> Plan:
-        "The plan of `config`, which may have another model than the one planned last: its tokens are estimated then."
+        "The plan of `config`; for another model than the one planned last tokens are estimated."
         if config.model == self.last.model: return self.plan(config)
         shape, both = self.shape(config), (config, self.last)
         now, then = (BYTES_A_TOKEN["tiny" if (c.tokenizer or c.model) == "tiny" else "gpt2"] for c in both)

@@ -34,7 +34,7 @@ class GenerateConfig(Sampling):
     compare_with: str | None = value(
         None, "one whose text stands beside: another run's folder, or the model before its training", path=True,
         empty="none")
-    prompt: str | None = value(None, "the text to continue, exactly as typed; empty: that of the model's run", lines=3)
+    prompt: str | None = value(None, "the model continues this, exactly as typed; empty: the prompt of its training", lines=3)
     max_new_tokens: int = value(250, "length in tokens", label="New tokens")
     seed: int | None = value(None, "the same seed gives the same text; empty: a new one each time", empty="new")
 
@@ -54,7 +54,7 @@ class GenerateConfig(Sampling):
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00002
 def run_of(model) -> dict:
-    "What the run in the folder `model` was given: values of a FinetuneConfig; of any other model its name."
+    "What the run in the folder `model` was given; of any other model its name."
     from colab_gpt2.engine.trying import find_unfinished
     told = run_in(model).get("config")
     if isinstance(told, dict): return told
@@ -83,7 +83,7 @@ class Sides(Record):
 
 # %% ../../nbs/panels/79_generate.ipynb #4e60ad18
 def in_turn(streams):
-    "Yield (texts so far, whether all have ended) after each round, in which each stream adds a piece."
+    "Yield (texts so far, whether all have ended) each time when each stream has added a piece."
     texts, going = [""] * len(streams), dict(enumerate(streams))
     while going:
         for i, stream in list(going.items()):
@@ -94,14 +94,14 @@ def in_turn(streams):
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00005
 def titles_of(models, base=None) -> tuple:
-    "The titles of the texts of `models`, a name or two, with the step of an unfinished run; `base`: what the last was."
+    "The titles of the texts of `models`; `base`: what the last was made from."
     from colab_gpt2.engine.trying import find_unfinished
     names = tuple(f"{model} ({found})" if (found := find_unfinished(model)) else model for model in models)
     return (f"Before: {names[0]}", f"After: {names[1]}") if len(names) == 2 and models[0] == base else names
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00008
 def stamp(model) -> int:
-    "When the weights in the folder `model`, or in its checkpoints, were written last; 0 for what is no folder."
+    "When weights in the folder `model` were written last; 0 for what is no folder."
     found = (path for where in ("", "checkpoint-*/") for path in home(model).glob(f"{where}*.safetensors"))
     return max((path.stat().st_mtime_ns for path in found), default=0)
 
@@ -109,11 +109,11 @@ def stamp(model) -> int:
 REMEMBERED = 5
 
 class Writer:
-    "Loads models, streams their texts side by side, and remembers the last of them, the newest first."
+    "Loads models, streams their texts, and remembers the last, the newest first."
     def __init__(self): self.loaded, self.texts = {}, []
 
     def load(self, names, tokenizers, cache_dir=None, say=lambda told: None) -> list:
-        "(model, tokenizer) for each of `names`; models that are not among these are let go first."
+        "(model, tokenizer) for each of `names`; other models are let go first."
         from colab_gpt2.generation import resolve
         keys = [(name, tokenizers.get(name), stamp(name)) for name in names]
         self.loaded = {key: self.loaded[key] for key in keys if key in self.loaded}
@@ -146,12 +146,11 @@ def with_copy(title) -> str:
 # %% ../../nbs/panels/79_generate.ipynb #79b0000c
 USUAL = dict(top_k=0, top_p=1.0, repetition_penalty=1.0)  # these do nothing, and are not told
 
-def describe_settings(settings, seed="") -> str:
-    "How a text was made, in words: its length, its sampling, and its `seed`."
+def describe_settings(settings, seed) -> str:
+    "How a text was made, in words."
     told = {name: given for name, given in settings.items() if USUAL.get(name) != given and name in SAMPLED}
     parts = [f"{name.replace('_', ' ')} {given:g}" for name, given in told.items()]
-    parts.append(f"up to {settings['max_new_tokens']:,} tokens")
-    return " · ".join(parts if seed == "" else [*parts, f"seed {seed}"])
+    return " · ".join([*parts, f"up to {settings['max_new_tokens']:,} tokens", f"seed {seed}"])
 
 # %% ../../nbs/panels/79_generate.ipynb #79b0000e
 def describe_sides(sides, head=None) -> str:
@@ -198,10 +197,8 @@ def unknown_models(values, awaited=None) -> dict:
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00016
 def describe_choice(config, base=None) -> str:
-    "The HTML of what *Generate* would do."
-    seed = "a new seed each time" if config.seed is None else f"seed {config.seed}"
-    told = " · ".join([*titles_of(config.models, base), describe_settings(config.settings()), seed])
-    return f"<p class='cg-line cg-lead'>{escape(told)}</p>"
+    "The HTML of the models that *Generate* would load."
+    return f"<p class='cg-line cg-lead'>{escape(' · '.join(titles_of(config.models, base)))}</p>"
 
 # %% ../../nbs/panels/79_generate.ipynb #79b0001b
 def models_here(folder=".") -> list:
@@ -215,7 +212,7 @@ def models_here(folder=".") -> list:
 TALKS = "This model has learnt conversations: ChatPanel, or the tab Chat of the app, talks with it."
 
 def converses(model) -> bool:
-    "Whether the tokenizer in the folder `model`, or in a checkpoint of it, has a chat template."
+    "Whether a tokenizer in the folder `model` has a chat template."
     places = home(model), *home(model).glob("checkpoint-*")
     if any((place/"chat_template.jinja").exists() for place in places): return True
     try: return "chat_template" in json.loads((places[0]/"tokenizer_config.json").read_text(encoding="utf-8"))
@@ -223,7 +220,7 @@ def converses(model) -> bool:
 
 # %% ../../nbs/panels/79_generate.ipynb #7db51a05
 class FromRun(AfterTraining):
-    "Models, prompt and sampling: those of the FinetunePanel `before`, or of the run of a model that was typed."
+    "Models, prompt and sampling: of the FinetunePanel `before`, or of the run of a model that was typed."
     begins = GenerateConfig
 
     def __init__(self, before=None, **values):
@@ -302,7 +299,7 @@ class Sources(FromRun):
 
 # %% ../../nbs/panels/79_generate.ipynb #5c0de7a1
 class WritingForm(Sources):
-    "The fields and the buttons, each of which is there when it can do something; `start` is a subclass's."
+    "The fields and the buttons; `start` is a subclass's."
     verb, first = "Generate", ("prompt", "model", "compare_with")
     asked = None  # the config of what was said last
 
@@ -312,14 +309,13 @@ class WritingForm(Sources):
         shown = self.first[:1] if before else self.first
         self.form, self.more = Form(self.values, shown), Form(self.values, [n for n in names if n not in shown])
         self.buttons = dict(start=button(self.verb, self.start, primary=True), stop=self.halt, **self.others())
-        self.fold = folding("More settings", "Model, length, sampling and seed", self.more.box)
+        self.fold = folding("More settings", self.more.box)
         self.choice, self.view, self.older = (widgets.HTML() for _ in range(3))
         buttons = row(*self.buttons.values(), self.again, self.fold)
         self.assemble(self.form.box, self.choice, buttons, self.status, self.more.box, self.view, self.older)
 
     def others(self) -> dict:
-        same = "The same seed again: with the same settings, the same text"
-        return dict(repeat=button("Repeat", lambda: self.start(self.result.seed), tooltip=same))
+        return dict(repeat=button("Repeat", lambda: self.start(self.result.seed), tooltip="Use the same seed again"))
 
     def refresh(self):
         self.catch_up()
@@ -332,7 +328,8 @@ class WritingForm(Sources):
         for name in {"model", "compare_with"} & (rows := self.form.rows | self.more.rows).keys():
             rows[name].widget.options = found
         self.offer_again(unknown)
-        self.choice.value = describe_choice(self.config, self.base)
+        made = self.writer.texts and self.config == self.asked  # by what is told beneath the text
+        self.choice.value = "" if made else describe_choice(self.config, self.base)
         self.show_buttons(bool(wrong))
 
     def show_buttons(self, wrong):
@@ -389,7 +386,7 @@ class ChatConfig(GenerateConfig):
 
 # %% ../../nbs/panels/79_generate.ipynb #79ca0008
 class ChatPanel(GeneratePanel):
-    "A conversation with the model: `messages`, and `result`, a Sides with the last question and its answer."
+    "A conversation: `messages`, and `result`, a Sides with the last question and its answer."
     title, lead = "Chat", "A model that was trained on conversations answers, and remembers them until Clear."
     begins, verb, first, messages, suits_chat = ChatConfig, "Send", ("prompt", "model"), (), False
 

@@ -34,7 +34,7 @@ def chart(losses, measured=(), steps=None, best=None) -> str:
     held_out = line("held-out text", measured, dashes="5 4", marker="diamond")
     drawn = [line("training text", learnt, color=ACCENT), held_out, line(f"best: step {best}", found, marker="ring")]
     ends = (0, steps) if steps else None
-    return line_chart(drawn, "Perplexity (logarithmic)", x_range=ends, log=True, width=760, height=270)
+    return line_chart(drawn, "Perplexity (logarithmic)", x_range=ends, log=True, width=800, height=270)
 
 # %% ../../nbs/panels/77_live.ipynb #3c9e08d1
 LABELS = {LOADING: "Loading the model and the text", BEFORE: "Evaluating the original model",
@@ -148,7 +148,7 @@ class Steered(Course):
 
 # %% ../../nbs/panels/77_live.ipynb #2e2157b3
 def listen_inside(model, breathe, every=0.1) -> list:
-    "Have the layers of `model` call `breathe()`, after `every` seconds or later; -> their hooks, to be removed."
+    "Have the layers of `model` call `breathe()` each `every` seconds; -> their hooks, to be removed."
     thread, last = threading.get_ident(), [time.perf_counter()]
     def hear(*_):
         if threading.get_ident() != thread or time.perf_counter() - last[0] < every: return
@@ -162,7 +162,7 @@ def listen_inside(model, breathe, every=0.1) -> list:
 
 # %% ../../nbs/panels/77_live.ipynb #15054da8
 def write_sample(run, model, tokenizer):
-    "Generate from the model as it is now, and show the text in the steered `run` as it comes."
+    "Generate from the model, and show the text in the steered `run` as it comes."
     title, config, text = f"At step {run.step:,}", run.config, ""
     run.samples.append((title, config.prompt, text))
     options = dict(max_new_tokens=config.max_new_tokens, seed=config.seed)

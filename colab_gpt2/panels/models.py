@@ -21,7 +21,7 @@ def describe_card(name, plan=None) -> str:
     if not plan: return "\n".join([*told, "no forecast yet"])
     time = f"about {human_time(plan.seconds)}" if plan.seconds else "unknown time"
     fits = "✓ fits with LoRA" if plan.recipe.method == "lora" else "✓ fits"
-    memory = f"{human_bytes(plan.peak_bytes)} of memory"
+    memory = f"{human_bytes(plan.peak_bytes)} memory"
     return "\n".join([*told, time, memory, fits if plan.fits else "✗ does not fit"])
 
 # %% ../../nbs/panels/77_models.ipynb #7d3efa00
@@ -34,6 +34,7 @@ class ModelCards:
                                            layout=widgets.Layout(width="auto"))
         self.choice.add_class("cg-cards")
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
+        values.listeners.append(lambda: self.show(self.choice.options))
         self.box = widgets.VBox([self.choice])
 
     def options(self, **plans): return tuple((describe_card(name, plans.get(name)), name) for name in CARDS)
@@ -52,8 +53,12 @@ class ModelCards:
             except Exception: return None
 
     def refresh(self):
-        "Show the forecasts, and the model that is chosen."
-        options, self.busy = self.options(**{name: self.plan(name) for name in CARDS}), True
+        "Make the forecasts."
+        self.show(self.options(**{name: self.plan(name) for name in CARDS}))
+
+    def show(self, options):
+        "Show `options`, and the model that is chosen."
+        self.busy = True
         try:
             with self.choice.hold_sync():  # new options choose the first of them
                 if options != self.choice.options: self.choice.options = options

@@ -26,17 +26,18 @@ def asset(name) -> str:
     "A text file that ships with this package."
     return (Path(colab_gpt2.__file__).parent/"assets"/name).read_text(encoding="utf-8")
 
-PICTURE_STYLE, PANEL_STYLE = asset("picture.css"), asset("panel.css")
+STYLE = asset("panel.css")
+KEPT_STYLE = STYLE.split("/* Live")[0]  # that of pictures
 
 # %% ../../nbs/panels/74_panel.ipynb #77a0c2ef
 def picture(title, body, mark="cg-picture") -> str:
-    "The HTML `body` as it stays in the notebook; a live panel of the class `mark` hides it, and the charts after it."
+    "The HTML `body` as it stays in the notebook; a live panel of the class `mark` hides it and the charts after it."
     live = f"body:has(.{mark})"
     output = ":is(.jp-OutputArea-child, .output_area, .display_data)"  # of JupyterLab, the classic Notebook, Colab
     charts = ":has(.jp-RenderedSVG, .output_svg, .cg-charts, img[src^='data:image/svg+xml'])"
     hide = f"{live} .{mark}-kept, {live} {output}:has(.{mark}-kept) + {output}{charts} {{ display: none; }}"
-    head = f"<style>{PICTURE_STYLE}{hide}</style><div class='cg-kept {mark}-kept'>"
-    return f"{head}<p><b>{escape(title)}</b></p>{body}</div>"
+    head = f"<style>{KEPT_STYLE}{hide}</style><div class='cg-kept {mark}-kept'>"
+    return f"{head}<p class='cg-lead'>{escape(title)}, as last shown. For buttons, run the cell again.</p>{body}</div>"
 
 # %% ../../nbs/panels/74_panel.ipynb #83be1f06
 def track(role, label, done, total, text) -> str:
@@ -76,7 +77,7 @@ def bold(text) -> str:
 
 # %% ../../nbs/panels/74_panel.ipynb #29595377
 def describe_samples(samples, head=bold) -> str:
-    "The HTML of generated texts, (title, prompt, text) each, side by side where there is room."
+    "The HTML of texts, (title, prompt, text) each, side by side where there is room."
     if not samples: return ""
     columns = "".join(f"<div>{head(title)}<pre class='cg-text' tabindex='0'>{bold(prompt)}{escape(text)}</pre></div>"
                       for title, prompt, text in samples)
@@ -111,10 +112,10 @@ STATES = {"⏳": ("busy", "Working"), "✓": ("done", "Done"), "⚠": ("needs", 
 
 # %% ../../nbs/panels/74_panel.ipynb #9d20b7e5
 def state(text, sign="", notes=(), error=None) -> str:
-    "The HTML of a sentence of state, with notes and, folded away, the traceback of `error`."
+    "The HTML of a sentence of state, with notes and the traceback of `error`."
     (kind, word), role = STATES.get(sign, ("told", "")), "status"
     if error: sign, kind, word, role = "✗", "failed", "Failed", "alert"
-    word = f"<span class='cg-word'>{word}</span>" if not text.startswith(word) else ""  # as "Done in 30 s" does
+    word = f"<span class='cg-word'>{word} ·</span>" if not text.startswith(word) else ""  # as "Done in 30 s" does
     head = f"<b><span aria-hidden='true'>{sign}</span> {word}</b>" if sign else ""
     beneath = "".join(f"<br><span class='cg-lead'>Note: {escape(note)}</span>" for note in notes)
     if error: beneath += folded("For a bug report", "".join(traceback.format_exception(error)))
@@ -173,9 +174,9 @@ def row(*parts):
     return widgets.HBox(list(parts), layout=look)
 
 # %% ../../nbs/panels/74_panel.ipynb #74f00001
-def folding(text, tooltip, box):
+def folding(text, box):
     "A button that shows or hides `box`, which is hidden at first."
-    made = widgets.ToggleButton(description=text, tooltip=tooltip, layout=widgets.Layout(margin="8px 8px 8px 0"))
+    made = widgets.ToggleButton(description=text, layout=widgets.Layout(margin="8px 8px 8px 2px"))
     made.add_class("cg-fold")  # which draws an arrow that is no part of its name
     def fold(_=None): box.layout.display = "" if made.value else "none"
     made.observe(fold, "value")
@@ -225,16 +226,16 @@ class Frame(Told):
 
     def __init__(self, values):
         super().__init__(values)
-        self.again = button("Check again", lambda: self.refresh(), tooltip="See whether what was missing is there now")
+        self.again = button("Check again", lambda: self.refresh(), tooltip="Look for what was missing")
         self.again.layout.display = "none"
 
     def assemble(self, *parts):
-        "Put widgets into the box, in the keyboard's order; the state stands last, unless `status` is among them."
+        "Put widgets into the box, in the keyboard's order; the state last, unless `status` is among them."
         title = f"<p class='cg-title' role='heading' aria-level='3'>{escape(self.title)}</p>"
-        lead = f"<span class='cg-lead'>{escape(self.lead)}</span>"
-        head = widgets.HTML(f"<style>{PICTURE_STYLE}{PANEL_STYLE}</style>{title}{lead}")
+        head = widgets.HTML(f"<style>{STYLE}</style>{title}<span class='cg-intro'>{escape(self.lead)}</span>")
         self.box.children = head, *parts, *(widget for widget in (self.status, self.code) if widget not in parts)
         self.values.listeners.append(self.follow)
+        self.box.add_class("cg-loading")
         if not self.said: self.status.value = state("Loading …", "⏳")
 
     def _ipython_display_(self):
@@ -260,12 +261,14 @@ class Frame(Told):
         if not self.is_ready:
             self.is_ready = True
             self.values.settle()
+            self.box.remove_class("cg-loading")
             if not self.said: self.status.value = ""
-        shown = folded("The same in Python", self.python()) + folded("The same in a shell", self.shell())
+        codes = "".join(f"<pre>{escape(code)}</pre>" for code in (self.python(), self.shell()))
+        shown = f"<details><summary>The same in Python, and in a shell</summary>{codes}</details>"
         if self.code.value != shown: self.code.value = shown
 
     def offer_again(self, missing):
-        "Show *Check again* if something is `missing` that can come unnoticed: a file, a folder, a network."
+        "Show *Check again* if something is `missing` that can come unnoticed."
         self.again.layout.display = "" if missing else "none"
 
 # %% ../../nbs/panels/74_panel.ipynb #76ba53a6
@@ -359,7 +362,7 @@ def take_values(before, given) -> Values:
     and text what `suggest` says."""
     if isinstance(before, Panel):
         changed(before.values.config, **given)  # which refuses a name that doesn't exist in better words
-        before.values.set(**given)
+        if given: before.values.set(**given)
         return before.values
     if before is not None or {"model", "dataset", "train_file"} & given.keys(): return Values(changed(before, **given))
     return Values(changed(None, **given), begin=lambda: begin_with(given), exists=model_exists)

@@ -17,7 +17,7 @@ from .snippets import differing
 
 # %% ../../nbs/panels/77_rate.ipynb #77f00006
 def rate_chart(curve) -> str:
-    "The SVG of a RateCurve: the loss of each step, smoothed too, by the learning rate, and the suggestion."
+    "The SVG of a RateCurve: the loss of each step by the learning rate, and the suggestion."
     top = 1.3 * max(curve.smoothed[:1], default=0.)
     def points(losses): return tuple((x, y if y <= top else math.nan) for x, y in zip(curve.rates, losses))
     lines, found = [Line("smoothed", points(curve.smoothed), color=ACCENT),

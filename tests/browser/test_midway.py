@@ -96,7 +96,7 @@ def test_app(begun):
     tab("3 Train")
     press(training, "More settings")
     fill(training, "Block size", "128")
-    training.get_by_text("blocks of 128 tokens a step").wait_for()
+    training.get_by_text("blocks of 128 tokens a step").wait_for(state="attached")  # folded
     tab("2 Text")
     press(text, "Load text")
     wait_said(text, "python-docs: ")
@@ -105,26 +105,40 @@ def test_app(begun):
     begun.picture("app-training")
 
 
-SLOW = """from colab_gpt2 import FinetunePanel
+SLOW = """import sys
+from colab_gpt2 import FinetunePanel
 slow = FinetunePanel(model="tiny", dataset="python-docs", block_size=512, per_device_train_batch_size=24, max_steps=50,
                      max_new_tokens=20, output_dir="slow", mirror="off", overwrite_output_dir=True)
+made_with_torch = "torch" in sys.modules
 slow"""
 
 
 def test_a_panel_comes_up_at_once_and_answers_inside_a_step(opened, record_property):
-    "It is on the page while what it needs is still being imported; a click in a step of seconds is told in that step."
+    """It is on the page while what it needs is still being imported; a click in a step of seconds is told in that step.
+
+    The targets are 1 s and 0.3 s, with a core to itself. A machine that is slow or shared may take longer in the
+    proportion in which it imports torch or takes a step, in the same kernel: an eighth of what makes the panel ready
+    was measured, and a twentieth of a step."""
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     notebook = opened(new_notebook(cells=[new_code_cell(SLOW)], metadata=kernel))
     notebook.run_all()
     began = time.monotonic()
     panel(notebook).get_by_text("Loading …").last.wait_for()
-    record_property("seconds to the first paint of the training panel", f"{time.monotonic() - began:.2f}")
+    painted = time.monotonic() - began
+    panel(notebook).get_by_text("It fits", exact=True).wait_for(timeout=120_000)
+    ready = time.monotonic() - began
+    record_property("seconds to the first paint of the training panel, and until it is ready",
+                    f"{painted:.2f}, {ready:.2f}")
     press(panel(notebook), "Train")
     panel(notebook).get_by_text(re.compile(r"step [1-9]\d* of 50")).wait_for(timeout=120_000)
     step, clicked = notebook.page.locator(".cg-progress").last.inner_text(), time.monotonic()
     press(panel(notebook), "Stop")
     wait_said(panel(notebook), "Stopping after this step")
-    record_property("seconds from a click to the first sign, in steps of seconds", f"{time.monotonic() - clicked:.2f}")
+    sign = time.monotonic() - clicked
     taken = re.compile(r"step \d+ of 50")
     assert taken.search(notebook.page.locator(".cg-progress").last.inner_text())[0] == taken.search(step)[0]
     wait_said(panel(notebook), "Stopped at step")
+    made_with, seconds = notebook.server.ask("print(made_with_torch, slow.planned.step_seconds)").split()
+    record_property("seconds from a click to the first sign, in steps of so many", f"{sign:.2f}, {float(seconds):.2f}")
+    assert made_with == "False" and painted < max(1, ready / 3), (painted, ready)
+    assert sign < max(0.3, float(seconds) / 4), (sign, seconds)

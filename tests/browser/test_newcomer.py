@@ -62,7 +62,7 @@ def said(panel):
 
 def wait_said(panel, words, seconds=60):
     "Until the panel's sentence of state begins with `words`; -> the sentence."
-    begins = re.compile(rf"^\W*(?:Working|Done|Needs you|Stopped|Failed)?\s*{re.escape(words)}")
+    begins = re.compile(rf"^\W*(?:Working|Done|Needs you|Stopped|Failed)?\W*{re.escape(words)}")
     try: panel.locator(".cg-state").filter(has_text=begins).last.wait_for(timeout=seconds * 1000)
     except TimeoutError: raise AssertionError(f"The panel says {said(panel)!r}, not {words!r}.") from None
     return said(panel)
