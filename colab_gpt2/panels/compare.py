@@ -78,7 +78,7 @@ def describe_runs(found) -> str:
 
 # %% ../../nbs/panels/80_compare.ipynb #80c00022
 def offered(found, chosen="") -> list:
-    "(shown, place) of the finished runs among `found`, and of `chosen` if that is none of them."
+    "(shown, place) of the finished runs among `found`, and of `chosen`."
     finished = [run for run in found if run.finished]
     options = [(", ".join(filter(None, [run.name, run.text, run.state, f"perplexity {described(run)[4]}"])), run.place)
                for run in finished]

@@ -145,7 +145,7 @@ def describe_saved(saved, room="") -> str:
 
 # %% ../../nbs/panels/80_drive.ipynb #e6e93486
 class DriveSource(AfterTraining):
-    "The model to save, that of the FinetunePanel `before`, and the archive to restore, in code."
+    "The model to save, that of the FinetunePanel `before`, and the archive to restore."
     comments = {"restore": "# to load it again later\n"}
 
     def __init__(self, before=None, **values):

@@ -71,7 +71,7 @@ def axis_for(values, start, end, log=False, room=0.06) -> Axis:
 
 # %% ../../nbs/panels/70_plots.ipynb #b4b090c7
 def thinned(points, most=200) -> list:
-    "About `most` of the finite points or fewer, with the last: more than a line has pixels only take room."
+    "About `most` of the finite points or fewer, with the last: more only take room."
     points = [(x, y) for x, y in points if math.isfinite(y)]
     return points[-1::-(len(points) // most + 1)][::-1]
 

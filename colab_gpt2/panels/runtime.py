@@ -13,6 +13,7 @@ import ipywidgets as widgets
 
 from ..config import value
 from ..core import Record, human_bytes
+from ..errors import worded
 from .fields import Values
 from .panel import Panel, button, folded, meter, row
 from .snippets import differing
@@ -28,12 +29,11 @@ def runtime_meters(runtime: Runtime) -> str:
 
 # %% ../../nbs/panels/75_runtime.ipynb #64fbc3a1
 def describe_runtime(runtime: Runtime) -> str:
-    "The HTML of a Runtime, and what to do if there is no GPU."
+    "The HTML of a Runtime."
     versions = "\n".join(f"{name} {version}" for name, version in runtime.versions.items())
     details = f"Precision {runtime.precision}.\n{versions}"
-    advice = f"<div class='cg-note'><b>What to do</b><br>{escape(runtime.advice)}</div>" if runtime.advice else ""
     return (f"<p class='cg-line'><b>{escape(device_told(runtime))}</b>; CPU cores: {runtime.cores}</p>"
-            f"{runtime_meters(runtime)}{advice}{folded('Precision and versions', details)}")
+            f"{runtime_meters(runtime)}{folded('Precision and versions', details)}")
 
 # %% ../../nbs/panels/75_runtime.ipynb #eb6f43b5
 @dataclass(frozen=True)
@@ -49,20 +49,19 @@ class RuntimePanel(Panel):
     def __init__(self, **values):
         super().__init__(Values(CheckConfig(**values)))
         self.view = widgets.HTML()
-        self.assemble(self.view, self.status, row(button("Check again", self.start)))
+        self.assemble(self.status, self.view, row(button("Check again", self.start)))
 
     def calls(self): return [("check", "check_runtime", differing(self.config), "runtime")]
 
     def start(self):
-        return self.work(self.look, "Looking at the machine …", self.describe)
-
-    def describe(self, runtime):
-        return "No GPU: using the CPU and a smaller model." if runtime.device == "cpu" else "GPU ready."
+        runtime = self.work(self.look, "Looking at the machine …", lambda runtime: "GPU ready.")
+        if runtime and runtime.advice: self.say(runtime.advice, "ℹ")
+        return runtime
 
     def look(self):
         runtime = check_runtime(self.config.path)
         self.view.value = describe_runtime(runtime)
-        self.keep(self.view.value)
+        self.keep(f"{self.view.value}<p>{escape(worded(runtime.advice))}</p>")
         return self.finish(runtime)
 
     def ready(self):
