@@ -231,10 +231,10 @@ class TextFields(TextChoice):
         self.own = Form(self.values, FILES + READING)
         texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
         self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
-        kinds = ("Text, a Word document or a table (.txt, .md, .docx, .csv, .jsonl, .parquet), up to 10 MB. For a larger "
-                 "file see More.")
-        larger = ("Put a larger file next to the notebook (in Colab's Files panel) and type its name: a file, a folder, "
-                  "a pattern such as poems/*.txt, or hf://datasets/USER/NAME.")
+        kinds = ("Text, a Word document or a table (.txt, .md, .docx, .csv, .jsonl, .parquet), up to 10 MB. For a "
+                 "larger file see More.")
+        larger = ("Put a larger file next to the notebook (in Colab's Files panel) and type its name: a file, a "
+                  "folder, a pattern such as poems/*.txt, or hf://datasets/USER/NAME.")
         own, other = map(drop_zone, self.uploads, (kinds, larger), ("cg-primary", ""))
         self.files = widgets.VBox([other, self.own.box])
         self.more = folding("More", self.files)

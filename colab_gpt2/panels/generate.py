@@ -34,7 +34,7 @@ class GenerateConfig(Sampling):
     compare_with: str | None = value(
         None, "one whose text stands beside: another run's folder, or the model before its training", path=True,
         empty="none")
-    prompt: str | None = value(None, "the model continues this, exactly as typed; empty: the prompt of its training", lines=3)
+    prompt: str | None = value(None, "the text to continue, exactly as typed; empty: that of the training", lines=3)
     max_new_tokens: int = value(250, "length in tokens", label="New tokens")
     seed: int | None = value(None, "the same seed gives the same text; empty: a new one each time", empty="new")
 

@@ -59,7 +59,7 @@ def test_a_click_or_a_drop_loads_a_text_and_a_key_chooses_a_model(opened, tmp_pa
     cards.first.focus()
     notebook.page.keyboard.press("Tab")
     notebook.page.keyboard.press("Space")
-    text.get_by_text(re.compile("dropped.txt: 12,000 words, about .* tokens")).wait_for()  # GPT-2's are not counted here
+    text.get_by_text(re.compile("dropped.txt: 12,000 words, about .* tokens")).wait_for()  # GPT-2's: not counted
     assert training.get_by_label("or another", exact=True).input_value() == "gpt2"
     notebook.picture("own-text-and-card")
 
