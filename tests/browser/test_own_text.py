@@ -1,12 +1,7 @@
 "A text of one's own and a model, chosen in a page as a reader does."
 import io, re, zipfile
-from pathlib import Path
 
-import pytest
 from nbformat import v4
-
-from front_ends import FRONT_ENDS
-from test_newcomer import press
 
 CELLS = ("from colab_gpt2 import DataPanel, FinetunePanel\ntext = DataPanel(model='tiny')\ntext",
          "training = FinetunePanel(text)\ntraining")
@@ -62,23 +57,3 @@ def test_a_click_or_a_drop_loads_a_text_and_a_key_chooses_a_model(opened, tmp_pa
     text.get_by_text(re.compile("dropped.txt: 12,000 words, about .* tokens")).wait_for()  # GPT-2's: not counted
     assert training.get_by_label("or another", exact=True).input_value() == "gpt2"
     notebook.picture("own-text-and-card")
-
-
-# 50 kB of English: an old state of this project's log. Perplexity of its test part after `tiny` has learnt the rest,
-# with automatic settings and with those found by hand, each with the best step kept, on two kinds of machine:
-#   (to be filled in)
-LOG, BY_HAND = Path(__file__).with_name("log.txt"), 0
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("opened", FRONT_ENDS[1:2], ids=["lab"], indirect=True)
-def test_a_text_of_50_kB_is_learnt_as_well_as_by_hand(opened, record_property):
-    "Uploaded, Train, and nothing else: a hundred steps or more, and within 10% of the best settings found by hand."
-    notebook, text, training = both_panels(opened)
-    upload(text, LOG)
-    text.get_by_text(re.compile("log.txt: .* tokens: enough to learn a style")).wait_for()
-    press(training, "Train")
-    training.locator(".cg-state").filter(has_text="saved in log").wait_for(timeout=800_000)
-    told = notebook.server.ask("r = training.result; print(r.plan.steps, r.perplexity_after.value, r.seconds)").split()
-    record_property("50 kB with automatic settings: steps, perplexity, seconds", told)
-    assert int(told[0]) >= 100 and float(told[1]) <= 1.1 * BY_HAND
