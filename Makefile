@@ -2,7 +2,7 @@
 PYTHON ?= python3
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-no-bf16 test-colab test-browser torture bench show sync clean
+.PHONY: demo test test-no-bf16 test-colab test-browser torture bench bench-distributed show sync clean
 
 .venv/ready: $(SOURCES) constraints-dev.txt
 	$(PYTHON) -m venv .venv
@@ -61,6 +61,10 @@ bench: .venv/ready
 		.venv/bin/python benchmarks/$$question.py --device cpu || failed=1; done; \
 	.venv/bin/python benchmarks/training.py --device cpu --no-bf16 --sides tutorial trl nanogpt ours-single || failed=1; \
 	.venv/bin/python benchmarks/table.py --page || failed=1; exit $$failed
+
+# Two processes that train one model, against one: losses, speed, memory, the packing of a text.
+bench-distributed: .venv/ready
+	.venv/bin/python benchmarks/distributed.py --device cpu
 
 # After a change to a notebook: run it twice and keep what its cells show; `python tools/show.py NOTEBOOK` does it for one.
 show: .venv/ready

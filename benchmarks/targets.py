@@ -29,6 +29,14 @@ TARGETS = {  # (figure, peer, device) -> (rule, value)
     ("perplexity of what is saved", "by hand", "any"): ("at most", 1.01),  # tiny, 100 kB, default settings
     ("seconds of evaluating", "training", "any"): ("at most", 0.10),  # on the way
 
+    ("loss of 2 processes, fp32", "1 process", "any"): ("within", 1e-5),  # of the step that differs most
+    ("loss of 2 processes under FSDP2, fp32", "1 process", "any"): ("within", 1e-5),
+    ("perplexity of 2 processes", "1 process", "any"): ("within", 1e-6),  # of the same weights
+    ("2 processes of 1 thread, tokens/s", "1 process of 2 threads", "any"): ("at least", 0.9),
+    ("peak memory a process", "DDP", "any"): ("at most", 0.6),  # gpt2-medium, in two processes
+    ("peak memory a process, forecast", "measured", "any"): ("within", 0.10),
+    ("packing by 2 processes, seconds", "packing by 1", "any"): ("at most", 1 / 1.7),
+
     ("peak memory", "measured", "any"): ("within", 0.05),  # a forecast, before the run or after the probe
     ("seconds a step", "measured", "any"): ("within", 0.10),  # a forecast after the probe
     ("equal after kill -9", "trials", "any"): ("at least", 1.0),  # all of them

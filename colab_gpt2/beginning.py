@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
-from .config import FinetuneConfig
+from .config import OPTIMIZERS, FinetuneConfig
 from .core import several
 from .engine.checkpoints import find_checkpoints
 from .engine.trainer import check_trainer_args
@@ -54,6 +54,18 @@ def meet(config) -> FinetuneConfig:
     check_alike(config)
     return replace(config, num_processes=met)
 
+# %% ../nbs/63_beginning.ipynb #f1df1437
+UNFIT = dict(method="lora", load_in_4bit=True, optim=OPTIMIZERS[1], torch_compile=True)  # for FSDP
+
+def check_fsdp(config):
+    "ValueError for what FSDP cannot do, if it is asked for."
+    if config.fsdp != "on": return
+    for name, value in UNFIT.items():
+        if getattr(config, name) == value:
+            raise ValueError(Sentence(f"{{fsdp=on}} cannot be had with {{{name}={value}}}: leave one of them out."))
+    if max(config.num_processes, expected()) == 1:
+        raise ValueError(Sentence("{fsdp=on} divides a model among processes, and there is one: set {num_processes}."))
+
 # %% ../nbs/63_beginning.ipynb #ac11561b
 def check_run(config) -> FinetuneConfig:
     "The config with the path of the output folder, and how many processes have met."
@@ -62,6 +74,7 @@ def check_run(config) -> FinetuneConfig:
         told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
         warnings.warn(Sentence(told), stacklevel=3)
     place = check_output_dir(config.output_dir or ".")
+    check_fsdp(config)
     config = meet(replace(config, output_dir=str(place)) if config.output_dir else config)
     check_sources(config)
     return config

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import Record, several
+from .engine.sharding import inside, sharded
 from .errors import Sentence, check_choice, check_number
 from .model.heads import hidden_states, output_head
 from .model.loading import DTYPES, keeps_logits, lost_weight, model_context, rows_of
@@ -131,13 +132,17 @@ def windows_of(blocks, context, stride) -> list:
     if isinstance(blocks, Conversations): return answer_windows(blocks, context)
     return list(windows(blocks.tokens, context, stride))
 
+# %% ../nbs/60_evaluation.ipynb #fb33299c
+def nats_by(model, ids, labels, head) -> float:
+    "`score` by a Head, with the weights of now: of a divided model they are whole for a while."
+    hidden, layer = hidden_states(model, ids[:, :-1])[:, -labels.shape[1]:], model.get_output_embeddings()
+    return replace(head, weight=layer.weight, bias=layer.bias).loss(hidden, labels, reduction="sum").item()
+
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
 def score(model, ids, labels, head=None) -> float:
     """The nats of `labels`, the last of `ids` (batch, length), on the model's device; none for -100. By the model's
     Head, if it has one."""
-    if head:
-        hidden = hidden_states(model, ids[:, :-1])[:, -labels.shape[1]:]
-        return head.loss(hidden, labels, reduction="sum").item()
+    if head: return inside(model)(nats_by, model, ids, labels, head)
     keep = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
     logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -labels.shape[1]:]
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
@@ -153,6 +158,17 @@ def evaluation_mode(model):
         for module, mode in modes: module.training = mode
         for module, _ in modes:  # RWKV divides its weights to evaluate
             if hasattr(module, "_rescale_layers"): module._rescale_layers()
+
+# %% ../nbs/60_evaluation.ipynb #ebf26f4e
+def ungraded(model):
+    "A context without gradients; FSDP keeps its tensors for the next step, which may need them."
+    return torch.no_grad() if sharded(model) else torch.inference_mode()
+
+# %% ../nbs/60_evaluation.ipynb #55a19058
+def head_on(device, model):
+    "The Head of a model, which moves to the `device`."
+    if next(model.parameters()).device != device: model.to(device)
+    return inside(model)(output_head, model)
 
 # %% ../nbs/60_evaluation.ipynb #aced9b79
 def check_measure(model, blocks, stride=None, context=None) -> tuple:
@@ -190,6 +206,15 @@ def check_loss(nats, model, blocks, precision):
     why, told = why_lost(model, precision), "The model's loss on the {text} text is {nats}: "
     raise NotFinite(Sentence(told + why.template, text=blocks.split or "unnamed", nats=nats, **why.values))
 
+# %% ../nbs/60_evaluation.ipynb #c9a36837
+def as_many(model, make, *given):
+    "The batches of `make(*given)`, and if `model` is divided such that count nothing, until each process has as many."
+    yield from make(*given)
+    if not sharded(model): return
+    own = sum(1 for _ in make(*given))
+    [most] = reduced([own])
+    for _ in range(own, int(most)): yield torch.zeros(1, 2, dtype=torch.long), torch.full((1, 1), -100)
+
 # %% ../nbs/60_evaluation.ipynb #f2910e11
 def nats_of(model, some, head, ranks, add, check) -> float:
     "The nats of all batches, of which each of `ranks` processes has `some`; `add` hears of tokens, `check` of nats."
@@ -225,14 +250,14 @@ def perplexity(
     chat, found = isinstance(blocks, Conversations), spread(windows_of(blocks, context, stride), most)
     tokens, total = blocks.answers if chat else blocks.tokens - 1, sum(scored for *_, scored in found)
     length = max(end - start for start, end, _ in found)
-    logits = 0 if (head := output_head(model.to(device))) else stride if keeps_logits(model) and not chat else length
+    logits = 0 if (head := head_on(device, model)) else stride if keeps_logits(model) and not chat else length
     size = batch_size or logits_batch(logits, length, rows_of(model), device.type != "cpu")
     autocast = torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
     own, ranks = (RANKS.own, RANKS.all) if together else (0, 1)
-    with evaluation_mode(model), torch.inference_mode(), autocast, reporting(progress) as report:
+    with evaluation_mode(model), ungraded(model), autocast, reporting(progress) as report:
         def told(what, done, total): report(what, min(done, total), total)  # the shares may differ by a window
         add, mine = counter(told, f"Perplexity of {blocks.split or 'the text'}", total), found[own::ranks]
-        some = answer_batches(blocks, mine, size) if chat else batches(blocks.stream, mine, size)
+        some = as_many(model, *((answer_batches, blocks) if chat else (batches, blocks.stream)), mine, size)
         nats = nats_of(model, some, head, ranks, add, lambda nats: check_loss(nats, model, blocks, precision))
     split = f"answers of {blocks.split or 'unnamed'}" if chat else blocks.split
     result = Perplexity(math.nan, "token", split=split, stride=stride, context=context, tokens=tokens,

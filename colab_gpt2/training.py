@@ -22,6 +22,7 @@ from .engine.guards import Diverged, StopOnDivergence, StopOnInterrupt, TimeLimi
 from .engine.guards import warn_of_idle
 from .engine.lock import only_run
 from .engine.probe import settle, settle_compiled
+from .engine.sharding import make_whole, sharded
 from .engine.trainer import make_trainer, training_arguments
 from .errors import Sentence, about
 from .evaluation import ALSO, Perplexity
@@ -233,6 +234,9 @@ def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tup
     model, state, speed = trainer.model, trainer.state, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step)
     losses = [dict(step=entry["step"], loss=entry["loss"]) for entry in state.log_history if "loss" in entry]
     with in_one_line(config.output_dir, plan.recipe):
+        if sharded(model):
+            trainer.optimizer = None
+            model = make_whole(model, starting_model(config, prepared.tokenizer).to(prepared.runtime.device))
         chosen = finish(trainer.chooser, state, model) if trainer.chooser else {}
     del trainer
     adapters = None

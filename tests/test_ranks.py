@@ -8,7 +8,7 @@ import torch
 from helpers.forks import launched
 from helpers.toys import write_tide
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainerCallback
 
 from colab_gpt2.cli import one_line
 from colab_gpt2.engine.callbacks import BEFORE, LOADING, PROBING, TRAINING, Listener
@@ -109,14 +109,17 @@ def several_runs(text, folder):
     return dict(plain=run("plain"), short=run("short", callbacks=[Short()], eval_steps=-1, max_steps=6),
                 stopped=run("stopped", callbacks=[Signal(7, 1)]), begun=run("begun"), again=run("plain"),
                 few=run("few", effective_batch_size=1), lora=run("lora", method="lora", max_steps=6, eval_steps=-1),
-                mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12), spoiled=spoiled())
+                mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12), spoiled=spoiled(),
+                divided=run("divided", fsdp="on"), halted=run("halted", fsdp="on", callbacks=[Signal(7, 1)]),
+                resumed=run("handed over", fsdp="on", gradient_checkpointing=True))
 
 
 @pytest.fixture(scope="module")
 def runs(text, tmp_path_factory):
-    "What two processes gave, rank by rank. The run in \"begun\" was begun by one process."
+    "What two processes gave, rank by rank. The runs in \"begun\" and \"handed over\" were begun by one process."
     folder = tmp_path_factory.mktemp("pair")
-    with pytest.raises(Interrupted): finetune(**settings(text, folder/"begun", callbacks=[Signal(7, 0)]))
+    for name in ("begun", "handed over"):
+        with pytest.raises(Interrupted): finetune(**settings(text, folder/name, callbacks=[Signal(7, 0)]))
     return pair(several_runs, text, folder)
 
 
@@ -165,6 +168,32 @@ def test_memory_that_runs_out_in_one_process_lowers_the_micro_batch_of_all(runs,
     result, other = (rank["short"] for rank in runs)
     assert result.plan.recipe.micro_batch == other.plan.recipe.micro_batch == 1
     same(result, finetune(**settings(text, tmp_path/"out", eval_steps=-1, max_steps=6)))
+
+
+def test_a_divided_model_learns_as_one_process_does_and_is_saved_whole(runs, alone):
+    result, other = (rank["divided"] for rank in runs)
+    same(result, alone)
+    assert result.plan.recipe.shards == 2 and "FSDP in 2 parts" in str(result.plan)
+    assert other.losses == result.losses and other.perplexity_after == result.perplexity_after
+    assert dict(result.evaluations) == pytest.approx(dict(alone.evaluations), rel=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(result.output_dir)
+    assert type(saved) is GPT2LMHeadModel and saved.config.architectures == ["GPT2LMHeadModel"]
+    files = [{path.name for path in find_checkpoints(each.output_dir)[-1].iterdir()} for each in (result, alone)]
+    assert files[0] ^ files[1] == {"rng_state_0.pth", "rng_state.pth"}
+
+
+def test_a_checkpoint_of_a_divided_model_resumes_in_one_process(runs, text, alone):
+    assert [rank["halted"][0] for rank in runs] == [143, 143]
+    folder = Path(runs[0]["divided"].output_dir).parent/"halted"
+    with pytest.warns(UserWarning, match="by 2 processes before"): result = finetune(**settings(text, folder))
+    assert result.resumed_from.endswith("checkpoint-8")
+    same(result, alone)
+
+
+def test_a_checkpoint_of_one_process_resumes_in_a_divided_model(runs, alone):
+    assert runs[0]["resumed"].resumed_from.endswith("checkpoint-8")
+    assert runs[0]["resumed"].plan.recipe.gradient_checkpointing
+    same(runs[0]["resumed"], alone)
 
 
 def test_more_processes_than_blocks_are_refused_by_all(runs):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ..core import Record, atomic, drive_top, retried, several
 from .callbacks import Listener, tell
 from .checkpoints import BEST, full_disk_told, loadable
+from .sharding import sharded, whole
 from ..errors import Sentence, may_pass
 from ..ranks import RANKS, by_first, first, shared, spread
 
@@ -123,9 +124,10 @@ class BestWeights:
         if checkpoint and (there := Path(checkpoint)/BEST).exists(): link(there, self.path)
 
     def keep(self, model):
+        if not (first() or sharded(model)): return
+        if first(): self.wait()  # never two copies in RAM
+        weights, device = {name: whole(p) for name, p in trained(model).items()}, model.device
         if not first(): return
-        self.wait()  # never two copies in RAM
-        weights, device = {name: p.detach().cpu().contiguous() for name, p in trained(model).items()}, model.device
         self.writing = self.pool.submit(retried, lambda: self.write(weights, model), may_pass, attempts=6)
         if device.type == "cpu": self.wait()  # these are no copies: the next step changes them
 

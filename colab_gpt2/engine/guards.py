@@ -19,7 +19,7 @@ from ..errors import Sentence
 from ..model.loading import lost_weight, rows_of
 from ..model.tune import uncompiled
 from ..planning.plan import step_time
-from ..ranks import RANKS, agreed, reduced, shared
+from ..ranks import RANKS, agreed, gathered, reduced, shared
 from ..runtime import in_colab
 from ..signals import OUT_OF_TIME, Interrupted, catching, leave_dead_terminal, say
 
@@ -225,7 +225,7 @@ class StopOnDivergence(TrainerCallback):
         with agreed(): self.look(args, state, model)
 
     def look(self, args, state, model):
-        if name := lost_weight(model):
+        if name := next(filter(None, gathered(lost_weight(model))), ""):  # of a divided model each sees its own
             self.lost(args, state, "A weight became NaN or infinite by step {step} ({name})", name=name)
         if self.batches and not (loss := loss_now(model, self.batches)) <= self.bound:
             what = "has risen to" if math.isfinite(loss) else "became"

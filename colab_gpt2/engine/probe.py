@@ -15,7 +15,8 @@ import torch
 from ..core import human_bytes
 from ..model.tune import casting_once, compiled, repeated_blocks
 from ..planning.plan import Plan, smaller_micro_batch
-from ..ranks import RANKS, gathered
+from .sharding import own_part, sharded
+from ..ranks import RANKS, gathered, lost_told
 from ..runtime import first_line, out_of_memory
 
 # %% ../../nbs/engine/43_probe.ipynb #45bb93d9
@@ -50,7 +51,7 @@ def moment_bytes(model, optimizer) -> int:
     "Of AdamW: 8 a parameter; in 8 bits 2, but for embeddings."
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     def each(p): return 2 if optimizer == "adamw_bnb_8bit" and id(p) not in embeddings else 8
-    return sum(p.numel() * each(p) for p in model.parameters() if p.requires_grad)
+    return sum(own_part(p).numel() * each(p) for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/engine/43_probe.ipynb #615dd07e
 def probe(trainer, plan) -> Plan:
@@ -69,7 +70,7 @@ def probe(trainer, plan) -> Plan:
                 memory, started = PeakMemory(device), time.perf_counter()
                 with casting_once(device):
                     with trainer.accelerator.autocast(): loss = model(**batch).loss
-                    loss.backward()
+                    with lost_told(): loss.backward()
                     loss.item()  # waits for the device
                 seconds.append(time.perf_counter() - started)
                 trainer.tell_part()
@@ -90,7 +91,7 @@ def settle(trainer, plan) -> Plan:
         less = smaller_micro_batch(trainer.model, plan.recipe)
         try: probed = probe(trainer, plan)
         except Exception as e:
-            if less is None or not out_of_memory(e): raise
+            if less is None or not out_of_memory(e) or sharded(trainer.model): raise  # the others wait in a pass
             probed = replace(plan, fits=False)
         if (probed := hardest(probed)).fits: return probed
         if less is None:

@@ -6,16 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/engine/42_trainer.ipynb #0039147b
-import contextlib, gc, inspect, math, re, warnings
+import contextlib, gc, inspect, math, os, re, warnings
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate import PartialState
+from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from ..config import ADAPTERS, LENGTHENED, OPTIMIZERS, FinetuneConfig, decay_begins, pick_learning_rate
@@ -24,6 +27,7 @@ from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpo
 from .checkpoints import remove_checkpoint, write_manifest
 from ..core import nearest, retried
 from .guards import Agreement, SaveByTime, StopOnDivergence, StopOnInterrupt
+from .sharding import put_moments, put_shares, shard, sharded, whole_moments, whole_weights
 from ..errors import Sentence, may_pass
 from ..model.fitting import save_tokenizer, set_ids
 from ..model.lora import add_adapters, quiet_peft
@@ -69,7 +73,7 @@ class MicroBatchTrainer(Trainer):
                 part = {name: value[start:min(start + self.micro_batch, end)] for name, value in inputs.items()}
                 size, last = len(part["input_ids"]), start + self.micro_batch >= end
                 self.share = RANKS.all * share_of(part, inputs, self.train_dataset)  # DDP takes the mean of processes
-                synced = contextlib.nullcontext() if last and self.syncs else self.accelerator.no_sync(model)
+                synced = nullcontext() if sharded(model) or last and self.syncs else self.accelerator.no_sync(model)
                 with synced, uncompiled(size < full): losses.append(super().training_step(model, part))
                 if not last: self.tell_part()
         return torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
@@ -105,7 +109,7 @@ class SharedSteps(MicroBatchTrainer):
         if RANKS.group is None: return super().divided_step(model, inputs)
         first, end = own_blocks(len(inputs["input_ids"]))
         if self.proven[0] != self.micro_batch: self.proven = self.micro_batch, 0
-        self.syncs = self.proven[1] > 1 and first < end
+        self.syncs = sharded(model) or self.proven[1] > 1 and first < end
         if RANKS.own: torch.manual_seed((self.args.seed * 10**6 + self.state.global_step) * RANKS.all + RANKS.own)
         with lost_told(): loss = super().divided_step(model, inputs)
         if not self.syncs: self.add_up(model, inputs["input_ids"][:1, :2])
@@ -130,8 +134,61 @@ def schedule_options(arguments, steps) -> dict:
     if arguments.lr_scheduler_type != LENGTHENED: return given
     return dict(num_decay_steps=steps - decay_begins(None, steps)) | given
 
+# %% ../../nbs/engine/42_trainer.ipynb #232f8156
+class DividedModel(SharedSteps):
+    "Passes of a model of which FSDP gives each process a part."
+    def create_accelerator_and_postprocess(self):
+        with patch.dict(os.environ):  # Accelerate leaves a note there, for all Trainers to come
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
+            super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled or not self.args.fsdp: return
+        state, self.is_fsdp_enabled = self.accelerator.state, True  # Accelerate has no FSDP on CPUs
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        for each in (state, PartialState()): each.distributed_type = DistributedType.FSDP  # one becomes the other
+
+    def divided_step(self, model, inputs):
+        loss, (first, end) = super().divided_step(model, inputs), own_blocks(blocks := len(inputs["input_ids"]))
+        if sharded(model):
+            own, most = (math.ceil(n / self.micro_batch) for n in (end - first, math.ceil(blocks / RANKS.all)))
+            for _ in range(own, most): self.add_up(model, inputs["input_ids"][:1, :2])
+        return loss
+
+    def compute_loss(self, model, inputs, **options):
+        with self.accelerator.autocast() if sharded(model) else nullcontext():  # others have it inside
+            return super().compute_loss(model, inputs, **options)
+
+# %% ../../nbs/engine/42_trainer.ipynb #26ac6b49
+class DividedFiles(DividedModel):
+    "Checkpoints of such a model."
+    gathered = None  # while they are saved: (weights, moments)
+
+    @contextlib.contextmanager
+    def gathering(self):
+        if sharded(self.model):
+            with lost_told(): self.gathered = whole_weights(self.model), whole_moments(self.optimizer)
+        try: yield
+        finally: self.gathered = None
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.gathered: return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, self.gathered[0])
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.gathered: return super()._save_optimizer_and_scheduler(output_dir)
+        for name, told in ((OPTIMIZER_NAME, self.gathered[1]), (SCHEDULER_NAME, self.lr_scheduler.state_dict())):
+            torch.save(told, Path(output_dir)/name)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if not (checkpoint and sharded(self.model)): return super()._load_optimizer_and_scheduler(checkpoint)
+        put_moments(self.optimizer, Path(checkpoint)/OPTIMIZER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint)/SCHEDULER_NAME, weights_only=True))
+
+    def _load_from_checkpoint(self, checkpoint, model=None):
+        if not sharded(self.model): return super()._load_from_checkpoint(checkpoint, model)
+        put_shares(self.model, sorted(Path(checkpoint).glob("model*.safetensors")))
+
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3f
-class SettingsOfNow(SharedSteps):
+class SettingsOfNow(DividedFiles):
     "A checkpoint may be resumed with other settings."
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.args.lr_scheduler_kwargs = schedule_options(self.args, num_training_steps)
@@ -176,7 +233,7 @@ class BlockTrainer(SettingsOfNow):
 
     def _save_checkpoint(self, model, trial):
         self.state.stateful_callbacks["unlogged"] = self.unlogged()
-        by_first(lambda: self.save_and_tidy(model, trial))
+        with self.gathering(): by_first(lambda: self.save_and_tidy(model, trial))
 
     def save_and_tidy(self, model, trial):
         retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
@@ -205,7 +262,7 @@ REFUSED_ARGS = dict(
     auto_find_batch_size="it would change the batch of a step; the plan divides a step as memory allows",
     save_only_model="without the optimizer's state a run cannot be resumed; the finished model is saved without it",
     push_to_hub="checkpoints stay here; afterwards, AutoModelForCausalLM.from_pretrained(output_dir).push_to_hub(name)",
-    **dict.fromkeys(["deepspeed", "fsdp", "fsdp_config"], "a run has one process and one GPU; leave it out"),
+    deepspeed="a run uses DDP or FSDP2; leave it out", fsdp_config=Sentence("set {fsdp} instead"),
     **dict.fromkeys(["eval_strategy", "eval_on_start"], Sentence("set {eval_steps} instead")),
     **dict.fromkeys(["bf16", "fp16", "use_cpu", "save_strategy", "disable_tqdm", "resume_from_checkpoint"],
                     "the run sets it itself"),
@@ -265,6 +322,7 @@ def training_arguments(config, plan) -> TrainingArguments:
         logging_first_step=True, logging_nan_inf_filter=False,  # it waits for the device; see StopOnDivergence
         dataloader_pin_memory=recipe.device == "cuda", accelerator_config=dict(non_blocking=recipe.device == "cuda"),
         disable_tqdm=True, report_to="none")
+    if recipe.shards > 1: decided |= dict(fsdp=True, fsdp_config=dict(version=2, auto_wrap_policy="NO_WRAP"))
     try:
         same = {name: value for name in SAME if (value := getattr(config, name)) is not None}
         if plan.steps == 1: same["warmup_steps"] = 0  # or the rate of its one step would be 0
@@ -313,6 +371,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
                            callbacks=[*own, *callbacks, vote := Agreement(), guard, bar])  # it sees what is to be saved
     if CHUNKED in told and type(inner.get_output_embeddings()) is torch.nn.Linear:  # else by the Trainer, from logits
         inner.label_smoothing, trainer.label_smoother = arguments.label_smoothing_factor, None
+    if recipe.shards > 1: shard(inner, arguments.device)
     trainer.remove_callback(PrinterCallback)  # stdout belongs to the caller
     trainer.meter, trainer.stop, trainer.bar, vote.trainer = meter, stop, bar, trainer
     if own := [c for c in callbacks if hasattr(c, "put_into")]: [trainer.chooser], own[0].trainer = own, trainer

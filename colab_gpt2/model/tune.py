@@ -51,14 +51,14 @@ def run_layers(gpt2, input_ids):
 def last_hidden(model, input_ids, kwargs):
     "What the output layer gets, by the shortest way."
     plain = model.config._attn_implementation == "sdpa" and not any(value is not None for value in kwargs.values())
-    if plain and type(model) is GPT2LMHeadModel: return run_layers(model.transformer, input_ids)
+    if plain and type(model).forward is GPT2LMHeadModel.forward: return run_layers(model.transformer, input_ids)
     return hidden_states(model, input_ids, **kwargs)
 
 # %% ../../nbs/model/22_tune.ipynb #22a50012
 def rows_at_a_time(model, hidden) -> int | None:
     "The chunk of the loss; None for the default."
     exact = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
-    return 256 if exact and type(model) is not GPT2LMHeadModel else None
+    return 256 if exact and type(model).forward is not GPT2LMHeadModel.forward else None
 
 # %% ../../nbs/model/22_tune.ipynb #26f8b58f
 def training_forward(stock, scale, softcap):

@@ -83,6 +83,7 @@ class Recipe(Record):
     target_modules: str | None = None  # names of layers; None: all linear ones
     load_in_4bit: bool = False  # the base weights
     tune: bool = True  # the fast engine; False: transformers' model as it is
+    shards: int = 1  # processes among which FSDP divides weights, gradients and moments
     keep_attention_dropout: bool = False  # as the config has it; the stock model always does
 
     half = property(lambda self: self.precision != "fp32")
@@ -122,6 +123,7 @@ class COSTS:
     moments_8bit = 2  # a parameter: AdamW's two moments by bitsandbytes
     heap_cpu = 0.15  # measured, a share of the tensors' bytes: what the C library keeps of freed memory
     heap_lora = 0.73
+    whole = 2  # derived, a number that FSDP makes whole: it is gathered into one buffer, and copied out of it
     weight_4bit = 0.5 + 1/64 + 4/64/256  # of QLoRA: a number, its share of a scale in 8 bits and of that one's own
     context = 500_000_000  # in all, before any tensor: measured on a CPU (0.46 GB), assumed for CUDA
 
@@ -176,8 +178,26 @@ class ResidentMemory(Record):
         weights -= saved_in_4_bits(self.shape, self.recipe.quantized)
         return {"weights": weights, "optimizer moments": moments, "torch itself": COSTS.context}
 
+# %% ../../nbs/planning/30_memory.ipynb #72d4826e
+class DividedMemory(ResidentMemory):
+    "Bytes of what FSDP divides among processes, and of what it makes whole on the way."
+    @cached_property
+    def resident(self):
+        shares = dict.fromkeys(("weights", "optimizer moments"), self.recipe.shards)
+        return {name: size / shares.get(name, 1) for name, size in super().resident.items()}
+
+    @cached_property
+    def gradients(self): return 4*self.trained / self.recipe.shards
+
+    @cached_property
+    def made_whole(self):
+        "The embeddings, and of the layers one."
+        if self.recipe.shards == 1: return {}
+        shape, embedded = self.shape, (self.shape.vocabulary + self.shape.context)*self.shape.width
+        return {"whole for a while": COSTS.whole*4*(embedded + (shape.parameters - embedded)/shape.layers)}
+
 # %% ../../nbs/planning/30_memory.ipynb #ed76bbde
-class LayerMemory(ResidentMemory):
+class LayerMemory(DividedMemory):
     "Bytes that one layer keeps for the backward pass."
     @cached_property
     def norms_in_fp32(self):  # bytes a token and channel
@@ -236,7 +256,7 @@ class ForwardMemory(LayerMemory):
         earlier = self.recipe.gradient_accumulation_steps > 1 or not self.tuned
         return {**self.resident, "activations": self.inner_activations + last,
                 "dropout of the embeddings": self.dropout_mask(4), "half-precision copies": self.half_precision_copies,
-                "gradients": 4*self.trained if earlier else 0}
+                "gradients": self.gradients if earlier else 0, **self.made_whole}
 
 # %% ../../nbs/planning/30_memory.ipynb #43a7219c
 class LossMemory(ForwardMemory):
@@ -276,8 +296,8 @@ class StepMemory(LossMemory):
         loss = {"logits and their loss": self.logits, "embedding's gradient": gradient if summed else 0}
         begin = {"half-precision copies": copies - (0 if self.in_place else head),
                  "embedding's gradient": gradient if self.in_place else 2*gradient}
-        end = {"half-precision copies": 0 if again else copies - head, "gradients": 4*self.trained,
-               "embedding's gradient": more*gradient}
+        end = {"half-precision copies": 0 if again else copies - head, "gradients": self.gradients,
+               "embedding's gradient": more*gradient, **self.made_whole}
         found = {"at the loss": {**self.after_forward, **loss}, "backward begins": {**self.after_forward, **begin},
                  "backward ends": {**self.resident, **end}}
         if again:
@@ -315,7 +335,8 @@ class TracedMemory(StepMemory):
     @cached_property
     def moments(self):
         traced, saved = self.trace, saved_in_4_bits(self.shape, self.recipe.quantized)
-        return {"traced": {**self.resident, "weights": traced.weights - saved, "gradients": traced.gradients,
+        weights, gradients = (each / self.recipe.shards for each in (traced.weights - saved, traced.gradients))
+        return {"traced": {**self.resident, "weights": weights, "gradients": gradients, **self.made_whole,
                            "activations, logits and copies": traced.activations}}
 
 # %% ../../nbs/planning/30_memory.ipynb #6b78d2b7

@@ -115,6 +115,12 @@ def check_packages(config: FinetuneConfig, runtime: Runtime):
     missing = missing_packages(config, runtime)
     if missing: raise ImportError(Sentence(" ".join(sentence.template for sentence in missing)))
 
+# %% ../../nbs/planning/32_plan.ipynb #4e42a8e6
+def divisions(config, method, optimizer) -> list:
+    "Into how many parts FSDP may divide what is trained, the best first; 1: each process has a copy."
+    able = config.num_processes > 1 and (method, optimizer) == ("full", OPTIMIZERS[0]) and config.fsdp != "off"
+    return [1] * (config.fsdp != "on") + [config.num_processes] * able
+
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed5
 PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
 
@@ -128,8 +134,10 @@ def possible_ways(planner):
                   keep_attention_dropout=config.keep_attention_dropout)
     most = math.ceil(blocks / config.num_processes)
     sizes = [n for n in micro_batches(config) if n <= most] or [most]  # more may be asked for
-    return [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on) for n in sizes]
-            for method, optimizer in methods(config, runtime) for on in checkpointing]
+    return [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on, shards=parts)
+             for n in sizes]
+            for method, optimizer in methods(config, runtime)
+            for parts in divisions(config, method, optimizer) for on in checkpointing]
 
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed6
 @dataclass(frozen=True)
@@ -165,7 +173,8 @@ class Planner(Record):
 
     def memory(self, recipe):
         "Bytes, with the copy of the gradients that DDP adds up among several processes."
-        buckets = 4 * step_memory(self.shape, recipe).trained if self.config.num_processes > 1 else 0
+        copies = self.config.num_processes > 1 and recipe.shards == 1
+        buckets = 4 * step_memory(self.shape, recipe).trained if copies else 0
         return self.in_use + forecast_memory(self.shape, recipe) + buckets
 
     @cached_property
@@ -179,6 +188,7 @@ class Planner(Record):
 def describe(recipe: Recipe) -> str:
     "Its method in words."
     extras = ["8-bit AdamW"] if recipe.optimizer == OPTIMIZERS[1] else []
+    if recipe.shards > 1: extras.append(f"FSDP in {recipe.shards} parts")
     if recipe.gradient_checkpointing: extras.append("gradient checkpointing")
     method = "Q" * recipe.load_in_4bit + ("DoRA" if recipe.use_dora else "LoRA") if recipe.lora else "full training"
     return f"{method} with {' and '.join(extras)}" if extras else method
@@ -289,7 +299,8 @@ def time_of(planner) -> tuple:
     size = math.ceil(planner.blocks / planner.config.num_processes) * planner.text.block_size
     step = forecast_step(planner.shape, planner.chosen, device_of(planner.runtime), size)
     seconds = step and planner.steps * step
-    compiled, gain, start, reason = pick_compile(planner.config.torch_compile, planner.runtime, seconds)
+    wanted = planner.config.torch_compile if planner.chosen.shards == 1 else False
+    compiled, gain, start, reason = pick_compile(wanted, planner.runtime, seconds)
     if compiled and seconds:
         step /= 1 + gain
         seconds = planner.steps * step + start
