@@ -209,10 +209,9 @@ def check_loss(nats, model, blocks, precision):
 # %% ../nbs/60_evaluation.ipynb #c9a36837
 def as_many(model, make, *given):
     "The batches of `make(*given)`, and if `model` is divided such that count nothing, until each process has as many."
+    own = most = 0
+    if sharded(model): [most] = reduced([own := sum(1 for _ in make(*given))])  # before the first pass of any
     yield from make(*given)
-    if not sharded(model): return
-    own = sum(1 for _ in make(*given))
-    [most] = reduced([own])
     for _ in range(own, int(most)): yield torch.zeros(1, 2, dtype=torch.long), torch.full((1, 1), -100)
 
 # %% ../nbs/60_evaluation.ipynb #f2910e11

@@ -299,8 +299,8 @@ def time_of(planner) -> tuple:
     size = math.ceil(planner.blocks / planner.config.num_processes) * planner.text.block_size
     step = forecast_step(planner.shape, planner.chosen, device_of(planner.runtime), size)
     seconds = step and planner.steps * step
-    wanted = planner.config.torch_compile if planner.chosen.shards == 1 else False
-    compiled, gain, start, reason = pick_compile(wanted, planner.runtime, seconds)
+    compiled, gain, start, reason = pick_compile(planner.config.torch_compile, planner.runtime, seconds)
+    if planner.chosen.shards > 1: compiled, reason = False, "torch.compile is off: FSDP divides the model."
     if compiled and seconds:
         step /= 1 + gain
         seconds = planner.steps * step + start
