@@ -234,7 +234,7 @@ WORK = """block_size effective_batch_size per_device_train_batch_size gradient_a
 lora_rank use_rslora use_dora target_modules load_in_4bit optim gradient_checkpointing torch_compile tune
 keep_attention_dropout tokenizer"""  # for memory and speed
 
-PLANNED = f"model from_scratch {OF_TEXT} num_train_epochs max_steps eval_stride num_processes {WORK}"
+PLANNED = f"model from_scratch {OF_TEXT} num_train_epochs max_steps eval_stride num_processes fsdp {WORK}"
 
 @command("--model gpt2-xl --gpu T4", (FinetuneConfig(), PLANNED))
 def plan(

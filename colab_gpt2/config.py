@@ -93,8 +93,7 @@ class StepFields(DataFields):
     max_grad_norm: float = value(1.0, "clip the gradients to this norm", above=0)
 
 # %% ../nbs/04_config.ipynb #eabb7da2
-PRECISIONS = "auto", "fp32", "bf16", "fp16"
-METHODS = "auto", "full", "lora"
+PRECISIONS, METHODS = ("auto", "fp32", "bf16", "fp16"), ("auto", "full", "lora")
 OPTIMIZERS = "adamw_torch_fused", "adamw_bnb_8bit"
 
 @dataclass(frozen=True)
@@ -117,8 +116,10 @@ class MethodFields(StepFields):
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",
         choices=OPTIMIZERS, label="Optimizer")
     num_processes: int = value(
-        1, "processes that share each step, each with a GPU of its own where there are GPUs", label="Processes",
-        minimum=1, maximum=10**4)
+        1, "processes that share each step, each on its own GPU, if any", label="Processes", minimum=1, maximum=10**4)
+    fsdp: str = value(
+        "auto", "divide the model among the processes (FSDP2), instead of a copy for each; auto: where a copy does not "
+        "fit", choices=("auto", "on", "off"), label="FSDP")
     gradient_checkpointing: bool | None = value(
         None, "compute activations again in the backward pass: less memory, a third more work "
         "(default: where memory is short)")

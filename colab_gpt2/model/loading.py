@@ -299,7 +299,8 @@ def new_model(config, seed=None):
 # %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
 def lost_weight(model) -> str:
     "The first weight that is NaN or infinite, or ''."
-    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), "")
+    own = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in model.named_parameters())
+    return next((name for name, p in own if not p.isfinite().all()), "")
 
 # %% ../../nbs/model/20_loading.ipynb #60cd11ea
 def count_floats(place, cache_dir=None):

@@ -77,7 +77,8 @@ GROUPS = {
                      "from_scratch tokenizer on_divergence",
     "When it stops": "early_stopping_patience eval_steps load_best_model_at_end eval_split eval_stride max_minutes",
     "Speed and memory": "per_device_train_batch_size gradient_accumulation_steps precision load_in_4bit optim "
-                        "gradient_checkpointing torch_compile tune keep_attention_dropout num_processes",
+                        "gradient_checkpointing torch_compile tune keep_attention_dropout num_processes "
+                        "fsdp",
     "Samples": "max_new_tokens temperature top_k top_p repetition_penalty",
     "Saving and resuming": "resume overwrite_output_dir save_minutes save_steps logging_steps mirror"}
 ELSEWHERE = (*TEXT, "cache_dir", "save_total_limit", "trainer_args")
