@@ -116,9 +116,8 @@ slow"""
 def test_a_panel_comes_up_at_once_and_answers_inside_a_step(opened, record_property):
     """It is on the page while what it needs is still being imported; a click in a step of seconds is told in that step.
 
-    The targets are 1 s and 0.3 s, with a core to itself. A machine that is slow or shared may take longer in the
-    proportion in which it imports torch or takes a step, in the same kernel: an eighth of what makes the panel ready
-    was measured, and a twentieth of a step."""
+    The targets are 1 s and 0.3 s, with a core to itself. On a machine that is slow or shared the bounds grow with what
+    the same kernel needs until the panel is ready, which is the import of torch mostly, and for a step."""
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     notebook = opened(new_notebook(cells=[new_code_cell(SLOW)], metadata=kernel))
     notebook.run_all()
