@@ -234,9 +234,8 @@ def train_and_merge(config, prepared, plan, found, run, callbacks, shown) -> tup
     model, state, speed = trainer.model, trainer.state, trainer.meter.tokens_per_second(trainer.bar.tokens_per_step)
     losses = [dict(step=entry["step"], loss=entry["loss"]) for entry in state.log_history if "loss" in entry]
     with in_one_line(config.output_dir, plan.recipe):
-        if sharded(model):
-            trainer.optimizer = None
-            model = make_whole(model, starting_model(config, prepared.tokenizer).to(prepared.runtime.device))
+        if sharded(model): trainer.optimizer = None
+        if sharded(model): model = make_whole(model, starting_model(config, prepared.tokenizer).to(model.device))
         chosen = finish(trainer.chooser, state, model) if trainer.chooser else {}
     del trainer
     adapters = None

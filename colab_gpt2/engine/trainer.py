@@ -309,6 +309,7 @@ def check_parts(arguments):
 # %% ../../nbs/engine/42_trainer.ipynb #f5830440
 SAME = ("output_dir", "num_train_epochs", "max_steps", "weight_decay", "warmup_steps", "lr_scheduler_type",
         "max_grad_norm", "seed", "logging_steps")
+DIVIDED = dict(fsdp=True, fsdp_config=dict(version=2, auto_wrap_policy="NO_WRAP"))  # by `shard`
 
 # %% ../../nbs/engine/42_trainer.ipynb #02b7ab9b
 def training_arguments(config, plan) -> TrainingArguments:
@@ -321,8 +322,7 @@ def training_arguments(config, plan) -> TrainingArguments:
         save_strategy="steps" if (config.save_steps or -1) > 0 else "no", save_steps=max(config.save_steps or 1, 1),
         logging_first_step=True, logging_nan_inf_filter=False,  # it waits for the device; see StopOnDivergence
         dataloader_pin_memory=recipe.device == "cuda", accelerator_config=dict(non_blocking=recipe.device == "cuda"),
-        disable_tqdm=True, report_to="none")
-    if recipe.shards > 1: decided |= dict(fsdp=True, fsdp_config=dict(version=2, auto_wrap_policy="NO_WRAP"))
+        disable_tqdm=True, report_to="none", **(DIVIDED if recipe.shards > 1 else {}))
     try:
         same = {name: value for name in SAME if (value := getattr(config, name)) is not None}
         if plan.steps == 1: same["warmup_steps"] = 0  # or the rate of its one step would be 0
