@@ -91,7 +91,7 @@ def check_shares(config, blocks):
 
 # %% ../nbs/63_beginning.ipynb #c146a1a6
 def plan_training(config, model, blocks, runtime) -> Plan:
-    "What `config` fixes is kept, with a warning if it does not fit."
+    "Of `model`, or its config. What `config` fixes is kept, with a warning if it does not fit."
     plan = plan_run(model, blocks, runtime, config)
     if not plan.fits: warnings.warn(plan.reasons[0], stacklevel=3)
     if config.tokenizer and plan.recipe.method == "lora":

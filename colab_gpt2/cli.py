@@ -44,7 +44,7 @@ def show_version(version: option(bool, "show the version", "--version") = False)
 
 # %% ../nbs/65_cli.ipynb #10f5c0de
 def name_of(name, *value) -> str:
-    "The option for a field, as typed, with `value` if given."
+    "The option for a field, as it is typed with `value` where there is one."
     flag = {"trainer_args": "trainer-arg"}.get(name, name).replace("_", "-")
     if not value or value[0] is True: return f"--{flag}"
     return f"--no-{flag}" if value[0] is False else f"--{flag} {value[0]}"
@@ -80,7 +80,7 @@ def bad_usage():
 
 # %% ../nbs/65_cli.ipynb #81b4f3d3
 def as_typed(result):
-    "`result` with each `Sentence` in the options' names."
+    "`result` with every `Sentence` in it rendered with the options' names."
     if isinstance(result, Sentence): return result.render(name_of)
     if isinstance(result, dict): return {name: as_typed(value) for name, value in result.items()}
     if isinstance(result, (list, tuple)): return type(result)(map(as_typed, result))
@@ -90,7 +90,7 @@ def as_typed(result):
 
 # %% ../nbs/65_cli.ipynb #b66e3cc2
 def readable(result) -> str:
-    "A result for a person: its table."
+    "A result for a person: the rows of its table."
     if isinstance(result, (list, tuple)): return "\n\n".join(map(readable, result))
     if not isinstance(result, Record) or type(result).__str__ is not object.__str__: return str(result)
     rows = [(str(k), worded(v, name_of).strip()) for k, v in result._rows() if v not in (None, "")]
@@ -125,7 +125,7 @@ def answer(function, arguments, as_json=False, debug=False):
 
 # %% ../nbs/65_cli.ipynb #926bbb2d
 def keyword(name, default, annotation):
-    "A keyword parameter: typer's option."
+    "A keyword parameter, which typer turns into an option."
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 # %% ../nbs/65_cli.ipynb #856c8cf5
@@ -151,7 +151,7 @@ def config_options(defaults, names=None) -> list:
 
 # %% ../nbs/65_cli.ipynb #0ae447fc
 def parse_pairs(pairs) -> dict:
-    "NAME=VALUE as name -> value; JSON is read."
+    "The values of NAME=VALUE by name; one is read as JSON where it is JSON."
     parsed = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
@@ -390,4 +390,4 @@ def main():
     try: app(prog_name="colab-gpt2")
     finally:
         leave()
-        for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's own end takes a second
+        for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's own end takes a second; its code stands

@@ -166,7 +166,7 @@ def folder_named(text) -> str:
 
 # %% ../nbs/04_config.ipynb #67af1e0a
 def unnumbered(folder, name) -> str:
-    "`folder` without the number after `name` that this machine chose."
+    "`folder` without a number after `name` that was chosen here: another machine may choose another."
     found = re.fullmatch(rf"((?:.*[/\\])?{re.escape(name)})-\d+", folder)
     return found[1] if found else folder
 
@@ -230,8 +230,8 @@ def check_value(f, given):
 OF_HUB = "model", "tokenizer", "dataset", "train_file"
 
 def expand_paths(config):
-    """Put the home folder for `~`, and plain numbers for NumPy's, which are no JSON and overflow; ValueError for a path
-    that no file can have."""
+    """Put the home folder in the place of `~`, and plain numbers in that of NumPy's, which are no JSON and overflow;
+    ValueError for a path that no file can have: too long, or of no user."""
     for f in fields(config):
         given = getattr(config, f.name)
         if isinstance(given, numbers.Number): vars(config)[f.name] = getattr(given, "item", lambda: given)()
@@ -252,10 +252,10 @@ def check_batch(config):
             raise ValueError(Sentence(message % name, given=given, batch=config.effective_batch_size))
 
 # %% ../nbs/04_config.ipynb #11368cc5
-ADAPTERS = "use_rslora", "use_dora", "target_modules", "load_in_4bit"  # how LoRA learns
+ADAPTERS = "use_rslora", "use_dora", "target_modules", "load_in_4bit"  # fields of how LoRA learns, beside its rank
 
 def check_config(config):
-    "ValueError for the first value that no run could use."
+    "ValueError for the first value that no run could use, alone or with others."
     for f in fields(config): check_value(f, getattr(config, f.name))
     for name in ("max_steps", "save_steps", "eval_steps"):
         if getattr(config, name) == 0: raise ValueError(Sentence(f"{{{name}}} is 0; it must be ≥ 1, or -1."))
@@ -305,10 +305,10 @@ def count_steps(config, blocks: int) -> int:
 # %% ../nbs/04_config.ipynb #04b00015
 BATCHES, EPOCHS = (8, 4), 2.
 ENOUGH, AIM = 100, 150  # steps: a text that gives fewer is divided further, and read for more
-MOST_READ = 600_000  # tokens then, in all epochs
+MOST_READ = 600_000  # tokens in all the epochs of that, where larger batches were asked for
 
 def settled(config, tokens, block_size):
-    "`config` with a batch and epochs for a text of so many `tokens` in such blocks."
+    "`config` with a batch and epochs, where it has none, for a text of so many `tokens` in such blocks."
     each = config.per_device_train_batch_size or config.gradient_accumulation_steps or 1
     own, blocks = effective_batch(config), max(1, tokens // block_size)
     def with_(batch, epochs=EPOCHS):
@@ -338,7 +338,7 @@ def pick_block_size(config, context: int, tokens: int | None = None) -> int:
 SHORT_TOLD = "Short text: {epochs:g} epochs in batches of {batch} blocks of {size} tokens, {steps} steps."
 
 def short_told(config, tokens, block_size) -> str:
-    "What `config` does on a short text, if it chose that; else ''."
+    "What a settled `config` does on a short text, where that is what would be chosen; else ''."
     auto = settled(replace(config, num_train_epochs=None, effective_batch_size=None), tokens, block_size)
     epochs, batch = config.num_train_epochs, effective_batch(config)
     if config.max_steps > 0 or config != auto or (epochs, batch) == (EPOCHS, BATCHES[0]): return ""

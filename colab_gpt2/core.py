@@ -28,7 +28,7 @@ def check_names(called, given, known):
 
 # %% ../nbs/00_core.ipynb #58fd4e2f
 def _typed(hint, value):
-    "The opposite of `plain`: what JSON gave as the type `hint`."
+    "The opposite of `plain`: a `value` that JSON gave, as the type `hint` has it."
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     if NoneType in get_args(hint): return value if value is None or len(kinds) > 1 else _typed(kinds[0], value)
     if value is None: return math.nan if hint is float else None
@@ -40,7 +40,7 @@ def _typed(hint, value):
 
 # %% ../nbs/00_core.ipynb #f9a2c4bf
 def plain(value):
-    "`value` for JSON: records and mappings become dicts, paths and anything unknown strings."
+    "`value` in terms that JSON knows: records and mappings become dicts, paths and anything unknown become strings."
     if isinstance(value, Record): return value.to_dict()
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)): return [plain(v) for v in value]
@@ -78,7 +78,7 @@ class Record:
 CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)")
 
 def printable(text) -> str:
-    r"`text` with \\u and four digits for what could steer a terminal, or cannot be written to one."
+    "`text` with \\u and four digits for each character that could steer a terminal, or that cannot be written to one."
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 # %% ../nbs/00_core.ipynb #6373cf46
@@ -91,12 +91,12 @@ def human_bytes(n):
 
 # %% ../nbs/00_core.ipynb #cf3a7848
 def several(n, what) -> str:
-    "'2 files', but '1 file'."
+    "`n` of a thing as it is said: '2 files', but '1 file'."
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 # %% ../nbs/00_core.ipynb #0ba44680
 def human_time(seconds):
-    "`seconds` in two units at most."
+    "`seconds` as a person would say it: two units at most."
     seconds = round(seconds)
     if seconds < 60: return f"{seconds} s"
     if seconds < 3600: return f"{seconds // 60} min {seconds % 60} s"
@@ -104,7 +104,7 @@ def human_time(seconds):
 
 # %% ../nbs/00_core.ipynb #c024d5c9
 def home(path) -> Path:
-    "`path`, with a home folder for `~` or `~user`; ValueError if no path can be that."
+    "`path`, with a home folder for `~` or `~user` at its beginning; ValueError if no path can be that."
     if not isinstance(path, (str, os.PathLike)): raise TypeError(f"{path!r} is not one path, a text or a Path.")
     text = os.path.expanduser(path)
     if re.match(r"\w+://", text):
@@ -125,7 +125,7 @@ LINK = re.compile(r"(?i:hf://|(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/)(d
 PAGES = {None: "model", "datasets/": "data set", "spaces/": "space"}
 
 def from_link(text, kind=None) -> str:
-    "The id in an address of the Hub, of a `kind` of PAGES; any other text as it is."
+    "The id in an address of the Hub, which must be one of `kind` (a key of PAGES); any other text as it is."
     if not (found := LINK.fullmatch(text)): return text
     if found[1] != kind: raise ValueError(f"{text} is the address of a {PAGES[found[1]]}; a {PAGES[kind]} is needed.")
     if found[4][:1] in ("", "?", "#"): return found[2]
@@ -139,7 +139,7 @@ def existing(path) -> Path:
 
 # %% ../nbs/00_core.ipynb #56e22ccc
 def check_space(path, needed, what):
-    "OSError if the disk of `path` has fewer than `needed` bytes free for `what`."
+    "Raise OSError if the disk that holds `path` has fewer than `needed` bytes free for `what`."
     folder = existing(path)
     free = shutil.disk_usage(folder).free
     if free >= needed: return
@@ -159,7 +159,7 @@ def drive_top(path, anywhere=True):
 
 # %% ../nbs/00_core.ipynb #82a8adac
 def _empty(path):
-    "Empty a file without another name that no map of this process shows: it would crash."
+    "Empty a file, but for one that has another name as well, or that this process reads through a map: it would crash."
     status, maps = path.lstat(), Path("/proc/self/maps")
     mapped = maps.exists() and os.path.realpath(path) in maps.read_text(errors="replace")
     if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and not mapped: os.truncate(path, 0)
@@ -188,14 +188,14 @@ def replace(source, path):
 
 # %% ../nbs/00_core.ipynb #50e3506a
 def current_umask():
-    "It can only be read by setting it."
+    "The process's umask, which can only be read by setting it."
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 # %% ../nbs/00_core.ipynb #daff6793
 def sync(path):
-    "Have the system write a file or a folder to the disk now."
+    "Have the system write the file or the folder `path` to the disk now."
     if os.name != "posix": return  # Windows opens no folder
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
@@ -205,7 +205,7 @@ def sync(path):
 
 # %% ../nbs/00_core.ipynb #9256aece
 def make_folder(path) -> list:
-    "Make `path` and the folders above it; -> the new ones, each synced in its own."
+    "Make the folder `path` and those above it; -> the new ones, each synced in the one that it is in."
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new: sync(folder.parent)
@@ -228,7 +228,7 @@ def leftovers(folder, living=False) -> list[Path]:
     def alive(number, path):  # one that began a minute later has the number by chance; Drive has its own clock
         try: return psutil.Process(number).create_time() < path.stat().st_mtime + 60
         except psutil.NoSuchProcess: return False
-        except (psutil.Error, FileNotFoundError): return True  # another's, or tidied up just now
+        except (psutil.Error, FileNotFoundError): return True  # another's, or another process has tidied up just now
     named = ((path, re.fullmatch(r"\..+\.(\d+)\.\w{8}\.part", path.name)) for path in Path(folder).glob(".*.part"))
     dead = (path for path, found in named if found and (living or not alive(int(found[1]), path)))
     return [path for path in dead if path.is_dir() and not path.is_symlink()]
@@ -255,7 +255,7 @@ def scratch(folder, name):
 
 # %% ../nbs/00_core.ipynb #ee4f0b91
 def sha256_of(path, report=None, chunk=1 << 20):
-    "Hex SHA-256 of a file."
+    "Hex SHA-256 of a file, read in pieces of `chunk` bytes."
     path, digest = Path(path), hashlib.sha256()
     with open(path, "rb") as f:
         while piece := f.read(chunk):
@@ -265,7 +265,7 @@ def sha256_of(path, report=None, chunk=1 << 20):
 
 # %% ../nbs/00_core.ipynb #db4431d1
 def checksums(folder, names, report=None) -> dict:
-    "Name to SHA-256 of the files `names` in `folder`; several are read at once."
+    "Name to SHA-256 of the files `names` in `folder`; several are read at once, since hashing is what takes the time."
     sums = {}
     with ThreadPoolExecutor() as pool:
         for name, sha256 in zip(names, pool.map(lambda name: sha256_of(Path(folder, name)), names)):
@@ -275,8 +275,8 @@ def checksums(folder, names, report=None) -> dict:
 
 # %% ../nbs/00_core.ipynb #87818c54
 def copy_synced(source, target, report=None, place=None) -> str:
-    """Copy a file, have the system write it and forget it, read it back and compare; -> the SHA-256. OSError if
-    something else arrived in `place` (the folder of `target`)."""
+    """Copy a file, have the system write it to the disk and forget it, read it back and compare; -> the SHA-256.
+    OSError if something else arrived in `place` (the folder of `target`). `report` hears of both."""
     source, target, digest = Path(source), Path(target), hashlib.sha256()
     def reading_back(_, done, total): report(f"Reading {source.name} back", done, total)
     with open(source, "rb") as s, open(target, "wb") as t:
@@ -297,13 +297,13 @@ def copy_synced(source, target, report=None, place=None) -> str:
 
 # %% ../nbs/00_core.ipynb #8afce7d9
 def _check_drive(place):
-    "OSError if `place` is on a Drive that is not mounted: it would be lost with the machine."
+    "OSError if `place` is on a Drive that is not mounted: what is written there would be lost with the machine."
     top = drive_top(place, anywhere="COLAB_RELEASE_TAG" in os.environ)
     if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))
 
 # %% ../nbs/00_core.ipynb #b681c612
 def _carry(stage, temporary, place):
-    "Copy the folder `stage` to `temporary`, in `place` on a Drive."
+    "Copy all that is in the folder `stage` to `temporary`, in `place` on a Drive."
     check_space(place, sum(path.stat().st_size for path in stage.rglob("*")), f"Writing to {place}")
     for root, _, files in os.walk(stage):
         to = temporary/Path(root).relative_to(stage)

@@ -13,12 +13,12 @@ from .core import nearest
 
 # %% ../nbs/01_errors.ipynb #b76e9053
 def in_python(name, *value) -> str:
-    "A field in Python's words, with the `value` to give it."
+    "A field in Python's words: its `name`, and the `value` to give it where there is one."
     return f"{name}={value[0]!r}" if value else name
 
 # %% ../nbs/01_errors.ipynb #fab43e10
 def shortened(text, most=1000) -> str:
-    "`text` without its middle beyond `most` characters."
+    "`text` without its middle, if it has more than `most` characters."
     return text if len(text) <= most else f"{text[:most - most // 4]} … {text[-most // 4:]}"
 
 # %% ../nbs/01_errors.ipynb #c33851bd
@@ -32,7 +32,7 @@ class _Words(dict):
     def __missing__(self, name): return self.name_of(name)
 
 class _Quoting(string.Formatter):
-    "Shortens what is quoted."
+    "Shortens what stands in quotation marks."
     def convert_field(self, value, conversion):
         said = super().convert_field(value, conversion)
         return shortened(said, 200) if conversion else said
@@ -69,7 +69,7 @@ class Sentence(str):
 
 # %% ../nbs/01_errors.ipynb #9c2ecafc
 def fields_of(told) -> tuple:
-    "The fields that an exception, a warning or a text is about."
+    "The fields that an exception, a warning or a text is about; () for one that names none."
     sentence = told.args[0] if isinstance(told, BaseException) and told.args else told
     return getattr(told, "about", ()) or (sentence.fields if isinstance(sentence, Sentence) else ())
 
@@ -103,7 +103,7 @@ def check_number(name, value, minimum=None, maximum=None, above=None, integer=Fa
 
 # %% ../nbs/01_errors.ipynb #a98ce874
 def check_choice(name, value, known):
-    "`value`, if it is `known`; else a ValueError with the nearest."
+    "`value`, if it is one of `known`; else a ValueError with the nearest of them."
     if value in known: return value
     near = nearest(value, [str(k) for k in known])
     raise ValueError(Sentence(f"{{{name}}} is {{value!r}}.{{near}}", value=value, near=near))
@@ -134,7 +134,7 @@ ADVICE = {  # errno -> what it means; Drive's mount fails with 5 under load, wit
 
 # %% ../nbs/01_errors.ipynb #786f016b
 def errno_of(error):
-    "An error's number, or None; of safetensors' and torch's, from their text."
+    "The system's number of an error, or None; in the text of those that are no OSErrors, of safetensors and of torch."
     if isinstance(error, OSError): return error.errno
     told = str(error)
     said = {number: (f"(os error {number})", f"strerror: {os.strerror(number)}") for number in ADVICE}
@@ -151,7 +151,7 @@ def same_kind(error, message) -> OSError:
 # %% ../nbs/01_errors.ipynb #f4ad65e0
 @contextlib.contextmanager
 def explained(action):
-    "Turn an error that `ADVICE` knows into one line: `action` failed, and why."
+    "Turn an error that `ADVICE` knows into one line: `action` ('Copying a.tar.gz') failed, and why."
     try: yield
     except Exception as e:
         number = errno_of(e)
@@ -159,7 +159,7 @@ def explained(action):
         raise same_kind(e, f"{action} failed: {ADVICE[number]}") from e
 
 # %% ../nbs/01_errors.ipynb #49d1ba8a
-GONE = errno.ENOTCONN  # what a new mount (force_remount=True) may mend
+GONE = errno.ENOTCONN  # the errno of the errors that a new mount (force_remount=True) may mend
 
 def may_pass(error) -> bool:
     "Is it an input/output error or a mount that has gone?"

@@ -31,7 +31,7 @@ def has_words(words, bytes) -> bool:
 
 # %% ../nbs/60_evaluation.ipynb #534d376f
 def shown(p) -> str:
-    "Of a `Perplexity` for people, per byte with the bits."
+    "The value of a `Perplexity` for people, per byte with the bits."
     value = f"{p.value:.2f}" if p.value < 1e6 else f"{p.value:.2e}"
     return f"{value} ({p.nats / p.bytes / math.log(2):.3f} bits)" if p.unit == "byte" else value
 
@@ -54,7 +54,7 @@ class Perplexity(Record):
     bytes: int
     nats: float  # of all these tokens together
     precision: str = "fp32"  # of the computation
-    chose: bool = False  # this text chose the weights: of another, it would be a little higher
+    chose: bool = False  # this text has chosen the weights: of a text that has not, the figure would be a little higher
 
     @property
     def count(self) -> int: return getattr(self, f"{self.unit}s")
@@ -90,7 +90,7 @@ def windows(tokens, context, stride):
 
 # %% ../nbs/60_evaluation.ipynb #60e50011
 def spread(items, most=None) -> list:
-    "`most` of the `items`, evenly; all if there are no more."
+    "`most` of the `items`, evenly over all of them; all if there are no more."
     items, most = list(items), most or math.inf
     return items if len(items) <= most else [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
 
@@ -110,7 +110,7 @@ def batches(stream, found, size):
 
 # %% ../nbs/60_evaluation.ipynb #60c00002
 def answer_windows(chats, context) -> list:
-    "(start, end, scored) of each conversation, cut to the `context`, the longest first."
+    "(start, end, scored) of each conversation, cut to the `context`: so many of its tokens count. The longest first."
     pieces = replace(chats, block_size=context).pieces.tolist()
     told = "No answer of {text} begins within {n} tokens."
     if not pieces: raise ValueError(Sentence(told, text=chats.split, n=context))
@@ -128,7 +128,7 @@ def answer_batches(chats, found, size):
 
 # %% ../nbs/60_evaluation.ipynb #60c00004
 def windows_of(blocks, context, stride) -> list:
-    "What `perplexity` scores."
+    "What `perplexity` scores of `blocks`."
     if isinstance(blocks, Conversations): return answer_windows(blocks, context)
     return list(windows(blocks.tokens, context, stride))
 
@@ -151,7 +151,7 @@ def score(model, ids, labels, head=None) -> float:
 # %% ../nbs/60_evaluation.ipynb #58eb07f1
 @contextlib.contextmanager
 def evaluation_mode(model):
-    "Inside there is no dropout; then every module has its mode back."
+    "Inside there is no dropout; afterwards every module is in the mode it was in."
     modes = [(module, module.training) for module in model.modules()]
     try: yield model.eval()
     finally:
@@ -191,7 +191,7 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
 
 # %% ../nbs/60_evaluation.ipynb #9e374818
 def why_lost(model, precision) -> Sentence:
-    "Why a loss is NaN or infinite, and what to do."
+    "Why the loss of `model` is NaN or infinite, and what to do."
     if lost := lost_weight(model):
         return Sentence("its weights are damaged ({lost} is NaN or infinite); choose another {model}.", lost=lost)
     if precision == "fp16": return Sentence("a number is too large for fp16; set {precision=fp32}.")
@@ -232,7 +232,7 @@ def perplexity(
     blocks: Blocks,  # also what is left over after the last full block is scored
     *,
     stride: int = None,  # tokens between windows: smaller is slower and more exact; default context // 2
-    context: int = None,  # tokens at a time; default the block size, or the model's own
+    context: int = None,  # tokens that the model sees at a time; default the block size, or the model's own
     batch_size: int = None,  # windows at a time; default `logits_batch`
     most: int = None,  # windows, evenly over the text, for an estimate of its nats; default all
     device=None,  # moves the model there
@@ -266,7 +266,7 @@ def perplexity(
 # %% ../nbs/60_evaluation.ipynb #e8dac32c
 @dataclass(frozen=True)
 class ReportCard(Record):
-    "Perplexities of one text; maybe with comparable ones of the model before training."
+    "Perplexities of one text; maybe with those of the model before training, where they are comparable."
     rows: tuple  # of Perplexity
     before: tuple = ()  # of Perplexity, row by row
 

@@ -26,10 +26,10 @@ from .training import train_model
 
 # %% ../nbs/64_finding_rate.ipynb #64f00006
 LOWEST, HIGHEST = 1e-7, 1e-1  # rates: AdamW learns nothing below, and no language model above
-LOST = 4  # times the least smoothed loss, as in fastai
+LOST = 4  # times the least smoothed loss, as in fastai: no model comes back from there
 
 def smooth(losses, beta=0.9) -> list:
-    "The exponential mean of `losses`, bias-corrected."
+    "The exponential mean of `losses` at each step, bias-corrected."
     mean, found = 0., []
     for n, loss in enumerate(losses, 1):
         mean = beta * mean + (1 - beta) * loss
@@ -38,7 +38,7 @@ def smooth(losses, beta=0.9) -> list:
 
 # %% ../nbs/64_finding_rate.ipynb #65f5b2a0
 def exploded(means) -> bool:
-    "Is the last of the smoothed losses lost?"
+    "Whether the last of the smoothed losses is lost."
     return not means[-1] <= LOST * min(means)
 
 # %% ../nbs/64_finding_rate.ipynb #64f00009
@@ -54,7 +54,7 @@ def suggest_rate(rates, losses) -> float | None:
 FORECAST = "{steps} steps of {step}: about {time}, or less where the loss explodes before."
 
 class Ramp(Listener):
-    "Raises the learning rate step by step, and ends the training when the loss is lost."
+    "Raises the learning rate from step to step, as `rates` say, and ends the training when its loss is lost."
     def __init__(self, rates): self.rates, self.losses = rates, []
 
     def on_stage(self, stage, plan=None, **facts):
@@ -75,7 +75,7 @@ class Ramp(Listener):
 # %% ../nbs/64_finding_rate.ipynb #64f0000f
 @contextlib.contextmanager
 def same_chance():
-    "Restores the random states of Python, NumPy and torch."
+    "Restores the states of Python's, NumPy's and torch's random numbers."
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try: yield
@@ -116,7 +116,7 @@ def try_steps(config, steps, report, ramp=None) -> tuple:
         own = [ramp] if ramp else []
         trainer = make_trainer(config, ready.model, ready.tokenizer, ready.train, plan, own, report)
         if ramp: trainer.bar.what = "Trying learning rates"
-        trainer.remove_callback(StopOnDivergence)  # nothing is kept
+        trainer.remove_callback(StopOnDivergence)  # the loss may be lost in the end, and nothing is kept
         return trainer, train_model(trainer, plan), ready.runtime
 
 # %% ../nbs/64_finding_rate.ipynb #64f00015
@@ -127,9 +127,9 @@ def find_learning_rate(
     progress=True,
     **changes,  # fields of the config
 ) -> RateCurve:
-    """A learning rate for a run, by the range test of Smith (2017, https://arxiv.org/abs/1506.01186). How long it takes
-    is told, as a warning, before. Stopped on its way, it returns the curve so far. Nothing is written to the output
-    folder."""
+    """A learning rate for a run of `config`, by the range test of Smith (2017, https://arxiv.org/abs/1506.01186). How
+    long it takes is told, as a warning, before it starts. Stopped on its way, it returns the curve so far. Nothing is
+    written to the output folder, and no weight is kept."""
     started, config = time.monotonic(), changed(config, **changes)
     check_number("steps", steps, minimum=10, integer=True, hint="Fewer make no curve.")
     ramp, ended = Ramp([LOWEST * (HIGHEST / LOWEST) ** (n / (steps - 1)) for n in range(steps)]), ""

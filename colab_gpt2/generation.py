@@ -28,7 +28,7 @@ from .text.tokens import check_ids, notes_on, opening_ids
 
 # %% ../nbs/61_generation.ipynb #7e6ba0d3
 def held_back(text, stops) -> int:
-    "How many last characters of `text` may begin one of `stops`."
+    "How many characters at the end of `text` may be the beginning of one of `stops`."
     return max((n for s in stops for n in range(len(s)) if text.endswith(s[:n])), default=0)
 
 # %% ../nbs/61_generation.ipynb #196af432
@@ -75,7 +75,7 @@ class TextPieces:
         return piece
 
     def finish(self) -> str:
-        "What was held back, at the end; U+FFFD for an incomplete character."
+        "What was held back, when no token follows; U+FFFD for a character that is not complete."
         rest = "" if self.stopped == "stop" else self.decoded()[self.given:]
         self.stopped = self.stopped or "length"
         return self.held + rest
@@ -169,7 +169,7 @@ class Request:
 class Sample(Record):
     "One generated text."
     prompt: str  # as it was given
-    text: str  # after it, without a stop string or special tokens
+    text: str  # what was generated after it, without a stop string or special tokens
     tokens: int  # new tokens, without the end-of-text token
     seed: int  # gives the same text again on the same kind of device
     stopped: str  # "length", "stop" (a stop string) or "end" (the end-of-text token)
@@ -201,7 +201,7 @@ def most_at_once(request) -> int:
 
 # %% ../nbs/61_generation.ipynb #7c892fa9
 def collect(request, rows, report) -> list[Sample]:
-    "The texts `rows`, a range."
+    "Run the request to its end for the texts `rows`, a range."
     made, texts, pending = [request.pieces() for _ in rows], [""] * len(rows), []
     every, most = 1 if request.stops else 16, request.max_new_tokens
     tell = counter(report, "Generating", request.samples * most, rows.start * most)
@@ -217,7 +217,7 @@ def collect(request, rows, report) -> list[Sample]:
 
 # %% ../nbs/61_generation.ipynb #98e4e932
 def note_empty(stopped):
-    "A warning of an empty text; `stopped`: why such ended."
+    "A warning that a text is empty; `stopped`: why the empty ones ended."
     if {"end", "stop"} & set(stopped):
         why = "the model ended it" if "end" in stopped else "a {stop} string came"
         warnings.warn(Sentence(f"A text is empty: {why} at once. Set another {{seed}} or {{prompt}}."), stacklevel=3)
@@ -226,7 +226,7 @@ def note_empty(stopped):
 SHORT = "Out of memory while a text was generated; set a smaller {max_new_tokens} or choose a smaller {model}."
 
 def collect_all(request, report) -> list[Sample]:
-    "All texts; a group that memory does not hold is halved."
+    "`collect` for all texts; a group that memory does not hold is halved."
     made, size = [], most_at_once(request)
     while len(made) < request.samples:
         rows = range(len(made), min(len(made) + size, request.samples))
@@ -242,16 +242,16 @@ def collect_all(request, report) -> list[Sample]:
 @takes_sampling
 def generate(
     model="gpt2",  # a loaded model, a name or folder for `load_model`, or a stopped run's folder
-    prompt=" = Toronto Raptors = \n",  # exactly as typed; its last `context - 1` tokens are used
+    prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
     *,
     tokenizer=None,  # needed with a loaded model
     chat=False,  # answer `prompt`, a question or a list of messages, by the tokenizer's chat template
-    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts
+    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts, as many at a time as fit into memory
     seed=None,  # the same texts on the same device, the first whatever `samples` is; None: a new one
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
     cache_dir=None,  # Hugging Face's cache, if not its usual place
-    progress=True,  # a bar if it takes over three seconds, or a function of (what, done, total)
+    progress=True,  # a bar on stderr if it takes longer than three seconds, or a function of (what, done, total)
     **sampling,  # fields of `Sampling`
 ) -> list[Sample]:
     "Texts that continue `prompt`; torch's own random state stays. ValueError for a setting out of range."
@@ -262,7 +262,7 @@ def generate(
 
 # %% ../nbs/61_generation.ipynb #09c34692
 def stream_pieces(request):
-    "Yield the pieces that are not empty."
+    "Yield the pieces that are not empty, one token at a time."
     pieces, written = request.pieces(), False
     with evaluation_mode(request.model):
         for step in request.steps():

@@ -27,7 +27,7 @@ class Relay(Listener):
         self.wishes, self.answered = set(), threading.Event()
 
     def listen(self, lines):
-        "Until the other process has gone: then the run stops."
+        "Until the other process has gone: then the run stops and saves."
         for line in lines: self.hear(*line.decode().split())
         self.hear("stop", str(128 + signal.SIGTERM))
         self.hear("go")
@@ -43,7 +43,7 @@ class Relay(Listener):
         self.send("stage", stage, facts)
 
     def obey(self, control):
-        "Wait for the answer to a step, and obey it."
+        "Wait for the answer to a step, and do what it says."
         self.answered.wait()
         if not self.stop.asked: self.answered.clear()
         if ("save", "") in self.wishes or self.stop.asked: control.should_save = True
@@ -103,7 +103,7 @@ def environment(rank, ranks, port) -> dict:
 
 # %% ../nbs/63_launching.ipynb #ce4d67b9
 class Started:
-    "A run's processes, and what they tell: (rank, pickled tuple) in `told`."
+    "The processes of a run with this config, and what they tell: (rank, pickled tuple) in `told`."
     asked = False  # to stop
     words = [sys.executable, "-c", WORK]
 
@@ -146,7 +146,7 @@ class Started:
 
 # %% ../nbs/63_launching.ipynb #a189fe6b
 class Copies:
-    "A mirror in another process."
+    "What is known of a mirror in another process."
     text, error = "", False
     def status(self): return self.text
 
@@ -180,7 +180,7 @@ GRACE = 30  # seconds
 DIED = "Process {rank} of {ranks} {how}, and the run has ended: {kept}. Run the same again to resume."
 
 def died(started, config) -> RuntimeError:
-    "Of processes that ended without a word."
+    "What to say of processes that ended without a word."
     codes = [(rank, each.poll()) for rank, each in enumerate(started.all)]
     rank, code = next((pair for pair in codes if (pair[1] or 0) < 0), next((p for p in codes if p[1]), (0, 0)))
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
@@ -207,7 +207,7 @@ def follow(started, heard, config):
 
 # %% ../nbs/63_launching.ipynb #c8dabb61
 def launch(config, callbacks=(), progress=True):
-    "`finetune` in `config.num_processes` processes."
+    "`finetune` in `config.num_processes` processes: -> the FinetuneResult."
     stop = StopOnInterrupt(config.folder)
     limits = [each for each in callbacks if isinstance(each, TimeLimit)]
     with stop.listening(), reporting(progress) as shown:

@@ -50,7 +50,7 @@ def in_one_line(output_dir, recipe=None):
 ADAPTED_BY = f"{ADAPTED}/adapter_config.json"
 
 def write_result(output_dir, told):
-    "Write `finetune.json`: whose model is being saved, or what the run was."
+    "Write `finetune.json`. Before the model is saved, it tells of which run that is; then, what the run was."
     def write():
         with atomic(Path(output_dir)/RESULT) as file: file.write_text(sealed(told, indent=1))
     if not first(): return
@@ -58,7 +58,7 @@ def write_result(output_dir, told):
 
 # %% ../nbs/63_measuring.ipynb #ffe78b3d
 def save_run(config, model, tokenizer, adapters, run) -> dict:
-    "The `run` to its folder, from which other adapters go; -> name to SHA-256."
+    "Of the `run`, to its folder, from which other adapters go; -> name to SHA-256 of the files."
     place, known = config.output_dir, read_result(config.output_dir)  # what is there, unless it was changed
     ours = None if config.overwrite_output_dir or known and "files" not in known else known.get("files", {})
     other = Path(place, ADAPTED)
@@ -93,7 +93,7 @@ def evaluation_of(config, prepared) -> dict:
 
 # %% ../nbs/63_measuring.ipynb #e9a40a5c
 def make_chooser(config, prepared, plan, callbacks) -> list:
-    "[a Chooser], if there is a text to choose on."
+    "A Chooser of the best weights, if there is a text to choose on."
     if (text := prepared.choosing) is None: return []
     stride, context = check_measure(prepared.model, text)
     train, found = prepared.train, windows_of(text, context, stride)

@@ -52,14 +52,14 @@ def without_waste(blocks) -> Blocks:
 
 # %% ../nbs/62_preparing.ipynb #b8c551f9
 def settled_for(config, blocks):
-    "`config` with the batch, the epochs and the block size for `blocks`."
+    "`config` with the batch, the epochs and the block size of a run on `blocks`, where it leaves them open."
     size = None if isinstance(blocks, Conversations) else blocks.block_size
     config = settled(config, getattr(blocks, "room", blocks.tokens), blocks.block_size)
     return replace(config, block_size=config.block_size or size)
 
 # %% ../nbs/62_preparing.ipynb #b8c551fa
 def warn_of_few_steps(config, blocks):
-    "Few steps change nothing that can be seen."
+    "A run of a few steps changes nothing that can be seen."
     steps = count_steps(settled_for(config, blocks), len(blocks))
     if config.max_steps > 0 or steps >= 100: return
     told = "{steps} in all; 100 or more are needed to be noticed: set {max_steps=100}, or more {num_train_epochs}."
@@ -166,7 +166,7 @@ def release_memory():
 
 # %% ../nbs/62_preparing.ipynb #d5f574f9
 def fit_shape(shape, config, tokenizer):
-    "Change `shape`, the model's config, to what it is in a run with `tokenizer`; -> `shape`."
+    "Change `shape`, the config of the model that `config` names, to what it is in a run with `tokenizer`; -> `shape`."
     text, entries = shape.get_text_config(), max(tokenizer.get_vocab().values()) + 1
     had, enough = text.vocab_size, max(text.vocab_size, entries)
     if not config.from_scratch: check_match(shape, tokenizer)

@@ -23,7 +23,7 @@ def first() -> bool:
 
 # %% ../nbs/02_ranks.ipynb #14c79da7
 class RANKS:
-    "This process's number, how many there are, and how they talk, which one alone does not."
+    "The processes of this run: this one's number, how many they are, and how they talk, which one alone does not."
     own, all, group = 0, 1, None
 
 # %% ../nbs/02_ranks.ipynb #23bfdc2d
@@ -31,7 +31,7 @@ class Lost(RuntimeError): "Another process has ended, or cannot be reached."
 
 # %% ../nbs/02_ranks.ipynb #27812e53
 def lost_peer(error) -> bool:
-    "Does it say that another process has gone? torch raises RuntimeError for everything."
+    "Does `error` say that another process has gone? torch raises RuntimeError for that and for everything else."
     words = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL"
     if RANKS.group is None or not isinstance(error, RuntimeError): return False
     return isinstance(error, Lost) or any(word in str(error) for word in words)
@@ -74,7 +74,7 @@ def reduced(numbers, how="MAX") -> list:
 
 # %% ../nbs/02_ranks.ipynb #34e61b7a
 def spread(tensors):
-    "Give every process the first one's numbers in these tensors."
+    "Give every process the first one's numbers in these tensors, on the device that they train on."
     if RANKS.group is None: return
     from torch import distributed
     with lost_told():
@@ -82,7 +82,7 @@ def spread(tensors):
 
 # %% ../nbs/02_ranks.ipynb #7917cf4a
 def sendable(error):
-    "`error`, if pickle gives it back; else a RuntimeError of its words."
+    "`error`, if it is the same when it is read again; else a RuntimeError of its words."
     with contextlib.suppress(Exception):
         if str(pickle.loads(pickle.dumps(error))) == str(error): return error
     return RuntimeError(f"{type(error).__name__}: {error}")
@@ -90,7 +90,7 @@ def sendable(error):
 # %% ../nbs/02_ranks.ipynb #401ad3c4
 @contextlib.contextmanager
 def agreed():
-    "What one process raises inside, all raise, as `shared_by` all: the first of several."
+    "What one process raises inside, all raise, as `shared_by` all: the first of them, where there are several."
     mine = None
     try: yield
     except BaseException as e:
@@ -113,7 +113,7 @@ def by_first(function):
 # %% ../nbs/02_ranks.ipynb #de737f4c
 @contextlib.contextmanager
 def first_alone():
-    "The first process does what is inside before the others: what it stores, they only read."
+    "The first process does what is inside before the others do: what it has downloaded and stored, they only read."
     if not first(): by_first(None)
     try: yield
     except BaseException as e:
@@ -138,7 +138,7 @@ ALONE = ("Not all of the {all} processes met at {place} within {seconds:g} s, as
          "with its own RANK and this MASTER_ADDR and MASTER_PORT.")
 
 def check_port(host, port):
-    "OSError if the first process cannot be met there."
+    "OSError if the first process cannot be met there, since another program is."
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True": return  # the program that has started this one listens
     with socket.socket() as found:
         try: found.bind(("", int(port)))
@@ -160,6 +160,6 @@ def join(seconds, cpu):
 
 # %% ../nbs/02_ranks.ipynb #3406aed7
 def leave():
-    "The last act of a process after an error: the others wait until the first has gone."
+    "The last that a process does of a run that ended with an error: the others wait until the first has gone."
     if RANKS.group is None or first(): return
     with contextlib.suppress(Lost): gathered(None)  # nobody answers

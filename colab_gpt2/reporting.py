@@ -16,7 +16,7 @@ def silent(what, done, total):
 
 # %% ../nbs/02_reporting.ipynb #904a9dca
 class Bars:
-    "tqdm's bars on stderr, one at a time; `options` are tqdm's."
+    "Shows what it is told as tqdm's bars on stderr, one at a time; `options` are tqdm's."
     def __init__(self, **options): self.options, self.bar, self.what = options, None, None
 
     def __call__(self, what, done, total):

@@ -22,7 +22,7 @@ from .runtime import check_mounted
 OF_LORA = "lora_rank", *ADAPTERS
 
 def asked(config) -> dict:
-    "What `config` says of what decides a run's result; None is left to the run."
+    "What `config` says of what decides a run's result; None stands for what is left to the run."
     adapters = {name: getattr(config, name) if config.method == "lora" else None for name in OF_LORA}
     epochs = None if config.max_steps > 0 or not config.num_train_epochs else float(config.num_train_epochs)
     dropout = config.keep_attention_dropout or not config.tune
@@ -51,7 +51,7 @@ def checksum_of(model, config) -> str:
 
 # %% ../nbs/62_resuming.ipynb #6a774a5b
 def inherited(config) -> dict:
-    "Where the run started whose checkpoint is both the model and what to resume, or {}."
+    "Where the run started from whose checkpoint is both the model and what to resume; {} for any other."
     told = str(config.model) == str(config.resume) and read_manifest(config.model) or {"run": {}}
     return {name: told["run"][name] for name in ("model", "weights") if name in told["run"]}
 
@@ -84,7 +84,7 @@ def known_by(run, config, plan) -> dict:
 FIXED = "text", "weights", "tokenizer", "seed", "effective_batch_size", "block_size", "method", "optim", *OF_LORA
 
 def differences(then, now, names=None) -> dict:
-    "Name to (then, now) of what differs, as far as both say it; of `names`, if given."
+    "Name to (then, now) of what differs between two runs, as far as both say it; of `names` only, if given."
     both = (name for name in now if name != "model" and None not in (then.get(name), now[name]))
     found = {name: (then[name], now[name]) for name in both if then[name] != now[name]}
     if "text" in found: found.pop("tokenizer", None)  # which is known by the tokens
@@ -137,7 +137,7 @@ class Found(Record):
     how: dict = field(default_factory=dict)  # it was computed: micro_batch and precision
 
     def damage(self, report=None) -> str:
-        "What is wrong with it, or ''."
+        "What is wrong with it, or ''. All of it is read."
         if self.files is None:
             try: check_intact(self.path, report)
             except ValueError as e: return str(e)
@@ -148,7 +148,7 @@ class Found(Record):
 
 # %% ../nbs/62_resuming.ipynb #62aa0021
 def read_result(folder) -> dict:
-    "What a finished run wrote, or what tells whose model is on its way; {} without either."
+    "What a finished run has written, or what tells whose model is on its way; {} without either, or a corrupted one."
     path = Path(folder, RESULT)
     try: return unsealed(retried(lambda: path.read_bytes() if path.is_file() else b"", may_pass), RESULT)
     except (OSError, ValueError): return {}
@@ -190,7 +190,7 @@ OTHER_SOURCE = "{resume} {path} is of a run that cannot continue with these sett
 
 # %% ../nbs/62_resuming.ipynb #62aa0029
 def refuse(other, now, output_dir):
-    "FileExistsError: `output_dir` holds `other`, which differs from the run `now`."
+    "FileExistsError: `output_dir` holds `other`, which differs from the run that is to begin `now`."
     fixed = differences(other.run, now, FIXED)
     what = f"step {other.step}" if other.files is None else "the model"
     onward = ONWARD % str(output_dir).translate({ord("{"): "?", ord("}"): "?"})  # a value in a template has no braces
@@ -231,7 +231,7 @@ def check_free(config, now):
     own = next((each for each in found if not differences(each.run, now)), None)
     if own and own.files: return
     others = [each for each in found if differences(each.run, now) and not (own and each.saved <= own.saved)]
-    source = home(config.resume).resolve()  # if in this folder, that is no other's
+    source = home(config.resume).resolve()  # if it is in this folder, what is there is no other's
     told = read_result(folder)  # of a run that ended while it was saved or evaluated
     if told and "files" not in told and differences(told["fingerprint"], now) and list(folder.glob("*.safetensors")):
         others.append(Found(folder, told["fingerprint"], files={}))
@@ -254,7 +254,7 @@ def where_to_resume(config, now, report=None) -> Found | None:
 
 # %% ../nbs/62_resuming.ipynb #62aa0037
 def untouched(folder) -> bool:
-    "Whether a new run would spare nothing in `folder`."
+    "Whether nothing is in `folder` that a new run would have to spare."
     if not os.path.lexists(folder): return True
     return folder.is_dir() and not (read_result(folder) or list_checkpoints(folder) or strangers(folder))
 

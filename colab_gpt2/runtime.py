@@ -16,7 +16,7 @@ from .errors import Sentence, check_choice, explained
 
 # %% ../nbs/03_runtime.ipynb #bca13f84
 def on_kaggle() -> bool:
-    "Is this one of Kaggle's notebooks?"
+    "Whether this is one of Kaggle's notebooks."
     known = "KAGGLE_KERNEL_", "KAGGLE_CONTAINER_", "KAGGLE_URL_"
     return any(name.startswith(known) for name in os.environ) or Path("/kaggle/working").exists()
 
@@ -24,7 +24,7 @@ def on_kaggle() -> bool:
 def in_colab() -> str:
     "`'kernel'` of a Colab notebook, `'subprocess'` elsewhere on Colab, `''` on any other machine."
     if on_kaggle(): return ""
-    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    ipython = sys.modules.get("IPython")  # a kernel has imported it; importing it here would only cost time
     shell = ipython.get_ipython() if ipython else None
     if "google.colab" in str(shell): return "kernel"
     return "subprocess" if "COLAB_RELEASE_TAG" in os.environ or Path("/var/colab/hostname").exists() else ""
@@ -72,7 +72,7 @@ def cache_folder(cache_dir=None) -> Path:
 # %% ../nbs/03_runtime.ipynb #9b36c39a
 @dataclass(frozen=True)
 class Precision(Record):
-    "The numbers of training's products; the weights stay in fp32."
+    "In which numbers the products of training are computed; the weights themselves stay in fp32."
     dtype: str  # "bf16", "fp16" or "fp32"
     scaler: bool  # whether the loss must be scaled (torch.amp.GradScaler)
     reason: str  # in words
@@ -81,18 +81,18 @@ class Precision(Record):
 
 # %% ../nbs/03_runtime.ipynb #1bfebcfb
 def cpu_info(name: str, path="/proc/cpuinfo") -> str:
-    "What Linux says of the first core's `name`, or ''."
+    "What Linux says of the first core's `flags` or `model name`, or ''."
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 # %% ../nbs/03_runtime.ipynb #2c5c41d7
 def cpu_name(path="/proc/cpuinfo") -> str:
-    "As Linux, else as Python, knows it."
+    "The processor's name as Linux, else as Python, knows it."
     return cpu_info("model name", path) or platform.processor() or platform.machine()
 
 # %% ../nbs/03_runtime.ipynb #6e04993b
 def cpu_bfloat16(capabilities=None) -> str:
-    "`'amx_bf16'`, `'avx512_bf16'` or `''`; `capabilities`: a set, or names -> bool as torch's."
+    "`'amx_bf16'`, `'avx512_bf16'` or `''`; `capabilities`: a set, or names -> bool as torch.cpu.get_capabilities says."
     if capabilities is None:
         import torch
         ask = getattr(torch.cpu, "get_capabilities", None)
@@ -151,7 +151,7 @@ def find_device():
 
 # %% ../nbs/03_runtime.ipynb #18174e59
 def check_device(device):
-    "A torch.device, or None for None; ValueError if nothing can be computed on it here."
+    "The torch.device of `device`, or None for None; ValueError where nothing can be computed on it here."
     import torch
     try: return device if device is None else torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError, TypeError) as e:
@@ -190,7 +190,7 @@ def cgroup_memory(root="/sys/fs/cgroup"):
 
 # %% ../nbs/03_runtime.ipynb #39e1d5fd
 def memory(root="/sys/fs/cgroup"):
-    "`(ram, ram_free)` bytes of the machine, or of the container."
+    "`(ram, ram_free)` bytes: the machine's, or the container's where that is less."
     import psutil
     machine = psutil.virtual_memory()
     limit = cgroup_memory(root) or (machine.total, machine.available)
@@ -233,7 +233,7 @@ def out_of_memory(error: BaseException) -> bool:
 PACKAGES = "colab-gpt2 torch transformers datasets accelerate ipywidgets peft bitsandbytes".split()
 
 def versions(packages=PACKAGES) -> dict:
-    "Of Python and the packages that matter in a bug report and are installed."
+    "Of Python and of the packages that matter in a bug report; one that is not installed is left out."
     found, missing = {"python": platform.python_version()}, importlib.metadata.PackageNotFoundError
     for name in packages:
         with contextlib.suppress(missing): found[name] = importlib.metadata.version(name)
@@ -262,7 +262,7 @@ def device_told(r) -> str:
     return f"{kind}: " + f"{r.gpus} × " * (r.gpus > 1) + r.device_name
 
 def runtime_rows(r) -> list:
-    "The rows of a `Runtime`'s table."
+    "The rows of a `Runtime`'s table, in words."
     where = {"kernel": "Colab notebook", "subprocess": "Colab machine, outside the notebook's kernel"}
     name = device_told(r) + (f", {human_bytes(r.device_memory)}" if r.device_memory else "")
     if r.compute_capability: name += ", compute capability {}.{}".format(*r.compute_capability)

@@ -50,7 +50,7 @@ def catching(handler=interrupt):
 
 # %% ../nbs/02_signals.ipynb #02aa000e
 def leave_dead_terminal():
-    "What goes to a terminal that is gone goes nowhere from now on."
+    "What goes to a terminal that is gone goes nowhere from now on: a device that is no terminal any more."
     for output in (1, 2):
         with contextlib.suppress(OSError):  # it may be closed
             if not stat.S_ISCHR(os.fstat(output).st_mode) or os.isatty(output): continue

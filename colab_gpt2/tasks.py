@@ -35,13 +35,13 @@ def fetch(
 
 # %% ../nbs/64_tasks.ipynb #83dd3af0
 def corpus_for_plan(config, download, progress=True):
-    "`config`'s text, or None for a published one that is not to be had."
+    "The text that `config` names, or None for a published one that is not to be had."
     try: return fetch_for(config, progress, download=download)
     except ConnectionError: return None
 
 # %% ../nbs/64_tasks.ipynb #79a71546
 def tokenizer_for_plan(config, download):
-    "`config`'s tokenizer, or None if it need not or cannot be fetched."
+    "The tokenizer that `config` names, or None if it need not or cannot be fetched."
     from colab_gpt2.model.loading import TOKENIZERS, from_cache, load_tokenizer, locate
     place = locate(config.tokenizer or config.model, "tokenizer" if config.tokenizer else "model")
     try:
@@ -81,7 +81,7 @@ def plan(
     progress=True,
     **changes,  # to `config`
 ) -> Record:
-    "What a run would take: a `Plan`, from the model's config without its weights."
+    "What a run would take, before it is started: a `Plan`, from the model's config without its weights."
     from colab_gpt2.model.loading import model_context
     from colab_gpt2.planning.plan import named_runtime, plan_run
     config = changed(config, **changes)
@@ -116,7 +116,7 @@ def packed_result(path) -> dict:
         return next((json.load(tar.extractfile(member)) for member in near if member.name == "finetune.json"), {})
 
 def run_in(place) -> dict:
-    "The `finetune.json` of the run in a folder or an archive, or {}."
+    "The `finetune.json` of the run whose model is in `place`, a folder or an archive; {} without one."
     try:
         if Path(place).is_dir(): told = json.loads(Path(place, "finetune.json").read_bytes())
         else: told = packed_result(place)
@@ -189,7 +189,7 @@ def ask_for_drive() -> str:
 
 # %% ../nbs/64_tasks.ipynb #143e1e0d
 def save_or_say_why(archive, folder, drive, progress=True) -> dict:
-    "`path` of the copy on the Drive, or None and `why`; `failed` if a Drive has no copy."
+    "`path` of the copy on the Drive, or None and `why`; `failed` if there is a Drive, and no copy on it."
     if drive is None and not in_colab():
         return dict(path=None, why="this is not Colab, and no folder was given in place of a Drive", failed=False)
     try: copy = save(archive, folder, drive=drive, progress=progress)
@@ -199,7 +199,7 @@ def save_or_say_why(archive, folder, drive, progress=True) -> dict:
 
 # %% ../nbs/64_tasks.ipynb #228156f0
 def same_run(place, other) -> bool:
-    "Whether two models, in folders or archives, are of one run, as far as both tell."
+    "Whether the models in `place` and `other`, folders or archives, are of one run, as far as both tell."
     from colab_gpt2.resuming import differences
     both = [run_in(each).get("fingerprint") for each in (place, other)]
     return all(told and isinstance(told, dict) for told in both) and not differences(*both)
@@ -242,7 +242,8 @@ def run(
     progress=True,
     **changes,  # to `config`
 ) -> RunResult:
-    "Check, fetch, fine-tune, generate, archive and save: the complete tutorial. The same call again does what is left."
+    """Check, fetch, fine-tune, generate, archive and save: the complete tutorial in one call. The same call again does
+    what is left of it."""
     from colab_gpt2.training import finetune
     started, config = time.perf_counter(), changed(config, **changes)
     again = config.overwrite_output_dir
@@ -277,7 +278,7 @@ def demo(config: FinetuneConfig | None = None, *, callbacks=(), **options) -> Ru
     from colab_gpt2.engine.guards import TimeLimit
     config, length = config or DEMO, ("max_steps", "num_train_epochs")
     own = any(name in options or getattr(config, name) != getattr(DEMO, name) for name in length)
-    limit = () if own else (TimeLimit(45),)  # s, without imports and the archive
+    limit = () if own else (TimeLimit(45),)  # s, without imports and the archive: a slow machine is done in a minute
     return run(config, callbacks=[*callbacks, *limit], **options)
 
 # %% ../nbs/64_tasks.ipynb #fd0a4950

@@ -105,7 +105,7 @@ def no_step(result):
     return Sentence(f"no step was left: to train further, {told}", path=path)
 
 def rows_of(result) -> list:
-    "The rows of a FinetuneResult's table."
+    "The (label, text) pairs of a FinetuneResult's table."
     after, speed = result.perplexity_after, result.tokens_per_second
     return [("model", f"{result.model}, {result.parameters:,} parameters"),
             ("text", f"{result.dataset}, {result.train_tokens:,} tokens"),
@@ -131,7 +131,7 @@ def load_finished(trainer, checkpoint, steps) -> bool:
 
 # %% ../nbs/63_training.ipynb #21f15d23
 def within_time(trainer, plan) -> Plan:
-    "The plan as TimeLimits shorten it, and the trainer's steps; with a warning."
+    "The plan as the trainer's TimeLimits shorten it, and the trainer's steps; with a warning."
     steps = plan.steps
     for limit in trainer.callback_handler.callbacks:
         if isinstance(limit, TimeLimit): plan = limit.shorten(plan)
@@ -142,7 +142,7 @@ def within_time(trainer, plan) -> Plan:
 
 # %% ../nbs/63_training.ipynb #21f15d24
 def train_model(trainer, plan, resumed_from=None) -> Plan:
-    "Train in place; -> the plan as carried out. `Interrupted` if it was stopped before its end."
+    "Train the trainer's model in place; -> the plan as carried out. `Interrupted` if it was stopped before its end."
     listeners, output_dir = trainer.callback_handler.callbacks, Path(trainer.args.output_dir)
     with in_one_line(output_dir):
         if trainer.chooser: trainer.chooser.begin(plan.steps, resumed_from)
@@ -153,7 +153,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
         tell(listeners, "on_stage", PROBING)
         plan = settle_compiled(trainer, plan, around) if plan.torch_compile else settle(trainer, plan)
         if not resumed_from: plan = within_time(trainer, plan)
-        else: trainer.args.max_steps = plan.steps  # fewer if its first session shortened it
+        else: trainer.args.max_steps = plan.steps  # fewer than the settings say, if its first session shortened it
         if trainer.chooser: plan = replace(plan, reasons=(*plan.reasons, *trainer.chooser.begin(plan.steps).reasons))
         warn_of_idle(plan)
         mirror = next((c for c in listeners if hasattr(c, "in_use")), None)
@@ -178,7 +178,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
 
 # %% ../nbs/63_training.ipynb #e9a40a51
 def all_told(shown, callbacks):
-    "A report for `shown`, and then each Listener."
+    "A report for `shown`, and then for each Listener among `callbacks`."
     def report(*told):
         shown(*told)
         tell(callbacks, "on_progress", *told)
@@ -269,7 +269,7 @@ def claim(config, opened, report):
     check_free(config, asked(config))  # what differs is said before anything slow
 
 def placed(prepared, opened, report):
-    "`prepared`, in a folder that nobody chose."
+    "`prepared`, in the folder of its own that nobody chose."
     place = by_first(lambda: str(folder_for(prepared.config, run_of(prepared.config, prepared))))
     asked, config = (replace(each, output_dir=place) for each in (prepared.asked, prepared.config))
     by_first(lambda: claim(config, opened, report))
@@ -300,7 +300,7 @@ def look_for(config, prepared, report, opened) -> tuple:
 
 # %% ../nbs/63_training.ipynb #ff407e6f
 def look_first(*given) -> tuple:
-    "`look_for` by the first process: the others have a mirror that does nothing."
+    "`look_for` by the first process: the others hear what it found, and have a mirror that does nothing."
     mirrors = [Mirror()]
     def look():
         found, mirror, run = look_for(*given)

@@ -70,7 +70,7 @@ def told_by(run) -> Told:
 
 # %% ../nbs/64_two_runs.ipynb #64c00011
 def card_of(a, b) -> tuple:
-    "(the trained models' ReportCard, one `before`, or None; why the rest isn't comparable)"
+    "(the ReportCard of the trained models, one with the other `before`, or None; why the rest isn't comparable)"
     pair, rows, why = [each.perplexity_after for each in (a, b)], [], []
     if None in pair: return None, [f"{each.name} has no perplexity to compare." for each in (a, b)
                                    if each.perplexity_after is None]

@@ -42,7 +42,7 @@ class KnownRun(Record):
 
     @property
     def config(self) -> FinetuneConfig | None:
-        "What continues a stopped run; None if its manifest does not tell."
+        "What continues a run that was stopped; None where its manifest, or that of another version, does not tell."
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return FinetuneConfig.from_dict(json.loads(self._settings))
 
@@ -54,12 +54,12 @@ class KnownRun(Record):
 
 # %% ../nbs/64_your_runs.ipynb #64e00008
 def moment_of(path) -> str:
-    "When a file was written, in UTC."
+    "When the file `path` was written, in UTC."
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(os.stat(path).st_mtime))
 
 # %% ../nbs/64_your_runs.ipynb #64e00026
 def of_result(told, place, when) -> KnownRun:
-    "The run of a `finetune.json`."
+    "The run that its `finetune.json`, `told`, is of."
     config, steps, measured = told["config"], told.get("steps", 0), told.get("perplexity_after") or {}
     text = ((told.get("samples") or {}).get("after") or {}).get("text", "")
     known = dict(text=told.get("dataset") or config.get("train_file") or config.get("dataset") or "", when=when,
@@ -69,7 +69,7 @@ def of_result(told, place, when) -> KnownRun:
 
 # %% ../nbs/64_your_runs.ipynb #64e00010
 def of_manifest(text, place) -> KnownRun:
-    "The run of a checkpoint's manifest."
+    "The run that the manifest `text` of a checkpoint is of."
     told = unsealed(text)
     when, run = told["saved"].replace("T", " ")[:16], told["run"]
     return KnownRun(place=str(place), name=Path(place).name, model=run.get("model") or "", step=told["step"], when=when,
@@ -94,7 +94,7 @@ def stopped_in(folder) -> KnownRun | None:
     if wrong: raise wrong
 
 def run_of(folder) -> KnownRun | None:
-    "The run in an output folder, if any."
+    "The run in `folder`, an output folder, if there is one."
     return finished_in(folder) or stopped_in(folder)
 
 # %% ../nbs/64_your_runs.ipynb #64e00015
@@ -164,7 +164,7 @@ def runs(
 
 # %% ../nbs/64_your_runs.ipynb #64e00031
 def unfinished(folder=".", drive=None) -> list:
-    "The stopped runs that `finetune(run.config)` can continue, the newest first."
+    "The runs that were stopped and can be continued, by `finetune(run.config)`, the newest first."
     found = [run for run in merged(runs_in(folder), on_drive(drive, packed=False)) if not run.finished and run.config]
     return sorted(found, key=lambda run: run.when, reverse=True)
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 # %% ../../nbs/engine/40_callbacks.ipynb #3fc62871
 class Meter(TrainerCallback):
-    "The seconds of every step on a device."
+    "The seconds of every step on a device, a name or a torch.device."
     def __init__(self, device="cpu"):
         self.gpu, self.seconds, self.begun, self.running = torch.device(device).type == "cuda", [], None, deque()
 
@@ -87,6 +87,6 @@ class Listener(TrainerCallback):
 
 # %% ../../nbs/engine/40_callbacks.ipynb #47b8015d
 def tell(callbacks, event, *args, **kwargs):
-    "Call the method `event` of each Listener."
+    "Call the method `event` of each Listener among `callbacks`."
     for listener in callbacks:
         if isinstance(listener, Listener): getattr(listener, event)(*args, **kwargs)

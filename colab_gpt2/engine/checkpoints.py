@@ -24,7 +24,7 @@ def check_finite(model):
 # %% ../../nbs/engine/41_checkpoints.ipynb #f1c42f04
 @contextlib.contextmanager
 def full_disk_told(folder, model):
-    "Turn an error that says so, or one while less than `model`'s size is free, into ENOSPC."
+    "Turn an error that says so, or one while less than the size of `model` is free, into the system's own, ENOSPC."
     try: yield
     except Exception as e:
         number, size = errno_of(e), sum(p.numel() * p.element_size() for p in model.parameters())
@@ -71,7 +71,7 @@ def _checksum(facts): return hashlib.sha256(json.dumps(facts, sort_keys=True).en
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #5362e7c9
 def sealed(facts, indent=None) -> str:
-    "JSON of `facts` with a checksum of their own."
+    "JSON of `facts` with a checksum of their own: a manifest, or a result."
     return json.dumps(facts | dict(checksum=_checksum(facts)), indent=indent)
 
 def unsealed(text, name=MANIFEST) -> dict:
@@ -91,7 +91,7 @@ def write_manifest(folder, run, step=0, steps=0, rate_factor=1.0, config=None, *
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a80
 def check_complete(folder) -> dict:
-    "The manifest of a checkpoint with all files in full size; else ValueError."
+    "The manifest of a checkpoint that has all its files in full size; else ValueError: what is wrong."
     path = Path(folder, MANIFEST)
     try:
         with explained(f"Reading {path}"): text = retried(path.read_bytes, may_pass)
@@ -100,14 +100,14 @@ def check_complete(folder) -> dict:
     return manifest
 
 def check_sizes(manifest, there):
-    "ValueError if a file is not `there` (name to bytes) in full size."
+    "ValueError if a file of the `manifest` is not `there` (name to bytes) in full size."
     for name, size in manifest["files"].items():
         if name not in there: raise ValueError(f"{name} is missing")
         if there[name] != size: raise ValueError(f"{name} has {there[name]:,} of {size:,} bytes")
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #aa310a81
 def check_intact(folder, report=None) -> dict:
-    "The manifest of a complete checkpoint with the right checksums; else ValueError."
+    "The manifest of a complete checkpoint with the right checksums; else ValueError: what is wrong."
     sums = (manifest := check_complete(folder))["sha256"]
     with explained(f"Reading {folder}"): now = retried(lambda: checksums(folder, sums, report), may_pass)
     damaged = [name for name, digest in now.items() if digest != sums[name]]
@@ -141,7 +141,7 @@ def recover(output_dir):
 
 # %% ../../nbs/engine/41_checkpoints.ipynb #0c332a76
 def remove_checkpoint(path):
-    "Delete a checkpoint; of a link only the link."
+    "Delete a checkpoint; of a link only the link: what it leads to may be needed elsewhere."
     path = Path(path)
     with scratch(path.parent, path.name) as temporary: path.rename(temporary/path.name)
 

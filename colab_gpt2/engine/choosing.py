@@ -23,17 +23,17 @@ from ..errors import Sentence, may_pass
 from ..ranks import RANKS, by_first, first, shared, spread
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0006
-SHARE = 0.08  # of the work, for measuring: 8.3% took 10.2% of the seconds of a training
+SHARE = 0.08  # of the work, that measuring may take: 8.3% of it took 10.2% of the seconds of a training
 PASSES = dict(full=3, lora=2)  # forward passes that training a token costs
 OFTEN, MOST = 20, 100  # measurements: one in 5% of a run, or two in an epoch
-LEAST = 2048  # tokens: paired differences of losses, about 0.3 each, have an error of 0.7%
-SMALL_TEXT = 1_000_000  # tokens: a longer text is seldom learnt by heart
+LEAST = 2048  # tokens: paired differences of two models' losses, about 0.3 each, then have an error of 0.7%
+SMALL_TEXT = 1_000_000  # tokens: a longer text is seldom read so often that it is learnt by heart
 PATIENCE = 5  # measurements without a fall, and two epochs
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0007
 @dataclass(frozen=True)
 class Work(Record):
-    "What a run does and can measure, in tokens."
+    "What a run does, and what there is to measure, in tokens alone."
     steps: int
     step_tokens: int
     text_tokens: int  # of the training text
@@ -76,7 +76,7 @@ PATIENT = ("It stops when that has not fallen in {patience} evaluations: a text 
            "heart.")
 
 def plan_choosing(config, work) -> Schedule:
-    "What `config` leaves open of when to evaluate and to stop."
+    "What `config` leaves open of when to evaluate and when to stop, from the `work`."
     (every, windows), patience = pick_interval(config.eval_steps, work), config.early_stopping_patience
     short = Sentence(TOO_SHORT, steps=several(work.steps, "step"))
     if not every: return Schedule(0, 0, 0, (short,) if config.eval_steps != -1 else ())
@@ -92,7 +92,7 @@ def plan_choosing(config, work) -> Schedule:
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0016
 def trained(model) -> dict:
-    "The parameters that are trained, by name; tied ones once."
+    "The parameters of `model` that are trained, by name; tied ones once."
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 def put_weights(path, model):
@@ -107,7 +107,7 @@ def link(file, place):
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0017
 class BestWeights:
-    "The best weights of a run: one file, written in the background if the model is on a GPU."
+    "The best weights of a run in `output_dir`: one file, which is written in the background if the model is on a GPU."
     def __init__(self, output_dir):
         self.scratch = tempfile.TemporaryDirectory() if drive_top(output_dir) else None
         self.path = Path(self.scratch.name if self.scratch else output_dir)/BEST
@@ -118,7 +118,7 @@ class BestWeights:
         if self.writing: self.writing.result()
 
     def begin_from(self, checkpoint=None):
-        "A checkpoint's, or none."
+        "With those of a checkpoint that is resumed, or none."
         if not first(): return
         retried(lambda: self.path.unlink(missing_ok=True), may_pass)
         if checkpoint and (there := Path(checkpoint)/BEST).exists(): link(there, self.path)
@@ -135,7 +135,7 @@ class BestWeights:
         with atomic(self.path) as file, full_disk_told(file.parent, model): save_file(weights, file)
 
     def restore(self, model):
-        "Into `model`; of several processes the first reads them."
+        "Into `model`, tensor by tensor; of several processes the first reads them."
         by_first(lambda: self.read_into(model))
         spread(trained(model).values())
 
@@ -148,7 +148,7 @@ STOPPED = "Stopped at step {step}: the held-out perplexity has not fallen since 
 KEPT, LAST = "These weights are kept.", "The last weights are kept, as {load_best_model_at_end=False} asks."
 
 def best_of(curve) -> tuple:
-    "The first (step, perplexity) of the lowest; (None, inf) without any."
+    "The first (step, perplexity) of the lowest perplexity; the step is None where nothing was measured."
     return min(curve, key=lambda entry: entry[1], default=(None, math.inf))
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0023
@@ -181,7 +181,7 @@ class Course(Listener):
 
     @property
     def over(self) -> bool:
-        "Is there nothing more to gain?"
+        "Whether there is nothing more to gain."
         best, _ = best_of(self.curve)
         return 0 < self.schedule.patience <= sum(step > best for step, _ in self.curve)
 
@@ -200,7 +200,7 @@ class Chooser(Course):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not self.schedule.due(state.global_step, state.max_steps): return
-        self.look(state, model)  # what was broken off is made up for
+        self.look(state, model)  # if that was broken off, it is made up for at this very step
         if self.over: control.should_log = True
         if self.over or self.trainer.stop.asked: control.should_training_stop = control.should_save = True
 
@@ -230,7 +230,7 @@ class Chooser(Course):
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0033
 def finish(chooser, state, model) -> dict:
-    "Give `model` the weights to save; -> facts for the result."
+    "Give `model` the weights that are to be saved; -> facts for the result."
     if chooser.schedule.every: chooser.look(state, model)  # another callback may have ended the training
     (step, value), best = best_of(chooser.curve), chooser.config.load_best_model_at_end
     if best and step not in (None, state.global_step): chooser.weights.restore(model)

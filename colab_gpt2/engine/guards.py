@@ -25,7 +25,8 @@ from ..signals import OUT_OF_TIME, Interrupted, catching, leave_dead_terminal, s
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0006
 class SaveByTime(TrainerCallback):
-    "A checkpoint every so many `minutes`, and at each third of a run, sooner by what the last one took."
+    """A checkpoint every so many `minutes`, and at a third, at two thirds and at the end of a run. It begins sooner by
+    what the last one took, to be complete in time."""
     def __init__(self, minutes): self.seconds = 60 * minutes
 
     def on_train_begin(self, args, state, control, **kwargs): self.due = time.monotonic() + self.seconds
@@ -40,7 +41,7 @@ class SaveByTime(TrainerCallback):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0009
 class Asked(Listener):
-    "A run in `output_dir` that may be asked to stop, and says what that means."
+    "A run in `output_dir` that may be asked to stop, knows how far it is, and says what that means."
     def __init__(self, output_dir=""):
         self.output_dir, self.stage, self.resumed_from = output_dir, LOADING, None
         self.asked, self.ended, self.code, self.why = False, False, 128 + signal.SIGINT, ""
@@ -49,7 +50,7 @@ class Asked(Listener):
         self.asked, self.code, self.why = True, code, why
 
     def interrupted(self) -> Interrupted:
-        "To be raised where the run is to end at once. What is done then reports as ever."
+        "What is to be raised where the run is to end at once. What is done then, as for a mirror, reports as ever."
         self.ended = True
         if self.stage == AFTER: said = f"Stopped after the training; the model is saved in {self.output_dir}."
         elif self.stage in (TRAINING, SAVING):
@@ -77,7 +78,7 @@ class StopOnInterrupt(Asked):
 
     def handle(self, number, frame):
         if number == getattr(signal, "SIGHUP", None): leave_dead_terminal()
-        if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes it on
+        if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes on what the terminal has sent to both
         again, self.when, self.signals = self.asked, time.monotonic(), self.signals + 1
         self.ask(128 + number)
         if again or self.stage not in (TRAINING, SAVING): raise self.interrupted()
@@ -108,7 +109,7 @@ class Agreement(TrainerCallback):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa001a
 def sessions_for(steps, room, a_step) -> int:
-    "How many sessions `steps` take, each with `room` seconds for at least one."
+    "How many sessions `steps` take, each of which has `room` seconds for steps, and makes one at least."
     return math.ceil(steps / max(1, math.ceil(room / (a_step or 1))))
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa000c
@@ -128,7 +129,7 @@ class TimeLimit(Listener):
         self.since = now
 
     def shorten(self, plan):
-        "The plan as it fits; the same if it does, or no step was measured."
+        "The plan as it fits; the same one if it does already, or no step was measured."
         if self.stop or not plan.step_seconds: return plan
         steps = max(self.least, int((self.end - time.monotonic() - self.measuring) / plan.step_seconds))
         if steps >= plan.steps: return plan
@@ -237,6 +238,6 @@ class StopOnDivergence(TrainerCallback):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0018
 def skipped_steps(optimizer, steps) -> int:
-    "How many `steps` the gradient scaler skipped: AdamW counts what it took."
+    "How many of a run's `steps` the gradient scaler skipped: AdamW counts those that it took."
     taken = next((state["step"] for state in optimizer.state.values() if "step" in state), steps)
     return max(0, steps - int(taken))

@@ -19,7 +19,7 @@ from ..reporting import silent
 LOCK, TOUCHED = ".running.json", 30.  # seconds
 
 def this_run() -> dict:
-    "This process, its machine, which start of it this is, and where the process's number counts."
+    "The process that asks, its machine, which of the machine's starts this is, and where the process's number counts."
     boot, numbers = Path("/proc/sys/kernel/random/boot_id"), ""  # other systems: the time of the start
     boot = boot.read_text().strip() if boot.exists() else f"{psutil.boot_time():.0f}"
     with contextlib.suppress(OSError): numbers = os.readlink("/proc/self/ns/pid")
@@ -60,7 +60,7 @@ def watch(signs, report, tick=1., most=1):
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000b
 def try_flock(file) -> bool:
-    "Lock an open file; BlockingIOError if another has it. False on a Drive or Windows."
+    "Lock an open file; BlockingIOError if another has it. False where that is not possible: a Drive, Windows."
     try: import fcntl
     except ImportError: return False
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,14 +70,14 @@ def try_flock(file) -> bool:
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000d
 def read_lock(file) -> dict:
-    "What an open lock file says, or {}."
+    "What stands in an open lock file; {} where that cannot be read, or is not written yet."
     file.seek(0)
     try: return dict(json.load(file))
     except (ValueError, TypeError): return {}
 
 # %% ../../nbs/engine/44_lock.ipynb #44aa000f
 def refuse(folder, told):
-    "BlockingIOError: who uses the folder."
+    "BlockingIOError that names who uses the folder."
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(told.get("since")))
     who = "another run" if told.get("process") in (None, os.getpid()) else f"process {told['process']}"
     where = f" on {told['machine']}" if "machine" in told else ""

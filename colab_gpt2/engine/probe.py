@@ -48,14 +48,14 @@ class PeakMemory:
 
 # %% ../../nbs/engine/43_probe.ipynb #a5a200f5
 def moment_bytes(model, optimizer) -> int:
-    "Of AdamW: 8 a parameter; in 8 bits 2, but for embeddings."
+    "Of AdamW, for what is trained: 8 a parameter; in 8 bits 2, but for embeddings, which stay in 32."
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     def each(p): return 2 if optimizer == "adamw_bnb_8bit" and id(p) not in embeddings else 8
     return sum(own_part(p).numel() * each(p) for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/engine/43_probe.ipynb #615dd07e
 def probe(trainer, plan) -> Plan:
-    "The plan with measured memory and time. Raises torch's errors."
+    "The plan with measured memory and time. Raises what torch raises when memory runs out."
     model, device = trainer.model, trainer.args.device
     blocks = min(plan.blocks_per_step, len(trainer.train_dataset))  # a text may have fewer than a step takes
     blocks = math.ceil(blocks / RANKS.all)

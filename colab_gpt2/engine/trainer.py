@@ -40,7 +40,7 @@ from ..text.chats import Conversations
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3a
 def share_of(part, step, dataset):
-    "Of the targets of a `step` those in a `part`; but for conversations, as of blocks."
+    "Of the targets of a `step` those in a `part`: so many as there are blocks, but for conversations."
     if not isinstance(dataset, Conversations): return len(part["labels"]) / len(step["labels"])
     counted, all = ((some["labels"][:, 1:] != -100).sum() for some in (part, step))
     return counted / all
@@ -94,7 +94,7 @@ class MicroBatchTrainer(Trainer):
 
 # %% ../../nbs/engine/42_trainer.ipynb #d5d93e74
 class SharedSteps(MicroBatchTrainer):
-    "Steps of which each process computes its own blocks."
+    "Steps of which each of several processes computes its own blocks."
     proven = 0, 0  # the micro-batch, and for how many steps it has been enough
 
     def get_train_dataloader(self):
@@ -195,7 +195,7 @@ class SettingsOfNow(DividedFiles):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        "Keep this run's learning rate and weight decay."
+        "Keep this run's learning rate and weight decay, not the checkpoint's."
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         with loadable(checkpoint): super()._load_optimizer_and_scheduler(checkpoint)
         rate, schedule = self.args.learning_rate, self.lr_scheduler
@@ -205,7 +205,7 @@ class SettingsOfNow(DividedFiles):
         schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the next step logs
 
     def _load_scaler(self, checkpoint):
-        "A run that began in fp16 may resume in another precision."
+        "A run that began in fp16 may resume in another precision: nothing to scale."
         with loadable(checkpoint):
             if self.accelerator.scaler: super()._load_scaler(checkpoint)
 
@@ -272,7 +272,7 @@ REFUSED_ARGS = dict(
 RULES = {float: "a number", int: "a whole number", bool: "true or false", type(None): ""}
 
 def broken_rule(kind, value) -> str:
-    "What a `value` of a type in RULES must be; '' if it is."
+    "What a `value` of this type, if it is one of RULES, must be; '' if it is."
     if isinstance(value, float) and not math.isfinite(value): return "finite"
     kinds = {*(get_args(kind) or [kind])}
     if kinds - RULES.keys() or type(value) in kinds or float in kinds and type(value) is int: return ""
@@ -296,7 +296,7 @@ def check_trainer_args(trainer_args):
 
 # %% ../../nbs/engine/42_trainer.ipynb #57c1dca1
 def check_parts(arguments):
-    "Make the optimizer, schedule, trackers and loader, to get their errors now."
+    "Make the optimizer, schedule, trackers and loader of TrainingArguments, to get their errors now."
     kind, options = torch.optim.AdamW, {}
     if arguments.optim == OPTIMIZERS[0]: kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     optimizer, special = kind([torch.nn.Parameter(torch.zeros(1))], **options), schedule_options(arguments, 2)
@@ -335,7 +335,7 @@ def training_arguments(config, plan) -> TrainingArguments:
 
 # %% ../../nbs/engine/42_trainer.ipynb #84343245
 class StepsOfNow(TrainerCallback):
-    "A resumed run logs and saves at the steps set now, and logs the last."
+    "A resumed run logs and saves at the steps that are set now; the last step is always logged."
     def __init__(self, trainer): self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):

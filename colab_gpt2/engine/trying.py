@@ -36,13 +36,13 @@ class Unfinished(Record):
 
 # %% ../../nbs/engine/46_trying.ipynb #46a00008
 def finished_as(folder) -> dict:
-    "What identifies the run whose model is in `folder`, or {}."
+    "What identifies the run whose model is in `folder`; {} where there is none, or nothing says it."
     if not (folder/"config.json").exists(): return {}
     try: return unsealed((folder/RESULT).read_bytes(), RESULT).get("fingerprint", {})
     except (OSError, ValueError): return {}
 
 def find_unfinished(model) -> Unfinished | None:
-    "What there is to try in the folder of a run with checkpoints, and no model, or an older run's."
+    "What there is to try if `model` is the folder of a run that has left checkpoints, and no model, or an older run's."
     try: folder = locate(model)
     except (ValueError, OSError): return None
     if not isinstance(folder, Path) or not (found := find_checkpoints(folder)): return None

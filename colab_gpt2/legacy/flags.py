@@ -28,7 +28,7 @@ class Flag:
 FIELDS = {f.name: f for f in fields(FinetuneConfig)}
 
 def kept(name, otherwise=...):
-    "The field takes the value; zero and negative numbers meant `otherwise`."
+    "The field takes the value, and checks it; zero and negative numbers meant `otherwise`."
     def rule(value, given):
         if otherwise is not ... and value <= 0: value = otherwise
         return {name: value}, f"{name}={value}"
@@ -51,7 +51,7 @@ def ignored(kind, why): return Flag(kind, lambda value, given: ({}, f"nothing: {
 
 # %% ../../nbs/legacy/90_flags.ipynb #a04bda59
 def refused(kind, why, nothing=None):
-    "A ValueError with any value but `nothing`."
+    "A flag that is a ValueError with any other value than `nothing`."
     def rule(value, given):
         if value != nothing: raise ValueError(why)
         return {}, "nothing, as in 2020"
@@ -59,7 +59,7 @@ def refused(kind, why, nothing=None):
 
 # %% ../../nbs/legacy/90_flags.ipynb #dab111c7
 def needs(other, flag) -> Flag:
-    "`flag`, not used without `other`."
+    "`flag`, which is not used without `other`."
     def rule(value, given):
         return flag.become(value, given) if other in given else ({}, f"nothing: it is used with --{other} only")
     return replace(flag, become=rule)
@@ -74,7 +74,7 @@ def shape_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #6c9b5a63
 def resumed_by(given) -> list:
-    "The flags that name what is resumed."
+    "The flags that name what is resumed, where all others leave it to the run itself."
     asked = {name: given.get(name) for name in ("should_continue", "resume_from_checkpoint", "resume")}
     return [name for name, value in asked.items() if str(value).lower() not in ("none", "false", "auto", "never")]
 
@@ -201,7 +201,7 @@ def watch_of(value, given):
 
 # %% ../../nbs/legacy/90_flags.ipynb #1a32ff8d
 def best_of(value, given):
-    "The best weights of those `watch_of` evaluates."
+    "The best weights of those that are evaluated as `watch_of` says."
     changes, _ = watch_of(given.get("evaluation_strategy", True), given)
     if not changes: raise ValueError("--evaluation_strategy=no evaluates nothing to choose by.")
     return changes, "the best weights are saved"
@@ -285,7 +285,7 @@ EXAMPLE = """python -m colab_gpt2.run_language_modeling --output_dir=output --mo
     --per_gpu_train_batch_size=1 --save_steps=-1 --num_train_epochs=2"""
 
 def make_parser() -> argparse.ArgumentParser:
-    "All flags, none abbreviated; bad usage is one line."
+    "All flags of both generations, none abbreviated; bad usage is one line."
     parser = argparse.ArgumentParser(
         prog="python -m colab_gpt2.run_language_modeling", usage="%(prog)s --output_dir=FOLDER [--FLAG[=VALUE] ...]",
         description="The command line of 2020, in today's terms.", epilog=f"Example:\n{EXAMPLE}", allow_abbrev=False,

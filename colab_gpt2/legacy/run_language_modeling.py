@@ -82,7 +82,7 @@ def opening(path, folder, size=1 << 16) -> Path:
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
 def with_texts(job, folder) -> FinetuneConfig:
-    "The job's config with texts to train and evaluate on."
+    "The job's config with a text to train on and one to evaluate on."
     from colab_gpt2.text.reading import find_texts, is_plain, join
     config = job.config
     if not job.train or config.eval_file: return config
@@ -103,7 +103,7 @@ def write_results(output_dir, results):
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #f8daae4d
 def watcher():
-    "A Listener that shows each perplexity."
+    "A Listener that shows each perplexity during training."
     from tqdm import tqdm
     from colab_gpt2.engine.callbacks import Listener
 
@@ -115,7 +115,7 @@ def watcher():
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #5bd82156
 def work(job) -> dict:
-    "Train and evaluate; -> what `eval_results_lm.txt` holds, empty without --do_eval."
+    "Train and evaluate as `job` says; returns what `eval_results_lm.txt` holds, empty without --do_eval."
     from colab_gpt2.engine.checkpoints import find_checkpoints
     from colab_gpt2.model.loading import load_config, model_context
     from colab_gpt2.resuming import asked, check_free, check_output_dir

@@ -74,7 +74,7 @@ def is_stock_gpt2(model) -> bool:
 
 # %% ../../nbs/model/25_decoding.ipynb #3c15410c
 def bare(layer):
-    "What a stock Conv1D or LayerNorm computes, for a matrix (rows, width)."
+    "What a stock Conv1D or LayerNorm computes, as a function of a matrix (rows, width)."
     weight, bias = layer.weight, layer.bias
     if type(layer) is Conv1D: return lambda x: torch.addmm(bias, x, weight)
     shape, eps = layer.normalized_shape, layer.eps
@@ -162,7 +162,7 @@ def open_reader(model, samples, length, max_new_tokens):
 
 # %% ../../nbs/model/25_decoding.ipynb #53ba649d
 class Noise:
-    "Exponential variables for the texts `rows` of a request, one a score."
+    "Exponential variables for the texts `rows` of a request, as many as there are scores."
     def __init__(self, seed, rows, device):
         seeds = ((seed + 0x9E3779B97F4A7C15 * row) % 2**64 for row in rows)  # far from those of the next seed
         self.generators, self.ready = [torch.Generator(device).manual_seed(s) for s in seeds], iter(())

@@ -18,7 +18,7 @@ from ..text.tokens import cut_pattern
 
 # %% ../../nbs/model/26_fitting.ipynb #441a9f54
 def listed(model, name) -> list:
-    "The ids that the generation config of a model, or a config, has under `name`."
+    "The ids, one, several or none, that the generation config of `model`, or a config, has under `name`."
     given = getattr(getattr(model, "generation_config", model), name, None)
     return [i for i in (given if isinstance(given, (list, tuple)) else [given]) if i is not None]
 
@@ -32,7 +32,7 @@ def special_ids(model, name, tokenizer) -> list:
 
 # %% ../../nbs/model/26_fitting.ipynb #df0ca32b
 def end_ids(model, tokenizer) -> set:
-    "The ids that end a text; [SEP] if nothing else does."
+    "The ids that end a text; [SEP] where nothing else does, as in BERT's tokenizer."
     return set(special_ids(model, "eos_token_id", tokenizer) or [tokenizer.sep_token_id]) - {None}
 
 # %% ../../nbs/model/26_fitting.ipynb #bee973d4

@@ -106,8 +106,8 @@ def output_form(model) -> tuple | None:
 def output_head(
     model,  # a causal language model of transformers
 ) -> Head | None:  # None: its output is not linear, or its loss is another
-    "The output layer, if it is a product, a bias, a scale and a cap."
+    "The output layer of a model, if one product, a bias, a scale and a cap are all that it is."
     try: form = output_form(model)
-    except Exception: return None  # it wants more of its output layer than numbers
+    except Exception: return None  # it wants more of its output layer than numbers; its own faults show in training
     layer = model.get_output_embeddings()
     return form and Head(layer.weight, layer.bias, *form)

@@ -94,7 +94,7 @@ def folder_of(place, cache_dir=None) -> Path:
 # %% ../../nbs/model/20_loading.ipynb #20ad0004
 @contextlib.contextmanager
 def quiet():
-    "Inside, transformers logs errors only and draws no bars; downloads' bars stay."
+    "Inside, transformers logs errors only and draws no bars; the Hub's bars of downloads stay as they are."
     logging, hub = transformers.utils.logging, huggingface_hub.utils
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     downloads = not hub.are_progress_bars_disabled()
@@ -115,7 +115,7 @@ OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "C
 
 # %% ../../nbs/model/20_loading.ipynb #303a8a1f
 def damage(place, why, cache_dir=None) -> str:
-    "What to say of `place`, of which a file cannot be read, and of which."
+    "What to say of `place`, of which a file cannot be read: in a folder or the Hub's cache, which."
     with contextlib.suppress(ConnectionError, ValueError): place = folder_of(place, cache_dir)
     for path in filter(Path.is_file, sorted(Path(place).glob("*.*"))):
         try:
@@ -168,7 +168,7 @@ def loading(place, cache_dir=None):
 
 # %% ../../nbs/model/20_loading.ipynb #74452046
 def ready(name, cache_dir, *needs):
-    "Where to load `name` from, a folder or a Hub id. One of each of `needs` is there."
+    "Where to load `name` from: a folder, or a Hub id if the Hub answers. One of each of `needs` is there."
     place, text = locate(name, "tokenizer" if TOKENIZERS in needs else "model"), str(name)
     if text in MODELS and home(text).is_dir() and TOKENIZERS not in needs:  # told once, not for its tokenizer too
         what = "the model in it is used" if place == home(text) else "it holds no model, and is not used"
@@ -258,7 +258,7 @@ def read_config(place, cache_dir=None):
 
 # %% ../../nbs/model/20_loading.ipynb #25afdc27
 def load_config(config, cache_dir=None):
-    "`config`, or that of the causal model it names. Errors as `load_model`."
+    "`config` if it is a PretrainedConfig, else that of the causal model it names. Errors as `load_model`."
     if isinstance(config, PretrainedConfig): return config
     cache_dir = cache_dir and cache_folder(cache_dir)
     place = locate(config)
@@ -269,7 +269,7 @@ def load_config(config, cache_dir=None):
 
 # %% ../../nbs/model/20_loading.ipynb #bfac291c
 def rows_of(model) -> int:
-    "How many tokens the embedding of a model, or of a config, has."
+    "How many tokens the embedding of a model has rows for, or that of a config."
     if isinstance(model, PretrainedConfig): return model.get_text_config().vocab_size
     return model.get_input_embeddings().num_embeddings
 
@@ -298,7 +298,7 @@ def new_model(config, seed=None):
 
 # %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
 def lost_weight(model) -> str:
-    "The first weight that is NaN or infinite, or ''."
+    "The name of the first weight of `model` that is NaN or infinite, or ''."
     own = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in model.named_parameters())
     return next((name for name, p in own if not p.isfinite().all()), "")
 
@@ -362,5 +362,5 @@ def model_context(model) -> int:
 
 # %% ../../nbs/model/20_loading.ipynb #33a26656
 def keeps_logits(model) -> bool:
-    "Whether `model.forward` takes `logits_to_keep`."
+    "Whether `model.forward` takes `logits_to_keep`, as GPT-2's does."
     return "logits_to_keep" in inspect.signature(model.forward).parameters

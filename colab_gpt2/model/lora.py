@@ -39,13 +39,13 @@ def targets_of(model, names=None):
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000d
 def linear_layers(model) -> list:
-    "(parent, name) of each linear layer but the output layer."
+    "(parent, name) of each linear layer of `model` but its output layer."
     return [(parent, name) for parent in model.modules() for name, layer in parent.named_children()
             if type(layer) in (torch.nn.Linear, Conv1D) and layer is not model.get_output_embeddings()]
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000c
 def quantize(model, precision):
-    "Keep the linear layers but the output layer in 4 bits, in place; they compute in `precision`."
+    "Keep the linear layers of `model`, but not its output layer, in 4 bits, in place; they compute in `precision`."
     from bitsandbytes.nn import Linear4bit, Params4bit
     for parent, name in linear_layers(model):
         layer = getattr(parent, name)  # each is freed before the next
@@ -77,14 +77,14 @@ def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, loa
 
 # %% ../../nbs/model/23_lora.ipynb #23a50008
 def weights_of(adapted) -> dict:
-    "The adapters', in RAM, by peft's names."
+    "Those of its adapters, in RAM, by peft's names."
     import peft
     with quiet_peft(): weights = peft.get_peft_model_state_dict(adapted)
     return {name: weight.cpu() for name, weight in weights.items()}
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000a
 def adapters_of(adapted, base):
-    "A function that writes the adapters of now into a new folder, for peft to put on `base`."
+    "A function that writes the adapters of now into a new folder, for peft to put on `base`, a model's name or path."
     weights, settings = weights_of(adapted), copy.copy(adapted.peft_config["default"])
     settings.base_model_name_or_path, settings.inference_mode = str(base), True
     settings.target_modules = sorted(settings.target_modules)  # a set has another order in each process
@@ -97,7 +97,7 @@ def adapters_of(adapted, base):
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000f
 def free_weights(model):
-    "A model not needed goes where weights have no memory; those in 4 bits cannot."
+    "A model that is not needed goes where weights have no memory; those in 4 bits cannot go there."
     for module in model.modules():
         if hasattr(module, "quant_state"): module.weight = module.quant_state = None
     model.to("meta")

@@ -12,13 +12,13 @@ from torch.autograd.function import once_differentiable
 from ..errors import check_choice, check_number
 
 # %% ../../nbs/model/21_loss.ipynb #83b8e22a
-CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; of a block nothing is added up
+CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a block is a single chunk, and nothing is added up
 EXACT_LOGITS = 2**20  # at a time in fp32 on a CPU: 4 MB, which stay in its cache
 EXACT_ROWS = 256  # the same on a GPU, which wants much work a launch: for GPT-2 0.05 GB
 
 # %% ../../nbs/model/21_loss.ipynb #ece66863
 def chunk_rows(vocabulary) -> int:
-    "Rows of logits at a time."
+    "Rows of logits at a time; fewer where the vocabulary has more than 65,536."
     return min(CHUNK_SIZE, max(1, CHUNK_SIZE * 65_536 // vocabulary))
 
 # %% ../../nbs/model/21_loss.ipynb #83b8e22b
@@ -61,7 +61,7 @@ def chunk_loss(logits, vocabulary, targets, wanted, softcap=None, smoothing=0.):
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
 def scaled(gradient, scale):
-    "`gradient` times the scalar `scale`, in its precision: one new tensor."
+    "`gradient` times the scalar `scale`, in the precision of `scale`: a new tensor, and no second one on the way."
     return gradient * scale if gradient.dtype == scale.dtype else gradient.to(scale.dtype).mul_(scale)
 
 # %% ../../nbs/model/21_loss.ipynb #f2d2e667
@@ -113,7 +113,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 # %% ../../nbs/model/21_loss.ipynb #21c5000d
 def those_that_count(rows, labels, ignore_index):
-    "`rows` and `labels` that count, if that costs no wait."
+    "`rows` and `labels` without those that do not count, if that costs no wait."
     counted = labels != ignore_index
     if type(labels) is not torch.Tensor or labels.device.type != "cpu" or not counted.any(): return rows, labels
     return rows[counted], labels[counted]
@@ -131,7 +131,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,  # the label of what does not count
     reduction: str = "mean",  # over the labels that count, or "sum"
     label_smoothing: float = 0.,  # as F.cross_entropy has it: this share is spread over the vocabulary
-    multiple: int = 1,  # the weight is padded to a multiple of so many rows
+    multiple: int = 1,  # for the products the weight is padded to a multiple of so many rows
 ):
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits, after Liger Kernel (arXiv 2410.10989, 3.2).
 

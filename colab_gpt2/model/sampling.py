@@ -16,7 +16,7 @@ from ..errors import Sentence, check_number, check_utf8
 # %% ../../nbs/model/24_sampling.ipynb #5a3c1e06
 @dataclass(frozen=True)
 class Sampling(Record):
-    "How the next token is drawn. Bad values are refused when it is made."
+    "How the next token is drawn from the model's distribution. Bad values are refused when it is made."
     temperature: float = value(1.0, "below 1 safer, above 1 bolder")
     top_k: int = value(50, "choose among this many of the likeliest tokens; 0: among all", label="Top k")
     top_p: float = value(1.0, "choose among the likeliest tokens that add up to this probability", label="Top p")
@@ -33,7 +33,7 @@ class Sampling(Record):
 
 # %% ../../nbs/model/24_sampling.ipynb #b5361c5c
 def check_request(prompt, max_new_tokens, seed=None, samples=1):
-    "ValueError for a prompt or a number that no request can have."
+    "ValueError for a prompt or a number that no request can have; a million texts take weeks."
     check_utf8("prompt", prompt)
     check_number("max_new_tokens", max_new_tokens, minimum=1, maximum=10**7, integer=True)
     check_number("samples", samples, minimum=1, maximum=10**6, integer=True)

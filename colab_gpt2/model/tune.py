@@ -36,12 +36,12 @@ def drop_attention_dropout(model) -> int:
 
 # %% ../../nbs/model/22_tune.ipynb #c9516019
 def head_multiple(hidden) -> int:
-    "What products with `hidden` pad the output layer to: 64 on a GPU in half precision."
+    "The products with `hidden` pad the output layer to a multiple of this: 64 on a GPU in half precision."
     return 64 if hidden.is_cuda and torch.is_autocast_enabled("cuda") else 1
 
 # %% ../../nbs/model/22_tune.ipynb #22a5000c
 def run_layers(gpt2, input_ids):
-    "The last hidden states of full blocks, by a GPT2Model without a mask."
+    "The last hidden states of full blocks, by a GPT2Model whose attention needs no mask."
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     hidden = gpt2.drop(gpt2.wte(input_ids) + gpt2.wpe(positions))
     for layer in gpt2.h: hidden = layer(hidden)
@@ -56,7 +56,7 @@ def last_hidden(model, input_ids, kwargs):
 
 # %% ../../nbs/model/22_tune.ipynb #22a50012
 def rows_at_a_time(model, hidden) -> int | None:
-    "The chunk of the loss; None for the default."
+    "The chunk of the loss; None where the default is best."
     exact = hidden.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type)
     return 256 if exact and type(model).forward is not GPT2LMHeadModel.forward else None
 
@@ -83,7 +83,7 @@ CHUNKED = "The loss is computed in chunks, without logits in memory."
 OWN_LOSS = "The model computes its own loss, with all logits in memory: it is not that of one linear output layer."
 
 def loss_told(model) -> str:
-    "How the loss of a model, or of a config's, is computed."
+    "How the loss of a model, or of the one that a config describes, is computed; the config is enough for most."
     config = getattr(model, "config", model)
     with contextlib.suppress(Exception):  # some layers need numbers to run
         return CHUNKED if output_form(weightless(config)) else OWN_LOSS
@@ -94,7 +94,7 @@ def loss_told(model) -> str:
 def tune_model(
     model,  # a causal language model of transformers; it is changed in place
     *,
-    keep_attention_dropout: bool = False,  # keep the config's dropout inside attention
+    keep_attention_dropout: bool = False,  # keep the dropout inside attention that the model's config has
 ) -> tuple:  # of sentences: what was changed
     "Make a model fast to train; twice is as good as once."
     model.loss_type = "ForCausalLM"  # unset, transformers warns and guesses the same
@@ -110,13 +110,13 @@ def tune_model(
 
 # %% ../../nbs/model/22_tune.ipynb #bd113117
 def repeated_blocks(model):
-    "The longest list of modules in a model: its blocks."
+    "The blocks of a transformer: the longest list of modules in it."
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=())
 
 # %% ../../nbs/model/22_tune.ipynb #1ba8eb50
 class WhileTraining:
     "The call of a module: compiled while it trains, else its own."
-    paused = False  # for all threads: a GPU's backward pass calls blocks in one of its own
+    paused = False  # for all threads: with gradient checkpointing a GPU's backward pass calls blocks in one of its own
 
     def __init__(self, block, fast): self.block, self.fast = block, fast
 
@@ -160,12 +160,12 @@ def casting_once(device):
 
 # %% ../../nbs/model/22_tune.ipynb #1e5c9dda
 def glibc(name):
-    "A function of glibc, or None."
+    "A function of glibc; None where there is another library."
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 # %% ../../nbs/model/22_tune.ipynb #22a50009
 def keep_freed_memory() -> bool:
-    "Have glibc keep freed memory until the process ends; -> is there a glibc?"
+    "Have glibc keep freed memory until the process ends; -> whether there is a glibc to ask."
     mallopt = glibc("mallopt")
     return bool(mallopt and mallopt(-4, 0) and mallopt(-1, -1))  # malloc.h: M_MMAP_MAX and M_TRIM_THRESHOLD
 

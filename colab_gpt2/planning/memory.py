@@ -21,7 +21,7 @@ from .trace import trace_step
 
 # %% ../../nbs/planning/30_memory.ipynb #060ceb00
 def count_parameters(config) -> int:
-    "Of the model that `config` describes; tied weights count once."
+    "Parameters of the causal model that `config` describes; tied weights count once."
     if config.model_type == "gpt2":
         return gpt2_parameters(config.n_layer, config.n_embd, config.n_positions, config.vocab_size,
                                inner=config.n_inner, tied=config.tie_word_embeddings)
@@ -39,7 +39,7 @@ class Shape(Record):
     parameters: int  # tied weights count once
     attention_dropout: float  # probabilities; 0 where the config has none
     residual_dropout: float  # the embeddings' is taken to be the same
-    inner: int  # width of the MLP: GPT-2's own; of another 4·C, or Mamba's states
+    inner: int  # width of the MLP: a GPT-2's own; of another 4·C, which its constants stand for, or Mamba's states
     model_type: str
     _config: object = field(default=None, compare=False, repr=False)
 
@@ -52,7 +52,7 @@ def shape_of(model) -> Shape:
     if isinstance(model, Shape): return model
     config = getattr(model, "config", model)
     check_causal(config)
-    text = config.get_text_config()  # a model with pictures has them one level down
+    text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
     def number(*names, default=0): return next((n for name in names if (n := getattr(text, name, None))), default)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")  # n_layer is mapped to these
     if missing := [name for name in needed if not hasattr(text, name)]:
@@ -77,7 +77,7 @@ class Recipe(Record):
     device: str = "cuda"  # or "cpu", "mps": attention with dropout and dropout's masks differ
     method: str = "full"  # or "lora"
     optimizer: str = OPTIMIZERS[0]  # or "adamw_bnb_8bit"
-    gradient_checkpointing: bool = False  # compute activations again
+    gradient_checkpointing: bool = False  # compute a layer's activations again in the backward pass
     lora_rank: int = 16
     use_dora: bool = False
     target_modules: str | None = None  # names of layers; None: all linear ones
@@ -130,7 +130,7 @@ class COSTS:
 # %% ../../nbs/planning/30_memory.ipynb #30a00001
 @functools.lru_cache(64)
 def saved_in_4_bits(shape, number_bytes) -> int:
-    "Bytes of weights that QLoRA saves if a number has so many; 0 without it."
+    "Bytes of a model's weights that QLoRA saves where a number has so many; 0 where it is not the way."
     if not number_bytes: return 0
     sizes = [getattr(parent, name).weight.numel() for parent, name in linear_layers(weightless(shape._config))]
     return int(number_bytes*(sum(sizes) - max(sizes, default=0)) - COSTS.weight_4bit*sum(sizes))

@@ -23,7 +23,7 @@ from ..runtime import Precision, Runtime, pick_precision
 def named_runtime(
     gpu: str,  # one of DEVICES, in small letters or capitals; "CPU" for none
 ) -> Runtime:
-    "The Runtime of a Colab machine as far as a plan needs it."
+    "The Runtime of a Colab machine as far as a plan needs it: its disk and most versions are unknown."
     name = {name.upper(): name for name in DEVICES}.get(str(gpu).upper())
     if name is None:
         raise ValueError(Sentence("{gpu} is {given!r}; known are {known}.", given=gpu, known=", ".join(DEVICES)))
@@ -111,7 +111,7 @@ def missing_packages(config: FinetuneConfig, runtime: Runtime):
 
 # %% ../../nbs/planning/32_plan.ipynb #a04ca132
 def check_packages(config: FinetuneConfig, runtime: Runtime):
-    "ImportError for packages that `config` needs and the machine lacks."
+    "ImportError for packages that `config` asks for and the machine lacks: before anything slow."
     missing = missing_packages(config, runtime)
     if missing: raise ImportError(Sentence(" ".join(sentence.template for sentence in missing)))
 
@@ -151,7 +151,7 @@ class Planner(Record):
     ways = cached_property(possible_ways)
 
     def quick(self, way):
-        "Without micro-batches that take too long on a CPU."
+        "Without the micro-batches that would take too long on a CPU. Later ways are forecast if an earlier fails."
         if self.runtime.device != "cpu": return way
         def seconds(recipe): return forecast_step(self.shape, recipe, device_of(self.runtime), recipe.tokens)
         return way[next((n for n, recipe in enumerate(way) if seconds(recipe) <= PATIENCE), -1):]
@@ -227,7 +227,7 @@ def step_time(seconds: float) -> str:
 
 # %% ../../nbs/planning/32_plan.ipynb #bcfb7f20
 def correct(plan, peak_bytes, step_seconds):
-    "`plan` with what a probed step needed, and took without the update, compiled."
+    "`plan` with what a probed step needed, and took without the update, compiled. ValueError for what cannot be."
     peak = check_number("peak_bytes", peak_bytes, above=0)
     step = check_number("step_seconds", step_seconds, above=0) + plan.update_seconds
     forecast = f" (the forecast was {step_time(plan.step_seconds)})" if plan.step_seconds else ""
@@ -400,7 +400,7 @@ def plan_run(
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42c
 def smaller_micro_batch(model, recipe: Recipe) -> int | None:
-    "The largest of at most half, that divides the batch and needs less memory, or None."
+    "The largest that is at most half of the recipe's, divides its batch and needs less memory; None if there is none."
     def need(n): return forecast_memory(shape, recipe.divided(n))
     most, shape = recipe.micro_batch, shape_of(model)
     smaller = (n for n in range(most // 2, 0, -1) if recipe.batch % n == 0)
@@ -408,7 +408,7 @@ def smaller_micro_batch(model, recipe: Recipe) -> int | None:
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42f
 def out_of_memory_told(recipe: Recipe | None = None) -> Sentence:
-    "What could still be changed if a run by `recipe`, or an evaluation, needs too much."
+    "What could still be changed where a run by `recipe`, or without one an evaluation, needs too much."
     ways, why = ["a smaller {block_size}"], ", and a smaller micro-batch would not help" if recipe else ""
     if recipe and not recipe.gradient_checkpointing: ways.append("{gradient_checkpointing=True}")
     if recipe and not recipe.lora: ways.append("{method=lora}")

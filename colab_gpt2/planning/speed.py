@@ -94,7 +94,7 @@ def update_seconds(memory: StepMemory, device: Device | None) -> float:
 
 # %% ../../nbs/planning/31_speed.ipynb #751fef0a
 def token_bytes(memory: StepMemory) -> float:
-    "What a token moves outside the products: through the layers and the loss."
+    "What a token moves outside the products, forward and backward: through the layers and the loss."
     if isinstance(memory, TracedMemory): return memory.trace.moved / memory.recipe.tokens
     shape, recipe = memory.shape, memory.recipe
     lora = MOVED.lora if recipe.lora else 1

@@ -40,14 +40,14 @@ def tensors(*nested): return [leaf for leaf in tree_leaves(nested) if isinstance
 
 # %% ../../nbs/planning/29_trace.ipynb #141f8e59
 def moved_bytes(name, given, made) -> int:
-    "What an operation reads and writes; 0 for products, attention and views."
+    "What an operation of this `name` reads and writes; 0 for products, attention and views."
     if FREE.search(name): return 0
     read, wrote = [] if FILLS.match(name) else given, [] if name.endswith(".out") else made  # it was given too
     return sum(tensor.numel() * tensor.itemsize for tensor in (*read, *wrote))
 
 # %% ../../nbs/planning/29_trace.ipynb #c0cce65e
 def count_flops(operation, args, kwargs, made) -> int | None:
-    "By torch's own table, which lacks a CPU's attention and sums in place; None for no product."
+    "By torch's own table, in which a CPU's attention and sums in place are missing; None for what is no product."
     packet = operation._overloadpacket
     name = packet.__name__.replace("_for_cpu", "").removesuffix("_")  # in place is no other product
     counted = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name, None))
@@ -165,7 +165,7 @@ def meta_model(config, recipe):
 
 # %% ../../nbs/planning/29_trace.ipynb #d493cb22
 def as_fake(model, fake, operations):
-    "Its weights as fake tensors of a CPU, tied ones tied, all counted; -> the trained parameters."
+    "Its weights as fake tensors of a CPU, tied ones still tied, all of them counted; -> the parameters that it trains."
     from torch._subclasses.fake_tensor import FakeTensor
     made = {}
     def fake_of(tensor):
@@ -232,7 +232,7 @@ def blend(counts, shares):
 
 # %% ../../nbs/planning/29_trace.ipynb #672dcffb
 def shallower(config, layers):
-    "`config` with so few layers; None if its lists tell of different ones."
+    "`config` with so few layers; None where one is not like the others by a list of the config."
     config = copy.deepcopy(config)
     text, deep = config.get_text_config(), config.get_text_config().num_hidden_layers
     for name, each in [*vars(text).items()]:
@@ -278,7 +278,7 @@ def loops(known, recipe) -> bool:
 # %% ../../nbs/planning/29_trace.ipynb #639a9b5b
 @functools.lru_cache(512)
 def counted(known, recipe):
-    "Counts of a step; an Exception, of any kind, where it cannot be traced."
+    "Counts of a step; an Exception where it cannot be traced, which the model's own code may raise for any reason."
     size = recipe.block_size
     def shape(n): return 1, n, 1/n
     try:

@@ -27,7 +27,7 @@ LEFT_OUT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "train
 def model_files(folder, checkpoints=False) -> list:
     """The names of the files in `folder`, sorted; no hidden ones nor SECRETS; checkpoint-*/ and what matches `LEFT_OUT`
     only with `checkpoints`. A link counts as its file; none to a folder is followed."""
-    def stop(error): raise error  # or os.walk passes over it
+    def stop(error): raise error  # os.walk would pass over a folder that it cannot read
     def kept(names, *left_out):
         left_out = SECRETS if checkpoints else (*SECRETS, *left_out)
         return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in left_out)]
@@ -138,7 +138,7 @@ def leads_out(name) -> str:
 DEEPEST, LONGEST = 64, 255  # folders, bytes in a name: most file systems' limit
 
 def refusal(member, folder=".") -> str:
-    "Why a TarInfo must not be unpacked into `folder`, or ''."
+    "Why `member`, a TarInfo, must not be unpacked into `folder`, or ''."
     parts = PurePosixPath(member.name).parts
     if not member.name.isprintable(): return "a name with control characters"  # a terminal would obey them
     if len(parts) > DEEPEST: return f"more than {DEEPEST} folders deep"

@@ -33,7 +33,7 @@ class Copy(Record):
 
 # %% ../../nbs/storage/51_drive.ipynb #83285893
 def discard_leftovers(destination):
-    "Discard temporaries of more than a day ago; what a killed process moved aside goes back."
+    "Discard temporaries for `destination` of more than a day ago; what a killed process had moved aside goes back."
     day = 24 * 3600  # seconds; no Colab session lasts longer
     with contextlib.suppress(OSError):  # the copy matters more
         for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part*"):
@@ -165,7 +165,7 @@ def flush_drive():
 
 # %% ../../nbs/storage/51_drive.ipynb #51d0b001
 def to_browser(path):
-    "Have Colab's page download a file."
+    "Have Colab's page download the file `path`."
     from google.colab import files
     files.download(str(path))
 

@@ -31,7 +31,7 @@ def heartbeat(step) -> dict:
     return this_run() | dict(time=time.time(), step=step)
 
 def read_heartbeat(text) -> dict:
-    "What a session wrote; ValueError if it is damaged or unfinished."
+    "What a session wrote; ValueError if it is damaged, or not written to its end."
     try:
         found = json.loads(text)
         return {name: type(value)(found.get(name, value)) for name, value in heartbeat(0).items()}
@@ -48,13 +48,13 @@ TRAINED = ("This run is being trained now, by process {process} on {machine}: at
            "spoil each other's copies in {where}. Stop the other one; for a run of its own set {mirror=off}.")
 
 def refuse(last, target):
-    "BlockingIOError: the machine of `last` trains this run."
+    "BlockingIOError: the machine of the heartbeat `last` trains this run."
     told = {**last, "age": spoken(max(time.time() - last["time"], 0)), "where": target.called}
     raise BlockingIOError(Sentence(TRAINED, **told))
 
 # %% ../../nbs/storage/53_heartbeat.ipynb #5bfa2cc9
 def heartbeats(target) -> dict:
-    "File name to heartbeat of each session, None for a damaged one."
+    "File name to heartbeat of each session in `target`, None for a damaged one."
     def read(name):
         def passes(e): return may_pass(e) or isinstance(e, ValueError)  # while it is written it may be empty
         try: return retried(lambda: read_heartbeat(target.read(name)), passes)
@@ -71,7 +71,7 @@ class Others:
     def others(self) -> dict: return {name: each for name, each in heartbeats(self.target).items() if name != self.name}
 
     def wait(self, report):
-        "Until what others left is known to be of lost sessions: the `former` heartbeats."
+        "Until what others have left is known to be of lost sessions, whose heartbeats are the `former` ones."
         def signs():
             self.former, found = self.others(), {}
             for name, last in self.former.items():
@@ -111,7 +111,7 @@ class Heartbeat(Others):
     def write(self): self.target.write(self.name, json.dumps(self.who | dict(time=time.time(), step=self.step)))
 
     def begin(self, report=silent) -> dict | None:
-        "From now on until `end`; -> the last of a lost session. BlockingIOError if one trains now."
+        "From now on until `end`; -> the last heartbeat of a session that was lost. BlockingIOError if one trains now."
         try:
             self.wait(report)
             self.write()

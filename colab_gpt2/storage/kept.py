@@ -20,7 +20,7 @@ from .targets import FINISHED, NAMES, NEW, Entry, FolderTarget, complete_entry
 NOT_MODEL = r"optimizer.*|scheduler.*|scaler.*|rng_state.*|trainer_state.json|training_args.bin|best.safetensors"
 
 def entry_of(path, weights_only=False) -> Entry:
-    "What to copy of a checkpoint, or of a finished run's folder. OSError if it is incomplete."
+    "What to copy of `path`: a checkpoint, or the output folder of a finished run. OSError if it is incomplete."
     told = path/"finetune.json"
     if told.exists():
         sums = {**(result := json.loads(told.read_bytes()))["files"], told.name: sha256_of(told)}
@@ -34,7 +34,7 @@ def entry_of(path, weights_only=False) -> Entry:
 
 # %% ../../nbs/storage/53_kept.ipynb #8b9899b1
 def forecast_bytes(plan) -> tuple:
-    "About how many bytes a checkpoint has, with its best weights; its weights; the finished model."
+    "About how many bytes a checkpoint has, its last and its best weights among them; its weights; the finished model."
     model = 4 * plan.parameters
     weights = round(model * .02 * plan.recipe.lora_rank / 16) if plan.recipe.lora else model
     return (weights * 5 // 2 if "8bit" in plan.recipe.optimizer else weights * 4), weights, model
@@ -45,7 +45,7 @@ OFF, WEIGHTS, FULL = range(3)  # how much of a checkpoint is copied
 def what_fits(plan, free, held=0, spare=0) -> tuple:
     """(OFF, WEIGHTS or FULL, how many to keep) with `free` bytes, and `held` ones that new ones replace; `spare` ones
     of them may go before that."""
-    checkpoint, weights, _ = forecast_bytes(plan)  # the finished model has its own turn
+    checkpoint, weights, _ = forecast_bytes(plan)  # the finished model has its own turn, and a warning if it fails
     def fit(size): return max(0, min((free + held) / size - 1, 3)) if free + spare >= size else 0
     return (FULL, int(fit(checkpoint))) if fit(checkpoint) >= 1 else (WEIGHTS if fit(weights) >= 1 else OFF, 1)
 
@@ -93,10 +93,10 @@ class Stored:
     def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
         self.target, self.kind, self.kept, self.afresh = target, kind, kept, afresh
         self.skipped, self.damaged, self.mine, self.seen = set(), set(), set(), set()  # names of entries
-        self.there = {}  # name to since when, by time.monotonic; replaced, never changed
+        self.there = {}  # name to the time since which the target has it, by time.monotonic; replaced, never changed
 
     def entries(self) -> tuple:
-        "(complete entries, newest first; name to what is wrong of the others)"
+        "(complete entries, newest first; names of the others, and what is wrong with them)"
         complete, others = [], {}
         for name in retried(self.target.names, may_pass):
             if not NAMES.fullmatch(name.removeprefix(NEW)): continue
@@ -108,12 +108,12 @@ class Stored:
 
     @property
     def here(self):
-        "(name of the last that has arrived, since when), or None."
+        "(name of the last that has arrived, since when); None without, or where it is not known."
         known = [(when, name) for name, when in self.there.items() if when > -math.inf]
         return max(known)[::-1] if known else None
 
     def newest(self) -> Entry | None:
-        "What to resume, or the finished model; a warning for what cannot be used."
+        "What to resume, or the finished model; with a warning for what is there and cannot be used."
         if not self.target or self.afresh: return None
         try: complete, others = self.entries()
         except OSError as e:
@@ -142,7 +142,7 @@ class Restored(Stored):
         return place
 
     def restore(self, entry, output_dir, report=silent, above=-1) -> Path | None:
-        "Fetch `entry`, or the newest below it that is intact, of a step `above`; None without."
+        "Fetch `entry`, or the newest below it that is intact, of a step `above`, into the output folder; None without."
         while entry and entry.step > above:
             try: return self.fetch(entry, Path(output_dir), report)
             except Damaged as e:
@@ -213,7 +213,7 @@ class Kept(Restored):
         return [e for e in reversed(complete) if e not in (usable or complete)[:1]]
 
     def make_room(self, entry, complete, others):
-        "If `entry` does not fit beside all, what is of no use goes now, and then the oldest."
+        "Where `entry` does not fit beside all that is there, what is of no use goes now, and then the oldest."
         if self.target.free() >= entry.bytes: return
         for name in [name for name in others if name not in self.seen]: self.remove(name)
         lack = entry.bytes - self.target.free()

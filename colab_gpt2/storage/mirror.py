@@ -44,7 +44,7 @@ class Newest:
             return self.current
 
     def run(self):
-        with contextlib.suppress(OSError):  # on Linux the thread's own: the training goes first
+        with contextlib.suppress(OSError):  # on Linux this is the thread's own priority: the training goes first
             if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, 0, 10)
         while item := self.next():
             self.work(item)
@@ -84,7 +84,7 @@ class Copying(Kept):
         self.done, self.moved = done, time.monotonic()
 
     def status(self) -> str:
-        "What the target holds, and how old it is; '' without a target."
+        "What the target holds, and how old it is, in a short phrase; '' without a target."
         current, error, here, said = self.queue.current, self.error, self.here, []  # the thread changes them
         if not self.target: return ""
         if self.kind == OFF: said.append("no room")
@@ -105,7 +105,7 @@ class Copying(Kept):
 
 # %% ../../nbs/storage/53_mirror.ipynb #00ac3844
 def wait_for(mirror, report, seconds, still):
-    "Until all has arrived; `seconds` at most, and `still` ones without progress."
+    "Until all that was offered has arrived; `seconds` at most, and `still` ones without progress."
     if mirror.error and not mirror.in_use(): mirror.offer(mirror.error[0])
     mirror.queue.set(ending=True)
     ending, begun, share = time.monotonic() + seconds, time.monotonic(), 0.
@@ -157,7 +157,7 @@ class Mirror(Copying, TrainerCallback):
         return self.queue.items()
 
     def close(self, report=silent, seconds=600, still=None):
-        "Wait for what is on its way; a warning of what did not arrive."
+        "Wait for what is still on its way, and say in a warning what did not arrive."
         try:
             if self.queue.thread and not self.stopped: wait_for(self, report, seconds, still or self.target.still)
         finally:
@@ -202,7 +202,7 @@ def run_name(output_dir, fingerprint) -> str:
 
 # %% ../../nbs/storage/53_mirror.ipynb #46d12443
 def fit(mirror, plan, failed=None) -> Mirror:
-    "Decide by the target's room what is copied; `told` says it, or what has `failed` there."
+    "Decide by the room on the target what is copied of a run; `told` says it, or what has `failed` there already."
     target = mirror.target
     try:
         with contextlib.suppress(OSError): target.recover()
@@ -220,7 +220,7 @@ def fit(mirror, plan, failed=None) -> Mirror:
 
 # %% ../../nbs/storage/53_mirror.ipynb #ea0de90a
 def open_mirror(config, fingerprint, plan, runtime, report=silent) -> Mirror:
-    "BlockingIOError if another machine trains this run. If a Drive fails, each copy tries again."
+    "BlockingIOError if another machine trains this run. What fails on a Drive raises nothing: each copy tries again."
     top, told = mirror_folder(config, runtime.colab)
     mirror = Mirror()
     if not top:

@@ -78,7 +78,7 @@ def copy_entry(entry, source, place, report):
 class Folder:
     "The folder `run` in `top`. OSError where the disk or the Drive fails, or is another one."
     beats, still = 30, 60  # seconds between two heartbeats; and without progress, until a copy is given up
-    uploads = 180  # seconds after which a Drive may have uploaded a copy
+    uploads = 180  # seconds after which a Drive, or another program, may be expected to have uploaded a copy
     mark = None  # a file that was written: on another disk it is missing
 
     def __init__(self, top, run):
@@ -120,7 +120,7 @@ class Folder:
 # %% ../../nbs/storage/52_targets.ipynb #cec3c406
 class FolderTarget(Folder):
     "Holds entries in its folder."
-    def write(self, name, text):  # in place: replaced files would fill the Drive's trash
+    def write(self, name, text):  # in place: a small file that is replaced often would fill the Drive's trash
         (self.made()/name).write_text(text, encoding="utf-8")
         self.mark = self.folder/name
 
@@ -143,20 +143,20 @@ class FolderTarget(Folder):
             raise
 
     def settle(self, name):
-        "On the disk before anything older goes."
+        "On the disk before anything older goes: a loss of power leaves one of them."
         for folder, *_ in os.walk(self.path(NEW + name)): sync(folder)
         self.remove(name)
         os.rename(self.path(NEW + name), self.path(name))
         sync(self.folder)
 
     def recover(self):
-        "What was complete when a session ended takes its place."
+        "What was complete when a session ended, before it had its place, takes it now."
         for name in self.names():
             with contextlib.suppress(ValueError):
                 if name.startswith(NEW) and complete_entry(self, name): self.settle(name.removeprefix(NEW))
 
     def fetch(self, entry, folder, report) -> list:
-        "Copy the entry's files; -> those that are damaged or missing."
+        "Copy the entry's files into `folder`; -> the names of those that are damaged or missing."
         return damaged_in_transit(entry, self.path(entry.name), Path(folder), report)
 
 # %% ../../nbs/storage/52_targets.ipynb #496eae00
@@ -254,12 +254,12 @@ def commit_files(target, told, files):
 
 # %% ../../nbs/storage/52_targets.ipynb #93b9ca20
 def put_commit(target, entry, source, report):
-    "Commit the entry's files and manifest; OSError if the Hub has others then."
+    "Commit the entry's files and manifest; OSError if the Hub has others than the manifest says."
     sums, where = entry.manifest["sha256"], f"{target.run}/{entry.name}"
     report(f"Copying {entry.name}", 0, entry.bytes)
     files = {f"{entry.name}/{name}": str(source/name) for name in sums}
     target.commit(entry.name, files | {f"{entry.name}/{MANIFEST}": sealed(entry.manifest).encode()})
-    def digest(info):  # small files have git's only
+    def digest(info):  # small files are not in the Hub's store of large ones, and have git's only
         if info.lfs: return info.lfs.sha256
         file = source/info.path.removeprefix(f"{where}/")
         return sha256_of(file) if info.blob_id == git_sha1(file) else ""
@@ -274,7 +274,7 @@ def git_sha1(path) -> str:
 
 # %% ../../nbs/storage/52_targets.ipynb #7a2d35c8
 def fetch_files(target, entry, folder, report) -> list:
-    "Download the entry's files; -> those that are missing or have another digest."
+    "Download the entry's files into `folder`; -> the names of those that are missing or have another digest."
     damaged, add = [], counter(report, f"Fetching {entry.name}", entry.bytes)
     with tempfile.TemporaryDirectory(dir=folder) as here:
         for name, digest in entry.manifest["sha256"].items():

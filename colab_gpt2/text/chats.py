@@ -42,7 +42,7 @@ TEMPLATE = """\
 
 # %% ../../nbs/text/14_chats.ipynb #14c00006
 def give_template(tokenizer):
-    "Let `tokenizer` have a chat template: its own, or TEMPLATE."
+    "Let `tokenizer` have a chat template: its own, or TEMPLATE, which is saved with it."
     if tokenizer.chat_template: return
     end = next((name for name in ("eos_token", "sep_token") if getattr(tokenizer, name)), "")
     if not end: raise ValueError(Sentence("{tokenizer} has no end token: no answer could end. Choose another."))
@@ -96,7 +96,7 @@ def common(one, other) -> int:
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def tools_of(row):
-    "The tools of `row`, or JSON of them, as TRL takes them."
+    "The tools of `row`, which may be JSON in a text, as TRL takes them."
     tools = row.get("tools") or None
     try: return json.loads(tools) if isinstance(tools, str) else tools
     except ValueError: raise ValueError("its tools are neither a list nor JSON") from None
@@ -118,7 +118,7 @@ def compared(messages, answers, rendered) -> tuple:
 
 # %% ../../nbs/text/14_chats.ipynb #14c00044
 def encode_chat(
-    tokenizer,  # of transformers, with a chat template: see `give_template`
+    tokenizer,  # of transformers; one without a chat template is to get one: see `give_template`
     row: dict,  # `messages`, or `prompt` and `completion`, both messages or both texts; perhaps `tools`
 ) -> tuple:  # (ids, mask), two lists
     "The tokens of a conversation, and 1 for each that the loss counts: an answer and its end. ValueError says why not."
@@ -182,7 +182,7 @@ class Conversations(Blocks):
 
     @functools.cached_property
     def pieces(self) -> np.ndarray:
-        "The `spans` cut to a block, and left out if no answer is left."
+        "The `spans` as they are trained on: what is longer than a block is cut, and left out if no answer is left."
         kept = [n <= self.block_size or bool((self.coded[start:start + self.block_size] & 1).any())
                 for start, n in self.spans.tolist()]
         return np.minimum(self.spans[kept], [self.tokens, self.block_size])
@@ -211,7 +211,7 @@ GLUED = ("{split}: {glued:,} prompts meet their completions without a space, and
          "they would stand in the chat template.")
 
 def notes_on(chats) -> list:
-    "Sentences on what is left out or not kept apart."
+    "Sentences on what of `chats` is left out, and on what is not kept apart."
     cut, lost = int((chats.spans[:, 1] > chats.block_size).sum()), len(chats.spans) - len(chats.pieces)
     told = {LONG: cut, SEEN: not chats.apart and len(chats) < len(chats.pieces), GLUED: chats.glued}
     facts = dict(split=chats.split, all=len(chats.spans), cut=cut, lost=lost, size=chats.block_size,
@@ -220,7 +220,7 @@ def notes_on(chats) -> list:
             *(Sentence(LEFT_OUT, **facts, n=n, why=why) for why, n in chats.left_out.items())]
 
 def rows_told(chats) -> list:
-    "The rows of its table."
+    "The (label, text) pairs of the table of `chats`."
     blocks = f"{len(chats):,} of {chats.block_size} tokens, {chats.pieces[:, 1].sum() / chats.room:.0%} full"
     return [("split", chats.split or "–"), ("conversations", f"{len(chats.spans):,}"), ("blocks", blocks),
             ("answers", f"{chats.answers:,} of {chats.tokens:,} tokens"), *(("note", n) for n in notes_on(chats))]
@@ -238,7 +238,7 @@ def code(tokenizer, row) -> np.ndarray:
 MEND = "{place}: {why}. Mend it, or leave such conversations out by {on_bad_lines=skip}. It begins {row!r}."
 
 def place_of(path, line) -> str:
-    "Where the `line` of a .jsonl file comes from, as `split_chats` has noted."
+    "Where the `line` of the .jsonl file `path` comes from: `split_chats` has written it beside."
     with contextlib.suppress(OSError, StopIteration), open(path.with_suffix(PLACES), encoding="utf-8") as places:
         return next(itertools.islice(places, line - 1, None)).rstrip("\n")
     return f"{path.name}, line {line}"
@@ -260,7 +260,7 @@ def coded_rows(path, tokenizer, on_bad_lines, left_out, report=silent):
 
 # %% ../../nbs/text/14_chats.ipynb #14c00056
 def first_question(path) -> str:
-    "The first prompt, or user's message, of a .jsonl file; a greeting without any."
+    "What the first conversation of the .jsonl file `path` begins with: a prompt, or what a user asks, or a greeting."
     with open(path, encoding="utf-8-sig") as file:
         for line in file:
             with contextlib.suppress(ValueError):  # to be left out, or told of by `coded_rows`
@@ -272,7 +272,7 @@ def first_question(path) -> str:
 
 # %% ../../nbs/text/14_chats.ipynb #14c00026
 def write_chats(path, file, tokenizer, report=silent, on_bad_lines="error") -> dict:
-    "The counts of `file`, written from a .jsonl file."
+    "The counts of `file`, written from the .jsonl file `path`."
     counts = collections.Counter(tokens=0, answers=0, words=0, bytes=0, templated=0, glued=0)
     left_out = collections.Counter()
     try:

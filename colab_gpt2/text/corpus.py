@@ -67,7 +67,7 @@ def measure(name, files, source):
 
 # %% ../../nbs/text/11_corpus.ipynb #e4f48c28
 def recall(folder):
-    "The Corpus in `folder`, if it is there and intact."
+    "The Corpus in `folder`, if there is a manifest and every file has its SHA-256; else None."
     try:
         known = json.loads((folder/"corpus.json").read_bytes())
         corpus = measure(known["name"], {s: folder/file for s, file in known["files"].items()}, known["source"])
@@ -76,7 +76,7 @@ def recall(folder):
 
 # %% ../../nbs/text/11_corpus.ipynb #56532824
 def cleaned(path, on_bad_lines="error"):
-    "The text `path`, made plain."
+    "The text `path`, with a copy in its place if it is not plain."
     if not is_plain(path): os.replace(join([path], path.with_name("copy"), None, on_bad_lines), path)
     return path
 
@@ -110,7 +110,7 @@ def cached(folder, name, source, make, published=()):
 # %% ../../nbs/text/11_corpus.ipynb #f140c2f0
 @dataclass(frozen=True)
 class Published(Record):
-    "Where to ask for a corpus, in order; the SHA-256 of its zip, and of splits if known."
+    "Where to ask for a corpus, in order; the SHA-256 of its zip, and of each split's file where it is known."
     sources: tuple
     zip_sha256: str
     files: dict = field(default_factory=dict)
@@ -130,7 +130,7 @@ WIKITEXT = {
 
 # %% ../../nbs/text/11_corpus.ipynb #0c19ea97
 def bring(source, name, zip_sha256, root, stage, report=silent):
-    "The files of the corpus `name` from one source: split -> path in `stage`."
+    "The files of the corpus `name` from one source, in `stage`: split -> path. A zip is downloaded to `root`."
     if hub := re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/?(.*)", source):
         repository, inside = hub.groups()
         if not inside: return from_hub(repository, name, stage, report)
@@ -143,7 +143,7 @@ def bring(source, name, zip_sha256, root, stage, report=silent):
 
 # %% ../../nbs/text/11_corpus.ipynb #c65acef2
 def fetch(name, published, root, report=silent, download=True):
-    "The Corpus `name` from the cache or a source; ConnectionError with what each one answered."
+    "The Corpus `name` from the cache, or the first source that has it; ConnectionError lists what each one answered."
     if known := recall(root/name): return known  # where no source may be asked, too
     answers = []
     for source in published.sources if download else ():
@@ -205,8 +205,8 @@ def name_of(path): return home(path).resolve().stem if os.path.exists(home(path)
 
 # %% ../../nbs/text/11_corpus.ipynb #7031da04
 def own_corpus(files, path, source, root, reading=(None, "error"), asked=None, report=silent):
-    """The Corpus of own texts (split -> paths): these, or copies without duplicates, by `join` with `reading`; what is
-    wrong with a split is about its field in `asked`."""
+    """The Corpus of own texts (split -> paths): where they are, or copies without duplicates by `join` with its options
+    `reading`; what is wrong with a split is about the field that `asked` has for it."""
     if all(len(paths) == 1 and is_plain(paths[0]) for paths in files.values()):
         read = documents_of(there := {split: path for split, (path,) in files.items()}, report)
         if not any(found.duplicates for found in read.values()):
@@ -289,8 +289,8 @@ def load_path(path, root, report=silent, reading=(None, "error")):
 STREAMED = "the disk has no room for the rest, which is read from the Hub as it is tokenised"
 
 def load_hub(repository, root, config, names, reading=(None, "error"), report=silent, download=True):
-    """The Corpus of a data set on the Hub; `names`: of its splits, for `pick_splits`. What the disk has no room for is
-    read by `stream_hub`."""
+    """The Corpus of a data set on the Hub. `names`: its splits to train and evaluate on, as `pick_splits` takes them.
+    What the disk has no room for is read by `stream_hub`."""
     def make(stage):
         if not download: raise ConnectionError(f"{repository} is not in the cache.")
         rows, facts = open_hub(repository, config, report), Counter()
@@ -337,7 +337,7 @@ def load_files(train_file, eval_file, root, hold_out=True, reading=(None, "error
 
 # %% ../../nbs/text/11_corpus.ipynb #9a633b5b
 def looks_like_table(start) -> bool:
-    "Whether all lines of `start` have as many commas, semicolons, tabs or | before a word."
+    "Whether each of the first lines of a text has the same number of commas, semicolons, tabs or | before a word."
     lines = re.sub(rb'"[^"]*("|$)', b"_", start).splitlines()[:20]  # what stands in quotes may have any
     marks = (re.compile(rb"(?<=[^\s<])%b(?=[\w.-])" % mark) for mark in (b",", b";", b"\t", rb"\|"))
     counts = ({len(mark.findall(line)) for line in lines[:-1]} for mark in marks)

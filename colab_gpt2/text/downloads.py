@@ -20,7 +20,7 @@ from ..errors import about
 from ..reporting import counted, counter, silent
 
 # %% ../../nbs/text/10_downloads.ipynb #07f16cfd
-USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses Python's default ones
+USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses the default ones of Python's libraries
 TIMEOUT = (10, 60)  # seconds: to connect, and between two pieces
 LONGEST_WAIT = 60  # seconds: a server that asks for more is given up
 
@@ -59,7 +59,7 @@ def receive(url, part, report=silent) -> bool:
         if answer.status_code == 200: start = 0
         total = start + int(answer.headers.get("Content-Length") or 0)
         with about("cache_dir"): check_space(part, total - start, f"The rest of {url}")
-        answer.raw.enforce_content_length = False  # or the last before a break is lost; checked below
+        answer.raw.enforce_content_length = False  # or what came last before a break is lost; the size is checked below
         add = counter(report, url.rsplit("/", 1)[-1], total or None, start)
         with open(part, "ab" if start else "wb") as f:
             for piece in answer.iter_content(1 << 16): add(f.write(piece))
@@ -97,7 +97,7 @@ def download(url, path, sha256, *, tries=4, wait=0.5, report=silent) -> Path:
 # %% ../../nbs/text/10_downloads.ipynb #2f4cf239
 @contextlib.contextmanager
 def sole_owner(path):
-    "Others that ask for the lock file `path` wait; it is gone afterwards."
+    "Another process or thread that asks for the lock file `path` waits; it is gone afterwards."
     with FileLock(path):
         try: yield
         finally:
@@ -113,7 +113,7 @@ def split_of(filename):
 
 # %% ../../nbs/text/10_downloads.ipynb #cbc90fc3
 def find_splits(archive):
-    "split -> member of a zip; ValueError for none, two of one split, or a path that leads out."
+    "split -> its member in the open zip `archive`; ValueError for none, two of one split, or a path that leads out."
     found = []
     for member in archive.infolist():
         path = PureWindowsPath(member.filename)  # it knows both slashes, and drives

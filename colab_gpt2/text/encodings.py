@@ -24,7 +24,7 @@ def plain_characters(start, encoding) -> int:
     return 0 if re.search(r"[\0-\x08]", text) else len(re.findall(r"[\n -~]", text))
 
 def encoding_of(start) -> str:
-    "Of a file that begins with the bytes `start`."
+    "The encoding of a text whose file begins with the bytes `start`."
     if marked := next((name for mark, name in MARKS if start.startswith(mark)), None): return marked
     likely = max(("utf-16-le", "utf-16-be"), key=lambda name: plain_characters(start, name))
     try: codecs.getincrementaldecoder("utf-8")().decode(start)
@@ -36,7 +36,7 @@ def encoding_of(start) -> str:
 LEGACY = ("cp1252 cp1250 cp1251 koi8_r cp1253 cp1254 cp1255 cp1256 gb18030 big5 shift_jis euc_jp euc_kr").split()
 
 def named_encodings(sample) -> list:
-    "The likeliest of the bytes `sample`, which are not UTF-8: several if equally likely."
+    "The likeliest encodings of the bytes `sample`, which are not UTF-8: several of different texts equally likely."
     from charset_normalizer import from_bytes
     found = from_bytes(sample, cp_isolation=LEGACY)
     near = [m for m in found if m.chaos < found[0].chaos + 0.03 and m.coherence > found[0].coherence - 0.03]
@@ -71,7 +71,7 @@ class Faults:
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00012
 def bad_character(text) -> str:
-    "What in `text` is no character, or ''."
+    "What the first character of `text` is that is none; '' if all are."
     if "\0" in text: return "a zero byte, as in a binary file"
     try: text.isascii() or text.encode()
     except UnicodeEncodeError as e:
@@ -106,7 +106,7 @@ def broken_off(source):
 
 # %% ../../nbs/text/10_encodings.ipynb #35a66d04
 def without_end(lines, skipped):
-    "Yield the `lines`, an iterator, without Ctrl-Z at their end, of which `skipped` is told."
+    "Yield the `lines`, an iterator, the last without Ctrl-Z at its end, which the Counter `skipped` is told."
     for line in lines:
         while line[-1] == DOS_END and (more := next(lines, "")):
             yield line
@@ -139,7 +139,7 @@ class Source:
         if kind is None: self.faults.tell()
 
     def lines(self, limit=-1):
-        "Yield the lines without bad ones; one of over `limit` characters comes in parts."
+        "Yield the lines, without those that have bad characters; a line of over `limit` characters comes in parts."
         begins = True
         with broken_off(self):
             for line in without_end(iter(lambda: self.text.readline(limit), ""), self.faults.skipped):

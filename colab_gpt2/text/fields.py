@@ -56,7 +56,7 @@ def kind_of(values) -> str:
 
 # %% ../../nbs/text/10_fields.ipynb #10f00013
 def clearest(kinds) -> list:
-    "The columns that may hold the text, by their `kinds`: one, if that is clear."
+    "The columns that may hold the text, by their `kinds` (name -> kind): one, if that is clear."
     words = [name for name in kinds if kinds[name] in ("text", "words")]
     named = [name for known in NAMES for name in words if name.strip().lower() == known]
     answers = [name for name in kinds if name in ANSWERS and kinds[name] != "empty"]  # "Paris", "42"

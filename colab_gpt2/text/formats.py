@@ -33,7 +33,7 @@ def suffix_of(path) -> str:
 HUGE = 1 << 27  # bytes of XML, some forty novels
 
 def paragraphs(xml):
-    "Yield those of a Word document's `xml` as lines."
+    "Yield the paragraphs of the open file `xml`, of a Word document, as lines."
     parts, again = [], 0
     for event, element in ElementTree.iterparse(xml, ("start", "end")):
         kind = element.tag.rpartition("}")[2]
@@ -49,7 +49,7 @@ def paragraphs(xml):
 
 # %% ../../nbs/text/10_formats.ipynb #a5d103ff
 def word_lines(source):
-    "Yield a Word document as lines; ValueError for what is none."
+    "Yield the paragraphs of a Word document as lines; ValueError for what is none."
     try:
         with zipfile.ZipFile(source.data) as archive, archive.open("word/document.xml") as xml:
             if archive.getinfo("word/document.xml").file_size > HUGE: raise ValueError("it is too large")
@@ -71,7 +71,7 @@ def lines_of(source):
                      "Save its text as UTF-8 in a .txt file.")
 
 def text_documents(source, longest=LONGEST):
-    "Yield the Documents, as they stand, without blank ones."
+    "Yield the Documents of a text, as they stand in it, without blank ones."
     lines, name, held, begun = lines_of(source), source.faults.called, "", False
     while more := next_of(lines, longest // 4):
         *whole, held = (held + more).split(END)
@@ -96,7 +96,7 @@ def write_documents(documents, target):
 
 # %% ../../nbs/text/10_formats.ipynb #10a00009
 def dialect_of(start) -> dict:
-    "How a CSV that begins with `start` divides columns, for `csv.reader`."
+    "How the CSV that begins with the text `start` divides its columns, in `csv.reader`'s terms."
     def fit(dialect):
         widths, clean = [], False
         with contextlib.suppress(csv.Error):  # what was read until then counts
@@ -107,7 +107,7 @@ def dialect_of(start) -> dict:
     return max(dialects, key=fit)
 
 # %% ../../nbs/text/10_formats.ipynb #10a0000b
-FIELD = 1 << 24  # characters of a value whose quote is never closed
+FIELD = 1 << 24  # characters of a value: where a quote is never closed, a row ends here
 csv.field_size_limit(max(FIELD, csv.field_size_limit()))
 
 def records(source, **dialect):
@@ -131,7 +131,7 @@ def records(source, **dialect):
 
 # %% ../../nbs/text/10_formats.ipynb #10a0000d
 def csv_rows(source):
-    "Yield the Rows; the first line names the columns."
+    "Yield the Rows of a CSV, whose first line names the columns."
     start = source.start.decode(source.encoding, errors="ignore")
     found = records(source, **dialect_of(start))
     header = [name.strip() for name in next(found, (0, ()))[1]]
@@ -146,7 +146,7 @@ def csv_rows(source):
 
 # %% ../../nbs/text/10_formats.ipynb #10a00010
 def as_row(value, place, source):
-    "[Row] of a record or a text; [] of anything else, which is bad."
+    "A list of Row of what JSON gave: a record, or a text alone; [] of anything else, which is bad."
     if isinstance(value, (dict, str)): return [Row(value if isinstance(value, dict) else {"text": value}, place)]
     source.faults.add(place, f"no record ({{…}}) but {json.dumps(value)[:40]}")
     return []
@@ -170,7 +170,7 @@ BETWEEN = re.compile(r"[\s,]*")
 
 # %% ../../nbs/text/10_formats.ipynb #10a00012
 def json_list(source):
-    "Yield the Rows of a list."
+    "Yield the Rows of a list of records."
     decode, lines = json.JSONDecoder().raw_decode, source.lines(1 << 16)
     text = next_of(lines, 1 << 16)
     at = text.find("[") + 1
@@ -192,13 +192,13 @@ def json_list(source):
 
 # %% ../../nbs/text/10_formats.ipynb #10a00014
 def json_rows(source):
-    "Yield the Rows of JSON."
+    "Yield the Rows of JSON lines, or of a list."
     start = source.start.decode(source.encoding, errors="ignore")
     yield from (json_list if start.lstrip()[:1] == "[" else json_lines)(source)
 
 # %% ../../nbs/text/10_formats.ipynb #10a00017
 def parquet_rows(source):
-    "Yield the Rows."
+    "Yield the Rows of a parquet file."
     from pyarrow import ArrowException, parquet
     with tempfile.TemporaryFile() as unpacked:
         file = source.raw

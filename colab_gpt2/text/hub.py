@@ -23,13 +23,13 @@ from .formats import READERS, suffix_of, write_documents
 TITLE = re.compile(r" = (?!=)(.*[^= ]) = ?\n?")
 
 def is_wikitext(rows, field=None) -> bool:
-    "Whether a text of the first `rows` (dicts) is a title of WikiText's."
+    "Whether the texts of the first `rows` (dicts) are lines of articles with titles: WikiText's."
     texts = (values.get(field or "text") for values in rows)
     return any(isinstance(text, str) and TITLE.fullmatch(text) for text in texts)
 
 # %% ../../nbs/text/10_hub.ipynb #0130c678
 def write_lines(texts, path):
-    "Write the rows of WikiText as lines; -> `path`."
+    "Write `texts`, the rows of WikiText, as lines of the file `path`."
     with open(path, "w", encoding="utf-8", newline="") as f:
         for text in texts: f.write(text if text and text.endswith("\n") else (text or " ") + "\n")
     return path
@@ -41,7 +41,7 @@ def hub_trouble(endpoint=None) -> str:
     if constants.HF_HUB_OFFLINE: return "gave no answer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_token()  # asks Colab for its secret, once: what is public needs none
+        get_token()  # asks Colab for its secret, once: without it all that is public can be had, so no word of that
     try: answer = requests.head(endpoint or constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
     except requests.RequestException: return "gave no answer"
     busy = answer.status_code == 429 or answer.status_code >= 500
@@ -65,7 +65,7 @@ def quietly(report):
 
 # %% ../../nbs/text/10_hub.ipynb #0f39d948
 def from_hub(repository, name, folder, report=silent):
-    "split -> path in `folder` of a dataset on the Hub; ConnectionError if that fails."
+    "The splits of a dataset on the Hub as files in `folder`: split -> path; ConnectionError if that fails."
     if trouble := hub_trouble(): raise ConnectionError(trouble)
     def texts(split): return (text for batch in rows[split].iter(1000) for text in batch["text"])
     with quietly(report) as datasets:
@@ -112,7 +112,7 @@ def why_not(repository, config, error) -> Exception:
 
 # %% ../../nbs/text/10_hub.ipynb #10c00016
 def open_hub(repository, config=None, report=silent, revision=None) -> dict:
-    "Split -> its rows, streamed, as a data set on the Hub is or was at a `revision`."
+    "The splits of a data set on the Hub, as it is or was at a `revision`: name -> its rows, which are streamed."
     if trouble := hub_trouble():
         raise ConnectionError(Sentence("The Hub {trouble}, and {repository} is not in the cache. Without a network "
                                        "{dataset=python-docs} works.", trouble=trouble, repository=repository))
@@ -122,7 +122,7 @@ def open_hub(repository, config=None, report=silent, revision=None) -> dict:
 
 # %% ../../nbs/text/10_hub.ipynb #10c00019
 def pick_splits(names, train_split="train", test_split=None) -> dict:
-    "Our split -> its name among `names`; ValueError for one that is not there."
+    "Our split -> its name among `names`, which a data set has; ValueError for one that it has not."
     held = {split_of(f"{name}.txt"): name for name in names if name not in (train_split, test_split)}
     if test_split: held["test"] = check_choice("dataset_test_split", test_split, names)
     found = {"train": check_choice("dataset_train_split", train_split, names)}
@@ -130,7 +130,7 @@ def pick_splits(names, train_split="train", test_split=None) -> dict:
 
 # %% ../../nbs/text/10_hub.ipynb #10c0001b
 def hub_rows(rows, called, report=silent):
-    "Yield the Rows of a split, `called` so in messages."
+    "Yield the Rows of a split, which errors and `report` call `called`."
     known = (rows.info.splits or {}).get(str(rows.split))
     add, rows = counter(report, f"Reading {called}", known and known.num_examples), iter(rows)
     for n in itertools.count(1):

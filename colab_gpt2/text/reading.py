@@ -26,11 +26,11 @@ SAVE = dict.fromkeys(("doc", "odt", "rtf", "pdf"), "Open it in Word or Google Do
 SAVE[""] = "Save its text as UTF-8 in a .txt file."
 
 def empty(path):
-    "The ValueError on a blank file."
+    "The ValueError on a file `path` of nothing but white space."
     return ValueError(f"{called(path)} is empty: it holds no text in its {several(path.stat().st_size, 'byte')}.")
 
 def check_file(path) -> Path:
-    "`path`, if it is a file that may be read; all of it is seen while it is read."
+    "`path`, if it is a file of a kind that is read and holds something; what it is in full is seen while it is read."
     path = home(path)
     if path.is_dir(): raise IsADirectoryError(f"{called(path)} is a folder; a text file is needed here.")
     if not path.exists(): raise FileNotFoundError(f"{called(path)} does not exist. Give the path of a text file.")
@@ -46,7 +46,7 @@ def is_blank(path): return path.stat().st_size < 1 << 16 and not path.read_bytes
 
 # %% ../../nbs/text/10_reading.ipynb #610cb672
 def rows_in(path, *options):
-    "`rows_of`; ValueError for a table without any."
+    "Yield the Rows of one table, which `Source` opens with `options`; ValueError for a table without any."
     rows = rows_of(path, *options)
     if (first := next(rows, None)) is None: raise ValueError(f"{called(path)} has no rows.")
     yield first
@@ -68,7 +68,7 @@ def check_text(
 
 # %% ../../nbs/text/10_reading.ipynb #b49ac36f
 def is_plain(path) -> bool:
-    "Whether the text `path` can be used as it stands."
+    "Whether the file `path` is a text that can be used as it stands."
     if is_table(path) or Path(path).suffix.lower() in PACKED: return False
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with open(path, "rb") as f:
@@ -147,7 +147,7 @@ def holds_chats(paths, on_bad_lines="error") -> bool:
 
 # %% ../../nbs/text/10_reading.ipynb #375b41cd
 def join(paths, target, *options):
-    "Write the documents of `paths` to the file `target`; `options` are those of `read_documents`."
+    "Write the documents of `paths` to the file `target`, END between two; `options` are those of `read_documents`."
     with about("cache_dir"): check_space(target, sum(p.stat().st_size for p in paths), f"A copy of {called(paths[0])}")
     return write_documents(read_documents(paths, *options), target)
 

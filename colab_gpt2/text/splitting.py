@@ -30,7 +30,7 @@ class Reading(Record):
     shares: dict  # split -> its share of the bytes
     rule: str = "as they are"  # how the documents came into the splits
     skipped: dict = field(default_factory=dict)  # why -> how many rows were left out
-    line_ends: dict = field(default_factory=dict)  # whose -> how many files; all are Unix's now
+    line_ends: dict = field(default_factory=dict)  # those of which system -> in how many files; all are Unix's now
     encodings: dict = field(default_factory=dict)  # name -> how many files; all is UTF-8 now
 
     def _rows(self):
@@ -46,7 +46,7 @@ class Reading(Record):
 MARK = END.encode()
 
 def parts_of(path, report=silent, size=1 << 20):
-    "Yield (bytes, whether a document ends with them), without marks."
+    "Yield (bytes, whether a document ends with them) of the text `path`, without marks."
     rest, keep, total = b"", len(MARK) - 1, os.path.getsize(path)
     with open(path, "rb") as f:
         if f.read(3) != codecs.BOM_UTF8: f.seek(0)
@@ -63,7 +63,7 @@ DROPPED = len(SPLITS)  # where a duplicate goes
 INSIDE = bytes(range(0x80, 0xc0))  # the bytes of a character in UTF-8 after its first
 
 def side_of(number) -> int:
-    "The index in SPLITS of a document with this hash, in 80, 10 and 10%."
+    "The index in SPLITS of the document with this hash: 80, 10 and 10% of all numbers."
     return (number >= 0.8 * 2**64) + (number >= 0.9 * 2**64)
 
 class Hasher:
@@ -89,7 +89,7 @@ class Numbers:
     def __init__(self): self.table, self.count = array("Q", bytes(512)), 0
 
     def place(self, number):
-        "Where `number` stands in the table, or belongs."
+        "Where `number` stands in the table, or the free place where it belongs: a 0."
         at, size = number % len(self.table), len(self.table)
         while self.table[at] not in (0, number): at = (at + 1) % size
         return at
@@ -131,7 +131,7 @@ class Documents:
         return [size / max(1, sum(self.sizes[:DROPPED])) for size in self.sizes[:DROPPED]]
 
     def write(self, targets):
-        "Copy what is kept to the file `targets[side]`."
+        "Copy each document that is kept to the file `targets[side]`, with END between two."
         with contextlib.ExitStack() as stack:
             files = {path: stack.enter_context(open(path, "wb")) for path in {*targets}}
             n, inside = 0, False
@@ -143,7 +143,7 @@ class Documents:
 
 # %% ../../nbs/text/10_splitting.ipynb #915d3223
 def reading_of(files, read, rule="as they are") -> Reading:
-    "The Reading of `read` (split -> Documents, or one for all), whose `files` came by a `rule`."
+    "The Reading of the Documents `read` (split -> Documents, or one for all), of which the `files` came by a `rule`."
     sizes = {split: os.path.getsize(path) for split, path in files.items()}
     shares = {split: size / max(1, sum(sizes.values())) for split, size in sizes.items()}
     sums = (sum(getattr(found, name) for found in read.values()) for name in ("kept", "duplicates", "characters"))
@@ -151,7 +151,7 @@ def reading_of(files, read, rule="as they are") -> Reading:
 
 # %% ../../nbs/text/10_splitting.ipynb #9f8ee233
 def told(read, facts):
-    "`read` with what `read_documents` has counted in `facts`."
+    "The Reading `read` with what `read_documents` has counted in `facts`."
     def of(kind): return {key[1]: n for key, n in facts.items() if key[0] == kind}
     skipped = {key: n for key, n in facts.items() if isinstance(key, str)}
     return replace(read, skipped=skipped, encodings=of("encoding"), line_ends=of("line ends"))
@@ -163,7 +163,7 @@ def are_fair(shares) -> bool:
 
 # %% ../../nbs/text/10_splitting.ipynb #dc018f20
 def split_text(path, folder, named, report=silent):
-    "Part a text, `named` so in errors: (split -> path in `folder`, Reading)."
+    "Copy the text `path`, which errors call `named`, into a file for each split in `folder`: (split -> path, Reading)."
     with about("cache_dir"): check_space(folder, 2 * path.stat().st_size, f"Cutting {named} in three")
     read, files = Documents(path, Numbers(), report), {split: folder/f"{split}.txt" for split in SPLITS}
     if not read.kept: raise ValueError(f"{named} is empty: all of its documents are.")
@@ -195,7 +195,7 @@ def documents_of(files, report=silent) -> dict:
 
 # %% ../../nbs/text/10_splitting.ipynb #5cebaeae
 def drop_duplicates(files, folder, report=silent):
-    "(the `files`, for those with duplicates others in `folder`; the Reading of all)."
+    "The `files` (split -> path), in place of those with duplicates others in `folder`; and the Reading of all."
     read, files = documents_of(files, report), dict(files)
     for split, found in read.items():
         if not found.duplicates: continue
@@ -206,7 +206,7 @@ def drop_duplicates(files, folder, report=silent):
 
 # %% ../../nbs/text/10_splitting.ipynb #10c00002
 def shared_out(numbers) -> tuple:
-    "(side of each, rule) of these hashes; few are parted by their order."
+    "(the side of each, rule) of the hashes `numbers`; few are parted by their order, so that some are held out."
     sides = bytearray(map(side_of, numbers))
     if are_fair([sides.count(side) / max(1, len(sides)) for side in range(DROPPED)]):
         return sides, f"each of {len(sides):,} conversations by its hash"
@@ -244,7 +244,7 @@ def keep_chats(rows, path, known) -> tuple:
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f00b
 def part_chats(whole, numbers) -> tuple:
-    "Part conversations by their hashes `numbers`: (split -> path, rule)."
+    "Part the .jsonl file `whole` of conversations with the hashes `numbers`: (split -> path, rule)."
     sides, rule = shared_out(numbers)
     made = {SPLITS[side]: whole.with_name(f"{SPLITS[side]}.jsonl") for side in sorted({*sides})}
     for suffix in (whole.suffix, PLACES):

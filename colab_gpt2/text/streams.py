@@ -19,7 +19,7 @@ from .splitting import SPLITS, Documents, Hasher, Numbers, side_of
 
 # %% ../../nbs/text/10_streams.ipynb #8ad2e9df
 class Texts(io.TextIOBase):
-    "The strings `texts`, read like a file from the byte `start` on."
+    "The strings `texts`, END between two, to be read like a file; the first `start` bytes are passed over."
     def __init__(self, texts, start=0, context=0):
         self.parts, self.rest, self.before = (END * (n > 0) + text for n, text in enumerate(texts)), "", ""
         while start > 0 and (part := next(self.parts, None)) is not None:
@@ -71,7 +71,7 @@ class Stream(Record):
 HELD = 10**7  # bytes of text at most that are held out for each split
 
 def hold_out(texts, files, by_hash=False, most=None):
-    "Write `texts` to the `files` (split -> path) until each has `most` bytes, or HELD."
+    "Write of `texts` to the `files` (split -> path) of held-out splits, until each has `most` bytes, or HELD."
     most = most or HELD
     with contextlib.ExitStack() as stack:
         out = {SPLITS.index(split): stack.enter_context(open(path, "wb")) for split, path in files.items()}
@@ -109,13 +109,13 @@ def stream_hub(repository, config, splits, field, on_bad_lines, rules, stage, re
 
 # %% ../../nbs/text/10_streams.ipynb #38392b29
 def stream_in(path):
-    "The Stream in the file `path`; None for any other."
+    "The Stream in the file `path`; None for any other, and for somebody's text of such a name."
     if path.suffix != SUFFIX or path.stat().st_size > 1 << 16: return None
     try: return Stream.from_dict(json.loads(path.read_bytes()))
     except ValueError: return None
 
 def size_of(path) -> int:
-    "The bytes of a text, or of the texts of a Stream."
+    "The bytes of a text, or those of the texts that a Stream stands for."
     return stream.bytes if (stream := stream_in(path)) else path.stat().st_size
 
 def open_stream(path, start, context):

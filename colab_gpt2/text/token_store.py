@@ -26,7 +26,7 @@ from .tokens import CONTEXT, Encoder, notes_on, opened, read_windows, sample_of
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
 @dataclass(frozen=True, eq=False)
 class Blocks(Record):
-    "The token stream of one text as a torch dataset of blocks."
+    "The token stream of one text as a torch dataset of blocks, for the workers of a DataLoader too."
     path: Path  # the memory map: all ids, nothing else
     block_size: int  # tokens a block
     tokens: int  # of the stream, with those after the last full block
@@ -51,7 +51,7 @@ class Blocks(Record):
         return {"input_ids": ids, "labels": ids}
 
     def __getstate__(self):
-        "Without the map: it would be copied."
+        "Without the map, which would travel as a copy of all tokens."
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _rows(self):
@@ -63,7 +63,7 @@ class Blocks(Record):
 
 # %% ../../nbs/text/13_token_store.ipynb #62b24e33
 def check_trainable(blocks: Blocks, minimum_blocks=1) -> Blocks:
-    "`blocks`, if they are enough to train on; else a ValueError."
+    "`blocks`, if there are enough to train on; else a ValueError that says what to do."
     if len(blocks) >= minimum_blocks: return blocks
     fits, text = blocks.tokens // minimum_blocks, f"The {blocks.split} text" if blocks.split else "The text"
     said = f"{text} has {several(blocks.tokens, 'token')}, which is {several(len(blocks), 'block')} of"
@@ -109,7 +109,7 @@ def write_ids(pieces, encoder, out, counts, last=" ", before=-1):
 
 # %% ../../nbs/text/13_token_store.ipynb #33fab38d
 def open_text(path, start):
-    "(the open text from the byte `start` on, without a byte order mark; the CONTEXT before)."
+    "The text of `path`, open `start` bytes after its byte order mark if it has one; and the CONTEXT before that."
     if stream_in(path): return open_stream(path, start, CONTEXT)
     file = open(path, "rb")
     mark = 3 if file.read(3) == codecs.BOM_UTF8 else 0
@@ -145,7 +145,7 @@ def write_part(path, file, encoder, report=silent):
 
 # %% ../../nbs/text/13_token_store.ipynb #1b2ca5d3
 def write_tokens(path, file, encoder, report=silent, write=write_part):
-    "The counts of `file`, tokenised by one process at a time."
+    "The counts of `file`, tokenised from the text `path` by one process at a time."
     try:
         file.ids.parent.mkdir(parents=True, exist_ok=True)
         with sole_owner(file.ids.with_suffix(".lock")):

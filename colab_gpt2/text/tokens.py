@@ -18,8 +18,8 @@ from .formats import END
 CONTEXT = 1 << 10  # characters before and after a cut that are looked at
 
 def find_cut(encode, text, context=CONTEXT):
-    """A place near the end of `text` where a token ends whatever follows, after a line if it can be, and the ids of the
-    `context` characters before it; (None, None) without."""
+    """A place near the end of `text` where a token ends whatever follows, and the ids of the `context` characters
+    before it: after a line if it can be, else after any character; (None, None) where there is none."""
     last = len(text) - context
     for at in (text.rfind("\n", 2 * context, last) + 1, *range(last, last - 64, -1)):
         if at < 2 * context or text[at:at + context // 2].isspace(): continue  # a token may take all space before it
@@ -29,10 +29,11 @@ def find_cut(encode, text, context=CONTEXT):
 
 # %% ../../nbs/text/12_tokens.ipynb #ce1864e5
 TOO_LONG = "{tokenizer} finds no place to cut the text, and memory is too short for {n:,} characters in one piece."
-COST = 120  # bytes of memory a character; tokenizers 0.23 took 100 to 120
+COST = 120  # bytes of memory for a character at most; tokenizers 0.23 took 100 to 120, with and without spaces
 
 def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT):
-    "Yield (text, ids) piece by piece, as of one piece. `text`: the `context` characters before `file`'s place."
+    """Yield (text, ids) piece by piece; the ids are those of one piece. `text`: the `context` characters before the
+    place where `file` stands."""
     known, skip = len(text), len(encode([text])[0]) if text else 0  # of the text and its ids: what came before
     ended = False
     while not ended:
@@ -48,7 +49,7 @@ def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT):
 
 # %% ../../nbs/text/12_tokens.ipynb #04a3cf22
 def opening_ids(tokenizer) -> list:
-    "The ids that `tokenizer` puts before a text, such as `<s>`."
+    "The ids that `tokenizer` puts before a text, such as `<s>`; not what it puts after one."
     both, own = (tokenizer("a", add_special_tokens=added, verbose=False)["input_ids"] for added in (True, False))
     return both[:next((n for n in range(len(both)) if both[n:n + len(own)] == own), 0)]
 
@@ -71,7 +72,7 @@ MARKS = END, "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text
 
 
 def notes_on(data, name, tokenizer, lost=False):
-    "Yield a text for what is unknown in `data`, bytes of `name`, or `lost` from it."
+    "Yield a text for what is unknown in `data`, the bytes of `name` or its `sample_of`, or `lost` from it."
     def ids(text): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     white = {"line ends": "\n", "repeated spaces": "  "} if lost else {}
     gone = [what for what, w in white.items() if data.find(w.encode()) >= 0 and ids(f"a{w}a") == ids("a a")]
@@ -87,7 +88,7 @@ def notes_on(data, name, tokenizer, lost=False):
 
 # %% ../../nbs/text/12_tokens.ipynb #a598e47a
 def sample_of(path) -> bytes:
-    "The beginning of a text, and what else `notes_on` looks for."
+    "The beginning of a text, and what else of it `notes_on` looks for; to map the file would fill the memory."
     wanted, start, last = {*(mark.encode() for mark in MARKS), b"\n", b"  "}, b"", b""
     with open(path, "rb") as f:
         while more := f.read(1 << 20):
@@ -106,7 +107,7 @@ def check_ids(ids, rows, tokenizer, said, **values):
 
 # %% ../../nbs/text/12_tokens.ipynb #c443ca46
 def private_copy(tokenizer):
-    "The `tokenizers.Tokenizer` inside, copied, without padding and truncation."
+    "A copy of the `tokenizers.Tokenizer` inside `tokenizer`, with padding and truncation off."
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
