@@ -379,12 +379,13 @@ def test_a_folder_that_is_not_there_is_told_before_its_disk(cli):
 def test_archive_and_save_refuse(cli, tmp_path):
     (tmp_path/"out").mkdir()
     refused(cli("archive", "--folder", "out"), 1, "out")
-    (tmp_path/"a.tar.gz").write_bytes(b"mine")
-    refused(cli("save", "--archive", "a.tar.gz"), 1, "Name a folder to save in: --drive.")
+    for name in ("a.tar.gz", "a.zip"): (tmp_path/name).write_bytes(b"mine")
+    refused(cli("save", "--archive", "a.tar.gz"), 1, "a.tar.gz is truncated, corrupted or not a .tar.gz archive")
+    refused(cli("save", "--archive", "a.zip"), 1, "Name a folder to save in: --drive.")
     refused(cli("bench", "--steps", "0"), 2, "--steps")
     refused(cli("plan", "--gpu", "X5"), 2, "known are T4")
     refused(cli("archive", "--folder", "out", "--path", "a.tar.gz"), 1, "out")
-    assert {p.name for p in tmp_path.iterdir()} == {"out", "a.tar.gz"}
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "a.tar.gz", "a.zip"}
 
 
 def test_run_looks_at_archive_and_drive_before_it_trains(cli, own, tmp_path):

@@ -50,7 +50,7 @@ def test_two_gpus_alike_are_shared_and_every_door_says_how(monkeypatch, capsys):
     assert runtime.gpus == 2 and "GPU: 2 × Tesla T4, 15.8 GB" in runtime._repr_html_()
     assert runtime.advice.startswith("There are 2 GPUs of this kind: num_processes=2 trains on all of them")
     panel = RuntimePanel()
-    assert panel.start().gpus == 2 and runtime.advice in panel.view.value and "GPU: 2 × Tesla T4" in panel.view.value
+    assert panel.start().gpus == 2 and runtime.advice in panel.status.value and "GPU: 2 × Tesla T4" in panel.view.value
     monkeypatch.setattr("sys.argv", ["colab-gpt2", "check", "--json"])
     with pytest.raises(SystemExit, match="^0$"): main()
     told = json.loads(capsys.readouterr().out)

@@ -37,7 +37,7 @@ For the first two, Kaggle asks you once to verify your phone number.
         "*Settings → Accelerator* lists what Kaggle offers. Choose **GPU T4 x2**.",
     "| in the menu …": """| in the menu | memory | which GPT-2 it trains on WikiText-2, and how long two epochs take (forecast) |
 |:--|:--|:--|
-| GPU T4 x2 | 15 GB each | gpt2 2 min, gpt2-medium 6 min; gpt2-large by LoRA, 9 min; gpt2-xl by LoRA, 17 min |
+| GPU T4 x2 | 15 GB each | gpt2 2 min, gpt2-medium 6 min, gpt2-large 13 min; gpt2-xl by LoRA, 17 min |
 | GPU P100 | 16 GB | none: today's PyTorch has no code for it any more |
 | None | – | `tiny`; gpt2 would take a day or two |""",
     "from colab_gpt2 import FinetunePanel\n\ntraining = FinetunePanel(text)":
