@@ -105,11 +105,11 @@ class Spoils(TrainerCallback):
 def several_runs(text, folder):
     "One after the other, so that a pair of processes is started once: -> what each gave."
     def run(name, **changes): return told(lambda: finetune(**settings(text, folder/name, **changes)))
-    def spoiled(): return (spoils := Spoils()) and (run("spoiled", callbacks=[spoils], save_steps=5), spoils.begun)
+    spoiled = run("spoiled", callbacks=[spoils := Spoils()], save_steps=5), spoils.begun
     return dict(plain=run("plain"), short=run("short", callbacks=[Short()], eval_steps=-1, max_steps=6),
                 stopped=run("stopped", callbacks=[Signal(7, 1)]), begun=run("begun"), again=run("plain"),
                 few=run("few", effective_batch_size=1), lora=run("lora", method="lora", max_steps=6, eval_steps=-1),
-                mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12), spoiled=spoiled(),
+                mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12), spoiled=spoiled,
                 divided=run("divided", fsdp="on"), halted=run("halted", fsdp="on", callbacks=[Signal(7, 1)]),
                 resumed=run("handed over", fsdp="on", gradient_checkpointing=True))
 
@@ -152,9 +152,11 @@ def test_a_signal_for_one_process_stops_all_with_a_checkpoint(runs):
     assert read_manifest(folder/"checkpoint-8")["how"]["processes"] == 2
 
 
-def test_a_checkpoint_of_two_processes_resumes_in_one(runs, text, alone):
-    folder = Path(runs[0]["plain"].output_dir).parent/"stopped"
-    with pytest.warns(UserWarning, match="by 2 processes before"): result = finetune(**settings(text, folder))
+@pytest.mark.parametrize("kind", ["stopped", "halted"], ids=["of copies", "of a divided model"])
+def test_a_checkpoint_of_two_processes_resumes_in_one(runs, text, alone, kind):
+    assert [rank[kind][0] for rank in runs] == [143, 143]
+    with pytest.warns(UserWarning, match="by 2 processes before"):
+        result = finetune(**settings(text, Path(runs[0]["plain"].output_dir).parent/kind))
     assert result.resumed_from.endswith("checkpoint-8")
     same(result, alone)
 
@@ -180,14 +182,6 @@ def test_a_divided_model_learns_as_one_process_does_and_is_saved_whole(runs, alo
     assert type(saved) is GPT2LMHeadModel and saved.config.architectures == ["GPT2LMHeadModel"]
     files = [{path.name for path in find_checkpoints(each.output_dir)[-1].iterdir()} for each in (result, alone)]
     assert files[0] ^ files[1] == {"rng_state_0.pth", "rng_state.pth"}
-
-
-def test_a_checkpoint_of_a_divided_model_resumes_in_one_process(runs, text, alone):
-    assert [rank["halted"][0] for rank in runs] == [143, 143]
-    folder = Path(runs[0]["divided"].output_dir).parent/"halted"
-    with pytest.warns(UserWarning, match="by 2 processes before"): result = finetune(**settings(text, folder))
-    assert result.resumed_from.endswith("checkpoint-8")
-    same(result, alone)
 
 
 def test_a_checkpoint_of_one_process_resumes_in_a_divided_model(runs, alone):

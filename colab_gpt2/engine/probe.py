@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from ..core import human_bytes
+from ..model.loading import own_part
 from ..model.tune import casting_once, compiled, repeated_blocks
 from ..planning.plan import Plan, smaller_micro_batch
-from .sharding import own_part, sharded
+from .sharding import sharded
 from ..ranks import RANKS, gathered, lost_told
 from ..runtime import first_line, out_of_memory
 

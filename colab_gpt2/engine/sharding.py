@@ -18,7 +18,7 @@ def sharded(model) -> bool:
 
 # %% ../../nbs/engine/40_sharding.ipynb #7d266145
 def inside(model):
-    "What calls a function with its arguments while the weights outside the blocks of a `model` are whole."
+    "A caller of functions, during which the weights outside the blocks of `model` are whole."
     return getattr(model, "inside", lambda function, *args: function(*args))
 
 # %% ../../nbs/engine/40_sharding.ipynb #9ef951e7
@@ -33,11 +33,6 @@ def shard(model, device):
     model.inside = inside(model)
     register_fsdp_forward_method(model, "inside")
     return_freed_memory()
-
-# %% ../../nbs/engine/40_sharding.ipynb #44e0cc80
-def own_part(tensor):
-    "What this process has of it."
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 # %% ../../nbs/engine/40_sharding.ipynb #405b6605
 def whole(tensor):
@@ -73,7 +68,9 @@ def put_shares(model, files):
     left = dict(model.named_parameters())
     for path in files:
         with torch.no_grad(), safe_open(path, "pt") as file:
-            for name in left.keys() & file.keys(): left[name].copy_(part_of(file.get_tensor(name), left.pop(name)))
+            for name in left.keys() & file.keys():
+                own = left.pop(name)
+                own.copy_(part_of(file.get_tensor(name), own))
     if left: raise ValueError(f"{next(iter(left))} is missing")
 
 # %% ../../nbs/engine/40_sharding.ipynb #d658d49e

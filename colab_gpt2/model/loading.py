@@ -296,11 +296,15 @@ def new_model(config, seed=None):
         if seed is not None: torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
+# %% ../../nbs/model/20_loading.ipynb #5c7d0e19
+def own_part(tensor):
+    "This process's part of a `tensor` that may be divided."
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
 # %% ../../nbs/model/20_loading.ipynb #0d8fa4e3
 def lost_weight(model) -> str:
     "The name of the first weight of `model` that is NaN or infinite, or ''."
-    own = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in model.named_parameters())
-    return next((name for name, p in own if not p.isfinite().all()), "")
+    return next((name for name, p in model.named_parameters() if not own_part(p).isfinite().all()), "")
 
 # %% ../../nbs/model/20_loading.ipynb #60cd11ea
 def count_floats(place, cache_dir=None):
