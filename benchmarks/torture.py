@@ -54,8 +54,9 @@ def make_job(folder, articles):
 
 def typed(job, *more) -> list:
     "The words of the command; all its paths but the job's are in the folder of the trial."
+    read = "--num-train-epochs", "2", "--effective-batch-size", "8", "--block-size", "64"  # of itself it would be more
     return ["finetune", "--model", f"{job}/toy", "--train-file", f"{job}/train.txt", "--eval-file", f"{job}/eval.txt",
-            "--max-new-tokens", "8", "--output-dir", "out", *more]
+            "--max-new-tokens", "8", "--output-dir", "out", *read, *more]
 
 
 def ours(job, *more):

@@ -1,10 +1,12 @@
 "What several test files need."
-import gc, os, subprocess, sys
+import gc, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
 from helpers import pretend_gpu
 from helpers.forks import command, forked
+
+from colab_gpt2.signals import ENDING
 
 ROOT = Path(__file__).parents[1]
 COMMAND_LINE = [sys.executable, "-c", "from colab_gpt2.cli import main; main()"]  # in a process of its own
@@ -47,7 +49,8 @@ def the_libraries_are_no_garbage():
 
 
 @pytest.fixture(autouse=True)
-def nothing_of_colab_stays():
-    "A test that pretends to be on Colab has ended that when it is over, or the next one would be there too."
+def what_a_test_pretends_ends_with_it():
+    "Colab, and handlers of signals: or the next test of this process would have them too."
+    signals = [signal.getsignal(number) for number in ENDING]
     yield
-    assert "COLAB_RELEASE_TAG" not in os.environ
+    assert "COLAB_RELEASE_TAG" not in os.environ and signals == [signal.getsignal(number) for number in ENDING]

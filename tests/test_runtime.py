@@ -4,7 +4,7 @@ import html, json, subprocess, sys, types
 import pytest
 
 from colab_gpt2 import RuntimePanel
-from colab_gpt2.cli import main
+from colab_gpt2.cli import app
 from colab_gpt2.generation import resolve  # with transformers, before a test pretends a GPU
 from colab_gpt2.runtime import check_runtime, in_colab, pick_precision
 
@@ -51,8 +51,7 @@ def test_two_gpus_alike_are_shared_and_every_door_says_how(monkeypatch, capsys):
     assert runtime.advice.startswith("There are 2 GPUs of this kind: num_processes=2 trains on all of them")
     panel = RuntimePanel()
     assert panel.start().gpus == 2 and runtime.advice in panel.status.value and "GPU: 2 × Tesla T4" in panel.view.value
-    monkeypatch.setattr("sys.argv", ["colab-gpt2", "check", "--json"])
-    with pytest.raises(SystemExit, match="^0$"): main()
+    with pytest.raises(SystemExit, match="^0$"): app(["check", "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["gpus"] == 2 and "--num-processes 2 trains on all of them" in told["advice"]
 
