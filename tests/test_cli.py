@@ -30,8 +30,9 @@ def cli(tmp_path, monkeypatch):
 @pytest.fixture
 def own(tmp_path):
     "Options for two small texts of the user's own."
-    for name, word in (("train", "tide"), ("eval", "moon")):
-        page = (f" = Article {i} = \n \n The {word} of day {i} came in at {i % 12} o'clock . \n" for i in range(90))
+    for name, word, articles in (("train", "tide", 90), ("eval", "moon", 20)):
+        page = (f" = Article {i} = \n \n The {word} of day {i} came in at {i % 12} o'clock . \n"
+                for i in range(articles))
         (tmp_path/f"{name}.txt").write_text("".join(page))
     return "--train-file", "train.txt", "--eval-file", "eval.txt", "--cache-dir", "cache"
 

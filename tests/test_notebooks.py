@@ -22,9 +22,9 @@ def kept_by(notebook):
 
 
 def run_briefly(notebook):
-    "The README's notebook with a shorter demo than a reader's: 30 steps show what a hundred would."
+    "The README's notebook with a shorter demo than a reader's: 15 steps show what a hundred would."
     from colab_gpt2 import tasks
-    tasks.DEMO = replace(tasks.DEMO, max_steps=30)
+    tasks.DEMO = replace(tasks.DEMO, max_steps=15)
     return show.run(notebook)
 
 

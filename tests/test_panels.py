@@ -18,13 +18,13 @@ def page(n, word="tide"):
 
 
 @pytest.fixture
-def quick(tmp_path):
+def quick(tmp_path, small):
     "A config of a run of twelve short steps."
     (tmp_path/"train.txt").write_text(page(60))
     (tmp_path/"eval.txt").write_text(page(30, "moon"))
     places = dict(train_file="train.txt", eval_file="eval.txt", output_dir="out", cache_dir="cache")
     paths = {name: str(tmp_path/place) for name, place in places.items()}
-    return FinetuneConfig(model="tiny", block_size=64, effective_batch_size=2, max_steps=12, max_new_tokens=6,
+    return FinetuneConfig(model=small, block_size=64, effective_batch_size=2, max_steps=12, max_new_tokens=6,
                           prompt="The tide", logging_steps=1, **paths)
 
 
@@ -331,7 +331,8 @@ def test_what_follows_waits_for_a_finished_model_or_tries_a_checkpoint(quick):
     panel.start(callbacks=[At(4, lambda: signal.raise_signal(signal.SIGINT))])
     assert (keeping.start(), keeping.said, keeping.result, writing.said) == (None, UNFINISHED, None, "")
     assert "(step 5 of 12, not finished)" in writing.choice.value
-    assert writing.start().titles == ("Before: tiny", f"After: {quick.output_dir} (step 5 of 12, not finished)")
+    titles = f"Before: {quick.model}", f"After: {quick.output_dir} (step 5 of 12, not finished)"
+    assert writing.start().titles == titles
     assert "Note: " in writing.status.value and "step 5 of 12, not finished" in writing.kept
     assert panel.start().steps == 12 and "not finished" not in "".join(writing.start().titles)
 
@@ -535,7 +536,7 @@ def test_a_bad_value_is_marked_where_it_was_typed(quick):
 
 
 def test_a_perplexity_that_rises_is_no_success(quick):
-    panel = colab_gpt2.FinetunePanel(quick, learning_rate=0.02, max_steps=4).ready()
+    panel = colab_gpt2.FinetunePanel(quick, model="tiny", learning_rate=0.02, max_steps=4).ready()
     assert panel.start() and "Note: The perplexity has risen from" in panel.status.value
     assert "lower “Learning rate”, or train fewer “Epochs”" in panel.status.value
 
@@ -628,9 +629,9 @@ def test_a_second_panel_waits_while_one_is_at_work(quick):
 
 
 def test_pump_and_pictures_cost_under_two_percent(quick):
-    "A step of the smallest model is the hardest case: 48 blocks of 256 tokens take it some seconds."
+    "A step of the smallest model is the hardest case: 16 blocks of 256 tokens take it some seconds."
     Path(quick.train_file).write_text(page(4000))
-    panel = colab_gpt2.FinetunePanel(quick, block_size=256, effective_batch_size=16, max_steps=10).ready()
+    panel = colab_gpt2.FinetunePanel(quick, block_size=256, effective_batch_size=16, max_steps=4).ready()
     result = panel.start()
     share = panel.live.spent / result.seconds
     assert share < 0.02, f"{share:.1%} of {result.seconds:.1f} s"

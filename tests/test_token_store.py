@@ -183,7 +183,8 @@ def test_a_killed_run_is_resumed(tiny, tmp_path, long_text, expected, encoded):
         entry = wait_for_entry(cache)  # it may have made one more
         assert entry["bytes"] > done and suffixes(cache) == [".journal", ".lock", ".part"]
         done = entry["bytes"]
-    with open(next((cache/"tokens").glob("[!.]*.part")), "ab") as part: part.write(b"torn")  # ids that came after the entry
+    part = next((cache/"tokens").glob("[!.]*.part"))
+    with open(part, "ab") as more: more.write(b"torn")  # ids that came after the entry
     blocks = tokenize_file(long_text, tiny, 64, cache_dir=cache, progress=False)
     assert digest(blocks.path) == expected and suffixes(cache) == [".ids", ".json"]
     text = long_text.read_bytes().decode("utf-8-sig")

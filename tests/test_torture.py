@@ -11,12 +11,13 @@ from torture import Crash, Trial, longest_copy, make_job, measure_reference, row
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    "What a trial's process calls: 25 steps, an evaluation every 4, and a checkpoint about every 60 ms."
+    "What a trial's process calls: 12 steps, an evaluation every 4, and a checkpoint about every 60 ms."
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(torture.SHAPE, "n_layer", 1)
         patch.setitem(torture.SHAPE, "n_embd", 32)
         job = make_job(tmp_path_factory.mktemp("job"), 200)
-    return torture.ours, str(job), "--save-minutes", "0.001", "--mirror", "mirror", "--eval-steps", "4"
+    brief = "--num-train-epochs", "1", "--eval-steps", "4"
+    return torture.ours, str(job), "--save-minutes", "0.001", "--mirror", "mirror", *brief
 
 
 @pytest.fixture(scope="module")

@@ -82,12 +82,12 @@ def write_kernel(folder, python):
 BRIEF = """
 from dataclasses import replace
 from colab_gpt2 import tasks
-tasks.DEMO = replace(tasks.DEMO, max_steps=40)
+tasks.DEMO = replace(tasks.DEMO, max_steps=24)
 """
 
 
 def write_brief(folder):
-    "Kernels start with a shorter demo than a reader's: forty steps show what a hundred would."
+    "Kernels start with a shorter demo than a reader's: 24 steps show what a hundred would."
     startup = folder/"ipython"/"profile_default"/"startup"
     startup.mkdir(parents=True)
     (startup/"brief.py").write_text(BRIEF)

@@ -9,8 +9,12 @@ from test_newcomer import fill, press, wait_said
 
 pytestmark = pytest.mark.timeout(300)
 APP = "from colab_gpt2 import FinetunePanel, app\n\nshown = app()\nshown"
-RUN = """training = FinetunePanel(model="tiny", dataset="python-docs", max_new_tokens=20, logging_steps=1,
-                         num_train_epochs=20, output_dir="midway", overwrite_output_dir=True)
+TEXT = """with open("tides.txt", "w") as file:
+    for day in range(3000): file.write(f"The tide of day {day} came in at {day % 12} o'clock and went out again.\\n\\n")
+"""  # of which little is held out
+RUN = TEXT + """training = FinetunePanel(model="tiny", train_file="tides.txt", max_new_tokens=20, logging_steps=1,
+                         block_size=128, effective_batch_size=4, num_train_epochs=20, output_dir="midway",
+                         overwrite_output_dir=True)
 display(training)
 training.start();"""
 
@@ -105,10 +109,11 @@ def test_app(begun):
     begun.picture("app-training")
 
 
-SLOW = """import sys
+SLOW = TEXT + """import sys
 from colab_gpt2 import FinetunePanel
-slow = FinetunePanel(model="tiny", dataset="python-docs", block_size=512, per_device_train_batch_size=24, max_steps=50,
-                     max_new_tokens=20, output_dir="slow", mirror="off", overwrite_output_dir=True)
+slow = FinetunePanel(model="tiny", train_file="tides.txt", block_size=512, per_device_train_batch_size=6, max_steps=50,
+                     effective_batch_size=6, max_new_tokens=20, output_dir="slow", mirror="off",
+                     overwrite_output_dir=True)
 made_with_torch = "torch" in sys.modules
 slow"""
 

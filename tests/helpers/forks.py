@@ -8,7 +8,7 @@ from pathlib import Path
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2",
                               "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
-                              "IPython.core.interactiveshell", "nbdev.test", "typer", "rich.console"])
+                              "IPython.core.interactiveshell", "nbdev.test", "colab_gpt2.cli", "colab_gpt2.training"])
 
 
 @contextlib.contextmanager
