@@ -360,12 +360,14 @@ def train_with_a_mirror(number) -> dict:
     from colab_gpt2.storage import mirror
     mirror.MOUNT = Path("content/drive").absolute()
     sleep, now, on_step_end = time.sleep, time.monotonic, CallbackHandler.on_step_end
+    patience = 60
     if "bytes_per_second" in fault.switches:  # ten minutes take two seconds
+        patience = 0.2
         time.sleep, time.monotonic = (lambda seconds: sleep(seconds / 300)), lambda: 300 * now()
     else: time.sleep = lambda seconds: sleep(min(seconds, 0.01))
     def look(self, args, state, control):
-        "The line of the panel, once the copy of the last checkpoint has come to an end, or was given a while."
-        mirrors, until = [c for c in self.callbacks if isinstance(c, mirror.Mirror)], now() + 0.2
+        "The line of the panel, once the copy of the last checkpoint has come to an end, or would take minutes."
+        mirrors, until = [c for c in self.callbacks if isinstance(c, mirror.Mirror)], now() + patience
         while mirrors[0].in_use() and now() < until: sleep(0.005)
         lines.append(mirrors[0].status())
         return on_step_end(self, args, state, control)
