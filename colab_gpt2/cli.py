@@ -172,19 +172,20 @@ def take_config(arguments, defaults=FinetuneConfig(), names=None):
         return replace(defaults, **named)
 
 # %% ../nbs/65_cli.ipynb #7d2908fd
-VALUED = "--resume now takes auto, never or a folder. Leave it out: the same command resumes where it left off."
+VALUED = "--resume now takes auto, never or a folder. Leave it out, and the same command resumes."
+NUMBER = re.compile(r"(?:\. Input should be| is not) a valid (int|float|number).*")
 
 class Command(TyperCommand):
-    "A command whose errors are short and printable."
+    "A command with short, printable errors."
     def parse_args(self, ctx, args):
         switched = re.search(r"(?m)^--(no-resume|resume(\n-|\Z))", "\n".join(args))
         if switched and any("--resume" in p.opts for p in self.params): raise typer.BadParameter(VALUED, ctx=ctx)
         try: return super().parse_args(ctx, args)
         except Exception as e:
             for wrong in getattr(e.__cause__, "errors", list)():  # pydantic's
-                kind = dict(int="whole number", float="number").get(wrong["type"].partition("_")[0])
-                e.message = f"{wrong['input']!r} is no {kind}." if kind else f"{wrong['input']!r}. {e.message}"
-            if hasattr(e, "message"): e.message = printable(shortened(e.message))
+                e.message = f"{wrong['input']!r}. {e.message}"
+            told = NUMBER.sub(lambda m: f" is no {'whole ' * (m[1] == 'int')}number.", getattr(e, "message", ""))
+            if told: e.message = printable(shortened(told))
             raise
 
 # %% ../nbs/65_cli.ipynb #f02bdded
@@ -390,4 +391,4 @@ def main():
     try: app(prog_name="colab-gpt2")
     finally:
         leave()
-        for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's own end takes a second; its code stands
+        for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's end takes a second; its code stands
