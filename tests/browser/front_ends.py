@@ -23,7 +23,6 @@ class FrontEnd:
 FRONT_ENDS = (FrontEnd("notebook-6", ".venv-colab", "notebook", "notebooks"),  # Colab's stack
               FrontEnd("lab", ".venv", "lab", "lab/tree"),
               FrontEnd("notebook-7", ".venv", "notebook", "notebooks"))
-UNLIKE = FRONT_ENDS[:2]  # Notebook 7 is made of JupyterLab's parts: the tutorial is tried there, and what it holds
 
 
 @dataclass

@@ -5,11 +5,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import expect
 
-from front_ends import UNLIKE
 from test_newcomer import fill, press, wait_said
 
 pytestmark = pytest.mark.timeout(300)
-in_two = pytest.mark.parametrize("opened", UNLIKE, ids=lambda f: f.name, indirect=True, scope="module")
 APP = "from colab_gpt2 import FinetunePanel, app\n\nshown = app()\nshown"
 TEXT = """with open("tides.txt", "w") as file:
     for day in range(3000): file.write(f"The tide of day {day} came in at {day % 12} o'clock and went out again.\\n\\n")
@@ -64,7 +62,6 @@ def load_again(notebook, tries=3):
     wait_until_it_grows(notebook)
 
 
-@in_two
 def test_the_notebooks_own_stop_button(begun):
     "■ of the toolbar, while a cell trains: stopped and saved, as the panel says; no error, and no other word."
     begun.interrupt()
@@ -75,7 +72,6 @@ def test_the_notebooks_own_stop_button(begun):
     assert [output for output in outputs if output.output_type in ("error", "stream")] == []
 
 
-@in_two
 def test_the_page_is_loaded_again_while_a_click_trains(begun):
     before = stopped_at(begun)
     press(panel(begun), f"Continue from step {before}")
@@ -86,7 +82,6 @@ def test_the_page_is_loaded_again_while_a_click_trains(begun):
     assert stopped_at(begun) > before
 
 
-@in_two
 def test_the_page_is_loaded_again_while_a_cell_trains(begun):
     begun.run_all()
     wait_until_it_grows(begun)
@@ -95,7 +90,6 @@ def test_the_page_is_loaded_again_while_a_cell_trains(begun):
     stopped_at(begun)
 
 
-@in_two
 def test_app(begun):
     "One cell that shows all five, a tab for each: the first has looked at the machine, the second follows the third."
     machine, text, training = map(begun.panel, ("1. The machine", "2. The text", "3. Fine-tune"))

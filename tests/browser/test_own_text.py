@@ -1,10 +1,7 @@
 "A text of one's own and a model, chosen in a page as a reader does."
 import io, re, zipfile
 
-import pytest
 from nbformat import v4
-
-from front_ends import UNLIKE
 
 CELLS = ("from colab_gpt2 import DataPanel, FinetunePanel\ntext = DataPanel(model='tiny')\ntext",
          "training = FinetunePanel(text)\ntraining")
@@ -38,7 +35,6 @@ def word(text):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("opened", UNLIKE, ids=lambda f: f.name, indirect=True, scope="module")
 def test_a_click_or_a_drop_loads_a_text_and_a_key_chooses_a_model(opened, tmp_path):
     notebook, text, training = both_panels(opened)
     assert text.get_by_role("alert").count() == 0  # nothing is wrong before something was done
