@@ -37,11 +37,11 @@ def shell(tmp_path):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     "A model of two narrow layers with the tokenizer of `tiny`, for what any model shows; -> its folder."
-    from colab_gpt2.model.loading import load_config, load_tokenizer, new_model
+    from helpers.toys import write_toy
+    from colab_gpt2.model.loading import load_config
     folder, shape = tmp_path_factory.mktemp("models")/"small", load_config("tiny")
     shape.n_layer, shape.n_embd, shape.n_head = 2, 64, 2
-    new_model(shape, seed=0).save_pretrained(folder)
-    load_tokenizer("tiny").save_pretrained(folder)
+    write_toy(folder, shape)
     return str(folder)
 
 
@@ -52,14 +52,16 @@ def on_gpu(tmp_path_factory):
     with pretend_gpu.process(tmp_path_factory.mktemp("gpu")) as call: yield call
 
 
+FROZEN = [0]  # modules that were imported when garbage was last set apart
+
+
 @pytest.fixture(autouse=True)
 def the_libraries_are_no_garbage():
     "Half a million objects of torch and transformers, which each collection would look through again: half the time."
-    before = len(sys.modules)
-    yield
-    if len(sys.modules) < before + 100: return
+    if len(sys.modules) < FROZEN[0] + 100: return
     gc.collect()
     gc.freeze()
+    FROZEN[0] = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

@@ -631,7 +631,7 @@ def test_a_second_panel_waits_while_one_is_at_work(quick):
 def test_pump_and_pictures_cost_under_two_percent(quick):
     "A step of the smallest model is the hardest case: 16 blocks of 256 tokens take it some seconds."
     Path(quick.train_file).write_text(page(4000))
-    panel = colab_gpt2.FinetunePanel(quick, block_size=256, effective_batch_size=16, max_steps=4).ready()
+    panel = colab_gpt2.FinetunePanel(quick, model="tiny", block_size=256, effective_batch_size=16, max_steps=4).ready()
     result = panel.start()
     share = panel.live.spent / result.seconds
     assert share < 0.02, f"{share:.1%} of {result.seconds:.1f} s"

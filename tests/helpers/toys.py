@@ -32,12 +32,17 @@ def newest(folder):
 NO_DROPOUT = dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.)
 
 
+def write_toy(folder, shape):
+    "`folder` with random weights for a config, and tiny's tokenizer."
+    new_model(shape, seed=0).save_pretrained(folder)
+    load_tokenizer("tiny").save_pretrained(folder)
+
+
 def write_tide(folder, articles, **shape):
     "`folder` with train.txt of so many `articles`, eval.txt, and `toy`, a GPT-2 of that shape with tiny's tokenizer."
     for name, word, count in (("train", "day", articles), ("eval", "night", 13)):
         def article(i):
             return f" = Article {i} = \n \n The tide of {word} {i} came in at {i % 12} o'clock and went out again . \n"
         (folder/f"{name}.txt").write_text("".join(map(article, range(count))))
-    new_model(GPT2Config(vocab_size=8192, **shape, **NO_DROPOUT), seed=0).save_pretrained(folder/"toy")
-    load_tokenizer("tiny").save_pretrained(folder/"toy")
+    write_toy(folder/"toy", GPT2Config(vocab_size=8192, **shape, **NO_DROPOUT))
     return folder
