@@ -172,7 +172,7 @@ def take_config(arguments, defaults=FinetuneConfig(), names=None):
         return replace(defaults, **named)
 
 # %% ../nbs/65_cli.ipynb #7d2908fd
-VALUED = "--resume now takes auto, never or a folder. Leave it out, and the same command resumes."
+VALUED = "--resume now takes auto, never or a folder. Leave it out: the same command resumes where it left off."
 NUMBER = re.compile(r"(?:\. Input should be| is not) a valid (int|float|number).*")
 
 class Command(TyperCommand):

@@ -109,7 +109,7 @@ def test_an_option_that_the_command_does_not_read_is_unknown(cli, command, optio
 @pytest.mark.parametrize("command", ["finetune", "run", "demo"])
 @pytest.mark.parametrize("typed", [("--resume",), ("--resume", "--seed", "3"), ("--no-resume",)])
 def test_resume_without_a_value_says_what_it_takes_now(cli, command, typed):
-    refused(cli(command, *typed), 2, "--resume now takes auto, never or a folder. Leave it out, and the same command")
+    refused(cli(command, *typed), 2, "--resume now takes auto, never or a folder. Leave it out: the same command")
 
 
 @pytest.mark.parametrize("command", ["plan", "finetune", "run", "demo", "bench"])

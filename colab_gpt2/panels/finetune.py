@@ -13,7 +13,7 @@ from pathlib import Path
 import ipywidgets as widgets
 
 import colab_gpt2
-from ..config import TEXT, FinetuneConfig, pick_learning_rate
+from ..config import TEXT, pick_learning_rate
 from ..core import human_bytes, human_time, several
 from ..errors import Sentence, fields_of, worded
 from ..model.known import MODELS
