@@ -1,6 +1,6 @@
 "Ids on the disk are those of the text, memory stays flat, and a file is complete, or as it was, or resumed."
-import errno, functools, hashlib, importlib, itertools, json, os, random, resource, signal, subprocess, sys, time
-import warnings
+import errno, functools, hashlib, importlib, itertools, json, multiprocessing, os, random, resource, signal, subprocess
+import sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -27,6 +27,11 @@ TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
 
 @pytest.fixture(scope="module")
 def tiny(): return AutoTokenizer.from_pretrained(TINY)
+
+@pytest.fixture(autouse=True)
+def by_one_process(monkeypatch):
+    "However many cores there are; see `ids_by` for several."
+    monkeypatch.setattr(token_store, "processes", lambda: 1)
 
 def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -121,7 +126,8 @@ def test_a_full_disk_leaves_the_old_file(tiny, tmp_path):
 
 def tokenise(text, cache, pieces):
     "`text`, with an entry in the journal after each piece; after so many `pieces` it hangs. -> how much was encoded."
-    token_store.EVERY, read, encoded = 1, token_store.read_windows, []
+    token_store.EVERY, token_store.processes = 1, lambda: 1
+    read, encoded = token_store.read_windows, []
     def slowly(*given):
         for piece in read(*given):
             if len(encoded) == pieces: time.sleep(600)
@@ -255,6 +261,68 @@ def test_who_waits_resumes_where_the_killed_one_stopped(tmp_path, long_text, exp
     assert digest(next((tmp_path/"cache/tokens").glob("*.ids"))) == expected
     assert suffixes(tmp_path/"cache") == [".ids", ".json"]
 
+# A long text is shared among processes.
+
+def ids_by(processes, path, tokenizer, cache, **patches):
+    "The bytes of the ids, and the words and bytes of the text, by so many processes with shares of 200 to 400 kB."
+    given = dict(SHARE=400_000, LEAST=200_000, processes=lambda: processes) | patches
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items(): patch.setattr(token_store, name, value)
+        blocks = tokenize_file(path, tokenizer, 64, cache_dir=cache, progress=False)
+    return blocks.path.read_bytes(), blocks.words, blocks.bytes
+
+def closed():
+    "The embedded tokenizer with <s> and </s> around a text."
+    backend = Tokenizer.from_file(str(TINY/"tokenizer.json"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+def spaced():
+    "The embedded tokenizer with a space before the text."
+    backend = Tokenizer.from_file(str(TINY/"tokenizer.json"))
+    backend.pre_tokenizer.add_prefix_space = True
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there processes are forked")
+@pytest.mark.parametrize("kind", ["tiny", "spaced", "closed"])
+def test_shares_change_no_token(tiny, tmp_path, long_text, encoded, kind):
+    tokenizer = dict(tiny=lambda: tiny, spaced=spaced, closed=closed)[kind]()
+    alone = ids_by(1, long_text, tokenizer, tmp_path/"1")
+    for processes in (2, 3):
+        encoded.clear()
+        assert ids_by(processes, long_text, tokenizer, tmp_path/str(processes)) == alone
+        assert sum(encoded) < 200_000 * processes  # the rest, by this process
+
+def without_a_share(failing, how):
+    "`tokenise_share` that fails for the share that begins at the byte `failing` or after it."
+    real = token_store.tokenise_share
+    def share(path, encoder, start, *rest):
+        if start >= failing: how()
+        real(path, encoder, start, *rest)
+    return share
+
+ENDS = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "no memory": lambda: sys.exit(1)}
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there processes are forked")
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("failing", [0, 1_000_000])
+def test_one_process_goes_on_where_a_share_fails(tiny, tmp_path, long_text, expected, encoded, failing, how):
+    share = without_a_share(failing, ENDS[how])
+    ids, words, size = ids_by(2, long_text, tiny, tmp_path, tokenise_share=share)
+    text = long_text.read_bytes().decode("utf-8-sig")
+    assert hashlib.sha256(ids).hexdigest() == expected and (words, size) == (len(text.split()), len(text.encode()))
+    assert sum(encoded) == len(text) if not failing else 0 < sum(encoded) < len(text)
+    assert not multiprocessing.active_children()
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there processes are forked")
+def test_a_text_that_cannot_be_cut_is_not_shared(tiny, tmp_path, encoded):
+    (tmp_path/"a.txt").write_text("the first line\n" + " " * 1_000_000)  # which is one token's white space, or two
+    alone = ids_by(1, tmp_path/"a.txt", tiny, tmp_path/"1")
+    encoded.clear()
+    assert ids_by(2, tmp_path/"a.txt", tiny, tmp_path/"2") == alone and sum(encoded) == 1_000_015
+
 PEAK = """
 import re, sys
 from pathlib import Path
@@ -294,14 +362,6 @@ def test_a_text_in_windows_has_the_ids_and_words_of_one_piece(tmp_path):
     assert blocks.stream.tolist() == nfc.backend_tokenizer.encode(text, add_special_tokens=False).ids
     assert (blocks.words, blocks.bytes) == (len(text.split()), len(text.encode()))
 
-def closed():
-    "The embedded tokenizer with <s> and </s> around a text."
-    backend = Tokenizer.from_file(str(TINY/"tokenizer.json"))
-    backend.add_special_tokens(["<s>", "</s>"])
-    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
-    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
 def test_a_text_begins_as_its_tokenizer_begins_one_and_is_never_closed(tmp_path, monkeypatch):
     tokenizer = closed()
     (tmp_path/"a.txt").write_text("One.</s>Two.")
@@ -332,14 +392,12 @@ def test_a_resumed_text_opens_its_documents(tmp_path, monkeypatch):
 
 def test_a_run_with_windows_is_resumed(tmp_path, long_text, monkeypatch, encoded):
     "A prefix space stands at the beginning of the text alone."
-    backend = Tokenizer.from_file(str(TINY/"tokenizer.json"))
-    backend.pre_tokenizer.add_prefix_space = True
-    spaced = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = spaced()
     text = long_text.read_bytes().decode("utf-8-sig")
-    interrupted(spaced, tmp_path, long_text, monkeypatch, KeyboardInterrupt())
+    interrupted(tokenizer, tmp_path, long_text, monkeypatch, KeyboardInterrupt())
     encoded.clear()
-    blocks = tokenize_file(long_text, spaced, 64, cache_dir=tmp_path, progress=False)
-    expected = backend.encode(text, add_special_tokens=False).ids
+    blocks = tokenize_file(long_text, tokenizer, 64, cache_dir=tmp_path, progress=False)
+    expected = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     assert blocks.stream.tolist() == expected and sum(encoded) < len(text) and blocks.words == len(text.split())
 
 def test_what_a_tokenizer_cannot_tell_is_said_once_for_all_splits(tiny, tmp_path):

@@ -5,13 +5,17 @@ from pydoc_data.topics import topics
 
 import numpy as np, pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, PreTrainedTokenizerFast
 
 import colab_gpt2
 from colab_gpt2.errors import fields_of
 from colab_gpt2.generation import encode_prompt
+from colab_gpt2.model.fitting import end_ids
+from colab_gpt2.model.loading import new_model
 from colab_gpt2.text import tokens
-from colab_gpt2.text.tokens import Encoder, check_ids, cut_pattern, notes_on, opened, opening_ids, read_windows
+from colab_gpt2.text.formats import END
+from colab_gpt2.text.tokens import (Encoder, check_ids, cut_pattern, end_mark, notes_on, opened, opening_ids,
+                                    read_windows)
 
 DATA = Path(__file__).parents[1]/"../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real texts and tokenizer (../shared/data) are not here")
@@ -234,6 +238,19 @@ def test_each_document_is_opened_once():
     assert text_of(tokenizer, "a</s>", "b") == "<s>a</s><s>b"  # the cut is between two documents
     assert text_of(tokenizer, "<s>a</s><s>b") == "<s>a</s><s>b"  # written in the text
     assert text_of(closed("</s> $A", bos_token="</s>", eos_token="</s>"), "a</s>b") == "</s>a</s>b"
+
+def test_the_mark_between_documents_ends_them_where_another_token_ends_a_text():
+    "As in SmolLM2-Instruct, whose end token is <|im_end|>, and which has <|endoftext|> too."
+    tokenizer = closed("<s> $A", bos_token="<s>", eos_token="<|im_end|>")
+    assert text_of(tokenizer, "a<|endoftext|>b") == "<s>a<|endoftext|><s>b"
+    assert end_ids(new_model(GPT2Config(n_layer=1, n_embd=8, n_head=1), seed=0), tokenizer) == {
+        0, tokenizer.eos_token_id}
+
+def test_a_mark_that_is_no_token_is_none_though_the_vocabulary_has_it():
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, END: 2, "?": 3, "</s>": 4}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Punctuation()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert end_mark(tokenizer) == "</s>" and Encoder(tokenizer).encode([f"a{END}b"]) == [[0, 4, 1]]
 
 @pytest.mark.filterwarnings("ignore:prompt has")
 @pytest.mark.parametrize("text", ["Once", "<s>Once", "Once</s>", "Once</s>Twice", " "])

@@ -14,7 +14,7 @@ import torch
 from ..errors import Sentence
 from .loading import loading, rows_of
 from ..text.chats import answer_end
-from ..text.tokens import cut_pattern
+from ..text.tokens import cut_pattern, end_mark
 
 # %% ../../nbs/model/26_fitting.ipynb #441a9f54
 def listed(model, name) -> list:
@@ -24,11 +24,12 @@ def listed(model, name) -> list:
 
 # %% ../../nbs/model/26_fitting.ipynb #862e6fd9
 def special_ids(model, name, tokenizer) -> list:
-    """What `tokenizer` has under `name`, and those ids of `model` that are special to it. An answer may end otherwise
-    than a text."""
+    """What `tokenizer` has under `name`, and those ids of `model` that are special to it. An answer, or a document
+    among several, may end otherwise than a text."""
     own, special = getattr(tokenizer, name), {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    answers = [answer_end(tokenizer)] if name == "eos_token_id" and tokenizer.chat_template else []
-    return [*dict.fromkeys(i for i in (own, *answers, *listed(model, name)) if i is not None and i in {own, *special})]
+    ends = [answer_end(tokenizer) if tokenizer.chat_template else None, tokenizer.get_vocab().get(end_mark(tokenizer))]
+    found = (own, *ends * (name == "eos_token_id"), *listed(model, name))
+    return [*dict.fromkeys(i for i in found if i is not None and i in {own, *special})]
 
 # %% ../../nbs/model/26_fitting.ipynb #df0ca32b
 def end_ids(model, tokenizer) -> set:

@@ -6,7 +6,7 @@
 __all__ = ['Blocks', 'tokenize_file']
 
 # %% ../../nbs/text/13_token_store.ipynb #ecb6a9b6
-import codecs, functools, io, json, os, warnings
+import codecs, contextlib, functools, gc, io, json, multiprocessing, os, signal, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,13 +15,13 @@ import numpy as np, torch
 from ..core import Record, atomic, human_bytes, several, sha256_of, tidy
 from ..errors import Sentence, check_number
 from ..reporting import reporting, silent
-from ..runtime import cache_folder
+from ..runtime import cache_folder, core_count
 from .downloads import sole_owner
 from .encodings import PACKED, Source
 from .formats import is_table
 from .reading import check_text
 from .streams import open_stream, size_of, stream_in
-from .tokens import CONTEXT, Encoder, notes_on, opened, read_windows, sample_of
+from .tokens import CONTEXT, Encoder, find_cut, notes_on, opened, read_windows, sample_of
 
 # %% ../../nbs/text/13_token_store.ipynb #7f8ddd7b
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,97 @@ def open_text(path, start):
     before = file.read(min(start, 4 * CONTEXT)).decode(errors="ignore")[-CONTEXT:]  # it may begin inside a character
     return io.TextIOWrapper(file, encoding="utf-8", newline=""), before
 
+# %% ../../nbs/text/13_token_store.ipynb #5a1e0002
+SHARE, LEAST = 1 << 23, 1 << 20  # bytes of text for one process at a time, at most and at least
+
+def share_text(path, start, encode, n):
+    "`n` shares of the text from the byte `start` on: (start, end, ids before the end) each; none of a short text."
+    found, step = [], min(SHARE, (path.stat().st_size - 3 - start) // n)  # 3: it may have a byte order mark
+    if n == 1 or step < LEAST: return found
+    for place in range(start + step, start + n * step + 1, step):
+        file, _ = open_text(path, place)
+        with file: data = file.buffer.read(16 * CONTEXT)
+        whole = data.lstrip(bytes(range(0x80, 0xC0)))  # it may begin inside a character
+        text, last = whole.decode(errors="ignore"), len(data) < 16 * CONTEXT
+        cut, after = (len(text), ()) if last else find_cut(encode, text)
+        if cut is None: break
+        end = place + len(data) - len(whole) + len(text[:cut].encode())
+        found.append((start, end, after))
+        start = end
+    return found
+
+# %% ../../nbs/text/13_token_store.ipynb #5a1e0005
+def tokenise_share(path, encoder, start, end, after, pipe):
+    "In a process of its own: the counts and the ids of a share into the second end of `pipe`."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.disable()  # or it would copy all that it looks at
+    pipe[0].close()
+    with contextlib.suppress(Exception):
+        file, before = open_text(path, start)
+        with file: text = io.StringIO(file.buffer.read(end - start).decode())
+        pieces = read_windows(text, encoder.encode, before, after)
+        given = (before[-1], encoder.encode([before])[0][-1]) if before else ()
+        out, counts = io.BytesIO(), dict(tokens=0, words=0, bytes=0)
+        for counts in write_ids(pieces, encoder, out, counts, *given): pass
+        pipe[1].send((counts, out.getvalue()))
+
+# %% ../../nbs/text/13_token_store.ipynb #5a1e0006
+@contextlib.contextmanager
+def forking():
+    "tokenizers warns of a fork, unless it is told that the threads it has used are not needed after it."
+    given = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try: yield multiprocessing.get_context("fork")
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if given is not None: os.environ["TOKENIZERS_PARALLELISM"] = given
+
+# %% ../../nbs/text/13_token_store.ipynb #5a1e0007
+def tokenised(path, encoder, shares):
+    "Yield the counts and the ids of the `shares`, in order, from a process each; no more where one fails."
+    started = []
+    try:
+        with forking() as fork:
+            for share in shares:
+                pipe = fork.Pipe(duplex=False)
+                process = fork.Process(target=tokenise_share, args=(path, encoder, *share, pipe), daemon=True)
+                started.append((process, *pipe))
+                process.start()
+                pipe[1].close()
+        for (start, end, _), (_, reader, _) in zip(shares, started):
+            counts, ids = reader.recv()
+            if counts["bytes"] != end - start: return
+            yield counts, ids
+    except (OSError, EOFError): return  # no process, or it has been killed
+    finally:
+        for process, *pipe in started:
+            for end in pipe: end.close()
+            if process.pid:
+                process.kill()
+                process.join()
+
+# %% ../../nbs/text/13_token_store.ipynb #5a1e000a
+def processes() -> int:
+    "How many tokenise a text together."
+    if not hasattr(os, "sched_getaffinity") or multiprocessing.current_process().daemon: return 1  # no Linux, no fork
+    waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(core_count() * waiting, len(os.sched_getaffinity(0)), 8)
+
+# %% ../../nbs/text/13_token_store.ipynb #5a1e000c
+def append_ids(path, encoder, out, counts, n=1):
+    "Append to `out` the ids of what `counts` does not yet count of `path`, by up to `n` processes; yield the counts."
+    while shares := share_text(path, counts["bytes"], encoder.encode, n):
+        for added, ids in tokenised(path, encoder, shares):
+            out.write(ids)
+            counts = {name: counts[name] + more for name, more in added.items()}
+            yield counts
+        if counts["bytes"] != shares[-1][1]: break
+    out.flush()
+    text, before = open_text(path, counts["bytes"])
+    given = (before[-1], np.memmap(out.name, encoder.dtype, "r")[-1]) if before else ()
+    with text: yield from write_ids(read_windows(text, encoder.encode, before), encoder, out, counts, *given)
+
 # %% ../../nbs/text/13_token_store.ipynb #d6c86f51
 EVERY = 1 << 26  # bytes of text between two entries in the journal: some seconds' work
 
@@ -124,13 +215,12 @@ def write_part(path, file, encoder, report=silent):
     "Tokenise `path` into the part of `file`, from where the journal stopped; -> the counts."
     counts = file.counts(complete=False) or dict(tokens=0, words=0, bytes=0)
     what, size, due = f"Tokenising {path.name}", size_of(path), counts["bytes"] + EVERY
-    text, before = open_text(path, counts["bytes"])
     try:
-        with text, open(file.part, "ab") as out:
+        with (open(file.part, "ab") as out,
+              contextlib.closing(append_ids(path, encoder, out, counts, processes())) as steps):
             out.truncate(counts["tokens"] * encoder.dtype.itemsize)
-            given = (before[-1], np.memmap(file.part, encoder.dtype, "r")[-1]) if before else ()
             report(what, counts["bytes"], size or None)
-            for counts in write_ids(read_windows(text, encoder.encode, before), encoder, out, counts, *given):
+            for counts in steps:
                 if counts["bytes"] >= due:
                     file.note(file.journal, counts, out)
                     due = counts["bytes"] + EVERY

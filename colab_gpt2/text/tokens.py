@@ -31,18 +31,18 @@ def find_cut(encode, text, context=CONTEXT):
 TOO_LONG = "{tokenizer} finds no place to cut the text, and memory is too short for {n:,} characters in one piece."
 COST = 120  # bytes of memory for a character at most; tokenizers 0.23 took 100 to 120, with and without spaces
 
-def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT):
+def read_windows(file, encode, text="", after=(), size=1 << 18, context=CONTEXT):
     """Yield (text, ids) piece by piece; the ids are those of one piece. `text`: the `context` characters before the
-    place where `file` stands."""
+    place where `file` stands; `after`: the ids that it must end with, else the last piece does not come."""
     known, skip = len(text), len(encode([text])[0]) if text else 0  # of the text and its ids: what came before
     ended = False
     while not ended:
         more = file.read(wanted := max(size, len(text)))
         text, ended = text + more, len(more) < wanted
-        at, before = (len(text), []) if ended else find_cut(encode, text, context)
+        at, before = (len(text), after) if ended else find_cut(encode, text, context)
         if COST * len(text) > memory()[1]: raise MemoryError(Sentence(TOO_LONG, n=len(text)))
         if at is None: continue
-        [ids], tail = encode([text[:at]]), before[len(before) // 2:]  # the first half lacks what stood before
+        [ids], tail = encode([text[:at]]), [*before[len(before) // 2:]]  # the first half lacks what stood before
         if ids[len(ids) - len(tail):] != tail: continue
         if at > known: yield text[known:at], ids[skip:]
         text, known, skip = text[at - context:], context, len(before)
@@ -63,9 +63,9 @@ def opened(ids, opening, ends, before=-1):
 # %% ../../nbs/text/12_tokens.ipynb #332143f3
 def end_mark(tokenizer) -> str:
     "What END becomes: itself if it is a token, else the tokenizer's own end token; '' without one."
-    if END in tokenizer.get_vocab(): return END
-    end = tokenizer.eos_token or tokenizer.sep_token or ""
-    return end if end and len(tokenizer(end, add_special_tokens=False)["input_ids"]) == 1 else ""
+    marks = [END] * (END in tokenizer.get_vocab()) + [tokenizer.eos_token or tokenizer.sep_token or ""]
+    def is_token(mark): return mark and len(tokenizer(mark, add_special_tokens=False)["input_ids"]) == 1
+    return next(filter(is_token, marks), "")
 
 # %% ../../nbs/text/12_tokens.ipynb #7e3b6ade
 MARKS = END, "<|end_of_text|>", "<|im_end|>", "<eos>", "</s>"  # that end a text somewhere
@@ -136,7 +136,8 @@ class Encoder:
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
         self.end, self.opening = end_mark(tokenizer), opening_ids(tokenizer)
-        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None, *self.opening}
+        mark = tokenizer.get_vocab().get(self.end)
+        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, mark} - {None, *self.opening}
         self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
         if getattr(tokenizer, "backend_tokenizer", None):
             self.backend = private_copy(tokenizer)
