@@ -125,9 +125,11 @@ def run_in(place) -> dict:
 
 # %% ../nbs/64_tasks.ipynb #caad638b
 def prompt_of(model) -> str:
-    "The prompt of the run in the folder `model`; WikiText's without."
-    try: return run_in(model)["config"]["prompt"] or PROMPT
-    except (KeyError, TypeError): return PROMPT
+    "The prompt of the run in the folder `model`, or of whose checkpoint it is; WikiText's without."
+    from colab_gpt2.engine.trying import find_unfinished
+    place = home(model).parent if home(model).name.startswith("checkpoint-") else model
+    told = run_in(place).get("config") or getattr(find_unfinished(place), "config", {})
+    return isinstance(told, dict) and told.get("prompt") or PROMPT
 
 # %% ../nbs/64_tasks.ipynb #455558b2
 def archive_name(folder) -> str:

@@ -15,6 +15,7 @@ from .core import Record, home
 from .engine.checkpoints import MANIFEST, RESULT, unsealed
 from .errors import explained
 from .runtime import in_colab, my_drive
+from .storage.drive import drive_folder
 from .storage.heartbeat import spoken
 from .tasks import packed_result
 
@@ -124,8 +125,8 @@ def mirrored(folder) -> KnownRun | None:
 def on_drive(drive=None, packed=True) -> list:
     "The runs on the `drive`, or on a mounted Colab's: its mirror's, and those `packed` in archives."
     try:
-        if not (drive := drive or in_colab() and my_drive("/content/drive")): return []
-        top = Path(drive, "colab-gpt2")
+        if not (place := drive_folder(drive) if drive else in_colab() and my_drive("/content/drive")): return []
+        top = place/"colab-gpt2"
         with explained(f"Looking at {top}"):
             copies = known_in(mirrored, filter(Path.is_dir, top.glob("runs/*")))
             archives = known_in(run_packed, top.glob("*.tar.gz")) if packed else []

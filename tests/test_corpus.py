@@ -541,6 +541,39 @@ def test_a_table_called_txt_is_noted(load, tmp_path, sign):
         load(train_file=tmp_path/"b.txt", eval_file=tmp_path/"a.txt")
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_file_that_gets_its_right_name_is_read_again(load, tmp_path, name):
+    rows = ["text,n", *(f"It ebbs at {n}.,{n}" for n in range(200))]
+    if name == "a.jsonl": rows = [json.dumps(dict(text=f"It ebbs at {n}.")) for n in range(200)]
+    (tmp_path/"a.txt").write_text("\n".join(rows))
+    with pytest.warns(UserWarning, match="whose syntax will be learned"): load(tmp_path/"a.txt")
+    (tmp_path/"a.txt").rename(tmp_path/name)
+    corpus = load(tmp_path/name)
+    assert corpus.report.documents == 200 and corpus.train.read_text().startswith("It ebbs")
+
+
+@pytest.mark.parametrize("given", [dict(dataset_train_split="validation"), dict(dataset_test_split="train"),
+                                   dict(dataset_config="x"), dict(dataset_text_field="text")])
+def test_an_option_that_does_nothing_with_a_text_is_refused(load, tmp_path, given):
+    (tmp_path/"a.csv").write_text("text\n" + "It ebbs and flows.\n" * 200)
+    [(field, value)] = given.items()
+    texts = [("python-docs", {})] if field == "dataset_text_field" else [
+        ("python-docs", {}), (tmp_path/"a.csv", {}), ("wikitext-2-raw-v1", dict(train_file=tmp_path/"a.csv"))]
+    for name, files in texts:
+        with pytest.raises(ValueError, match=f"^{field} is {value!r}, which only data sets on the Hub have; ") as e:
+            load(name, **files, **given)
+        assert fields_of(e.value) == (field,) and "\n" not in str(e.value)
+
+
+def test_a_file_that_is_called_as_a_published_text_is_named(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"python-docs").mkdir()
+    (tmp_path/"python-docs"/"a.txt").write_text("It ebbs and flows.\n" * 200)
+    with pytest.warns(UserWarning, match="here too, which is not read: give ./python-docs for it"):
+        assert load("python-docs").name == "python-docs"
+    assert "ebbs" in load("./python-docs").train.read_text()
+
+
 @pytest.mark.parametrize("lines", [
     "The tide came in, and went out.\n" * 90, "It ebbs,\n" * 200, "\tindented\n" * 200, "It ebbs.\n\n" * 200,
     "“No,” she said,\n" * 90, "11,000 men; 12,000 women\nand so on\n" * 90,

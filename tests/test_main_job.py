@@ -8,7 +8,8 @@ import pytest
 from helpers.forks import forked
 from transformers import TrainerCallback
 
-from colab_gpt2 import FinetuneConfig, tasks, training
+from colab_gpt2 import FinetuneConfig, runs, tasks, training
+from colab_gpt2.engine.checkpoints import write_manifest
 
 QUICK = ("--model", "small", "--block-size", "64", "--max-new-tokens", "8", "--output-dir", "out")
 PROMISED = """runtime model parameters dataset train_tokens perplexity_before perplexity_after steps epochs
@@ -313,3 +314,21 @@ def test_a_folder_for_the_drive_takes_checkpoints_of_other_folders(tmp_path, mon
     monkeypatch.setattr("colab_gpt2.training.finetune", seen)
     with pytest.raises(InterruptedError, match=f"^{expected}$"):
         tasks.run(model="tiny", output_dir=place, mirror=mirror, drive="drive")
+
+
+def test_runs_are_looked_for_where_they_are_saved(own, tmp_path, monkeypatch):
+    "In the MyDrive of a folder that has one, as a Drive has."
+    (tmp_path/"drive"/"MyDrive").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    options = JOB | dict(train_file="train.txt", eval_file="eval.txt", output_dir="out", drive="drive", max_steps=2)
+    ran = tasks.run(**options)
+    assert Path(ran.drive["path"]) == Path("drive/MyDrive/colab-gpt2/out.tar.gz")
+    (tmp_path/"elsewhere").mkdir()
+    assert {run.name for run in runs("elsewhere", drive="drive")} == {"out"}
+
+
+def test_what_a_stopped_run_writes_begins_with_its_own_text(tmp_path):
+    checkpoint = tmp_path/"mine"/"checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, dict(model="tiny"), step=2, steps=8, config=dict(prompt="The tide"))
+    assert [tasks.prompt_of(tmp_path/"mine"/place) for place in ("", "checkpoint-2")] == ["The tide"] * 2

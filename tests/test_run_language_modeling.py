@@ -4,7 +4,8 @@ import json, os, shlex, shutil, signal, subprocess, sys, time
 import pytest
 
 from colab_gpt2.legacy.flags import name_of, parse
-from colab_gpt2.legacy.run_language_modeling import translate
+from colab_gpt2.legacy.run_language_modeling import translate, with_texts
+from colab_gpt2.text.corpus import load_corpus
 
 COMMAND = ("--output_dir=output --model_type=gpt2 --model_name_or_path=tiny --do_train "
            "--train_data_file=wikitext-2-raw/wiki.train.raw --do_eval --eval_data_file=wikitext-2-raw/wiki.test.raw "
@@ -286,6 +287,20 @@ def test_a_type_alone_makes_a_gpt2():
     assert translate(parse([*words[:-1], "--model_type=gpt2"])).config.from_scratch
     with pytest.raises(ValueError, match="--model_type=mistral: a new model has the shape of gpt2; give --config_name"):
         translate(parse([*words[:-1], "--model_type=mistral"]))
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_all_of_the_text_is_learnt_where_there_is_none_to_evaluate_on(tmp_path, name, recwarn):
+    "Also a text of many documents, of which the first are evaluated on."
+    stories = [f"The tide of day {n} ebbs.\n" * 20 for n in range(100)]
+    text = "<|endoftext|>".join(stories) if name == "t.txt" else "".join(json.dumps(dict(text=s)) + "\n" for s in stories)
+    (tmp_path/name).write_text(text)
+    words = f"--output_dir=out --do_train --train_data_file={tmp_path/name} --model_name_or_path=tiny"
+    config = with_texts(translate(parse(words.split())), tmp_path)
+    files = dict(train_file=config.train_file, eval_file=config.eval_file)
+    corpus = load_corpus(**files, cache_dir=tmp_path/"cache", progress=False)
+    assert corpus.train.read_text() == "<|endoftext|>".join(stories)
+    assert corpus.report.duplicates == 0 and corpus.bytes["validation"] > 10_000
 
 
 def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from .flags import FLAGS, name_of, parse, resumed_by
 from ..ranks import first, leave
 from ..signals import catching, say
 from ..tasks import evaluate
+from ..text.formats import END
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ef648aec
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def opening(path, folder, size=1 << 16) -> Path:
     "The first `size` bytes of a text, nine tenths at most, in whole characters, as a file in `folder`."
     with open(path, "rb") as file: start = file.read(min(size, os.path.getsize(path) * 9 // 10))
     cut = Path(folder)/f"start of {Path(path).name} (trained on)"
-    cut.write_text(start.decode("utf-8", errors="ignore"), encoding="utf-8")
+    whole = start.decode("utf-8", errors="ignore").replace(END, "\n\n")  # one document, or its own would be held out
+    cut.write_text(whole, encoding="utf-8")
     return cut
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
@@ -133,7 +135,8 @@ def work(job) -> dict:
     found = result.perplexity_after if result else measure(config.model)
     results = dict(perplexity=found.value, stride=found.stride, tokens=found.tokens)
     for path in find_checkpoints(config.output_dir) if job.every_checkpoint else ():
-        results[f"perplexity_{path.name.partition('-')[2]}"] = measure(str(path)).value
+        if (path/"adapter_config.json").exists(): say(f"note: {path.name} holds adapters alone, and is not evaluated.")
+        else: results[f"perplexity_{path.name.partition('-')[2]}"] = measure(str(path)).value
     if first(): write_results(config.output_dir, results)
     return results
 

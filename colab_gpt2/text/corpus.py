@@ -193,11 +193,12 @@ def cached_docs(root, version):
     return cached(root/f"{PYTHON_DOCS}-{version}-words", PYTHON_DOCS, source, python_docs)
 
 # %% ../../nbs/text/11_corpus.ipynb #4499b554
-RULES = 3  # of splitting: one more with each change
+RULES = 4  # of splitting: one more with each change
 
 def made(name, files, source, root, make, options=()):
     "The Corpus that `make(folder)` makes of own `files` (split -> paths) by `options`, or the cache's."
-    known = repr([RULES, options, *((split, *map(sha256_of, paths)) for split, paths in files.items())])
+    read = {split: [(suffix_of(path), sha256_of(path)) for path in paths] for split, paths in files.items()}
+    known = repr([RULES, options, read])
     return cached(root/f"{name[:60]}-{hashlib.sha256(known.encode()).hexdigest()[:16]}", name, source, make)
 
 # %% ../../nbs/text/11_corpus.ipynb #aea58f43
@@ -359,6 +360,17 @@ def noted(corpus, name):
             break
     return corpus
 
+# %% ../../nbs/text/11_corpus.ipynb #db92a95f
+CLASH = "{0} is a published text, and a file or folder here too, which is not read: give ./{0} for it."
+HUB_ONLY = dict(dataset_config=None, dataset_train_split="train", dataset_test_split=None)
+
+def check_local(name, known, **given):
+    "ValueError for an option that does nothing with the text `name`, `known` or of one's own, which is not on the Hub."
+    for field, default in (HUB_ONLY | dict(dataset_text_field=None) if known else HUB_ONLY).items():
+        if given[field] == default: continue
+        told = f"{{{field}}} is {{value!r}}, which only data sets on the Hub have; {{name}} is none. Leave it out."
+        raise ValueError(Sentence(told, value=given[field], name=called(name)))
+
 # %% ../../nbs/text/11_corpus.ipynb #db92a963
 def load_corpus(
     name="wikitext-2-raw-v1",  # one of WIKITEXT, "python-docs", USER/NAME on the Hub, a file, .zip, folder or pattern
@@ -382,12 +394,18 @@ def load_corpus(
     ConnectionError if no source of a published corpus has the right files."""
     root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
     if not eval_file and LINK.fullmatch(str(train_file)): name, train_file, field = train_file, None, "train_file"
+    text, known = eval_file or train_file or name, not (train_file or eval_file) and name in (*sources, PYTHON_DOCS)
+    repository = None if known or train_file or eval_file else hub_name(name)
+    if not repository and not LINK.fullmatch(str(train_file)):
+        check_local(text, known, dataset_config=dataset_config, dataset_text_field=dataset_text_field,
+                    dataset_train_split=dataset_train_split, dataset_test_split=dataset_test_split)
     with reporting(progress) as report, about(*() if train_file or eval_file else (field,)):
         if train_file or eval_file:
-            return noted(load_files(train_file, eval_file, root, hold_out, reading, report), eval_file or train_file)
+            return noted(load_files(train_file, eval_file, root, hold_out, reading, report), text)
+        if known and os.path.exists(name): warnings.warn(CLASH.format(name), stacklevel=2)
         if name in sources: return fetch(name, sources[name], root, report, download)
         if name == PYTHON_DOCS: return cached_docs(root, platform.python_version())
-        if repository := hub_name(name):
+        if repository:
             names = dataset_train_split, dataset_test_split
             return noted(load_hub(repository, root, dataset_config, names, reading, report, download), name)
         path = home(name)
