@@ -2,10 +2,11 @@
 same steps and the perplexity of the held-out text, by two processes and by one; tokens a second of two processes of
 one thread against one process of two; the peak memory of a process against the forecast; how long a text takes to
 pack."""
-import contextlib, json, os, socket, subprocess, sys, time
+import contextlib, json, os, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from harness import alternate, compare, emit, report
+from packing import shuffled
 from targets import STANDARD, target
 from task import DATA, parser, settle, side_command
 
@@ -65,7 +66,7 @@ def train_rank(options, what) -> dict:
 
 
 def pack_rank(options) -> dict:
-    "Seconds until this process can read the blocks: the first packs them, the others wait."
+    "Seconds until this process can read the blocks: the first packs them by as many processes, the others wait."
     from colab_gpt2 import ranks
     from colab_gpt2.model.loading import load_tokenizer
     from colab_gpt2.text.token_store import tokenize_file
@@ -139,7 +140,7 @@ def forecast_row(results, way):
     return compare(f"{figure}, {way}", told, "bytes", "measured", "forecast", target=target(figure, "measured"))
 
 
-def standard(options) -> bool: return (options.size, options.batch, options.block_size) == (STANDARD, 8, 1024)
+def standard(options) -> bool: return (options.size, options.batch, options.block_size) == (STANDARD, 2, 1024)
 
 
 def rows_of(options, results) -> list:
@@ -161,10 +162,12 @@ def rows_of(options, results) -> list:
 
 
 def main():
-    options = parser(__doc__, steps=6, rounds=3)
+    options = parser(__doc__, steps=3, rounds=2, batch=2)
     options.set_defaults(device="cpu")
     add = options.add_argument
-    add("--packed", default=DATA/"wikitext-2-articles"/"articles.unk.txt", type=Path, help="the text that is packed")
+    add("--packed", default=DATA/"wikitext-2-articles"/"articles.unk.txt", type=Path,
+        help="the text whose lines are packed, in another order each time")
+    add("--megabytes", type=int, default=50, help="how much of them")
     add("--memory-block", type=int, default=128, help=f"tokens in a block of {MEDIUM}, whose memory is measured")
     add("--rank", action="store_true", help="be one process of a side")
     options = settle(options.parse_args())
@@ -172,10 +175,12 @@ def main():
     if str(options.text) == "python-docs": raise SystemExit("Several processes read a file: give --text a path.")
     if options.rank: return rank_side(options, SIDES[options.side][0])
     if options.side: return emit(**side(options))
-    commands = {label: side_command(__file__, options, label) for label in SIDES}
     once = {label for label, (what, *_) in SIDES.items() if what in ("learn", "memory")}  # their figures do not vary
-    results = alternate({label: commands[label] for label in SIDES if label in once}, 1)
-    results |= alternate({label: commands[label] for label in SIDES if label not in once}, options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        options.packed = shuffled(options.packed, options.megabytes / 1000, folder)
+        commands = {label: side_command(__file__, options, label) for label in SIDES}
+        results = alternate({label: commands[label] for label in SIDES if label in once}, 1)
+        results |= alternate({label: commands[label] for label in SIDES if label not in once}, options.rounds)
     report("distributed", results, rows_of(options, results), commands=commands, device=options.device,
            folder=options.results)
 
