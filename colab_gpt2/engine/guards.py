@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0003
-import math, signal, statistics, time, warnings
+import copyreg, math, signal, statistics, time, warnings
 from dataclasses import replace
 
 import torch
@@ -184,6 +184,8 @@ class Diverged(FloatingPointError):
         told = f"{what}; start again with {try_first}{{learning_rate={rate}}}, not {{now}}, and {again}."
         super().__init__(Sentence(told, now=now, **values))
         self.what = Sentence(what, **values)
+
+    def __reduce__(self): return copyreg.__newobj__, (Diverged, *self.args), vars(self)  # for another process
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0022
 def loss_now(model, batches) -> float:
