@@ -17,7 +17,7 @@ from ..model.loading import own_part
 from ..model.tune import casting_once, compiled, repeated_blocks
 from ..planning.plan import Plan, smaller_micro_batch
 from .sharding import sharded
-from ..ranks import RANKS, gathered, lost_told
+from ..ranks import RANKS, agreed, gathered, lost_told
 from ..runtime import first_line, out_of_memory
 
 # %% ../../nbs/engine/43_probe.ipynb #45bb93d9
@@ -49,10 +49,12 @@ class PeakMemory:
 
 # %% ../../nbs/engine/43_probe.ipynb #a5a200f5
 def moment_bytes(model, optimizer) -> int:
-    "Of AdamW, for what is trained: 8 a parameter; in 8 bits 2, but for embeddings, which stay in 32."
+    """Of AdamW, for what is trained: 8 a parameter; in 8 bits 2, but for embeddings, which stay in 32. With DDP 4 more,
+    for its copy of the gradients."""
+    copies = RANKS.all > 1 and not sharded(model)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     def each(p): return 2 if optimizer == "adamw_bnb_8bit" and id(p) not in embeddings else 8
-    return sum(own_part(p).numel() * each(p) for p in model.parameters() if p.requires_grad)
+    return sum(own_part(p).numel() * (each(p) + 4 * copies) for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/engine/43_probe.ipynb #615dd07e
 def probe(trainer, plan) -> Plan:
@@ -90,9 +92,11 @@ def settle(trainer, plan) -> Plan:
     while True:
         micro = trainer.micro_batch = plan.recipe.micro_batch
         less = smaller_micro_batch(trainer.model, plan.recipe)
-        try: probed = probe(trainer, plan)
+        divided = sharded(trainer.model)  # the others wait in a pass, where one fails
+        try:
+            with contextlib.nullcontext() if divided else agreed(): probed = probe(trainer, plan)
         except Exception as e:
-            if less is None or not out_of_memory(e) or sharded(trainer.model): raise  # the others wait in a pass
+            if less is None or not out_of_memory(e) or divided: raise
             probed = replace(plan, fits=False)
         if (probed := hardest(probed)).fits: return probed
         if less is None:
