@@ -123,9 +123,10 @@ class SharedSteps(MicroBatchTrainer):
         return dict(loss=loss, since=self._globalstep_last_logged)
 
     def add_up(self, model, ids):
-        "All processes' gradients, by a pass that counts nothing and takes no memory."
+        "All processes' gradients, by a pass that counts nothing, takes no memory and draws no random number."
         self.share = 0.
-        with uncompiled(), lost_told(): Trainer.training_step(self, model, dict(input_ids=ids, labels=ids))
+        with uncompiled(), lost_told(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            Trainer.training_step(self, model, dict(input_ids=ids, labels=ids))
 
 # %% ../../nbs/engine/42_trainer.ipynb #c19b1164
 def schedule_options(arguments, steps) -> dict:
@@ -322,7 +323,7 @@ def training_arguments(config, plan) -> TrainingArguments:
         save_strategy="steps" if (config.save_steps or -1) > 0 else "no", save_steps=max(config.save_steps or 1, 1),
         logging_first_step=True, logging_nan_inf_filter=False,  # it waits for the device; see StopOnDivergence
         dataloader_pin_memory=recipe.device == "cuda", accelerator_config=dict(non_blocking=recipe.device == "cuda"),
-        disable_tqdm=True, report_to="none", **(DIVIDED if recipe.shards > 1 else {}))
+        ddp_broadcast_buffers=False, disable_tqdm=True, report_to="none", **(DIVIDED if recipe.shards > 1 else {}))
     try:
         same = {name: value for name in SAME if (value := getattr(config, name)) is not None}
         if plan.steps == 1: same["warmup_steps"] = 0  # or the rate of its one step would be 0
