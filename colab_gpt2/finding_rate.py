@@ -108,7 +108,8 @@ def try_steps(config, steps, report, ramp=None) -> tuple:
     check_trainer_args(config.trainer_args)
     quiet = config.trainer_args | dict(logging_strategy="steps", report_to="none")
     with tempfile.TemporaryDirectory() as place, same_chance():
-        config = replace(config, max_steps=steps, save_steps=-1, logging_steps=1, output_dir=place, trainer_args=quiet)
+        config = replace(config, max_steps=steps, save_steps=-1, logging_steps=1, output_dir=place, trainer_args=quiet,
+                         num_processes=1, fsdp="off")  # this process trains
         config = (ready := prepare(config, report, held_out=False)).config
         plan = plan_training(config, ready.model.config, ready.train, ready.runtime)
         times = steps * min(plan.blocks_per_step, len(ready.train)) / len(ready.train)

@@ -49,6 +49,11 @@ def test_the_curve_is_the_same_again_and_leaves_no_trace(quick, tmp_path):
     assert other.losses != first.losses
 
 
+def test_the_rate_of_a_run_of_several_processes_is_found_in_this_one(quick):
+    curve = find(replace(quick, num_processes=2, fsdp="on"), steps=10)
+    assert len(curve.losses) > 3 and curve.rates[0] == 1e-7
+
+
 def test_the_rates_are_those_of_the_steps(quick):
     "A rate of next to nothing changes nothing, a high one much: the curve of one step more begins equal."
     curve = find(quick)
