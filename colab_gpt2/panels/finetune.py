@@ -229,8 +229,8 @@ class Controls(Offers):
     def enable(self, **able):
         "Those named can be pressed; those of no use now are not there."
         for name, made in self.buttons.items():
-            made.disabled = not able.get(name, False)
-            made.layout.display = "" if self.running == (name != "start") else "none"
+            made.disabled, useful = not able.get(name, False), name != "sample" or self.config.num_processes == 1
+            made.layout.display = "" if useful and self.running == (name != "start") else "none"
 
     def arrange(self):
         "Settings give way to a run; one line tells them while they are folded."
