@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/63_beginning.ipynb #eb714263
-import os, warnings
+import os, torch, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .errors import Sentence
 from .model.loading import MODELS
 from .planning.plan import Plan, effective_batch, plan_run
 from .preparing import check_room, warn_of_few_steps, warn_of_few_tokens
-from .ranks import agreed, expected, gathered, join
+from .ranks import RANKS, agreed, expected, gathered, join
 from .resuming import asked, check_output_dir, differences
 from .runtime import find_device
 
@@ -32,6 +32,19 @@ def check_sources(config):
         if not given or Path(given).resolve() not in doomed: continue
         told = f"{{{name}}} is {{given}}, a checkpoint that this run would delete; choose another {{output_dir}}."
         raise ValueError(Sentence(told, given=given))
+
+# %% ../nbs/63_beginning.ipynb #7b20c5e1
+CROWDED = "There are {ranks} processes for {gpus}, and each needs its own: lower {num_processes}, or start fewer."
+
+def check_gpus(used):
+    "ValueError if two processes would share a GPU; `used`: each one's."
+    if (gpus := len({*used})) < len(used):
+        raise ValueError(Sentence(CROWDED, ranks=len(used), gpus=several(gpus, "GPU")))
+
+def own_gpu():
+    "What no other process has: the name of a GPU, or this one's number where there is none."
+    if RANKS.group is None or find_device()[0] != "cuda": return RANKS.own
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 # %% ../nbs/63_beginning.ipynb #f6b285d6
 UNLIKE = "The processes have different settings: {%s} is {first!r} in process 0 and {other!r} in process {rank}."
@@ -47,11 +60,14 @@ MET = "{num_processes} is {given}, and WORLD_SIZE says {met}: leave one of them 
 
 def meet(config) -> FinetuneConfig:
     "`config` with how many processes there are, once they have met."
-    given, met = config.num_processes, expected()
+    given, met, seconds = config.num_processes, expected(), config.trainer_args.get("ddp_timeout")
     if met == 1: os.environ.pop("LOCAL_RANK", None)
-    elif given not in (1, met): raise ValueError(Sentence(MET, given=given, met=met))
-    join(config.trainer_args.get("ddp_timeout", TrainingArguments.ddp_timeout), find_device()[0] == "cpu")
+    join(seconds if type(seconds) is int else TrainingArguments.ddp_timeout, find_device()[0] == "cpu")
     check_alike(config)
+    used = gathered(own_gpu())
+    with agreed():
+        if met > 1 and given not in (1, met): raise ValueError(Sentence(MET, given=given, met=met))
+        check_gpus(used)
     return replace(config, num_processes=met)
 
 # %% ../nbs/63_beginning.ipynb #f1df1437
@@ -63,20 +79,22 @@ def check_fsdp(config):
     for name, value in UNFIT.items():
         if getattr(config, name) == value:
             raise ValueError(Sentence(f"{{fsdp=on}} cannot be had with {{{name}={value}}}: leave one of them out."))
-    if max(config.num_processes, expected()) == 1:
+    if config.num_processes == 1:
         raise ValueError(Sentence("{fsdp=on} divides a model among processes, and there is one: set {num_processes}."))
 
 # %% ../nbs/63_beginning.ipynb #ac11561b
 def check_run(config) -> FinetuneConfig:
     "The config with the path of the output folder, and how many processes have met."
-    check_trainer_args(config.trainer_args)
     if (name := str(Path(config.folder))) in MODELS:
         told = f"{{output_dir}} has the name of a known model: here {{model={name}}} will be the one in that folder."
         warnings.warn(Sentence(told), stacklevel=3)
-    place = check_output_dir(config.output_dir or ".")
-    check_fsdp(config)
-    config = meet(replace(config, output_dir=str(place)) if config.output_dir else config)
-    check_sources(config)
+    config = meet(config)
+    with agreed():
+        check_trainer_args(config.trainer_args)
+        place = check_output_dir(config.output_dir or ".")
+        check_fsdp(config)
+        if config.output_dir: config = replace(config, output_dir=str(place))
+        check_sources(config)
     return config
 
 # %% ../nbs/63_beginning.ipynb #302171b5
@@ -106,7 +124,7 @@ def follow(config, found) -> FinetuneConfig:
     return replace(config, **{name: value for name, value in known.items() if value and asked(config)[name] is None})
 
 # %% ../nbs/63_beginning.ipynb #ffe78b3b
-OTHER_SUMS = "This run was computed {was} before, and is {now} now: its weights will be equal up to rounding only."
+OTHER_SUMS = "This run was computed {was} before, and is {now} now: its weights are equal up to rounding and dropout."
 
 def as_before(config, prepared, plan, found) -> Plan:
     "`plan`, with the micro-batch of the session before, if that is left open and fits; a warning if it differs."

@@ -20,7 +20,7 @@ from .config import TEXT, FinetuneConfig
 from .core import Record, existing, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling, check_request
-from .ranks import RANKS, Lost, first, leave
+from .ranks import RANKS, Lost, alone, first, leave
 from .signals import ENDING, catching, say
 
 # %% ../nbs/65_cli.ipynb #2346d1bf
@@ -55,6 +55,16 @@ def one_line(error, name_of=name_of) -> str:
     said = " ".join(worded(error, name_of).split()) or type(error).__name__
     return printable("".join(f"{name_of(name)}: " for name in getattr(error, "about", ())) + said)
 
+# %% ../nbs/65_cli.ipynb #9c41d0e5
+def tell_error(program, error, name_of=name_of):
+    "One line on stderr, by the first process, or by another that knows more; the last that a process does."
+    own = alone(error) and (RANKS.group or isinstance(error, OSError))  # what is typed is wrong in all of them
+    said = one_line(error, name_of)
+    if first(): say(f"{program}: {said}")
+    elif own or RANKS.own == 1 and isinstance(error, Lost):  # the first may be who is lost
+        print(f"{program}, process {os.environ.get('RANK')}: {said}", file=sys.__stderr__, flush=True)
+    leave(own)
+
 # %% ../nbs/65_cli.ipynb #ce7f6373
 @contextlib.contextmanager
 def errors_in_one_line(debug=False):
@@ -64,10 +74,8 @@ def errors_in_one_line(debug=False):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as e:
         stopped = isinstance(e, KeyboardInterrupt)
-        if debug and not stopped or isinstance(e, (typer.Exit, typer.Abort, typer.BadParameter)): raise
-        if first(): say(f"colab-gpt2: {one_line(e)}")
-        elif not isinstance(e, Lost) and RANKS.group and not hasattr(e, "shared_by"):  # the others do not know
-            print(f"colab-gpt2, process {RANKS.own}: {one_line(e)}", file=sys.__stderr__, flush=True)
+        if debug and first() and not stopped or isinstance(e, (typer.Exit, typer.Abort, typer.BadParameter)): raise
+        tell_error("colab-gpt2", e)
         typed = {"trainer_args", "steps"} & {*fields_of(e)}  # not checked before
         raise typer.Exit(getattr(e, "code", 130) if stopped else 2 if typed else 1) from None
 

@@ -6,18 +6,20 @@
 __all__ = []
 
 # %% ../nbs/63_launching.ipynb #2732014c
-import contextlib, copy, os, pickle, queue, signal, socket, subprocess, sys, threading, time, warnings
+import contextlib, copy, os, pickle, queue, signal, socket, subprocess, sys, threading, time, torch, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 from transformers import TrainerControl
 
+from .beginning import check_gpus
 from .engine.callbacks import TRAINING, Listener, tell
 from .engine.checkpoints import find_checkpoints
 from .engine.guards import StopOnInterrupt, TimeLimit
 from .errors import Sentence
-from .ranks import first, leave, lost_peer, sendable
+from .ranks import GRACE, alone, first, leave, lost_peer, sendable
 from .reporting import reporting
+from .runtime import find_device
 
 # %% ../nbs/63_launching.ipynb #605b1a1c
 class Relay(Listener):
@@ -78,17 +80,19 @@ def work(finetune):
     given, out, lock = sys.stdin.buffer, os.fdopen(os.dup(1), "wb"), threading.Lock()
     os.dup2(2, 1)  # what libraries print
     def send(*told):
-        with lock: out.write(pickle.dumps(told)), out.flush()
-    (config, limits), relay = pickle.load(given), Relay(send)
+        with lock, contextlib.suppress(OSError): out.write(pickle.dumps(told)), out.flush()  # nobody may read any more
+    (config, limits), relay, own = pickle.load(given), Relay(send), False
     if first():
         threading.Thread(target=relay.listen, args=(given,), daemon=True).start()
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, category, *place: send("warned", sendable(message), category)
     heard = dict(callbacks=[relay, *limits] * first(), progress=lambda *told: send("shown", *told))
     try: told = "gave", finetune(config, **heard)
-    except BaseException as e: told = "raised", sendable(e), lost_peer(e) or not first() and hasattr(e, "shared_by")
+    except BaseException as e:
+        own = not lost_peer(e) if first() else alone(e)
+        told = "raised", sendable(e), own
     send(*told)
-    leave()
+    leave(own)
     os._exit(told[0] == "raised")
 
 # %% ../nbs/63_launching.ipynb #031e43c0
@@ -176,7 +180,6 @@ class Heard:
         return control
 
 # %% ../nbs/63_launching.ipynb #6d7478fe
-GRACE = 30  # seconds
 DIED = "Process {rank} of {ranks} {how}, and the run has ended: {kept}. Run the same again to resume."
 
 def died(started, config) -> RuntimeError:
@@ -195,7 +198,8 @@ def follow(started, heard, config):
     while running and not (until and time.monotonic() > until):
         started.pass_on(heard.stop)
         for each in heard.callbacks: getattr(each, "breathe", bool)()
-        if not until and any(each.poll() for each in started.all): until = time.monotonic() + GRACE
+        stuck = any(rank and said[-1] is True for rank, said in told.items())  # the others wait for its part of a pass
+        if not until and (stuck or any(each.poll() for each in started.all)): until = time.monotonic() + GRACE
         with contextlib.suppress(queue.Empty):
             rank, kind, *more = started.told.get(timeout=0.1)
             if kind == "ended": running -= 1
@@ -203,11 +207,12 @@ def follow(started, heard, config):
             elif (control := heard.hear(kind, *more)) and more[0] == "on_step_end": started.answer(heard.stop, control)
     if told.get(0, "?")[0] == "gave": return told[0][1]
     errors = [more for kind, *more in (told[rank] for rank in sorted(told)) if kind == "raised"]
-    raise next((error for error, lost in errors if not lost), None) or died(started, config)
+    raise next((error for error, own in errors if own), None) or died(started, config)
 
 # %% ../nbs/63_launching.ipynb #c8dabb61
 def launch(config, callbacks=(), progress=True):
     "`finetune` in `config.num_processes` processes: -> the FinetuneResult."
+    if find_device()[0] == "cuda": check_gpus([n % torch.cuda.device_count() for n in range(config.num_processes)])
     stop = StopOnInterrupt(config.folder)
     limits = [each for each in callbacks if isinstance(each, TimeLimit)]
     with stop.listening(), reporting(progress) as shown:

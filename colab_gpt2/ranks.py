@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/02_ranks.ipynb #9791528c
-import contextlib, os, pickle, socket, warnings
+import contextlib, os, pickle, socket, threading, warnings
 from datetime import timedelta
 
 from .errors import Sentence
@@ -32,7 +32,8 @@ class Lost(RuntimeError): "Another process has ended, or cannot be reached."
 # %% ../nbs/02_ranks.ipynb #27812e53
 def lost_peer(error) -> bool:
     "Does `error` say that another process has gone? torch raises RuntimeError for that and for everything else."
-    words = "gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL"
+    words = ("gloo/transport", "closed by peer", "reset by peer", "remote peer", "ncclRemoteError",
+             "communicator was aborted", "collective operation timeout")
     if RANKS.group is None or not isinstance(error, RuntimeError): return False
     return isinstance(error, Lost) or any(word in str(error) for word in words)
 
@@ -46,12 +47,16 @@ def lost_told():
         raise Lost("Another process of this run has ended, and this one with it.") from e
 
 # %% ../nbs/02_ranks.ipynb #308be9cc
+LEFT = ...  # what a process says that takes part no more; it is the same object when it is read
+
 def gathered(value) -> list:
     "Every process's `value`, in their order."
     if RANKS.group is None: return [value]
     from torch import distributed
     found = [None] * RANKS.all
-    with lost_told(): distributed.all_gather_object(found, value, group=RANKS.group)
+    with lost_told():
+        distributed.all_gather_object(found, value, group=RANKS.group)
+        if any(each is LEFT for each in found): raise Lost
     return found
 
 # %% ../nbs/02_ranks.ipynb #5b5ea89b
@@ -96,11 +101,18 @@ def agreed():
     except BaseException as e:
         if RANKS.group is None or lost_peer(e): raise
         mine = e
-    wrong = next((e for e in gathered(mine and sendable(mine)) if e is not None), None)
+    sent = mine and sendable(mine)
+    wrong = next((e for e in gathered(sent) if e is not None), None)
     if wrong is None: return
-    error = mine if str(mine) == str(wrong) else wrong
+    error = mine if mine and str(sent) == str(wrong) else wrong
     error.shared_by = RANKS.all
     raise error
+
+# %% ../nbs/02_ranks.ipynb #b60c2f11
+def alone(error) -> bool:
+    "Do the other processes know nothing of `error`?"
+    known = lost_peer(error) or isinstance(error, KeyboardInterrupt) or hasattr(error, "shared_by")
+    return not known and (not error.__cause__ or alone(error.__cause__))
 
 # %% ../nbs/02_ranks.ipynb #74a1bc7e
 def by_first(function):
@@ -141,6 +153,7 @@ def check_port(host, port):
     "OSError if the first process cannot be met there, since another program is."
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True": return  # the program that has started this one listens
     with socket.socket() as found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch: a run that has ended is not in the way
         try: found.bind(("", int(port)))
         except OSError as e: raise OSError(Sentence(IN_USE, port=port)) from e
 
@@ -159,7 +172,15 @@ def join(seconds, cpu):
     RANKS.group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # a text may take hours to prepare
 
 # %% ../nbs/02_ranks.ipynb #3406aed7
-def leave():
-    "The last that a process does of a run that ended with an error: the others wait until the first has gone."
+GRACE = 30  # seconds that others have to end
+
+def leave(alone=False):
+    """The last that a process does: it waits until the first has gone, but not long where it is `alone` with an error:
+    the first may wait for its part of a pass. Then the process ends here, and a launcher ends the others."""
     if RANKS.group is None or first(): return
-    with contextlib.suppress(Lost): gathered(None)  # nobody answers
+    def wait():
+        with contextlib.suppress(RuntimeError): gathered(LEFT)
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(GRACE if alone else None)
+    if waiting.is_alive(): os._exit(1)

@@ -1,25 +1,36 @@
 "Two processes that train one model: as one does, and what happens when one of them stops, dies or differs."
-import contextlib, faulthandler, os, signal, socket, time, warnings
+import contextlib, faulthandler, io, math, os, pickle, queue, signal, socket, sys, time, warnings
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from helpers.forks import launched
-from helpers.toys import write_tide
+from helpers.toys import small_trainer, write_tide, write_toy
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, TrainerCallback
 
-from colab_gpt2.cli import one_line
+from colab_gpt2 import FinetuneConfig, beginning, launching, ranks
+from colab_gpt2.cli import one_line, tell_error
+from colab_gpt2.engine import probe
 from colab_gpt2.engine.callbacks import BEFORE, LOADING, PROBING, TRAINING, Listener
 from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest
+from colab_gpt2.engine.guards import Diverged
 from colab_gpt2.legacy.run_language_modeling import main
+from colab_gpt2.model.tune import repeated_blocks
+from colab_gpt2.ranks import RANKS, Lost, agreed
 from colab_gpt2.signals import Interrupted
 from colab_gpt2.training import finetune
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    return write_tide(tmp_path_factory.mktemp("text"), 40, n_layer=1, n_embd=32, n_head=2, n_positions=64)
+    place = write_tide(tmp_path_factory.mktemp("text"), 40, n_layer=1, n_embd=32, n_head=2, n_positions=64)
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, bos_token_id=None,
+                 eos_token_id=None)
+    write_toy(place/"llama", LlamaConfig(vocab_size=8192, max_position_embeddings=64, **small))
+    return place
 
 
 def settings(text, output_dir, **changes):
@@ -86,30 +97,31 @@ class Signal(TrainerCallback):
 class Short(TrainerCallback):
     "Memory that runs out in one of the processes."
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        from colab_gpt2.ranks import RANKS
         def fail(module, given):
             if RANKS.own == 1 and len(given[0]) > 1: raise torch.OutOfMemoryError("CUDA out of memory")
-        self.hook = model.transformer.h[0].register_forward_pre_hook(fail)
+        self.hook = repeated_blocks(model)[0].register_forward_pre_hook(fail)
     def on_train_end(self, args, state, control, **kwargs): self.hook.remove()
 
 
 class Spoils(TrainerCallback):
-    "Weights that are NaN in one of the processes after step 7, until the learning rate is halved."
-    def __init__(self): self.begun = []
+    "Weights that are NaN in one of the processes after a step, until the learning rate is halved."
+    def __init__(self, step): self.step, self.begun = step, []
     def on_train_begin(self, args, state, control, **kwargs): self.begun.append(state.global_step)
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 7 and args.learning_rate == 5e-3 and os.environ["RANK"] == "1":
+        if state.global_step == self.step and args.learning_rate == 5e-3 and os.environ["RANK"] == "1":
             next(model.parameters()).data.fill_(float("nan"))
 
 
 def several_runs(text, folder):
     "One after the other, so that a pair of processes is started once: -> what each gave."
     def run(name, **changes): return told(lambda: finetune(**settings(text, folder/name, **changes)))
-    spoiled = run("spoiled", callbacks=[spoils := Spoils()], save_steps=5), spoils.begun
+    def spoil(name, step): return run(name, callbacks=[spoils := Spoils(step)], save_steps=5), spoils.begun
+    buffered = run("buffered", model=str(text/"llama"), callbacks=[Short()], eval_steps=-1, max_steps=4)
     return dict(plain=run("plain"), short=run("short", callbacks=[Short()], eval_steps=-1, max_steps=6),
                 stopped=run("stopped", callbacks=[Signal(7, 1)]), begun=run("begun"), again=run("plain"),
                 few=run("few", effective_batch_size=1), lora=run("lora", method="lora", max_steps=6, eval_steps=-1),
-                mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12), spoiled=spoiled,
+                mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12),
+                spoiled=spoil("spoiled", 7), unsaved=spoil("unsaved", 10), buffered=buffered,
                 divided=run("divided", fsdp="on"), halted=run("halted", fsdp="on", callbacks=[Signal(7, 1)]),
                 resumed=run("handed over", fsdp="on", gradient_checkpointing=True))
 
@@ -172,6 +184,12 @@ def test_memory_that_runs_out_in_one_process_lowers_the_micro_batch_of_all(runs,
     same(result, finetune(**settings(text, tmp_path/"out", eval_steps=-1, max_steps=6)))
 
 
+def test_memory_that_runs_out_in_a_model_with_buffers(runs, text, tmp_path):
+    result, other = (rank["buffered"] for rank in runs)
+    assert result.plan.recipe.micro_batch == other.plan.recipe.micro_batch == 1
+    same(result, finetune(**settings(text, tmp_path/"out", model=str(text/"llama"), eval_steps=-1, max_steps=4)))
+
+
 def test_a_divided_model_learns_as_one_process_does_and_is_saved_whole(runs, alone):
     result, other = (rank["divided"] for rank in runs)
     same(result, alone)
@@ -211,10 +229,11 @@ def test_the_mirror_of_two_processes_has_complete_copies(runs):
     assert all(torch.equal(weight, copied[name]) for name, weight in ours.items())
 
 
-def test_weights_lost_in_one_process_take_all_back(runs):
-    for result, begun in (rank["spoiled"] for rank in runs):
-        assert begun == [0, 5] and result.steps == 20 and result.losses == runs[0]["spoiled"][0].losses
-    weights = load_file(Path(runs[0]["spoiled"][0].output_dir)/"model.safetensors")
+@pytest.mark.parametrize("seen", ["spoiled", "unsaved"], ids=["when a loss is logged", "when they are to be saved"])
+def test_weights_lost_in_one_process_take_all_back(runs, seen):
+    for result, begun in (rank[seen] for rank in runs):
+        assert begun == [0, 5] and result.steps == 20 and result.losses == runs[0][seen][0].losses
+    weights = load_file(Path(runs[0][seen][0].output_dir)/"model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
@@ -247,6 +266,29 @@ def test_a_killed_process_ends_the_other_with_a_line_and_a_complete_checkpoint(t
     assert not (tmp_path/"out"/".running.json").exists()
     resumed = finetune(**settings(text, tmp_path/"out", save_steps=3))
     assert resumed.resumed_from == str(newest) and resumed.steps == 20
+
+
+class Breaks(TrainerCallback):
+    "Fails in one of the processes, while the other waits for its part of a pass."
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3 and RANKS.own == 1: raise OSError("The disk of this machine is gone")
+
+
+def as_the_command(text, output_dir):
+    ranks.GRACE = 0.5
+    try: finetune(**settings(text, output_dir, callbacks=[Breaks()]))
+    except Exception as e: tell_error("colab-gpt2", e)
+
+
+def test_an_error_of_one_process_alone_ends_all(text, tmp_path):
+    with started(as_the_command, text, tmp_path/"out") as processes:
+        for process in processes: process.join(20)
+        assert not any(process.is_alive() for process in processes)
+    assert [process.exitcode for process in processes] == [0, 1]  # the second did not wait for ever
+    lines = [[line for line in process.done.stderr.splitlines() if "colab-gpt2" in line] for process in processes]
+    assert lines[0] == ["colab-gpt2: Another process of this run has ended, and this one with it."]
+    [line] = lines[1]
+    assert line.startswith("colab-gpt2, process 1: ") and "The disk of this machine is gone" in line
 
 
 def test_different_settings_are_refused_by_all(text, tmp_path):
@@ -338,3 +380,207 @@ def test_a_run_is_started_watched_stopped_killed_and_resumed(text, tmp_path, alo
         with pytest.warns(UserWarning, match="Resuming at step 8 of 20"): finetune(**shared | dict(callbacks=[dying]))
     assert dying.steps[:4] == [9, 10, 11, 12] and not any("RANK" in child.environ() for child in children())
     same(finetune(**shared | dict(num_processes=1)), alone)
+
+
+@pytest.fixture
+def two(monkeypatch):
+    "This process as the first of two, the other of which says `two.other`, or the same."
+    heard = SimpleNamespace(other=None)
+    def gathered(value): return pickle.loads(pickle.dumps([value, value if heard.other is None else heard.other]))
+    for name, value in dict(group="a group", all=2).items(): monkeypatch.setattr(RANKS, name, value)
+    for module in (ranks, beginning, probe): monkeypatch.setattr(module, "gathered", gathered)
+    return heard
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_divergence_is_one_in_all_processes(two, own):
+    wrong = Diverged("The loss became {loss} by step {step}", 1e-4, 5e-4, loss=math.inf, step=7)
+    if not own: two.other = wrong
+    with pytest.raises(Diverged, match="start again with learning_rate=0.0001") as told:
+        with agreed():
+            if own: raise wrong
+    assert told.value.what == wrong.what == "The loss became inf by step 7" and told.value.shared_by == 2
+
+
+class Odd(Exception):
+    def __init__(self, one, two): super().__init__(f"{one} and {two}")
+
+
+def test_an_error_that_cannot_be_sent_keeps_its_kind_where_it_was_raised(two):
+    with pytest.raises(Odd):
+        with agreed(): raise Odd(1, 2)
+
+
+def follow(**told):
+    "launching.follow of two processes that go on, of which one has told something."
+    started = SimpleNamespace(all=[SimpleNamespace(poll=lambda: None)] * 2, told=queue.Queue(), pass_on=lambda stop: 0)
+    for each in told["told"]: started.told.put(each)
+    return launching.follow(started, SimpleNamespace(stop=None, callbacks=()), FinetuneConfig())
+
+
+def test_an_error_of_a_process_that_the_first_waits_for_ends_a_started_run(monkeypatch):
+    monkeypatch.setattr(launching, "GRACE", 0.1)
+    with pytest.raises(OSError, match="no disk"): follow(told=[(1, "raised", OSError("no disk"), True)])
+
+
+def test_a_process_that_stops_as_all_do_leaves_the_first_its_time(monkeypatch):
+    monkeypatch.setattr(launching, "GRACE", -1)
+    last = [(rank, "ended") for rank in range(2)]
+    told = [(1, "raised", Interrupted("Stopped."), False), (0, "gave", 5), *last]
+    assert follow(told=told) == 5
+
+
+@dataclass
+class Probed:
+    fits: bool = True
+    peak_bytes: int = 1
+    torch_compile: bool = True
+    recipe = SimpleNamespace(micro_batch=1)
+
+
+@pytest.fixture
+def probes(two, monkeypatch):
+    "Probes that go well here; in the other process the first one fails with `probes.error`."
+    heard = SimpleNamespace(error=None)
+    def gathered(value):
+        error, heard.error = heard.error, None
+        return [value, error or value]
+    monkeypatch.setattr(ranks, "gathered", gathered)
+    changes = dict(probe=lambda trainer, plan: plan, smaller_micro_batch=lambda *given: None, repeated_blocks=list,
+                   compiled=lambda blocks: contextlib.nullcontext())
+    for name, value in changes.items(): monkeypatch.setattr(probe, name, value)
+    return heard
+
+
+TRAINER = SimpleNamespace(model=())
+
+
+def test_a_probe_without_memory_in_one_process_ends_all_alike(probes):
+    probes.error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError) as told: probe.settle(TRAINER, Probed())
+    assert told.value.shared_by == 2
+
+
+def test_what_cannot_be_compiled_in_one_process_is_compiled_in_none(probes):
+    probes.error = RuntimeError("Triton Error [CUDA]: no kernel image is available")
+    with contextlib.ExitStack() as around, pytest.warns(UserWarning, match="torch.compile failed .Triton Error"):
+        assert not probe.settle_compiled(TRAINER, Probed(), around).torch_compile
+
+
+@pytest.mark.parametrize("copies, each", [(1, 8), (2, 12)], ids=["of one process", "of two"])
+def test_a_probe_counts_the_buckets_of_ddp(monkeypatch, copies, each):
+    monkeypatch.setattr(RANKS, "all", copies)
+    model = torch.nn.Linear(3, 5)
+    assert probe.moment_bytes(model, "adamw_torch_fused") == each * 20
+    model.reshard = None  # of FSDP, which has no such buckets
+    assert probe.moment_bytes(model, "adamw_torch_fused") == 8 * 20
+
+
+def test_a_pass_that_only_adds_up_draws_no_random_numbers(tmp_path):
+    "So that a resumed run, which begins with such passes, has the dropout of one that went through."
+    trainer = small_trainer(tmp_path)
+    trainer.current_gradient_accumulation_steps = 1
+    assert trainer.model.config.resid_pdrop > 0
+    before = torch.get_rng_state()
+    trainer.add_up(trainer.model, torch.tensor([[1, 2]]))
+    assert torch.equal(before, torch.get_rng_state()) and trainer.model.training
+
+
+def test_a_folder_that_one_process_cannot_write_to_is_told_to_all(two, monkeypatch, tmp_path):
+    (tmp_path/"file").touch()
+    monkeypatch.setattr(beginning, "check_gpus", lambda used: None)
+    with pytest.raises(NotADirectoryError) as told: beginning.check_run(FinetuneConfig(output_dir=str(tmp_path/"file")))
+    assert told.value.shared_by == 2
+
+
+def test_a_number_of_processes_that_differs_is_refused_by_all(two, monkeypatch):
+    monkeypatch.setattr(beginning, "expected", lambda: 2)
+    with pytest.raises(ValueError, match="num_processes is 3, and WORLD_SIZE says 2") as told:
+        beginning.check_run(FinetuneConfig(num_processes=3))
+    assert told.value.shared_by == 2
+
+
+def said_by(monkeypatch, rank, error, group="a group"):
+    "On stderr, by a process of that rank of three that ends with `error`."
+    for name, value in dict(own=rank * bool(group), group=group).items(): monkeypatch.setattr(RANKS, name, value)
+    for name, value in dict(WORLD_SIZE="3", RANK=str(rank)).items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "__stderr__", seen := io.StringIO())
+    monkeypatch.setattr("colab_gpt2.cli.leave", lambda alone: seen.write(f"waits {'not ' * bool(alone)}long"))
+    with contextlib.redirect_stderr(seen): tell_error("colab-gpt2", error)
+    return seen.getvalue().splitlines()
+
+
+def test_who_tells_an_error(monkeypatch):
+    shared = ValueError("no")
+    shared.shared_by = 3
+    def said(error, *options): return [said_by(monkeypatch, rank, error, *options) for rank in range(3)]
+    long, short = ["waits long"], "waits not long"
+    assert said(shared) == [["colab-gpt2: no", *long], long, long]
+    assert said(OSError("no"))[1:] == [[f"colab-gpt2, process {n}: no", short] for n in (1, 2)]
+    assert said(OSError("no"), None)[2] == ["colab-gpt2, process 2: no", short]  # before they have met
+    assert said(Lost("gone")) == [["colab-gpt2: gone", *long], ["colab-gpt2, process 1: gone", *long], long]
+    assert said(Interrupted("Stopped."))[1:] == said(ValueError("typed"), None)[1:] == [long, long]
+
+
+def relays_to_nobody(folder):
+    "As a started process whose starter was killed."
+    given, ours = os.pipe()
+    os.write(ours, pickle.dumps((FinetuneConfig(), ())))
+    os.close(ours)
+    nobody, out = os.pipe()
+    os.close(nobody)
+    os.dup2(given, 0), os.dup2(out, 1)
+    sys.stdin = open(0)
+    def finetune(config, callbacks, progress):
+        progress("Fine-tuning", 1, 2)
+        stop = SimpleNamespace(asked=False, ask=lambda code: (folder/"asked").write_text(str(code)))
+        callbacks[0].on_stage(TRAINING, stop=stop)
+        callbacks[0].answered.wait(10)
+        (folder/"saved").touch()
+    launching.work(finetune)
+
+
+def test_a_run_whose_starter_was_killed_stops_and_saves(tmp_path):
+    with launched(relays_to_nobody, tmp_path) as process: process.join(30)
+    assert process.exitcode == 0, process.done.stderr
+    assert (tmp_path/"asked").read_text() == "143" and (tmp_path/"saved").exists()
+
+
+@pytest.mark.parametrize("gpus, refused", [(1, True), (2, False), (0, False)])
+def test_more_processes_than_gpus_are_refused(monkeypatch, gpus, refused):
+    class Started(Exception): pass
+    def start(*given): raise Started
+    monkeypatch.setattr(launching, "find_device", lambda: ("cuda" if gpus else "cpu", ""))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(launching, "Started", start)
+    said = "There are 2 processes for 1 GPU, and each needs its own"
+    with pytest.raises(ValueError if refused else Started, match=said if refused else None):
+        launching.launch(FinetuneConfig(num_processes=2), progress=False)
+
+
+def test_processes_that_share_a_gpu_are_refused_by_all(two, monkeypatch):
+    monkeypatch.setattr(beginning, "own_gpu", lambda: "GPU-1")
+    with pytest.raises(ValueError, match="for 1 GPU") as told: beginning.meet(FinetuneConfig())
+    assert told.value.shared_by == 2
+
+
+@pytest.mark.parametrize("said, lost", [
+    ("NCCL error: invalid usage\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000", False),
+    ("NCCL error: unhandled cuda error, NCCL version 2.21.5\nncclUnhandledCudaError: out of memory", False),
+    ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.", True),
+    ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 1800000 ms", True),
+    ("NCCL communicator was aborted on rank 0.", True),
+    ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242", True)])
+def test_which_errors_say_that_another_process_has_gone(two, said, lost):
+    assert ranks.lost_peer(RuntimeError(said)) is lost
+
+
+def test_a_port_of_a_run_that_has_just_ended_can_be_used():
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            listener.accept()[0].close()  # the first to close keeps the port for a minute
+    ranks.check_port("127.0.0.1", port)

@@ -10,12 +10,12 @@ import contextlib, os, re, sys, tempfile, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from ..cli import one_line, quiet_libraries
+from ..cli import quiet_libraries, tell_error
 from ..config import FinetuneConfig, pick_block_size
 from ..core import atomic, home, printable
 from ..errors import fields_of, shortened
 from .flags import FLAGS, name_of, parse, resumed_by
-from ..ranks import first, leave
+from ..ranks import first
 from ..signals import catching, say
 from ..tasks import evaluate
 from ..text.formats import END
@@ -143,8 +143,7 @@ def work(job) -> dict:
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #a4b25ca0
 def end(error, code) -> int:
     "Say `error` in one line on stderr; -> the exit code."
-    say(f"run_language_modeling: {one_line(error, name_of)}")
-    leave()
+    tell_error("run_language_modeling", error, name_of)
     return code
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #d4ae4bff
