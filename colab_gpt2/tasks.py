@@ -112,15 +112,15 @@ def evaluate(
 def packed_result(path) -> dict:
     "The `finetune.json` at the beginning of an archive; {} without one. ValueError if that is damaged."
     with reading_archive(path, path) as tar:
-        near = takewhile(lambda member: member.size < 64_000_000, tar)  # no weights
+        near = takewhile(lambda m: m.size < 64_000_000 and m.offset < 1 << 28, tar)  # no weights
         return next((json.load(tar.extractfile(member)) for member in near if member.name == "finetune.json"), {})
 
 def run_in(place) -> dict:
     "The `finetune.json` of the run whose model is in `place`, a folder or an archive; {} without one."
     try:
-        if Path(place).is_dir(): told = json.loads(Path(place, "finetune.json").read_bytes())
+        if (place := home(place)).is_dir(): told = json.loads((place/"finetune.json").read_bytes())
         else: told = packed_result(place)
-    except (OSError, ValueError): return {}  # a published model, or a damaged file
+    except (OSError, ValueError, RecursionError): return {}  # a published model, or a damaged file
     return told if isinstance(told, dict) else {}  # another tool's
 
 # %% ../nbs/64_tasks.ipynb #caad638b

@@ -5,8 +5,10 @@ import pytest
 
 from colab_gpt2.core import current_umask, sha256_of
 from colab_gpt2.errors import fields_of, shortened
-from colab_gpt2.storage.archives import archive_model, check_archive_path, extract_archive
+from colab_gpt2.storage.archives import archive_model, check_archive_path, check_whole, extract_archive
+from colab_gpt2.storage.archives import plain_members, reading_archive
 from colab_gpt2.storage.drive import copy_verified, mount_drive
+from colab_gpt2.tasks import packed_result, run_in
 from helpers.archives import archive, make_model, model, tree
 from helpers.colab_stub import colab, stub
 
@@ -239,6 +241,41 @@ def test_a_header_of_gigabytes_is_not_read_into_memory(tmp_path, kind):
     def refused():
         with pytest.raises(ValueError, match="a header of 8.6 GB"): extract_archive(path, tmp_path/"new")
     assert peak_of(refused) < 8 << 20
+
+
+def header(name="a", kind=tarfile.REGTYPE, **pax):
+    member = tarfile.TarInfo(name)
+    member.type, member.pax_headers = kind, pax
+    return member.tobuf(tarfile.PAX_FORMAT)
+
+
+WEARING = {
+    "a name for a name for a name": header(kind=tarfile.GNUTYPE_LONGNAME) * 350 + header(),
+    "a map that is none": header(**{"GNU.sparse.map": "x"}),
+    "a file of less than no bytes": header("config.json") + header("b", size="-1536"),
+    "a long comment": header("a", comment="x" * 100_000),
+    "many comments": b"".join(header(str(n), comment="x" * 20_000) for n in range(9)),
+    "a comment for all": b"".join(header(str(n), tarfile.XGLTYPE, comment="x" * 20_000) for n in range(9))}
+
+
+@pytest.mark.parametrize("headers", WEARING.values(), ids=WEARING)
+def test_headers_that_wear_a_reader_down_are_refused_at_every_door(tmp_path, headers):
+    with gzip.open(path := tmp_path/"a.tar.gz", "wb") as file: file.write(headers + bytes(1024))
+    for door in (lambda path: extract_archive(path, tmp_path/"new"), check_whole, packed_result):
+        with pytest.raises(ValueError, match="a.tar.gz is truncated, corrupted or not a .tar.gz archive"): door(path)
+    assert os.listdir(tmp_path) == ["a.tar.gz"]
+
+
+def test_an_archive_of_thousands_of_files_with_dates_and_long_names_is_read(tmp_path):
+    with gzip.open(path := tmp_path/"a.tar.gz", "wb", 1) as file:
+        file.write(b"".join(header(f"{'é' * 100}/{n}", atime="1.5", mtime="2.5") for n in range(3000)) + bytes(1024))
+    check_whole(path)
+    with reading_archive(path, path) as tar: assert len(plain_members(tar, path, tmp_path)) == 3000
+
+
+def test_a_record_that_is_too_deep_is_none(tmp_path):
+    (tmp_path/"finetune.json").write_text("[" * 100_000)
+    assert run_in(tmp_path) == {}
 
 
 def test_tokens_and_keys_do_not_travel_in_archives(model, archive, tmp_path):

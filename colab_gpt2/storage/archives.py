@@ -180,18 +180,41 @@ def plain_members(tar, path, folder, limit=math.inf) -> dict:
     return members
 
 # %% ../../nbs/storage/50_archives.ipynb #ec3c986a
+HEADERS = 1 << 16  # bytes of one member
+
 class Unzipped(gzip.GzipFile):
-    "A gzip file, read in pieces of 16 MB at most."
+    "A gzip file that gives `room` bytes."
+    room = math.inf
+
     def read(self, size=-1):
-        if size > 1 << 24: raise tarfile.ReadError(f"a header of {human_bytes(size)}")
+        self.room -= size
+        if self.room < 0: raise tarfile.ReadError(f"a header of {human_bytes(HEADERS - self.room)}")
         return super().read(size)
+
+# %% ../../nbs/storage/50_archives.ipynb #ec3c986b
+class Members(tarfile.TarFile):
+    "A tar in an `Unzipped`. ReadError for any wrong header, and for more than 4 kB of them a member, HEADERS for one."
+    room = HEADERS
+
+    def next(self):
+        self.fileobj.room = min(self.room + 4096, HEADERS)
+        try: member = super().next()
+        except OSError: raise
+        except Exception as e: raise tarfile.ReadError(str(e)) from e  # whatever tarfile was led to
+        self.room, self.fileobj.room = self.fileobj.room, math.inf
+        self.members.clear()
+        self.pax_headers.clear()
+        if member:
+            member.pax_headers = {}
+            if self.offset < member.offset_data: raise tarfile.ReadError("a file of fewer than 0 bytes")
+        return member
 
 # %% ../../nbs/storage/50_archives.ipynb #8eeec475
 @contextlib.contextmanager
 def reading_archive(path, called):
     "The open archive `path`, `called` so in messages; ValueError if it cannot be read."
     try:
-        with Unzipped(path) as unzipped, tarfile.open(fileobj=unzipped, mode="r:") as tar: yield tar
+        with Unzipped(path) as unzipped, Members(fileobj=unzipped) as tar: yield tar
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as e:
         said = f"{called} is truncated, corrupted or not a .tar.gz archive ({e}). Copy or make it again."
         raise ValueError(said) from e
