@@ -8,8 +8,8 @@ import pytest
 from colab_gpt2.core import sha256_of
 from colab_gpt2.errors import fields_of
 from colab_gpt2.text.corpus import WIKITEXT, Corpus, cached, load_corpus, recall
-from colab_gpt2.text.reading import SPLITS, check_text, cut_near
-from colab_gpt2.text.splitting import Numbers
+from colab_gpt2.text.reading import SPLITS, check_text, cut_near, cut_text
+from colab_gpt2.text.splitting import Documents, Numbers
 
 ARTICLES = "".join(f" \n = Number {n} = \n \n It is {n} , and {'very ' * n}large . \n" for n in range(30))
 
@@ -684,3 +684,23 @@ def test_a_cache_that_cannot_be_locked_is_told_in_a_line(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="^Writing name to .* failed: ") as caught:
         cached(tmp_path/"corpus", "name", "source", lambda stage: {})
     assert "\n" not in str(caught.value) and not any(tmp_path.iterdir())
+
+
+def test_marks_alone_are_no_text_to_evaluate_on(load, tmp_path):
+    (tmp_path/"a.txt").write_text(ARTICLES)
+    (tmp_path/"b.txt").write_text("<|endoftext|>\n" * 3)
+    with pytest.raises(ValueError, match="b.txt is empty: all of its documents are"):
+        load(train_file=tmp_path/"a.txt", eval_file=tmp_path/"b.txt")
+
+
+def test_millions_of_blanks_take_neither_memory_nor_time(tmp_path):
+    blank, began = b" " * (8 << 20), time.process_time()
+    for name, content in dict(inside=b"It" + blank + b"ebbs.", after=b"It ebbs. " * 20 + blank).items():
+        (tmp_path/name).write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert Documents(tmp_path/"inside", Numbers()).kept == 1
+        cut_text(tmp_path/"after", tmp_path, "after")
+        assert tracemalloc.get_traced_memory()[1] < 6 << 20
+    finally: tracemalloc.stop()
+    assert 0 < os.path.getsize(tmp_path/"train.txt") < 180 and time.process_time() - began < 3

@@ -1,5 +1,5 @@
 "Files as they are found: formats, encodings, columns, folders; and what is wrong, in one line, with its place."
-import bz2, csv, gzip, io, json, lzma, random, tracemalloc, zipfile
+import bz2, csv, gzip, io, json, lzma, random, time, tracemalloc, zipfile
 from collections import Counter
 
 import pytest
@@ -432,3 +432,52 @@ def test_whatever_the_bytes_an_error_is_one_line(tmp_path, name):
         for on_bad_lines in ("error", "skip"):
             try: list(read_documents(find_texts(path), None, on_bad_lines))
             except ValueError as e: assert "\n" not in str(e)
+
+
+def test_columns_without_white_space_or_of_almost_numbers_take_no_time(read):
+    "Pictures, genes, pages of Chinese."
+    began, long = time.process_time(), 200_000
+    row = dict(image="iVBORw0KGgo" * (long // 11), n="1 2 3 " * (long // 6) + "V", zh="潮水" * (long // 2))
+    row["text"] = "A caption."
+    assert read("a.jsonl", lines([row] * 9)) == ["A caption."] * 9
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_or_word_document_is_named(refused, tmp_path, method):
+    from colab_gpt2.text.downloads import unzip
+    def damaged(name):
+        content = random.Random(0).randbytes(9000).hex()
+        with zipfile.ZipFile(file := io.BytesIO(), "w", method) as made: made.writestr(name, content)
+        return file.getvalue()[:300] + b"\xff" * 200 + file.getvalue()[500:]
+    (path := tmp_path/"a.zip").write_bytes(damaged("wiki.train.raw"))
+    with pytest.raises(ValueError, match=f"{path} cannot be unpacked: "): unzip(path, tmp_path)
+    assert "a.docx is no Word document that can be read" in refused("a.docx", damaged("word/document.xml"))
+
+
+def test_a_word_document_of_empty_paragraphs_is_read_in_little_memory(read):
+    tracemalloc.start()
+    try:
+        with zipfile.ZipFile(file := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as made:
+            made.writestr("word/document.xml", b"<d>" + b"<p/>" * 100_000 + b"<p><t>It ebbs.</t></p></d>")
+        assert [text.strip() for text in read("a.docx", file.getvalue())] == ["It ebbs."]
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally: tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.jsonl", '{"text": "It ebbs."}\n{"text": "%s"}\n{"text": "It flows."}'),
+    ("a.csv", 'id,text\n1,It ebbs.\n2,%s\n3,It flows.')])
+def test_a_line_that_never_ends_is_a_bad_line(read, refused, monkeypatch, name, content):
+    monkeypatch.setattr("colab_gpt2.text.formats.FIELD", 1000)
+    at = 2 if name == "a.jsonl" else 3
+    assert f"{name}, line {at}: over 1,000 characters. Correct it" in refused(name, content % ("It ebbs. " * 999))
+    with pytest.warns(UserWarning, match="1 bad line is left out"): told = read(name, on_bad_lines="skip")
+    assert told == ["It ebbs.", "It flows."]
+
+
+def test_a_file_without_conversations_among_some_is_named(tmp_path):
+    (tmp_path/"a.jsonl").write_bytes(lines([{"prompt": "Tide?", "completion": "It ebbs."}]))
+    (tmp_path/"README.md").write_text("On tides.")
+    with pytest.raises(ValueError, match="a.jsonl holds conversations, and .*README.md none: give files of one kind"):
+        holds_chats(find_texts(tmp_path))

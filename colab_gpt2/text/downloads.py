@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_downloads.ipynb #a1d17530
-import contextlib, os, re, shutil, stat, zipfile
+import contextlib, lzma, os, re, shutil, stat, zipfile, zlib
 from pathlib import Path, PureWindowsPath
 
 import requests
@@ -139,6 +139,7 @@ def unzip(path, folder, report=silent) -> dict:
             for split, member in counted(members.items(), report, f"Unpacking {path.name}", len(members)):
                 files[split] = folder/PureWindowsPath(member.filename).name
                 with archive.open(member) as source, open(files[split], "wb") as file: shutil.copyfileobj(source, file)
-    except (zipfile.BadZipFile, RuntimeError, EOFError) as e:  # damaged, packed in an unknown way, or with a password
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        if getattr(e, "errno", 0): raise  # else it is damaged, packed in an unknown way, or with a password
         raise ValueError(f"{path} cannot be unpacked: {e}.") from e
     return files

@@ -43,7 +43,7 @@ def is_chat(values) -> bool:
 # %% ../../nbs/text/10_fields.ipynb #10f0000c
 ANSWERS = {"output", "answer", "response", "chosen"}
 NAMES = "text", "content", "body", "document", "article", "story", "passage", "markdown"
-WORDS = re.compile(r"[^\W\d_]\S*\s+\S*[^\W\d_]")  # two words
+WORDS = re.compile(r"(?<!\S)(?=\S*?[^\W\d_])\S+\s+\S*?[^\W\d_]")  # two; each character is seen a few times at most
 
 def kind_of(values) -> str:
     "What the `values` of a column are: 'text', 'words' (no sentences), 'numbers', 'lists', … or 'empty'."
@@ -51,7 +51,7 @@ def kind_of(values) -> str:
     if not known: return "empty"
     texts = [v for v in known if isinstance(v, str)]
     if any(map(WORDS.search, texts)): return "text"
-    if texts: return "numbers" if all(re.fullmatch(r"[-+.,\d\s%eE]*\d[-+.,\d\s%eE]*", v) for v in texts) else "words"
+    if texts: return "numbers" if all(re.fullmatch(r"(?=\D*\d)[-+.,\d\s%eE]*", v) for v in texts) else "words"
     return "numbers" if isinstance(known[0], (int, float)) else "lists" if isinstance(known[0], list) else "no text"
 
 # %% ../../nbs/text/10_fields.ipynb #10f00013

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_formats.ipynb #10a00003
-import contextlib, csv, json, re, shutil, tempfile, warnings, zipfile, zlib
+import contextlib, csv, json, re, shutil, tempfile, warnings, zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -34,8 +34,10 @@ HUGE = 1 << 27  # bytes of XML, some forty novels
 
 def paragraphs(xml):
     "Yield the paragraphs of the open file `xml`, of a Word document, as lines."
-    parts, again = [], 0
+    parts, again, above = [], 0, []
     for event, element in ElementTree.iterparse(xml, ("start", "end")):
+        if event == "start": above.append(element)
+        elif above.pop() is element and above: above[-1].remove(element)  # or its parent would keep it
         kind = element.tag.rpartition("}")[2]
         if kind == "Fallback": again += 1 if event == "start" else -1
         if again: continue
@@ -45,7 +47,6 @@ def paragraphs(xml):
             yield "".join(parts) + "\n"
             parts = []
         if event == "end" and kind in ("br", "cr"): parts.append("\n")
-        if event == "end": element.clear()
 
 # %% ../../nbs/text/10_formats.ipynb #a5d103ff
 def word_lines(source):
@@ -54,7 +55,8 @@ def word_lines(source):
         with zipfile.ZipFile(source.data) as archive, archive.open("word/document.xml") as xml:
             if archive.getinfo("word/document.xml").file_size > HUGE: raise ValueError("it is too large")
             yield from paragraphs(xml)
-    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, RuntimeError, SyntaxError, ValueError) as e:
+    except Exception as e:  # of three unpackers, or the parser
+        if getattr(e, "errno", 0): raise
         raise ValueError(f"{source.faults.called} is no Word document that can be read ({e}). "
                          "In Word, save it as plain text (.txt).") from e
 
@@ -106,13 +108,21 @@ def dialect_of(start) -> dict:
     dialects = [dict(delimiter=mark) for mark in ",;\t|"] + [dict(delimiter="\t", quoting=csv.QUOTE_NONE)]
     return max(dialects, key=fit)
 
-# %% ../../nbs/text/10_formats.ipynb #10a0000b
-FIELD = 1 << 24  # characters of a value: where a quote is never closed, a row ends here
+# %% ../../nbs/text/10_formats.ipynb #10a0000f1
+FIELD = 1 << 24  # characters of a value or a line: where a quote is never closed, a row ends here
 csv.field_size_limit(max(FIELD, csv.field_size_limit()))
 
+def whole_lines(source):
+    "Yield the lines, but for those of over FIELD characters, which are bad."
+    long = 0
+    for line in source.lines(FIELD):
+        if len(line) < FIELD and source.line != long: yield line
+        elif source.line != long: source.faults.add(f"line {(long := source.line)}", f"over {FIELD:,} characters")
+
+# %% ../../nbs/text/10_formats.ipynb #10a0000b
 def records(source, **dialect):
     "Yield (line, values) of a CSV; after a broken quote the next line begins a row."
-    lines, held, ahead = source.lines(), [], []
+    lines, held, ahead = whole_lines(source), [], []
     def feed():
         while line := ahead.pop() if ahead else next(lines, None):
             held.append(line)
@@ -154,7 +164,7 @@ def as_row(value, place, source):
 # %% ../../nbs/text/10_formats.ipynb #10a00210
 def json_lines(source):
     "Yield the Rows, one a line."
-    for line in source.lines():
+    for line in whole_lines(source):
         if line.isspace(): continue
         place = f"line {source.line}"
         try: value = json.loads(line)

@@ -142,8 +142,11 @@ def read_rows(paths, on_bad_lines="error", report=silent, skipped=None, named=ca
             yield Row(as_chat(row.values), f"{named(path)}, {row.place}")
 
 def holds_chats(paths, on_bad_lines="error") -> bool:
-    "Whether `paths` are tables of conversations, by their first rows."
-    return all(is_table(path) and is_chat(next(rows_in(path, on_bad_lines)).values) for path in paths)
+    "Whether `paths` are tables of conversations, by their first rows. ValueError if only some are."
+    kinds = {is_table(path) and is_chat(next(rows_in(path, on_bad_lines)).values): called(path) for path in paths}
+    if len(kinds) == 1: return True in kinds
+    told = "{chats} holds conversations, and {other} none: give files of one kind, or a column by {dataset_text_field}."
+    raise ValueError(Sentence(told, chats=kinds[True], other=kinds[False]))
 
 # %% ../../nbs/text/10_reading.ipynb #375b41cd
 def join(paths, target, *options):
@@ -179,9 +182,11 @@ def cut_text(path, folder, named):
     "Copy about 80, 10 and 10% of a text, `named` so in errors, into files in `folder`: split -> path."
     total = size = path.stat().st_size
     with about("cache_dir"): check_space(folder, size, f"Cutting {named} in three")
-    files = {split: folder/f"{split}.txt" for split in SPLITS}
+    files, kept = {split: folder/f"{split}.txt" for split in SPLITS}, b""
     with open(path, "rb") as source:
-        while source.seek(size - 1) + 1 and source.read(1).isspace(): size -= 1
+        while size and not kept:  # white space at its end does not count
+            source.seek(at := max(0, size - (1 << 20)))
+            size = at + len(kept := source.read(size - at).rstrip())
         if size < 64:
             raise ValueError(Sentence("{named} has {size}, too few to hold some out for evaluation. "
                                       "Give {train_file} and {eval_file}.", named=named, size=several(size, "byte")))

@@ -69,19 +69,20 @@ def side_of(number) -> int:
 class Hasher:
     "The hash, the bytes and the characters of a document that comes in parts."
     def __init__(self, *parts):
-        self.digest, self.space, self.size, self.characters = hashlib.blake2b(digest_size=8), None, 0, 0
+        self.all, self.digest, self.size, self.characters = hashlib.blake2b(digest_size=8), None, 0, 0
         for part in parts: self.add(part)
 
     def add(self, part):
         self.size, self.characters = self.size + len(part), self.characters + len(part.translate(None, INSIDE))
-        text = part.lstrip() if self.space is None else self.space + part
-        if kept := text.rstrip(): self.digest.update(kept)
-        if kept or self.space is not None: self.space = text[len(kept):]
+        if not self.digest: part = part.lstrip()
+        self.all.update(kept := part.rstrip())
+        if kept: self.digest = self.all.copy()
+        self.all.update(part[len(kept):])  # what is blank counts if more comes
 
     @property
     def number(self):
         "None for white space alone."
-        return None if self.space is None else int.from_bytes(self.digest.digest(), "big")
+        return self.digest and int.from_bytes(self.digest.digest(), "big")
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f006
 class Numbers:
@@ -190,6 +191,7 @@ def documents_of(files, report=silent) -> dict:
         read[split] = Documents(files[split], known, report)
         if read[split].kept: continue
         read[split] = Documents(files[split], Numbers(), report)
+        if not read[split].kept: raise ValueError(f"{called(files[split])} is empty: all of its documents are.")
         warnings.warn(Sentence(SAME, split=split), stacklevel=4)
     return read
 
