@@ -8,10 +8,12 @@ from colab_gpt2 import FinetuneConfig, archive_model, check_runtime, copy_verifi
 from colab_gpt2 import load_corpus, load_tokenizer, mount_drive, restore_from_drive, save_to_drive, tokenize_file
 from colab_gpt2.core import atomic, existing, home
 from colab_gpt2.errors import fields_of
+from colab_gpt2.engine.trainer import check_trainer_args
 from colab_gpt2.legacy.run_language_modeling import translate, work
 from colab_gpt2.model.loading import load_config, locate
 from colab_gpt2.panels.drive import DriveConfig
 from colab_gpt2.runtime import cache_folder, check_mounted
+from colab_gpt2.storage.mirror import mirror_folder
 from colab_gpt2.tasks import archive_name, run
 from colab_gpt2.resuming import where_to_resume
 from colab_gpt2.resuming import check_output_dir
@@ -172,6 +174,18 @@ def test_the_drive_can_be_mounted_after_a_door_refused_it(stub, tmp_path):
             with pytest.raises(FileNotFoundError, match="Drive is not mounted"): check_mounted(path)
         found = mount_drive(tmp_path/"content/drive")
         assert check_output_dir(tmp_path/"content/drive/My Drive/x") == found/"x"
+
+
+def test_no_mirror_and_no_log_makes_colabs_mountpoint(stub):
+    "Nor a Drive, whose mount may come back."
+    with stub.pretend():
+        for field, door in dict(
+                mirror=lambda path: mirror_folder(FinetuneConfig(mirror=path, output_dir="o"), "kernel"),
+                trainer_args=lambda path: check_trainer_args(dict(logging_dir=path))).items():
+            with pytest.raises(FileNotFoundError, match="Drive is not mounted") as e: door("/content/drive/backup")
+            assert fields_of(e.value) == (field,)
+        gone = "/content/drive/MyDrive/backup"
+        assert mirror_folder(FinetuneConfig(mirror=gone, output_dir="o"), "kernel") == (Path(gone), "")
 
 
 def test_a_drive_that_was_unmounted_meanwhile_is_not_made(stub, tmp_path):

@@ -35,7 +35,7 @@ from ..model.tune import CHUNKED, casting_once, tune_model, uncompiled
 from ..planning.plan import smaller_micro_batch
 from ..ranks import RANKS, by_first, lost_told, reduced
 from ..reporting import silent
-from ..runtime import out_of_memory
+from ..runtime import check_mounted, out_of_memory
 from ..text.chats import Conversations
 
 # %% ../../nbs/engine/42_trainer.ipynb #04a9bf3a
@@ -284,6 +284,7 @@ def check_trainer_args(trainer_args):
     "TypeError for a name that TrainingArguments lacks; ValueError for REFUSED_ARGS, a secret, a bad number."
     known = inspect.signature(TrainingArguments).parameters
     for name, value in trainer_args.items():
+        if name == "logging_dir": check_mounted(value, "trainer_args")
         inner = " ".join(map(str, value)) if isinstance(value, dict) else ""
         secret = re.search("token|secret|password|key", inner) or re.search("(token|secret|password|key)$", name)
         if why := "secrets would stand in finetune.json" if secret else REFUSED_ARGS.get(name):

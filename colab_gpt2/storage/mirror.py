@@ -11,11 +11,11 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..core import home, plain, retried
+from ..core import drive_top, home, plain, retried
 from ..engine.checkpoints import list_files
 from ..errors import Sentence, about, errno_of, explained, may_pass, shortened
 from ..reporting import silent
-from ..runtime import drive_path, my_drive
+from ..runtime import check_mounted, drive_path, my_drive
 from .heartbeat import Heartbeat, moment, spoken
 from .kept import OFF, Kept, fit_told, reason, what_fits
 from .targets import NAMES, FolderTarget, HubTarget
@@ -185,6 +185,7 @@ def mirror_folder(config, colab) -> tuple:
         folder = Path(os.path.realpath(home(config.mirror)))
         if folder == output_dir or output_dir in folder.parents:
             raise ValueError(Sentence("{mirror} is in {output_dir} {folder}; give another folder.", folder=output_dir))
+        if not drive_top(folder): check_mounted(config.mirror, "mirror")  # it would be made
         with contextlib.suppress(OSError): return drive_path(config.mirror), ""
         return home(config.mirror), ""  # a mount that has gone may come back
     if config.mirror == "off" or not colab: return None, ""
