@@ -1,5 +1,5 @@
 "Of a conversation the answers are learnt, as TRL counts them; no conversation sees another; what is left out is said."
-import copy, json, random, re, signal, warnings
+import copy, json, os, random, re, signal, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from colab_gpt2.errors import fields_of
 from colab_gpt2.model.fitting import add_rows, end_ids, set_ids
 from colab_gpt2.model.loading import new_model
 from colab_gpt2.preparing import keeps_apart
-from colab_gpt2.text.chats import code, first_question, give_template, notes_on
+from colab_gpt2.text.chats import code, first_question, give_template, notes_on, pack
 
 TINY = Path(colab_gpt2.__file__).parent/"assets/tiny"
 WORDS = "The tide 潮水 día 🦖🦖 <b> is ...".split() + ["`def f(x):\n    return x`", "Zoë\n\n", " - one\n - two ", "\t&"]
@@ -400,3 +400,15 @@ def test_one_file_to_train_and_evaluate_on_is_told_and_a_bad_row_has_its_own_lin
     corpus = load_corpus(train_file=write_rows(path, [*rows, dict(messages=[])]), hold_out=False, **options)
     with pytest.raises(ValueError, match=f"{path}, line 4: it has no answer"):
         tokenize_chats(corpus.train, tokenizer, 64, **options)
+
+
+def test_a_path_of_no_conversations_is_told(tokenizer, tmp_path):
+    os.mkfifo(tmp_path/"pipe.jsonl")
+    for name, said in {"none.jsonl": "does not exist", "": "is a folder", "pipe.jsonl": "is a pipe"}.items():
+        with pytest.raises((OSError, ValueError), match=said): tokenize_chats(tmp_path/name, tokenizer, 64)
+
+
+def test_many_conversations_are_packed_in_a_moment():
+    began = time.process_time()
+    assert pack([600, 400] * 60_000, 1024) == [[2 * n, 2 * n + 1] for n in range(60_000)]
+    assert time.process_time() - began < 2

@@ -6,7 +6,7 @@
 __all__ = ['encode_chat', 'Conversations', 'tokenize_chats', 'tokenize_corpus']
 
 # %% ../../nbs/text/14_chats.ipynb #14c00002
-import bisect, collections, contextlib, functools, hashlib, itertools, json, os, re
+import bisect, collections, contextlib, functools, hashlib, heapq, itertools, json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..core import sha256_of
 from ..errors import Sentence, check_number
 from ..reporting import counter, reporting, silent
 from ..runtime import cache_folder
+from .reading import check_file
 from .splitting import PLACES
 from .token_store import Blocks, TokenFile, tokenize_file, write_tokens
 from .tokens import Encoder, opening_ids
@@ -150,13 +151,18 @@ def answer_end(tokenizer):
 # %% ../../nbs/text/14_chats.ipynb #14c0001a
 def pack(lengths, size) -> list:
     "The numbers of the `lengths` that share a block of `size`, block by block."
-    blocks, room = [], []  # room: sorted (tokens that are left, block)
+    blocks, rooms, held = [], [], collections.defaultdict(list)  # rooms: sorted; held: room -> a heap of its blocks
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        at = bisect.bisect_left(room, (lengths[n],))
-        left, block = room.pop(at) if at < len(room) else (size, len(blocks))
-        if block == len(blocks): blocks.append([])
+        at = bisect.bisect_left(rooms, lengths[n])
+        if at == len(rooms):  # a new block
+            bisect.insort(rooms, size)
+            held[size].append(len(blocks))
+            blocks.append([])
+        block = heapq.heappop(held[left := rooms[at]])
+        if not held[left]: del rooms[at]
         blocks[block].append(n)
-        bisect.insort(room, (left - lengths[n], block))
+        if not held[left := left - lengths[n]]: bisect.insort(rooms, left)
+        heapq.heappush(held[left], block)
     return blocks
 
 # %% ../../nbs/text/14_chats.ipynb #14c0001d
@@ -305,7 +311,8 @@ def tokenize_chats(
     "The conversations of a file in blocks. ValueError for a line that cannot be learnt, or if none can."
     check_number("block_size", block_size, minimum=2, integer=True)
     give_template(tokenizer)
-    path, encoder, sha256 = Path(path), Encoder(tokenizer), sha256 or sha256_of(path)
+    path, encoder = check_file(path), Encoder(tokenizer)
+    sha256 = sha256 or sha256_of(path)
     decides = [encoder.fingerprint, tokenizer.chat_template, {**tokenizer.special_tokens_map}, opening_ids(tokenizer),
                tokenizer.is_fast, on_bad_lines]
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
