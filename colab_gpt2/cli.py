@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from . import __version__, tasks
 from .config import TEXT, FinetuneConfig
-from .core import Record, existing, plain, printable
+from .core import Record, existing, home, plain, printable
 from .errors import Sentence, fields_of, shortened, worded
 from .model.sampling import Sampling, check_request
 from .ranks import RANKS, Lost, alone, first, leave
@@ -124,7 +124,7 @@ def answer(function, arguments, as_json=False, debug=False):
                 quiet_libraries()
                 pieces = result = as_typed(function(**arguments))
             if not isinstance(result, Iterator):
-                pieces = [json.dumps(plain(result), ensure_ascii=False) if as_json else readable(result)]
+                pieces = [json.dumps(plain(result)) if as_json else readable(result)]
             try:
                 for piece in pieces: typer.echo(printable(piece), nl=False)
             finally: typer.echo()  # an error has a line of its own
@@ -229,7 +229,7 @@ OF_TEXT = " ".join((*TEXT, "cache_dir"))
 @command("--json")
 def check(path: option(str, "where files would go") = "."):
     "Look at the machine: GPU, memory, precision."
-    if not os.path.isdir(path): warnings.warn(f"There is no folder {path}: the disk is that of {existing(path)}.")
+    if not os.path.isdir(home(path)): warnings.warn(f"There is no folder {path}: the disk is that of {existing(path)}.")
     return tasks.check(path)
 
 # %% ../nbs/65_cli.ipynb #4ddad37e
@@ -396,6 +396,7 @@ def bench(config, steps: option(int, "steps to take, 3 or more; the first two ar
 def main():
     "The program `colab-gpt2`."
     if not first(): sys.stdout = sys.stderr = open(os.devnull, "w")
+    with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors="backslashreplace")  # not in a cell
     try: app(prog_name="colab-gpt2")
     finally:
         leave()

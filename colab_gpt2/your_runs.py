@@ -110,7 +110,7 @@ MOST = 100  # of one place: a Drive takes its time for each
 def known_in(read, paths) -> list:
     "The runs that `read` finds in the newest of `paths`; what is damaged is skipped, with a warning."
     found = []
-    for path in sorted(paths, key=lambda path: -path.stat().st_mtime)[:MOST]:
+    for path in sorted(filter(Path.exists, paths), key=lambda path: -path.stat().st_mtime)[:MOST]:  # no dead link
         try: run = read(path)
         except Exception as e: warnings.warn(f"{path} is damaged and left out: {e}", stacklevel=3)
         else: found.append(run)

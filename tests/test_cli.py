@@ -1,5 +1,5 @@
 "The command line in this process: it refuses in one line and in its own names, and a command offers what it reads."
-import json, shutil
+import io, json, shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +42,27 @@ def refused(ran, code, *said):
     assert ran.stdout == "" and "Traceback" not in ran.stderr
     last = ran.stderr.strip().splitlines()[-1]
     for words in said: assert words in last, ran.stderr
+
+
+def test_what_an_encoding_has_not_is_printed_as_its_number(monkeypatch):
+    "A pipe on Windows."
+    from colab_gpt2 import cli
+    def asked(**options):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+        monkeypatch.setattr(cli, "app", lambda prog_name: answer(lambda: ["größte 潮水 🌊"], {}, **options))
+        cli.main()
+        cli.sys.stdout.flush()
+        return cli.sys.stdout.buffer.getvalue().decode("cp1252")
+    monkeypatch.setattr(cli, "ENDING", ())
+    assert asked() == "größte \\u6f6e\\u6c34 \\U0001f30a\n"
+    assert json.loads(asked(as_json=True)) == ["größte 潮水 🌊"]
+
+
+def test_a_folder_at_home_is_there(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path/"data").mkdir()
+    assert "There is no folder" not in cli("check", "--path", "~/data").stderr
+    assert "There is no folder ~/none" in cli("check", "--path", "~/none").stderr
 
 
 # The steps

@@ -294,6 +294,14 @@ def test_a_token_that_has_expired_is_named(hub, ask):
     assert ask(TOKEN_CODE, imports=MODELS)["said"] == ["no error"] * 2
 
 
+def test_a_token_that_has_expired_is_named_for_a_data_set_too(hub, ask):
+    hub.add("datasets", "me/tides", {"train.jsonl": b'{"text": "It ebbs."}'})
+    hub.refusals["/api"] = 401
+    code = "import os\nos.environ['HF_TOKEN'] = 'hf_expired'\nresult['said'] = failing(open_hub, 'me/tides')"
+    told = "The Hub refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it."
+    assert ask(code, imports=HUB_ALONE)["said"] == f"ConnectionError: {told}"
+
+
 @pytest.mark.parametrize("secrets, timeout", [({}, False), ({"HF_TOKEN": None}, False), ({}, True)],
                          ids=["none", "denied", "no answer"])
 def test_colabs_secret_is_asked_for_once_and_not_missed(stub, monkeypatch, secrets, timeout):

@@ -323,3 +323,11 @@ def test_no_cuda_hides_the_gpu(command, tmp_path, monkeypatch):
     code, _ = command(f"--output_dir={tmp_path/'a'} --model_name_or_path=tiny {EVALUATE} --no_cuda --block_size=513")
     assert code == 1
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_conversations_need_others_to_evaluate_on(tmp_path):
+    (tmp_path/"a.jsonl").write_text('{"prompt": "Tide?", "completion": "It ebbs."}\n')
+    given = dict(do_train=True, output_dir="o", model_name_or_path="tiny", train_data_file=str(tmp_path/"a.jsonl"))
+    with pytest.raises(ValueError, match="a.jsonl holds conversations: give others in eval_file") as e:
+        with_texts(translate(given), tmp_path)
+    assert "--eval_data_file" in e.value.args[0].render(name_of)

@@ -110,6 +110,16 @@ def test_a_damaged_archive_on_the_drive_is_left_out_with_a_word(cli):
     assert json.loads(cli("runs", "--drive", "nowhere", "--json").stdout) == []
 
 
+def test_a_dead_link_hides_no_run_of_the_drive_and_a_home_folder_is_one(cli, monkeypatch):
+    monkeypatch.setenv("HOME", os.getcwd())
+    (place := Path("drive", "colab-gpt2", "runs", "tides-0123abcd", "finished")).mkdir(parents=True)
+    leave_run("tides")
+    os.rename("tides/finetune.json", place/"finetune.json")
+    Path("drive", "colab-gpt2", "x.tar.gz").symlink_to("nowhere")
+    said = cli("runs", "--drive", "~/drive", "--json")
+    assert [run["name"] for run in json.loads(said.stdout)] == ["tides"] and "left out" not in said.stderr
+
+
 def test_a_stopped_run_is_one_line_with_its_copy_on_the_drive(tmp_path, monkeypatch):
     "Of a real run, from its checkpoint and its mirror; finished, from its folder, its mirror and its archive."
     from colab_gpt2 import archive_model, finetune, runs, save_to_drive

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..cli import quiet_libraries, tell_error
 from ..config import FinetuneConfig, pick_block_size
 from ..core import atomic, home, printable
-from ..errors import fields_of, shortened
+from ..errors import Sentence, fields_of, shortened
 from .flags import FLAGS, name_of, parse, resumed_by
 from ..ranks import first
 from ..signals import catching, say
@@ -85,7 +85,7 @@ def opening(path, folder, size=1 << 16) -> Path:
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
 def with_texts(job, folder) -> FinetuneConfig:
     "The job's config with a text to train on and one to evaluate on."
-    from colab_gpt2.text.reading import find_texts, is_plain, join
+    from colab_gpt2.text.reading import find_texts, holds_chats, is_plain, join
     config = job.config
     if not job.train or config.eval_file: return config
     say("no --eval_data_file: perplexity of the training text's start says nothing about new text")
@@ -93,6 +93,8 @@ def with_texts(job, folder) -> FinetuneConfig:
         warnings.simplefilter("ignore")  # what is noted about the texts is noted when they are read
         first, *_ = find_texts(config.train_file)
         reading = config.dataset_text_field, config.on_bad_lines
+        if not reading[0] and holds_chats([first], reading[1]):
+            raise ValueError(Sentence("{path} holds conversations: give others in {eval_file}.", path=first))
         if not is_plain(first): first = join([first], Path(folder)/f"{first.stem}.txt", *reading)
     return replace(config, eval_file=str(opening(first, folder)))
 

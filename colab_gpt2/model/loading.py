@@ -23,7 +23,7 @@ from ..core import from_link, home, human_bytes, nearest, weight_files
 from ..errors import Sentence, shortened
 from .known import MODELS, gpt2_parameters
 from ..runtime import cache_folder, check_mounted, memory, out_of_memory
-from ..text.hub import hub_trouble
+from ..text.hub import REFUSED, hub_trouble
 
 # %% ../../nbs/model/20_loading.ipynb #c0301672
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,7 +140,7 @@ def explain(error, place, cache_dir=None) -> Exception:
     why = shortened(" ".join(str(error).split()), 300)
     if isinstance(error, (LookupError, TypeError)) or not why: why = f"{type(error).__name__} {why}".strip()
     if answer is not None and answer.status_code == 401:
-        told = "The Hub refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it."
+        told = REFUSED
         if not huggingface_hub.get_token(): told = f"The Hub asks for a token for {place}: log in with `hf auth login`."
         return ConnectionError(f"{told} A public model needs none.")
     if "GatedRepoError" in kinds:

@@ -84,6 +84,7 @@ def hub_name(name):
     return None if is_file or not re.fullmatch(r"\w[\w.-]{,95}/[\w.-]{,96}", str(name)) else str(name)
 
 # %% ../../nbs/text/10_hub.ipynb #10c000c0
+REFUSED = "The Hub refuses the token in HF_TOKEN or of `hf auth login`: remove or renew it."
 LOGIN = "log in by `hf auth login`, or set HF_TOKEN"
 GATED = ("{repository} asks for a login: accept its terms on https://huggingface.co/datasets/{repository}, and "
          f"{LOGIN}.")
@@ -93,8 +94,8 @@ GONE = f"There is no file {{repository}} here and no data set of this name on th
 def why_not(repository, config, error) -> Exception:
     "What to raise where `datasets` met an `error` with a repository."
     import datasets
-    from huggingface_hub import HfApi, errors
-    told = dict(repository=repository, error=said_of(error))
+    from huggingface_hub import HfApi, errors, get_token
+    told, configs, script = dict(repository=repository, error=said_of(error)), (), False
     try:
         HfApi().auth_check(repository, repo_type="dataset")
         script = f"{repository.split('/')[1]}.py" in HfApi().list_repo_files(repository, repo_type="dataset")
@@ -103,7 +104,8 @@ def why_not(repository, config, error) -> Exception:
     except errors.GatedRepoError: return PermissionError(Sentence(GATED, **told))
     except errors.RepositoryNotFoundError: return FileNotFoundError(Sentence(GONE, **told))
     except ValueError as e: return e
-    except Exception: configs, script = (), False  # then the first error has to do
+    except Exception as e:  # else the first error has to do
+        if getattr(getattr(e, "response", 0), "status_code", 0) == 401 and get_token(): return ConnectionError(REFUSED)
     said = "{repository} on the Hub cannot be read: {error}."
     if script: said = "{repository} is a script, which the library datasets no longer runs. Choose a data set of files."
     elif not config and configs[1:]: said = "{repository} has configurations: choose {configs} by {dataset_config}."
