@@ -293,8 +293,8 @@ def test_a_type_alone_makes_a_gpt2():
 def test_all_of_the_text_is_learnt_where_there_is_none_to_evaluate_on(tmp_path, name, recwarn):
     "Also a text of many documents, of which the first are evaluated on."
     stories = [f"The tide of day {n} ebbs.\n" * 20 for n in range(100)]
-    text = "<|endoftext|>".join(stories) if name == "t.txt" else "".join(json.dumps(dict(text=s)) + "\n" for s in stories)
-    (tmp_path/name).write_text(text)
+    rows = "".join(json.dumps(dict(text=story)) + "\n" for story in stories)
+    (tmp_path/name).write_text("<|endoftext|>".join(stories) if name == "t.txt" else rows)
     words = f"--output_dir=out --do_train --train_data_file={tmp_path/name} --model_name_or_path=tiny"
     config = with_texts(translate(parse(words.split())), tmp_path)
     files = dict(train_file=config.train_file, eval_file=config.eval_file)

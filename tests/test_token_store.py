@@ -172,8 +172,8 @@ def wait_for_entry(cache, above=0, seconds=120):
 def encoded(monkeypatch):
     "How many characters this process encodes, piece by piece."
     sizes, read = [], token_store.read_windows
-    def counting(*given):
-        for piece in read(*given):
+    def counting(*given, **more):
+        for piece in read(*given, **more):
             sizes.append(len(piece[0]))
             yield piece
     monkeypatch.setattr(token_store, "read_windows", counting)

@@ -146,7 +146,8 @@ class RunTable(AfterTraining):
         from colab_gpt2.your_runs import runs
         place, damaged = Path(self.config.run_a).parent, []
         with listening(lambda told: damaged.append(f"<p class='cg-line'>⚠ {escape(str(told))}</p>")):
-            self.found = runs(place if place.is_dir() else ".", None if in_colab() else "drive")
+            drive = "drive" if not in_colab() and Path("drive").is_dir() else None
+            self.found = runs(place if place.is_dir() else ".", drive)
         self.table.value = describe_runs(self.found) + "".join(damaged)
         finished = [run.place for run in self.found if run.finished]
         if finished and self.config.run_a not in finished and not Path(self.config.run_a).exists():

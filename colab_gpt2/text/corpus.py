@@ -362,14 +362,19 @@ def noted(corpus, name):
 
 # %% ../../nbs/text/11_corpus.ipynb #db92a95f
 CLASH = "{0} is a published text, and a file or folder here too, which is not read: give ./{0} for it."
-HUB_ONLY = dict(dataset_config=None, dataset_train_split="train", dataset_test_split=None)
+IDLE = "{%s} is {value!r}, which only data sets on the Hub have; {name} is none. Leave it out."
+OF_HUB = dict(dataset_config=None, dataset_train_split="train", dataset_test_split=None)
 
-def check_local(name, known, **given):
-    "ValueError for an option that does nothing with the text `name`, `known` or of one's own, which is not on the Hub."
-    for field, default in (HUB_ONLY | dict(dataset_text_field=None) if known else HUB_ONLY).items():
-        if given[field] == default: continue
-        told = f"{{{field}}} is {{value!r}}, which only data sets on the Hub have; {{name}} is none. Leave it out."
-        raise ValueError(Sentence(told, value=given[field], name=called(name)))
+def repository_of(name, files, published, asked):
+    """The repository on the Hub that is `asked` for, or None. ValueError for an option that does nothing with a text of
+    one's own, in `files` or called `name`, or one of the `published`."""
+    known = not any(files) and name in published
+    repository = None if known or any(files) else hub_name(name)
+    if repository or LINK.fullmatch(str(files[0])): return repository
+    for field, default in (OF_HUB | dict(dataset_text_field=None) if known else OF_HUB).items():
+        if asked[field] == default: continue
+        raise ValueError(Sentence(IDLE % field, value=asked[field], name=called(files[0] or files[1] or name)))
+    if known and os.path.exists(name): warnings.warn(CLASH.format(name), stacklevel=3)
 
 # %% ../../nbs/text/11_corpus.ipynb #db92a963
 def load_corpus(
@@ -394,25 +399,18 @@ def load_corpus(
     ConnectionError if no source of a published corpus has the right files."""
     root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
     if not eval_file and LINK.fullmatch(str(train_file)): name, train_file, field = train_file, None, "train_file"
-    text, known = eval_file or train_file or name, not (train_file or eval_file) and name in (*sources, PYTHON_DOCS)
-    repository = None if known or train_file or eval_file else hub_name(name)
-    if not repository and not LINK.fullmatch(str(train_file)):
-        check_local(text, known, dataset_config=dataset_config, dataset_text_field=dataset_text_field,
-                    dataset_train_split=dataset_train_split, dataset_test_split=dataset_test_split)
+    repository = repository_of(name, (train_file, eval_file), known := [*sources, PYTHON_DOCS], locals())
     with reporting(progress) as report, about(*() if train_file or eval_file else (field,)):
         if train_file or eval_file:
-            return noted(load_files(train_file, eval_file, root, hold_out, reading, report), text)
-        if known and os.path.exists(name): warnings.warn(CLASH.format(name), stacklevel=2)
+            return noted(load_files(train_file, eval_file, root, hold_out, reading, report), eval_file or train_file)
         if name in sources: return fetch(name, sources[name], root, report, download)
         if name == PYTHON_DOCS: return cached_docs(root, platform.python_version())
         if repository:
             names = dataset_train_split, dataset_test_split
             return noted(load_hub(repository, root, dataset_config, names, reading, report, download), name)
-        path = home(name)
-        if os.path.exists(path) or "/" in str(name) or path.suffix in (".txt", ".zip"):
+        if os.path.exists(path := home(name)) or "/" in str(name) or path.suffix in (".txt", ".zip"):
             return noted(load_path(path, root, report, reading), path)
-        near = nearest(name, [*sources, PYTHON_DOCS])
-        raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{near}")
+        raise ValueError(f"{name!r} is not a known dataset, a file or a folder.{nearest(name, known)}")
 
 # %% ../../nbs/text/11_corpus.ipynb #ab404f4b
 def fetch_for(config, progress=True, **options) -> Corpus:

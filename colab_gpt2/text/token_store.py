@@ -146,7 +146,7 @@ def tokenise_share(path, encoder, start, end, after, pipe):
     with contextlib.suppress(Exception):
         file, before = open_text(path, start)
         with file: text = io.StringIO(file.buffer.read(end - start).decode())
-        pieces = read_windows(text, encoder.encode, before, after)
+        pieces = read_windows(text, encoder.encode, before, after=after)
         given = (before[-1], encoder.encode([before])[0][-1]) if before else ()
         out, counts = io.BytesIO(), dict(tokens=0, words=0, bytes=0)
         for counts in write_ids(pieces, encoder, out, counts, *given): pass

@@ -31,7 +31,7 @@ def find_cut(encode, text, context=CONTEXT):
 TOO_LONG = "{tokenizer} finds no place to cut the text, and memory is too short for {n:,} characters in one piece."
 COST = 120  # bytes of memory for a character at most; tokenizers 0.23 took 100 to 120, with and without spaces
 
-def read_windows(file, encode, text="", after=(), size=1 << 18, context=CONTEXT):
+def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT, after=()):
     """Yield (text, ids) piece by piece; the ids are those of one piece. `text`: the `context` characters before the
     place where `file` stands; `after`: the ids that it must end with, else the last piece does not come."""
     known, skip = len(text), len(encode([text])[0]) if text else 0  # of the text and its ids: what came before
