@@ -136,8 +136,7 @@ class Encoder:
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
         self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
         self.end, self.opening = end_mark(tokenizer), opening_ids(tokenizer)
-        mark = tokenizer.get_vocab().get(self.end)
-        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, mark} - {None, *self.opening}
+        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, vocabulary.get(self.end)} - {None, *self.opening}
         self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
         if getattr(tokenizer, "backend_tokenizer", None):
             self.backend = private_copy(tokenizer)
