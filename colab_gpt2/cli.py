@@ -396,7 +396,8 @@ def bench(config, steps: option(int, "steps to take, 3 or more; the first two ar
 def main():
     "The program `colab-gpt2`."
     if not first(): sys.stdout = sys.stderr = open(os.devnull, "w")
-    with contextlib.suppress(AttributeError): sys.stdout.reconfigure(errors="backslashreplace")  # not in a cell
+    with contextlib.suppress(AttributeError, OSError):  # in a cell, or unread
+        sys.stdout.reconfigure(errors="backslashreplace")
     try: app(prog_name="colab-gpt2")
     finally:
         leave()

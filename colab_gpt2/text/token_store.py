@@ -155,7 +155,7 @@ def tokenise_share(path, encoder, start, end, after, pipe):
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0006
 @contextlib.contextmanager
 def forking():
-    "tokenizers warns of a fork, unless it is told that the threads it has used are not needed after it."
+    "tokenizers warns of a fork unless it is told that its threads are not needed after it."
     given = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try: yield multiprocessing.get_context("fork")
@@ -165,7 +165,7 @@ def forking():
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0007
 def tokenised(path, encoder, shares):
-    "Yield the counts and the ids of the `shares`, in order, from a process each; no more where one fails."
+    "Yield the counts and the ids of the `shares`, in order, from a process each; none after one that fails."
     started = []
     try:
         with forking() as fork:
@@ -196,7 +196,7 @@ def processes() -> int:
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e000c
 def append_ids(path, encoder, out, counts, n=1):
-    "Append to `out` the ids of what `counts` does not yet count of `path`, by up to `n` processes; yield the counts."
+    "Append to `out` the ids of `path` that `counts` lacks, by up to `n` processes; yield the counts."
     while shares := share_text(path, counts["bytes"], encoder.encode, n):
         for added, ids in tokenised(path, encoder, shares):
             out.write(ids)
