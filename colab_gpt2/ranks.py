@@ -176,11 +176,12 @@ GRACE = 30  # seconds that others have to end
 
 def leave(alone=False):
     """The last that a process does: it waits until the first has gone, but not long where it is `alone` with an error:
-    the first may wait for its part of a pass. Then the process ends here, and a launcher ends the others."""
+    the first may wait for its part of a pass. Then it ends here, and a launcher ends others."""
     if RANKS.group is None or first(): return
     def wait():
         with contextlib.suppress(RuntimeError): gathered(LEFT)
+    if not alone: return wait()
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    waiting.join(GRACE if alone else None)
+    waiting.join(GRACE)
     if waiting.is_alive(): os._exit(1)
