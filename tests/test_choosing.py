@@ -135,7 +135,7 @@ def test_a_run_that_was_stopped_can_be_tried(run, tmp_path, method):
 def test_adapters_on_new_weights_are_not_tried_on_published_ones(run, tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         run(tmp_path/"out", callbacks=[Dies(4)], method="lora", from_scratch=True, max_steps=40, save_steps=2)
-    with pytest.raises(ValueError, match="adapters of a model that began with new weights: .* the same command again"):
+    with pytest.raises(ValueError, match="adapters of a model that began with new weights: .* run the same command"):
         load_unfinished(find_unfinished(tmp_path/"out"))
 
 

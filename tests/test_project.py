@@ -209,10 +209,9 @@ def test_a_cpu_without_bf16_can_be_rehearsed(shell):
 
 
 HELP = """
-import sys
+import contextlib, sys
 from colab_gpt2.cli import main
-try: main()
-except SystemExit: pass
+with contextlib.suppress(SystemExit): main()
 heavy = ("torch", "transformers", "datasets", "numpy", "IPython")
 print(len(sys.modules), [m for m in heavy if m in sys.modules], file=sys.stderr)
 """

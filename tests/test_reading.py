@@ -440,7 +440,7 @@ def test_columns_without_white_space_or_of_almost_numbers_take_no_time(read):
     row = dict(image="iVBORw0KGgo" * (long // 11), n="1 2 3 " * (long // 6) + "V", zh="潮水" * (long // 2))
     row["text"] = "A caption."
     assert read("a.jsonl", lines([row] * 9)) == ["A caption."] * 9
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 60  # on any machine; hours, if each place were looked at again
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

@@ -317,6 +317,29 @@ def test_one_process_goes_on_where_a_share_fails(tiny, tmp_path, long_text, expe
     assert not multiprocessing.active_children()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there processes are forked")
+def test_no_share_outlives_an_interrupted_run(tiny, tmp_path, long_text):
+    "Its traceback may be kept, as in a notebook, and the pipes with it."
+    def stop(what, done, total):
+        if done: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt) as kept, pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(SHARE=400_000, LEAST=200_000, processes=lambda: 3).items():
+            patch.setattr(token_store, name, value)
+        tokenize_file(long_text, tiny, 64, cache_dir=tmp_path, progress=stop)
+    assert kept.traceback and not multiprocessing.active_children() and suffixes(tmp_path) == []
+
+def share_out(text, cache):
+    token_store.processes = lambda: 2
+    tokenize_file(text, AutoTokenizer.from_pretrained(TINY), 64, cache_dir=cache, progress=False)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there processes are forked")
+def test_no_share_outlives_a_killed_run(tmp_path, long_text):
+    with launched(share_out, long_text, tmp_path) as process:
+        shares = []
+        while len(shares) < 2 and process.is_alive(): shares = psutil.Process(process.pid).children()
+        process.kill()
+    assert len(shares) == 2 and psutil.wait_procs(shares, 60)[1] == []
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there processes are forked")
 def test_a_text_that_cannot_be_cut_is_not_shared(tiny, tmp_path, encoded):
     (tmp_path/"a.txt").write_text("the first line\n" + " " * 1_000_000)  # which is one token's white space, or two
     alone = ids_by(1, tmp_path/"a.txt", tiny, tmp_path/"1")

@@ -60,14 +60,13 @@ def find_unfinished(model) -> Unfinished | None:
 
 # %% ../../nbs/engine/46_trying.ipynb #46a0000b
 NEW_WEIGHTS = ("{place} holds adapters of a model that began with new weights: it can be tried when its run has "
-               "ended. Run the same command again.")
+               "ended; run the same command.")
 
 def load_unfinished(found, cache_dir=None):
     "The model of an Unfinished, as `load_model` has one."
     place, tokenizer = found.checkpoint, load_tokenizer(found.checkpoint)
     adapted = (place/"adapter_config.json").exists()
-    if adapted and found.config.get("from_scratch"):
-        raise ValueError(Sentence(NEW_WEIGHTS, place=place))
+    if adapted and found.config.get("from_scratch"): raise ValueError(NEW_WEIGHTS.format(place=place))
     model = load_model(found.base if adapted else place, cache_dir=cache_dir)
     if adapted:
         import peft

@@ -363,17 +363,17 @@ def noted(corpus, name):
 # %% ../../nbs/text/11_corpus.ipynb #db92a95f
 CLASH = "{0} is a published text, and a file or folder here too, which is not read: give ./{0} for it."
 IDLE = "{%s} is {value!r}, which only data sets on the Hub have; {name} is none. Leave it out."
-OF_HUB = dict(dataset_config=None, dataset_train_split="train", dataset_test_split=None)
 
-def repository_of(name, files, published, asked):
-    """The repository on the Hub that is `asked` for, or None. ValueError for an option that does nothing with a text of
-    one's own, in `files` or called `name`, or one of the `published`."""
+def repository_of(name, files, published, config, names, field):
+    """The repository that `name` is, or None. ValueError for a `config`, the `names` of splits or a `field` which do
+    nothing with one of the `files`, a `published` text or one's own."""
     known = not any(files) and name in published
     repository = None if known or any(files) else hub_name(name)
     if repository or LINK.fullmatch(str(files[0])): return repository
-    for field, default in (OF_HUB | dict(dataset_text_field=None) if known else OF_HUB).items():
-        if asked[field] == default: continue
-        raise ValueError(Sentence(IDLE % field, value=asked[field], name=called(files[0] or files[1] or name)))
+    asked = dict(dataset_config=config, dataset_train_split=names[0] != "train" and names[0],
+                 dataset_test_split=names[1], dataset_text_field=known and field)  # a table has fields too
+    for option, value in asked.items():
+        if value: raise ValueError(Sentence(IDLE % option, value=value, name=called(files[0] or files[1] or name)))
     if known and os.path.exists(name): warnings.warn(CLASH.format(name), stacklevel=3)
 
 # %% ../../nbs/text/11_corpus.ipynb #db92a963
@@ -399,14 +399,14 @@ def load_corpus(
     ConnectionError if no source of a published corpus has the right files."""
     root, reading, field = cache_folder(cache_dir)/"corpora", (dataset_text_field, on_bad_lines), "dataset"
     if not eval_file and LINK.fullmatch(str(train_file)): name, train_file, field = train_file, None, "train_file"
-    repository = repository_of(name, (train_file, eval_file), known := [*sources, PYTHON_DOCS], locals())
+    names, known = (dataset_train_split, dataset_test_split), [*sources, PYTHON_DOCS]
+    repository = repository_of(name, (train_file, eval_file), known, dataset_config, names, dataset_text_field)
     with reporting(progress) as report, about(*() if train_file or eval_file else (field,)):
         if train_file or eval_file:
             return noted(load_files(train_file, eval_file, root, hold_out, reading, report), eval_file or train_file)
         if name in sources: return fetch(name, sources[name], root, report, download)
         if name == PYTHON_DOCS: return cached_docs(root, platform.python_version())
         if repository:
-            names = dataset_train_split, dataset_test_split
             return noted(load_hub(repository, root, dataset_config, names, reading, report, download), name)
         if os.path.exists(path := home(name)) or "/" in str(name) or path.suffix in (".txt", ".zip"):
             return noted(load_path(path, root, report, reading), path)

@@ -122,7 +122,7 @@ SHARE, LEAST = 1 << 23, 1 << 20  # bytes of text for one process at a time, at m
 
 def share_text(path, start, encode, n):
     "`n` shares of the text from the byte `start` on: (start, end, ids before the end) each; none of a short text."
-    found, step = [], min(SHARE, (path.stat().st_size - 3 - start) // n)  # 3: it may have a byte order mark
+    found, step = [], min(SHARE, (path.stat().st_size - 3 - start) // n)  # 3: a byte order mark
     if n == 1 or step < LEAST: return found
     for place in range(start + step, start + n * step + 1, step):
         file, _ = open_text(path, place)
@@ -138,7 +138,7 @@ def share_text(path, start, encode, n):
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0005
 def tokenise_share(path, encoder, start, end, after, pipe):
-    "In a process of its own: the counts and the ids of a share into the second end of `pipe`."
+    "In its own process: the counts and ids of a share into the second end of `pipe`."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.disable()  # or it would copy all that it looks at
@@ -155,7 +155,7 @@ def tokenise_share(path, encoder, start, end, after, pipe):
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0006
 @contextlib.contextmanager
 def forking():
-    "tokenizers warns of a fork unless it is told that its threads are not needed after it."
+    "tokenizers warns of a fork unless it is told that its threads are not needed."
     given = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try: yield multiprocessing.get_context("fork")
@@ -196,7 +196,7 @@ def processes() -> int:
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e000c
 def append_ids(path, encoder, out, counts, n=1):
-    "Append to `out` the ids of `path` that `counts` lacks, by up to `n` processes; yield the counts."
+    "Append to `out` the ids that `counts` lacks by up to `n` processes; yield the counts."
     while shares := share_text(path, counts["bytes"], encoder.encode, n):
         for added, ids in tokenised(path, encoder, shares):
             out.write(ids)
