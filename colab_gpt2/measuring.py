@@ -32,7 +32,7 @@ FULL_DRIVE = ("The Drive of {output_dir} {path}, or this machine's disk ({free} 
 
 @contextlib.contextmanager
 def in_one_line(output_dir, recipe=None):
-    "Turn errors of disks and Drives, and a lack of memory for `recipe`, into a line that says what to do."
+    "Turn errors of disks, Drives and memory for `recipe` into a line that says what to do."
     try: yield
     except Exception as e:
         if (number := errno_of(e)) == errno.ENOSPC:

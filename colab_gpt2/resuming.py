@@ -93,13 +93,12 @@ def differences(then, now, names=None) -> dict:
 # %% ../nbs/62_resuming.ipynb #62aa0016
 def differences_told(then, now, names=None) -> Sentence:
     "'learning_rate was 5e-05, now it is 0.0001; ...'"
-    told, values, found = [], {}, differences(then, now, names)
-    for i, (name, pair) in enumerate(found.items()):
+    told, values, known = [], {}, dict(text="the text is another one", held_out="the held-out text is another one",
+                                       tokenizer="the {tokenizer} gives other tokens")
+    for i, (name, pair) in enumerate(differences(then, now, names).items()):
         if name == "weights": pair = then.get("model"), now.get("model")
         values |= {f"then_{i}": pair[0], f"now_{i}": pair[1]}
-        if name == "text": told.append("the text is another one")
-        elif name == "held_out": told.append("the held-out text is another one")
-        elif name == "tokenizer": told.append("the {tokenizer} gives other tokens")
+        if name in known: told.append(known[name])
         elif name == "keep_attention_dropout":
             told.append(f"attention has {'a' if pair[1] else 'no'} dropout now ({{tune}}, {{{name}}})")
         elif pair[0] == pair[1]: told.append("the weights of {model} {now_%d} are others" % i)
@@ -223,7 +222,7 @@ def source_of(config, now) -> Found:
 
 # %% ../nbs/62_resuming.ipynb #62aa0033
 def check_free(config, now):
-    "FileExistsError for anything in `config.output_dir` that the run `now` neither resumes nor may replace."
+    "FileExistsError for what in `config.output_dir` the run `now` neither resumes nor may replace."
     if config.overwrite_output_dir: return
     folder, found = Path(config.output_dir), found_in(config.output_dir)
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

@@ -64,24 +64,23 @@ def told_by(run) -> Told:
         name=name or place, place=place, **parts, best_step=told.get("best_step"),
         steps=told.get("steps", 0), losses=tuple((row["step"], row["loss"]) for row in told.get("losses") or ()),
         evaluations=tuple(map(tuple, told.get("evaluations") or ())),
-        perplexity_before=known(Perplexity, told.get("perplexity_before")),
-        perplexity_after=known(Perplexity, told.get("perplexity_after")),
+        **{name: known(Perplexity, told.get(name)) for name in ("perplexity_before", "perplexity_after")},
         sample=known(Sample, (told.get("samples") or {}).get("after")))
 
 # %% ../nbs/64_two_runs.ipynb #64c00011
 def card_of(a, b) -> tuple:
     "(the ReportCard of the trained models, one with the other `before`, or None; why the rest isn't comparable)"
     pair, rows, why = [each.perplexity_after for each in (a, b)], [], []
-    if None in pair: return None, [f"{each.name} has no perplexity to compare." for each in (a, b)
-                                   if each.perplexity_after is None]
+    if lacking := [each.name for each in (a, b) if each.perplexity_after is None]:
+        return None, [f"{name} has no perplexity to compare." for name in lacking]
     if "text" in differences(a.evaluated, b.evaluated):
         return None, ["The held-out texts are different, so the perplexities are not comparable."]
     for unit in (unit for unit in UNITS if all(unit in p.units for p in pair)):
         old, new = (p.per(unit) for p in pair)
-        try: rows.append((ReportCard((new,), (old,)), old, new))
+        try: ReportCard((new,), (old,))
         except ValueError as e: why.append(f"Per {unit}: {e}")
-    if not rows: return None, why[:1]
-    return ReportCard(tuple(new for _, _, new in rows), tuple(old for _, old, _ in rows)), why
+        else: rows.append((new, old))
+    return (ReportCard(*zip(*rows)), why) if rows else (None, why[:1])
 
 # %% ../nbs/64_two_runs.ipynb #64c00014
 def notes_on(a, b) -> list:
@@ -123,11 +122,10 @@ class Comparison(Record):
     def _rows(self):
         names, card = [run.name for run in self.runs], self.card
         def pair(a, b): return f"{a} | {b}"
-        def value(p): return shown(p) if p else "-"
+        def both(name): return pair(*(shown(p) if (p := getattr(run, name)) else "-" for run in self.runs))
         rows = [("runs", pair(*names)), *((name, pair(*values)) for name, values in self.settings.items()),
-                ("steps", pair(*(run.steps for run in self.runs))),
-                ("perplexity before", pair(*(value(run.perplexity_before) for run in self.runs)))]
-        if not card: rows.append(("perplexity after", pair(*(value(run.perplexity_after) for run in self.runs))))
+                ("steps", pair(*(run.steps for run in self.runs))), ("perplexity before", both("perplexity_before"))]
+        if not card: rows.append(("perplexity after", both("perplexity_after")))
         for p, old, ratio in zip(card.rows, card.before, card.ratios) if card else ():
             rows.append((f"perplexity after, per {p.unit}", f"{pair(shown(old), shown(p))} (× {ratio:.3f})"))
         return [*rows, *((f"sample of {name}", s) for name, s in zip(names, self.samples)),

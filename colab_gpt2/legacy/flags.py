@@ -36,12 +36,12 @@ def kept(name, otherwise=...):
     return Flag(next(iter(get_args(kind)), kind), rule, FIELDS[name].metadata["help"])
 
 # %% ../../nbs/legacy/90_flags.ipynb #d3807eb3
-def passed(kind, name, help, **limits):
-    "transformers.TrainingArguments takes the value as `name`; limits: of `check_number`."
+def passed(kind, name, help, **limits) -> dict:
+    "name -> a flag that transformers.TrainingArguments takes; limits: of `check_number`."
     def rule(value, given):
         if limits: check_number(name, value, **limits)
         return {"trainer_args": {name: value}}, f"trainer_args[{name!r}]={value}"
-    return Flag(kind, rule, help)
+    return {name: Flag(kind, rule, help)}
 
 # %% ../../nbs/legacy/90_flags.ipynb #2c5d5d58
 def means(words, **changes): return Flag(bool, lambda value, given: (changes, words), words)
@@ -173,8 +173,8 @@ BATCH = dict(
     per_gpu_eval_batch_size=FITS, per_device_eval_batch_size=FITS,
     eval_accumulation_steps=ignored(int, "no predictions are kept"),
     prediction_loss_only=ignored(bool, "nothing but the loss is computed"),
-    dataloader_drop_last=passed(bool, "dataloader_drop_last", "drop the last batch where it is not full"),
-    dataloader_num_workers=passed(int, "dataloader_num_workers", "processes that read blocks", minimum=0, integer=True))
+    **passed(bool, "dataloader_drop_last", "drop the last batch where it is not full"),
+    **passed(int, "dataloader_num_workers", "processes that read blocks", minimum=0, integer=True))
 
 # %% ../../nbs/legacy/90_flags.ipynb #784cdff0
 def same(names): return {name: kept(name) for name in names.split()}
@@ -183,8 +183,9 @@ LEARNING = dict(
     **same("num_train_epochs warmup_steps weight_decay max_grad_norm seed"),
     max_steps=kept("max_steps", -1),
     learning_rate=replace(kept("learning_rate"), help="peak learning rate"),
-    **{f"adam_beta{n}": passed(float, f"adam_beta{n}", "of AdamW", minimum=0, maximum=1) for n in (1, 2)},
-    adam_epsilon=passed(float, "adam_epsilon", "of AdamW", minimum=0))
+    **passed(float, "adam_beta1", "of AdamW", minimum=0, maximum=1),
+    **passed(float, "adam_beta2", "of AdamW", minimum=0, maximum=1),
+    **passed(float, "adam_epsilon", "of AdamW", minimum=0))
 
 # %% ../../nbs/legacy/90_flags.ipynb #28736db0
 def watch_of(value, given):
@@ -211,7 +212,7 @@ JOURNAL = dict(
     logging_steps=kept("logging_steps"),
     logging_first_step=ignored(bool, "the first step is always logged"),
     logging_dir=ignored(str, "losses are kept in finetune.json in the output folder"),
-    run_name=passed(str, "run_name", "name of the run for trackers"),
+    **passed(str, "run_name", "name of the run for trackers"),
     disable_tqdm=means("no progress bars", progress=False),
     evaluate_during_training=needs("do_train", Flag(bool, watch_of, "compute perplexity during training")),
     evaluation_strategy=needs("do_train", Flag(str, watch_of, "when to evaluate: no, steps or epoch")),

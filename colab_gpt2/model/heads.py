@@ -59,8 +59,8 @@ NEAR, FAR = 2. ** -10, 2. ** 20  # powers of two: a product with a scale is exac
 
 @contextlib.contextmanager
 def undisturbed(model):
-    """Inside, `model` trains, no token is padding, and a cache spares the question whether texts are packed, which a
-    model without numbers cannot answer; then all is as before, torch's random state too."""
+    """Inside, `model` trains, no token is padding, and a cache spares the question whether texts are packed, which
+    needs numbers; then all is as before, torch's random state too."""
     modes, config = [(module, module.training) for module in model.modules()], model.config
     inside = dict(pad_token_id=None, use_cache=True)
     before = {name: vars(config)[name] for name in inside if name in vars(config)}

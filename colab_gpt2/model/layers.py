@@ -113,8 +113,7 @@ def keep_less(model) -> int:
     found = 0
     for module in model.modules():
         if "forward" in vars(module): continue
-        name = type(module).__name__
-        kind = next((kind for kind in KEEPING_LESS if name.endswith(kind)), None)
-        forward = next((fast for same, fast in KEEPING_LESS.get(kind, ()) if does_the_same(module, same)), None)
+        ways = (way for kind, ways in KEEPING_LESS.items() if type(module).__name__.endswith(kind) for way in ways)
+        forward = next((fast for same, fast in ways if does_the_same(module, same)), None)
         if forward: module.forward, found = types.MethodType(forward, module), found + 1
     return found

@@ -73,9 +73,10 @@ def check_files(place, files, *needs):
         raise ValueError(f"{place} has its tokenizer as {found}; to read it, `pip install sentencepiece protobuf`.")
     kind = "tokenizer" if TOKENIZERS in missing else "model"
     names = ", ".join(" or ".join(names[:2]) for names in missing)
-    inside = next(Path(place).glob("*/config.json"), None) if missing else None  # as an archive of others may unpack
+    if not missing: return
+    inside = next(Path(place).glob("*/config.json"), None)  # as an archive of others may unpack
     hint = f" Did you mean {inside.parent}?" if inside else ""
-    if missing: raise FileNotFoundError(f"{place} holds no complete {kind}: {names} is missing.{hint}")
+    raise FileNotFoundError(f"{place} holds no complete {kind}: {names} is missing.{hint}")
 
 # %% ../../nbs/model/20_loading.ipynb #ebe484ea
 def from_cache(hub_id, cache_dir, *needs):

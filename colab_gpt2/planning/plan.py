@@ -122,6 +122,8 @@ def divisions(config, method, optimizer) -> list:
     return [1] * (config.fsdp != "on") + [config.num_processes] * able
 
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed5
+ASKED = "lora_rank", "use_dora", "target_modules", "load_in_4bit", "tune", "keep_attention_dropout"  # no plan chooses
+
 PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
 
 def possible_ways(planner):
@@ -129,9 +131,7 @@ def possible_ways(planner):
     config, runtime, blocks = planner.config, planner.runtime, planner.blocks
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     step = Recipe(blocks, planner.text.block_size, precision=runtime.precision.dtype, device=runtime.device,
-                  tune=config.tune, lora_rank=config.lora_rank, use_dora=config.use_dora,
-                  target_modules=config.target_modules, load_in_4bit=config.load_in_4bit,
-                  keep_attention_dropout=config.keep_attention_dropout)
+                  **{name: getattr(config, name) for name in ASKED})
     most = math.ceil(blocks / config.num_processes)
     sizes = [n for n in micro_batches(config) if n <= most] or [most]  # more may be asked for
     return [[replace(step.divided(n), method=method, optimizer=optimizer, gradient_checkpointing=on, shards=parts)
@@ -276,9 +276,8 @@ class Plan(Record):
 
     def to_dict(self) -> dict:
         "Flat, with those fields of the recipe that a plan decides; `device` is the device's name."
-        own, fixed = super().to_dict(), ("lora_rank", "use_dora", "target_modules", "load_in_4bit", "tune",
-                                             "keep_attention_dropout")
-        return {"fits": own.pop("fits"), **{k: v for k, v in own.pop("recipe").items() if k not in fixed}, **own}
+        own = super().to_dict()
+        return {"fits": own.pop("fits"), **{k: v for k, v in own.pop("recipe").items() if k not in ASKED}, **own}
 
     @classmethod
     def from_dict(cls, facts):

@@ -114,9 +114,8 @@ def forecast_step(
     tokens = tokens or recipe.tokens * recipe.gradient_accumulation_steps
     speed = device.share * (device.peak_half if recipe.half else device.peak_fp32)
     memory = step_memory(shape, recipe)
-    products = token_flops(memory) / speed
-    moved = token_bytes(memory) / (MOVED.share * device.bandwidth)
-    return tokens * (products + moved) + update_seconds(memory, device)
+    each = token_flops(memory) / speed + token_bytes(memory) / (MOVED.share * device.bandwidth)
+    return tokens * each + update_seconds(memory, device)
 
 # %% ../../nbs/planning/31_speed.ipynb #c0f03d47
 COMPILING = {"cuda": (0.2, 40), "cpu": (-0.03, 60)}  # gain of speed, and seconds

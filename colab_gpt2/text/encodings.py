@@ -65,9 +65,9 @@ class Faults:
         self.count, self.first = self.count + 1, self.first or f"{place}: {why}"
 
     def tell(self):
-        if self.count:
-            lines = "1 bad line is" if self.count == 1 else f"{self.count:,} bad lines are"
-            warnings.warn(f"{self.called}: {lines} left out; the first is {self.first}.", stacklevel=2)
+        if not self.count: return
+        lines = "1 bad line is" if self.count == 1 else f"{self.count:,} bad lines are"
+        warnings.warn(f"{self.called}: {lines} left out; the first is {self.first}.", stacklevel=2)
 
 # %% ../../nbs/text/10_encodings.ipynb #10e00012
 def bad_character(text) -> str:

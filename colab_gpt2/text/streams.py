@@ -59,11 +59,11 @@ class Stream(Record):
         options = self.field, self.on_bad_lines, report
         for document in hub_documents(rows, f"{self.repository}, {self.split}", *options): yield document.text
 
-    def training(self, held, report=silent):
+    def training(self, held):
         "Yield each text once that is not held out, by its hash or in the files `held`."
         known = Numbers()
         for path in held: Documents(path, known)
-        for text in self.texts(report):
+        for text in self.texts():
             number = Hasher(text.encode()).number
             if not (number is None or self.by_hash and side_of(number)) and known.add(number): yield text
 
