@@ -30,6 +30,13 @@ def padded(weight, dtype, multiple):
     head[:len(weight)] = weight
     return head
 
+# %% ../../nbs/model/21_loss.ipynb #c8e2d3b5
+LINE = 64  # bytes of a cache line
+
+def aligned(columns) -> int:
+    "As many columns or a few more: rows that begin with a cache line, in every precision."
+    return columns + -columns % (LINE // 2)
+
 # %% ../../nbs/model/21_loss.ipynb #1e89593d
 def slice_loss(logits, targets, vocabulary, wanted, softcap=None, smoothing=0.):
     "`chunk_loss` of a few rows."
@@ -61,7 +68,7 @@ def chunk_loss(logits, vocabulary, targets, wanted, softcap=None, smoothing=0.):
 
 # %% ../../nbs/model/21_loss.ipynb #aeb12cf2
 def scaled(gradient, scale):
-    "`gradient` times the scalar `scale`, in the precision of `scale`: a new tensor, and no second one on the way."
+    "`gradient` times the scalar `scale`, in the precision of `scale`: one new tensor."
     return gradient * scale if gradient.dtype == scale.dtype else gradient.to(scale.dtype).mul_(scale)
 
 # %% ../../nbs/model/21_loss.ipynb #f2d2e667
@@ -84,14 +91,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         counts = (labels != ignore_index)[:, None]
         targets, counts = labels[:, None].where(counts, 0), counts.to(dtype)
         head, d_weight, d_bias = padded(weight, dtype, multiple), None, None
-        logits, loss = head.new_empty(rows, len(head)), 0.
+        logits, loss = head.new_empty(rows, aligned(len(head))), 0.
         d_hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
-            h, some = hidden[chunk].to(dtype), logits[:len(hidden[chunk])]
-            some.addmm_(h, head.T, beta=0, alpha=scale)
+            h, lines = hidden[chunk].to(dtype), logits[:len(hidden[chunk])]
+            some = lines[:, :len(head)].addmm_(h, head.T, beta=0, alpha=scale)
             if bias is not None: some[:, :len(weight)] += bias.to(dtype) * scale
-            found = chunk_loss(some, len(weight), targets[chunk], any(wanted), softcap, smoothing)
+            found = chunk_loss(lines, len(weight), targets[chunk], any(wanted), softcap, smoothing)
             loss += (found * counts[chunk]).sum()
             if wanted[0]: torch.mm(some, head, out=d_hidden[chunk]).mul_(counts[chunk] * scale)
             share = counts[chunk] * (factor * scale)
