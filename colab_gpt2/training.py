@@ -147,7 +147,7 @@ def train_model(trainer, plan, resumed_from=None) -> Plan:
     with in_one_line(output_dir):
         if trainer.chooser: trainer.chooser.begin(plan.steps, resumed_from)
     if resumed_from and load_finished(trainer, resumed_from, plan.steps): return plan
-    if trainer.args.device.type == "cpu": keep_freed_memory()
+    if trainer.args.device.type == "cpu": keep_freed_memory(not sharded(trainer.model))
     with in_one_line(output_dir, plan.recipe), trainer.stop.listening(), quiet(), contextlib.ExitStack() as around:
         if plan.recipe.gradient_checkpointing: around.enter_context(gradient_checkpointing(trainer.model))
         tell(listeners, "on_stage", PROBING)

@@ -71,9 +71,9 @@ def training_forward(stock, scale, softcap):
         items = kwargs.pop("num_items_in_batch", None)
         hidden = last_hidden(self, input_ids, kwargs)
         targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # each predicts the next, the last none
-        options = dict(multiple=head_multiple(hidden), chunk_size=rows_at_a_time(self, hidden))
-        options["reduction"] = "mean" if items is None else "sum"
-        options["label_smoothing"] = getattr(self, "label_smoothing", 0.)  # what the Trainer would need logits for
+        options = dict(multiple=head_multiple(hidden), chunk_size=rows_at_a_time(self, hidden),
+                       reduction="mean" if items is None else "sum",
+                       label_smoothing=getattr(self, "label_smoothing", 0.))  # what the Trainer would need logits for
         loss = Head(layer.weight, layer.bias, scale, softcap).loss(hidden, targets, **options)
         return CausalLMOutputWithPast(loss=loss if items is None else loss / items)
     return forward
@@ -164,10 +164,10 @@ def glibc(name):
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 # %% ../../nbs/model/22_tune.ipynb #22a50009
-def keep_freed_memory() -> bool:
-    "Have glibc keep freed memory until the process ends; -> whether there is a glibc to ask."
-    mallopt = glibc("mallopt")
-    return bool(mallopt and mallopt(-4, 0) and mallopt(-1, -1))  # malloc.h: M_MMAP_MAX and M_TRIM_THRESHOLD
+def keep_freed_memory(keep=True) -> bool:
+    "Have glibc keep freed memory, or not, nor buffers of a megabyte; -> whether there is a glibc to ask."
+    mallopt, most = glibc("mallopt"), (0, 2**20, -1) if keep else (65_536, 2**20, 2**17)
+    return bool(mallopt and all(map(mallopt, (-4, -3, -1), most)))  # malloc.h: M_MMAP_MAX, _THRESHOLD, M_TRIM_THRESHOLD
 
 # %% ../../nbs/model/22_tune.ipynb #22a5000b
 def return_freed_memory():

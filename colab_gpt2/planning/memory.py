@@ -313,7 +313,8 @@ class StepMemory(LossMemory):
         "At the moment that needs most."
         peak = max([*self.moments.values(), self.evaluated], key=lambda terms: sum(terms.values()))
         share = COSTS.heap_lora if self.recipe.lora else COSTS.heap_cpu
-        freed = share*(sum(peak.values()) - COSTS.context) if self.recipe.device == "cpu" else 0
+        kept = self.recipe.device == "cpu" and self.recipe.shards == 1
+        freed = share*(sum(peak.values()) - COSTS.context) if kept else 0
         return {**peak, "freed memory": freed}
 
     @cached_property
