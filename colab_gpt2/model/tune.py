@@ -165,7 +165,7 @@ def glibc(name):
 
 # %% ../../nbs/model/22_tune.ipynb #22a50009
 def keep_freed_memory(keep=True) -> bool:
-    "Have glibc keep freed memory, or not, nor buffers of a megabyte; -> whether there is a glibc to ask."
+    "Have glibc `keep` freed memory, or give what is over 1 MB back at once; -> whether there is a glibc."
     mallopt, most = glibc("mallopt"), (0, 2**20, -1) if keep else (65_536, 2**20, 2**17)
     return bool(mallopt and all(map(mallopt, (-4, -3, -1), most)))  # malloc.h: M_MMAP_MAX, _THRESHOLD, M_TRIM_THRESHOLD
 
