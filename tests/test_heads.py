@@ -11,6 +11,7 @@ from transformers import (
     XLMConfig)
 
 from colab_gpt2.config import FinetuneConfig
+from colab_gpt2.model import loss
 from colab_gpt2.model.heads import hidden_states, output_head
 from colab_gpt2.model.loading import new_model
 from colab_gpt2.model.lora import add_adapters
@@ -238,3 +239,19 @@ def test_the_plan_says_how_the_loss_is_computed(config, told):
     text, cpu = TextSize(10_000, 16, "made up"), named_runtime("CPU")
     assert plan_run(config, text, cpu).reasons[-1] == told
     assert plan_run(config, text, cpu, FinetuneConfig(tune=False)).reasons[-1] != told
+
+
+def test_each_row_of_logits_begins_with_a_cache_line(monkeypatch):
+    "In a chunk of 3 and one of 2; what pads the rows has no part in the loss."
+    seen, whole = [], loss.chunk_loss
+    def look(logits, *given):
+        seen.append((logits.data_ptr() % loss.LINE, logits.stride(0) * logits.element_size() % loss.LINE, len(logits)))
+        return whole(logits, *given)
+    monkeypatch.setattr(loss, "chunk_loss", look)
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(5, 8), torch.randn(97, 8), torch.arange(5)
+    found = linear_cross_entropy(hidden.double(), weight.double(), labels, chunk_size=3)
+    assert abs(found - nn.functional.cross_entropy(hidden.double() @ weight.double().T, labels)) < 1e-12
+    for dtype in (torch.float32, torch.bfloat16):
+        linear_cross_entropy(hidden.to(dtype), weight.to(dtype), labels, chunk_size=3)
+    assert seen == [(0, 0, rows) for _ in range(3) for rows in (3, 2)]
