@@ -335,12 +335,10 @@ def pick_block_size(config, context: int, tokens: int | None = None) -> int:
     return min(size, max(LEAST_BLOCK, stride, tokens // 16))  # sixteen blocks at least
 
 # %% ../nbs/04_config.ipynb #04b00020
-SHORT_TOLD = "Short text: {epochs:g} epochs in batches of {batch} blocks of {size} tokens, {steps} steps."
-
 def short_told(config, tokens, block_size) -> str:
     "What a settled `config` does on a short text, where that is what would be chosen; else ''."
     auto = settled(replace(config, num_train_epochs=None, effective_batch_size=None), tokens, block_size)
     epochs, batch = config.num_train_epochs, effective_batch(config)
     if config.max_steps > 0 or config != auto or (epochs, batch) == (EPOCHS, BATCHES[0]): return ""
     steps = count_steps(config, max(1, tokens // block_size))
-    return SHORT_TOLD.format(epochs=epochs, batch=batch, size=block_size, steps=steps)
+    return f"Short text: {epochs:g} epochs in batches of {batch} blocks of {block_size} tokens, {steps} steps."

@@ -259,9 +259,8 @@ def perplexity(
         some = as_many(model, *((answer_batches, blocks) if chat else (batches, blocks.stream)), mine, size)
         nats = nats_of(model, some, head, ranks, add, lambda nats: check_loss(nats, model, blocks, precision))
     split = f"answers of {blocks.split or 'unnamed'}" if chat else blocks.split
-    result = Perplexity(math.nan, "token", split=split, stride=stride, context=context, tokens=tokens,
-                        words=blocks.words, bytes=blocks.bytes, nats=nats * tokens / total, precision=precision)
-    return result.per("token")
+    return Perplexity(math.nan, "token", split=split, stride=stride, context=context, tokens=tokens, words=blocks.words,
+                      bytes=blocks.bytes, nats=nats * tokens / total, precision=precision).per("token")
 
 # %% ../nbs/60_evaluation.ipynb #e8dac32c
 @dataclass(frozen=True)

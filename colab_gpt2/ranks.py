@@ -165,11 +165,13 @@ def join(seconds, cpu):
     from torch import distributed
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")
     if first() and not distributed.is_initialized(): check_port(host, port)  # Ray has met before
-    try: PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+    try:
+        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+        RANKS.group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # a text may take hours
     except distributed.DistError as e:
         raise TimeoutError(Sentence(ALONE, all=expected(), place=f"{host}:{port}", seconds=seconds)) from e
     RANKS.own, RANKS.all = distributed.get_rank(), distributed.get_world_size()
-    RANKS.group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))  # a text may take hours to prepare
+    gathered(None)  # the first goes on, and may end, when all are there: by it they find each other
 
 # %% ../nbs/02_ranks.ipynb #3406aed7
 GRACE = 30  # seconds that others have to end

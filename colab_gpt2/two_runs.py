@@ -145,10 +145,10 @@ def compare(
     seed. FileNotFoundError without a run, ValueError for the same run twice."""
     a, b = told_by(run_a), told_by(run_b)
     if a.name == b.name: a, b = replace(a, name=a.place), replace(b, name=b.place)
-    alike = replace(a, name=b.name, place=b.place, config=b.config) == b and a.settings == b.settings
-    if alike: raise ValueError(f"{a.place} and {b.place} are the same run: the same settings, losses and sample.")
-    both = [name for name in a.settings if name in b.settings]
-    settings = {name: pair for name in both if (pair := (a.settings[name], b.settings[name]))[0] != pair[1]}
+    if replace(a, name=b.name, place=b.place, config=b.config) == b and a.settings == b.settings:
+        raise ValueError(f"{a.place} and {b.place} are the same run: the same settings, losses and sample.")
+    then, now = a.settings, b.settings
+    settings = {name: (then[name], now[name]) for name in then if name in now and then[name] != now[name]}
     options = dict(prompt=prompt, seed=seed, max_new_tokens=max_new_tokens)
     options = {name: given for name, given in options.items() if given is not None}
     with reporting(progress) as report: samples, lacking = samples_of(a, b, options, report)

@@ -336,6 +336,25 @@ def test_a_process_that_never_comes(text, tmp_path):
     assert kind == "TimeoutError" and said.startswith("Not all of the 2 processes met at 127.0.0.1:")
 
 
+def joins_slowly(there):
+    "-> whether the second was there, slow as it was, when this process had joined."
+    grouped = torch.distributed.new_group
+    def slow(**options):
+        group = grouped(**options)
+        if os.environ["RANK"] == "1":
+            time.sleep(0.5)
+            there.touch()
+        return group
+    torch.distributed.new_group = slow
+    ranks.join(60, cpu=True)
+    return there.exists()
+
+
+def test_none_goes_on_before_all_are_there(tmp_path):
+    "The others find each other by the first: it may end at once."
+    assert pair(joins_slowly, tmp_path/"there") == [True, True]
+
+
 def test_a_port_in_use(text, tmp_path):
     with socket.socket() as other:
         other.bind(("", 0))
