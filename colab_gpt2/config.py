@@ -195,7 +195,7 @@ class FinetuneConfig(EvaluationFields):
         None, "save and stop in good order before so many minutes are over (default: no limit)", above=0)
     on_divergence: str = value(
         "halve", "if the loss diverges; halve: go back to the last good checkpoint and halve the learning rate, once; "
-        "stop: end with an error", choices=("halve", "stop"), label="On divergence")
+        "stop: end with an error", choices=("halve", "stop"))
     cache_dir: str | None = value(None, "where downloads and token files are kept", path=True)
     trainer_args: dict = value({}, "anything else that transformers.TrainingArguments takes")
 

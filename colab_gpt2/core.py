@@ -70,7 +70,7 @@ class Record:
         return [(name.replace("_", " "), value) for name, value in self.to_dict().items()]
 
     def _repr_html_(self):
-        left, rows = "style='text-align:left'", [(html.escape(str(k)), html.escape(str(v))) for k, v in self._rows()]
+        left, rows = "style='text-align:left'", [map(html.escape, map(str, row)) for row in self._rows()]
         body = "".join(f"<tr><th {left}>{label}</th><td {left}>{text}</td></tr>" for label, text in rows)
         return f"<table><caption>{type(self).__name__}</caption>{body}</table>"
 
@@ -333,8 +333,7 @@ def atomic(path, folder=False, aside=None):
         if aside: path.rename(aside)
         if not (folder and path.is_dir()): replace(target, path)  # another process may have made it meanwhile
         else:
-            files = (file for file in target.rglob("*") if file.is_file())
-            for file in sorted(files, key=lambda file: file.stat().st_size):
+            for file in sorted(filter(Path.is_file, target.rglob("*")), key=lambda file: file.stat().st_size):
                 make_folder((to := path/file.relative_to(target)).parent)
                 replace(file, to)
         sync(place)

@@ -112,8 +112,7 @@ def batches(stream, found, size):
 def answer_windows(chats, context) -> list:
     "(start, end, scored) of each conversation, cut to the `context`: so many of its tokens count. The longest first."
     pieces = replace(chats, block_size=context).pieces.tolist()
-    told = "No answer of {text} begins within {n} tokens."
-    if not pieces: raise ValueError(Sentence(told, text=chats.split, n=context))
+    if not pieces: raise ValueError(f"No answer of {chats.split} begins within {context} tokens.")
     found = ((start, start + n, int((chats.coded[start:start + n] & 1).sum())) for start, n in pieces)
     return sorted(found, key=lambda window: window[0] - window[1])
 
@@ -189,22 +188,17 @@ def check_measure(model, blocks, stride=None, context=None) -> tuple:
                          "Tokenise it with the model's own tokenizer.")
     return stride, context
 
-# %% ../nbs/60_evaluation.ipynb #9e374818
-def why_lost(model, precision) -> Sentence:
-    "Why the loss of `model` is NaN or infinite, and what to do."
-    if lost := lost_weight(model):
-        return Sentence("its weights are damaged ({lost} is NaN or infinite); choose another {model}.", lost=lost)
-    if precision == "fp16": return Sentence("a number is too large for fp16; set {precision=fp32}.")
-    return Sentence("its weights are ruined, as by too high a {learning_rate}; choose another {model}.")
-
 # %% ../nbs/60_evaluation.ipynb #60e50020
 class NotFinite(RuntimeError): "The loss is NaN or infinite."
 
 def check_loss(nats, model, blocks, precision):
     "NotFinite, with the reason, if `nats` is."
     if math.isfinite(nats): return
-    why, told = why_lost(model, precision), "The model's loss on the {text} text is {nats}: "
-    raise NotFinite(Sentence(told + why.template, text=blocks.split or "unnamed", nats=nats, **why.values))
+    why = "its weights are ruined, as by too high a {learning_rate}; choose another {model}."
+    if precision == "fp16": why = "a number is too large for fp16; set {precision=fp32}."
+    if lost := lost_weight(model): why = "its weights are damaged ({lost} is NaN or infinite); choose another {model}."
+    told = "The model's loss on the {text} text is {nats}: " + why
+    raise NotFinite(Sentence(told, text=blocks.split or "unnamed", nats=nats, lost=lost))
 
 # %% ../nbs/60_evaluation.ipynb #c9a36837
 def as_many(model, make, *given):

@@ -234,9 +234,9 @@ PACKAGES = "colab-gpt2 torch transformers datasets accelerate ipywidgets peft bi
 
 def versions(packages=PACKAGES) -> dict:
     "Of Python and of the packages that matter in a bug report; one that is not installed is left out."
-    found, missing = {"python": platform.python_version()}, importlib.metadata.PackageNotFoundError
+    found = {"python": platform.python_version()}
     for name in packages:
-        with contextlib.suppress(missing): found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(ImportError): found[name] = importlib.metadata.version(name)
     return found
 
 # %% ../nbs/03_runtime.ipynb #95377680

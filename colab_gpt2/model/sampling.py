@@ -18,8 +18,8 @@ from ..errors import Sentence, check_number, check_utf8
 class Sampling(Record):
     "How the next token is drawn from the model's distribution. Bad values are refused when it is made."
     temperature: float = value(1.0, "below 1 safer, above 1 bolder")
-    top_k: int = value(50, "choose among this many of the likeliest tokens; 0: among all", label="Top k")
-    top_p: float = value(1.0, "choose among the likeliest tokens that add up to this probability", label="Top p")
+    top_k: int = value(50, "choose among this many of the likeliest tokens; 0: among all")
+    top_p: float = value(1.0, "choose among the likeliest tokens that add up to this probability")
     repetition_penalty: float = value(1.0, "above 1: repeats itself less")
 
     def __post_init__(self):

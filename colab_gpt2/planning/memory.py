@@ -275,9 +275,8 @@ class LossMemory(ForwardMemory):
     @cached_property
     def logits(self):
         "A chunk, and the slice of it in fp32 or, where that is more, a product for the output layer's gradient."
-        recipe, V = self.recipe, self.shape.vocabulary
+        recipe, V, rows = self.recipe, self.shape.vocabulary, min(self.recipe.tokens, CHUNK_SIZE)
         if not self.tuned: return COSTS.loss_stock*recipe.tokens*V
-        rows = min(recipe.tokens, CHUNK_SIZE)
         exact = min(rows, EXACT_ROWS)*V if recipe.on_cuda else min(rows*V, EXACT_LOGITS)
         direct = recipe.precision == "fp32" or recipe.on_cuda and recipe.precision == "fp16"
         each = COSTS.loss_exact_here if direct else COSTS.loss_exact

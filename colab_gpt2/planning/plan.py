@@ -15,6 +15,8 @@ from ..config import short_told
 from ..core import Record, human_bytes, human_time, several
 from ..errors import Sentence, check_number
 from ..model.loading import load_config
+from ..model.lora import targets_of
+from ..model.tune import loss_told
 from .memory import COSTS, Recipe, Shape, TracedMemory, forecast_memory, shape_of, step_memory
 from .speed import DEVICES, MOVED, device_of, forecast_step, pick_compile, update_seconds
 from ..runtime import Precision, Runtime, pick_precision
@@ -24,8 +26,8 @@ def named_runtime(
     gpu: str,  # one of DEVICES, in small letters or capitals; "CPU" for none
 ) -> Runtime:
     "The Runtime of a Colab machine as far as a plan needs it: its disk and most versions are unknown."
-    name = {name.upper(): name for name in DEVICES}.get(str(gpu).upper())
-    if name is None:
+    name = str(gpu).upper()
+    if name not in DEVICES:
         raise ValueError(Sentence("{gpu} is {given!r}; known are {known}.", given=gpu, known=", ".join(DEVICES)))
     device, ram = DEVICES[name], DEVICES["CPU"].memory
     kind, memory = ("cpu", None) if name == "CPU" else ("cuda", device.memory)
@@ -384,9 +386,7 @@ def plan_run(
     if config.method != "full":  # a rank above the width adds memory, and nothing that the width could not learn
         check_number("lora_rank", config.lora_rank, maximum=max(shape.width, FinetuneConfig.lora_rank),
                      hint="That is the model's width.")
-    if config.target_modules and hasattr(model, "named_modules"):
-        from colab_gpt2.model.lora import targets_of
-        targets_of(model, config.target_modules)
+    if config.target_modules and hasattr(model, "named_modules"): targets_of(model, config.target_modules)
     if config.eval_stride:
         check_number("eval_stride", config.eval_stride, minimum=1, maximum=size, integer=True,
                      hint="It can be at most the block size, or tokens would be left out.")
@@ -394,7 +394,6 @@ def plan_run(
     config = settled(config, text.tokens, size)
     plan = make_plan(Planner(shape, text, runtime, config))
     if shape.gpt2 or shape is model or not config.tune: return plan
-    from colab_gpt2.model.tune import loss_told
     return replace(plan, reasons=(*plan.reasons, loss_told(model)))
 
 # %% ../../nbs/planning/32_plan.ipynb #8883d42c

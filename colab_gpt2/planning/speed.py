@@ -100,8 +100,7 @@ def token_bytes(memory: StepMemory) -> float:
     lora = MOVED.lora if recipe.lora else 1
     again = (1 + lora/3) if recipe.gradient_checkpointing else 1
     layers = again * lora * MOVED.layer * shape.layers * memory.layer / recipe.tokens
-    if recipe.lora: return layers + MOVED.logit[recipe.precision] * shape.vocabulary
-    added = 0 if memory.one_chunk else 10 * shape.width / CHUNK_SIZE  # a chunk's product to the head's gradient
+    added = 0 if recipe.lora or memory.one_chunk else 10 * shape.width / CHUNK_SIZE  # to the head's gradient
     return layers + (MOVED.logit[recipe.precision] + added) * shape.vocabulary
 
 # %% ../../nbs/planning/31_speed.ipynb #751fef08

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from accelerate.utils.operations import convert_to_fp32
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,7 +168,6 @@ def meta_model(config, recipe):
 # %% ../../nbs/planning/29_trace.ipynb #d493cb22
 def as_fake(model, fake, operations):
     "Its weights as fake tensors of a CPU, tied ones still tied, all of them counted; -> the parameters that it trains."
-    from torch._subclasses.fake_tensor import FakeTensor
     made = {}
     def fake_of(tensor):
         if tensor not in made:
@@ -195,8 +196,6 @@ def watch(model, weights, operations):
 # %% ../../nbs/planning/29_trace.ipynb #acef28c6
 def count_step(config, recipe) -> dict:
     "What is held, work, sizes; of two micro-batches at most: a third is like the second."
-    from accelerate.utils.operations import convert_to_fp32
-    from torch._subclasses.fake_tensor import FakeTensorMode
     model, operations, fake = meta_model(config, recipe), Operations(), FakeTensorMode()
     weights = as_fake(model, fake, operations)
     operations.resident, operations.weights = operations.live, {weight.shape for weight in weights}
@@ -234,7 +233,7 @@ def blend(counts, shares):
 def shallower(config, layers):
     "`config` with so few layers; None where one is not like the others by a list of the config."
     config = copy.deepcopy(config)
-    text, deep = config.get_text_config(), config.get_text_config().num_hidden_layers
+    deep = (text := config.get_text_config()).num_hidden_layers
     for name, each in [*vars(text).items()]:
         if not isinstance(each, (list, tuple)) or len(each) != deep: continue
         if any(one != each[0] for one in each): return None

@@ -34,11 +34,10 @@ class Copy(Record):
 # %% ../../nbs/storage/51_drive.ipynb #83285893
 def discard_leftovers(destination):
     "Discard temporaries for `destination` of more than a day ago; what a killed process had moved aside goes back."
-    day = 24 * 3600  # seconds; no Colab session lasts longer
     with contextlib.suppress(OSError):  # the copy matters more
         for path in destination.parent.glob(f".{glob.escape(destination.name)}.*.part*"):
             if path.suffix == ".former" and not destination.exists(): path.rename(destination)
-            elif time.time() - path.stat().st_mtime > day: discard(path)
+            elif time.time() - path.stat().st_mtime > 24 * 3600: discard(path)  # no Colab session lasts longer
 
 # %% ../../nbs/storage/51_drive.ipynb #f6783d41
 def copy_once(source, destination, report) -> str:

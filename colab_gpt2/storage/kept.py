@@ -215,7 +215,7 @@ class Kept(Restored):
     def make_room(self, entry, complete, others):
         "Where `entry` does not fit beside all that is there, what is of no use goes now, and then the oldest."
         if self.target.free() >= entry.bytes: return
-        for name in [name for name in others if name not in self.seen]: self.remove(name)
+        for name in others.keys() - self.seen: self.remove(name)
         lack = entry.bytes - self.target.free()
         for old in self.may_go(complete):
             if lack <= 0: return
