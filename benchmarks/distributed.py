@@ -91,7 +91,8 @@ def rank_side(options, what):
 
 def environment(rank, ranks, threads, port) -> dict:
     "As torchrun would start a process; one alone has none of torchrun's variables."
-    found = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    threaded = dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))  # torch's, and tokenizers'
+    found = {**os.environ, **threaded, "CUDA_VISIBLE_DEVICES": ""}
     if ranks == 1: return found
     place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     return {**found, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -300,7 +300,7 @@ def without_a_share(failing, how):
     real = token_store.tokenise_share
     def share(path, encoder, start, *rest):
         if start >= failing: how()
-        real(path, encoder, start, *rest)
+        return real(path, encoder, start, *rest)
     return share
 
 ENDS = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "no memory": lambda: sys.exit(1)}
@@ -328,7 +328,7 @@ def test_no_share_outlives_an_interrupted_run(tiny, tmp_path, long_text):
     assert kept.traceback and not multiprocessing.active_children() and suffixes(tmp_path) == []
 
 def share_out(text, cache):
-    token_store.processes = lambda: 2
+    token_store.SHARE, token_store.LEAST, token_store.processes = 400_000, 200_000, lambda: 2
     tokenize_file(text, AutoTokenizer.from_pretrained(TINY), 64, cache_dir=cache, progress=False)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there processes are forked")

@@ -7,13 +7,13 @@ __all__ = ['check_text']
 
 # %% ../../nbs/text/10_reading.ipynb #5c3e8f70
 import codecs, glob, itertools, os, re, warnings
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 from ..core import check_space, home, several
 from ..errors import Sentence, about
 from ..reporting import silent
-from .encodings import DOS_END, PACKED, Source, called
+from .encodings import DOS_END, PACKED, Source, broken_off, called
 from .fields import Row, as_chat, documents, is_chat, pick_field
 from .formats import READERS, is_table, rows_of, suffix_of, text_documents, write_documents
 
@@ -52,20 +52,6 @@ def rows_in(path, *options):
     yield first
     yield from rows
 
-# %% ../../nbs/text/10_reading.ipynb #610cb673
-def check_text(
-    path,  # of a text or a table; `~` is the home folder
-) -> Path:
-    """`path`, if all of it can be read; else FileNotFoundError, IsADirectoryError, or ValueError with the wrong line.
-
-    It may be UTF-8 or UTF-16, and compressed (.gz, .bz2, .xz)."""
-    path = check_file(path)
-    if is_table(path): read = sum(1 for _ in rows_in(path))
-    else:
-        with Source(path) as source: read = sum(1 for _ in text_documents(source))
-    if not read: raise empty(path)
-    return path
-
 # %% ../../nbs/text/10_reading.ipynb #b49ac36f
 def is_plain(path) -> bool:
     "Whether the file `path` is a text that can be used as it stands."
@@ -79,6 +65,24 @@ def is_plain(path) -> bool:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError: return False
     return True
+
+# %% ../../nbs/text/10_reading.ipynb #610cb673
+def check_text(
+    path,  # of a text or a table; `~` is the home folder
+) -> Path:
+    """`path`, if all of it can be read; else FileNotFoundError, IsADirectoryError, or ValueError with the wrong line.
+
+    It may be UTF-8 or UTF-16, and compressed (.gz, .bz2, .xz)."""
+    path = check_file(path)
+    if is_table(path): read = sum(1 for _ in rows_in(path))
+    else:
+        with Source(path) as source:
+            documents = text_documents(source)
+            read = next(documents, None) is not None
+            with broken_off(source): plain = is_plain(path)
+            if not plain: deque(documents, 0)
+    if not read: raise empty(path)
+    return path
 
 # %% ../../nbs/text/10_reading.ipynb #389a6bd5
 def in_order(path):

@@ -6,7 +6,7 @@
 __all__ = ['Blocks', 'tokenize_file']
 
 # %% ../../nbs/text/13_token_store.ipynb #ecb6a9b6
-import codecs, contextlib, functools, gc, io, json, multiprocessing, os, signal, warnings
+import codecs, contextlib, functools, gc, io, itertools, json, multiprocessing, os, signal, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,12 +14,13 @@ import numpy as np, torch
 
 from ..core import Record, atomic, human_bytes, several, sha256_of, tidy
 from ..errors import Sentence, check_number
+from ..ranks import first
 from ..reporting import reporting, silent
 from ..runtime import cache_folder, core_count
 from .downloads import sole_owner
 from .encodings import PACKED, Source
 from .formats import is_table
-from .reading import check_text
+from .reading import check_file, check_text
 from .streams import open_stream, size_of, stream_in
 from .tokens import CONTEXT, Encoder, find_cut, notes_on, opened, read_windows, sample_of
 
@@ -119,12 +120,15 @@ def open_text(path, start):
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0002
 SHARE, LEAST = 1 << 23, 1 << 20  # bytes of text for one process at a time, at most and at least
+TURNS = 16  # shares of a process; it begins when all are cut
 
 def share_text(path, start, encode, n):
-    "`n` shares of the text from the byte `start` on: (start, end, ids before the end) each; none of a short text."
-    found, step = [], min(SHARE, (path.stat().st_size - 3 - start) // n)  # 3: a byte order mark
-    if n == 1 or step < LEAST: return found
-    for place in range(start + step, start + n * step + 1, step):
+    "The shares of `n` processes, of the text from the byte `start` on: (start, end, ids before the end) each, or none."
+    found, rest = [], max(0, path.stat().st_size - 3 - start)  # 3: a byte order mark
+    count = n * min(TURNS, -(-rest // (n * SHARE)))
+    if n == 1 or rest < n * LEAST: return found
+    step = min(SHARE, rest // count)
+    for place in range(start + step, start + count * step + 1, step):
         file, _ = open_text(path, place)
         with file: data = file.buffer.read(16 * CONTEXT)
         whole = data.lstrip(bytes(range(0x80, 0xC0)))  # it may begin inside a character
@@ -137,20 +141,15 @@ def share_text(path, start, encode, n):
     return found
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0005
-def tokenise_share(path, encoder, start, end, after, pipe):
-    "In its own process: the counts and ids of a share into the second end of `pipe`."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.disable()  # or it would copy all that it looks at
-    pipe[0].close()
-    with contextlib.suppress(Exception):
-        file, before = open_text(path, start)
-        with file: text = io.StringIO(file.buffer.read(end - start).decode())
-        pieces = read_windows(text, encoder.encode, before, after=after)
-        given = (before[-1], encoder.encode([before])[0][-1]) if before else ()
-        out, counts = io.BytesIO(), dict(tokens=0, words=0, bytes=0)
-        for counts in write_ids(pieces, encoder, out, counts, *given): pass
-        pipe[1].send((counts, out.getvalue()))
+def tokenise_share(path, encoder, start, end, after) -> tuple:
+    "The counts and the ids of a share."
+    file, before = open_text(path, start)
+    with file: text = io.StringIO(file.buffer.read(end - start).decode())
+    pieces = read_windows(text, encoder.encode, before, after=after)
+    given = (before[-1], encoder.encode([before])[0][-1]) if before else ()
+    out, counts = io.BytesIO(), dict(tokens=0, words=0, bytes=0)
+    for counts in write_ids(pieces, encoder, out, counts, *given): pass
+    return counts, out.getvalue()
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0006
 @contextlib.contextmanager
@@ -163,26 +162,36 @@ def forking():
         del os.environ["TOKENIZERS_PARALLELISM"]
         if given is not None: os.environ["TOKENIZERS_PARALLELISM"] = given
 
+# %% ../../nbs/text/13_token_store.ipynb #5a1e0010
+def tokenise_shares(path, encoder, shares, pipe, readers):
+    "In its own process: what `tokenise_share` gives of each of the `shares` into `pipe`, until nobody reads it."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.disable()  # or it would copy all that it looks at
+    for reader in readers: reader.close()  # or writers would wait for ever
+    with contextlib.suppress(Exception):
+        for share in shares: pipe.send(tokenise_share(path, encoder, *share))
+
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0007
-def tokenised(path, encoder, shares):
-    "Yield the counts and the ids of the `shares`, in order, from a process each; none after one that fails."
-    started = []
+def tokenised(path, encoder, shares, n):
+    "Yield the counts and the ids of the `shares`, in order, from `n` processes; none after one that fails."
+    started, readers = [], []
     try:
         with forking() as fork:
-            for share in shares:
-                pipe = fork.Pipe(duplex=False)
-                process = fork.Process(target=tokenise_share, args=(path, encoder, *share, pipe), daemon=True)
-                started.append((process, *pipe))
-                process.start()
-                pipe[1].close()
-        for (start, end, _), (_, reader, _) in zip(shares, started):
+            for i in range(n):
+                reader, writer = fork.Pipe(duplex=False)
+                readers.append(reader)
+                given = path, encoder, shares[i::n], writer, readers
+                started.append(fork.Process(target=tokenise_shares, args=given, daemon=True))
+                with writer: started[-1].start()
+        for (start, end, _), reader in zip(shares, itertools.cycle(readers)):
             counts, ids = reader.recv()
             if counts["bytes"] != end - start: return
             yield counts, ids
     except (OSError, EOFError): return  # no process, or it has been killed
     finally:
-        for process, *pipe in started:
-            for end in pipe: end.close()
+        for reader in readers: reader.close()
+        for process in started:
             if process.pid:
                 process.kill()
                 process.join()
@@ -198,7 +207,7 @@ def processes() -> int:
 def append_ids(path, encoder, out, counts, n=1):
     "Append to `out` the ids that `counts` lacks by up to `n` processes; yield the counts."
     while shares := share_text(path, counts["bytes"], encoder.encode, n):
-        for added, ids in tokenised(path, encoder, shares):
+        for added, ids in tokenised(path, encoder, shares, n):
             out.write(ids)
             counts = {name: counts[name] + more for name, more in added.items()}
             yield counts
@@ -252,8 +261,8 @@ def write_tokens(path, file, encoder, report=silent, write=write_part):
 
 # %% ../../nbs/text/13_token_store.ipynb #13c00001
 def check_utf8(path) -> Path:
-    "`path`, if it is UTF-8 as it stands; errors as `check_text`."
-    with Source(path := check_text(path)) as source: told = source.encoding
+    "`path`, if by its name and its beginning it is UTF-8 as it stands; errors as `check_text`."
+    with Source(path := check_file(path)) as source: told = source.encoding
     told = "compressed" if path.suffix.lower() in PACKED else "a table" if is_table(path) else told.upper()
     if told[:5] == "UTF-8": return path
     raise ValueError(Sentence("{path} is {told}, and a text in UTF-8 is needed: that of load_corpus(…), "
@@ -280,12 +289,13 @@ def tokenize_file(
     hint = "A causal model learns from each token to the next."
     check_number("block_size", block_size, minimum=2, integer=True, hint=hint)
     path, encoder = check_utf8(path), Encoder(tokenizer)
-    if notes:
-        for note in notes_on(sample_of(path), path.name, tokenizer, lost=True): warnings.warn(note, stacklevel=2)
     sha256 = sha256 or sha256_of(path)
     key = dict(dtype=encoder.dtype.name, text_sha256=sha256, tokenizer_sha256=encoder.fingerprint)
     file = TokenFile(cache_folder(cache_dir)/"tokens"/f"{sha256}-{encoder.fingerprint[:16]}.ids", **key)
-    with reporting(progress) as report: counts = file.counts() or write_tokens(path, file, encoder, report)
+    if not (counts := file.counts()): check_text(path)
+    if notes and first():
+        for note in notes_on(sample_of(path), path.name, tokenizer, lost=True): warnings.warn(note, stacklevel=2)
+    with reporting(progress) as report: counts = counts or write_tokens(path, file, encoder, report)
     blocks = Blocks(file.ids, block_size=int(block_size), **counts, dtype=encoder.dtype.name,
                     vocabulary_size=encoder.vocabulary_size, split=split, sha256=sha256)
     return check_trainable(blocks, minimum_blocks)

@@ -118,13 +118,11 @@ def private_copy(tokenizer):
 def cut_pattern(backend) -> "re.Pattern | None":
     """The empty match wherever a `tokenizers.Tokenizer` that splits as GPT-2's does surely splits inside a text: before
     the last of a run of white space, unless an added token may follow. None for any other."""
-    state = json.loads(backend.to_str())
-    split, added = {"use_regex": True} | (state["pre_tokenizer"] or {}), state["added_tokens"]
-    form = [split.get(name) for name in ("type", "use_regex", "add_prefix_space")]
-    if form != ["ByteLevel", True, False]: return None
-    if state["normalizer"] or state["model"].get("dropout"): return None
-    if any(t["lstrip"] or t["rstrip"] or t["single_word"] or re.search(r"\s", t["content"]) for t in added): return None
-    stops = re.escape("".join(sorted({t["content"][0] for t in added})))
+    split, added = backend.pre_tokenizer, backend.get_added_tokens_decoder().values()
+    if type(split).__name__ != "ByteLevel" or split.add_prefix_space or not split.use_regex: return None
+    if backend.normalizer is not None or getattr(backend.model, "dropout", None): return None
+    if any(t.lstrip or t.rstrip or t.single_word or re.search(r"\s", t.content) for t in added): return None
+    stops = re.escape("".join(sorted({t.content[0] for t in added})))
     return re.compile(rf"(?=[ \t\n\r\u3000][^\s{stops}])(?!\A)")
 
 # %% ../../nbs/text/12_tokens.ipynb #7fcdcb1e
