@@ -44,10 +44,10 @@ class DataFields(Record):
         label="Column")
     dataset_train_split: str = value("train", "split of a data set on the Hub to train on", label="Training split")
     dataset_test_split: str | None = value(
-        None, "its split to evaluate on (default: test or validation; else a part of {dataset_train_split})",
+        None, "split of that data set to evaluate on (default: test, validation, or a part of {dataset_train_split})",
         label="Test split")
     on_bad_lines: str = value(
-        "error", "what a broken row of a table, or a line that is not UTF-8, does; skip: it is left out and counted",
+        "error", "a broken row of a table, or a line that is not UTF-8; error: it stops the run; skip: it is left out",
         choices=("error", "skip"), label="Bad lines")
     output_dir: str | None = value(
         None, "where the model and its checkpoints go (default: gpt2-tuned, or the name of your own text; with a "
@@ -83,8 +83,8 @@ class StepFields(DataFields):
         None, "micro-batches in a step (default: {effective_batch_size} over what fits)", label="Accumulation steps",
         minimum=1)
     learning_rate: float | None = value(
-        None, "peak learning rate (default: 5e-5; below 20 million parameters 1e-4, on a short text 5e-4; for LoRA "
-        "2e-4)", above=0)
+        None, "peak learning rate (default: 5e-5; below 20 million parameters 1e-4, or 5e-4 below 100,000 tokens; "
+        "LoRA 2e-4)", above=0)
     weight_decay: float = value(0.0, "AdamW weight decay", minimum=0)
     warmup_steps: float = value(0.05, "steps of rising learning rate; below 1, a share of all steps", minimum=0)
     lr_scheduler_type: str = value(
@@ -103,14 +103,13 @@ class MethodFields(StepFields):
         "auto", "number format of the computation; auto: the fastest that the device supports well", choices=PRECISIONS)
     method: str = value("auto", "train all weights, or LoRA's adapters only; auto: all where they fit", choices=METHODS)
     lora_rank: int = value(16, "rank of LoRA's adapters", label="LoRA rank", minimum=1, maximum=10**5)
-    use_rslora: bool = value(False, "LoRA's adapters count 2√rank times instead of twice (rsLoRA)", label="rsLoRA")
-    use_dora: bool = value(
-        False, "LoRA learns how long each row of a matrix is apart from where it points: slower (DoRA)", label="DoRA")
+    use_rslora: bool = value(False, "scale LoRA's adapters by 2√rank instead of 2 (rsLoRA)", label="rsLoRA")
+    use_dora: bool = value(False, "LoRA learns length and direction of weights separately: slower (DoRA)", label="DoRA")
     target_modules: str | None = value(
-        None, "names of the layers that get LoRA's adapters, with commas between them (default: all linear ones)",
+        None, "comma-separated names of the layers that get LoRA's adapters (default: all linear ones)",
         label="LoRA layers")
     load_in_4bit: bool = value(
-        False, "LoRA learns beside base weights in 4 bits (QLoRA; needs bitsandbytes); what is saved has all bits",
+        False, "LoRA learns beside base weights in 4 bits (QLoRA; needs bitsandbytes); the saved model has all",
         label="4-bit base")
     optim: str | None = value(
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",
@@ -144,7 +143,7 @@ class EvaluationFields(MethodFields):
         True, "save the weights with the lowest held-out perplexity; off: the last ones", label="Keep the best")
     eval_split: str = value("test", "split to evaluate on", choices=("test", "validation"), label="Evaluation split")
     eval_stride: int | None = value(
-        None, "tokens that perplexity's window moves by (default: half of it)", label="Stride", minimum=1)
+        None, "tokens by which perplexity's window moves (default: half of it)", label="Stride", minimum=1)
     prompt: str | None = value(
         None, "the text that the samples before and after continue (default: the first line of the held-out text; "
         "with WikiText, a title)", lines=3)
@@ -185,7 +184,7 @@ class FinetuneConfig(EvaluationFields):
     from_scratch: bool = value(False, "start from random weights of the model's shape")
     tokenizer: str | None = value(None, "another tokenizer than the model's own: a name or a folder", path=True)
     resume: str = value(
-        "auto", "auto: the same run again resumes where it left off; never: only an empty {output_dir} will do; or a "
+        "auto", "auto: the same run again resumes where it left off; never: {output_dir} must be empty; or a "
         "checkpoint, or a folder with some, to continue from with other settings", path=True)
     overwrite_output_dir: bool = value(False, "begin again, and overwrite {output_dir}", label="Overwrite")
     mirror: str = value(

@@ -279,4 +279,4 @@ def foresee(config, now) -> tuple:
     if own and own.files: return "Show the result", "This run is finished already: its model and its result are shown."
     if own: return f"Continue from step {own.step}", f"This run resumes at step {own.step} of {own.steps}."
     if config.resume in ("auto", "never") or config.overwrite_output_dir: return "Train", ""
-    return "Train further", f"This run continues from {config.resume}, with the settings of now."
+    return "Train further", f"This run continues from {config.resume}, with the current settings."

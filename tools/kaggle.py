@@ -17,7 +17,8 @@ CHANGES = {
     f"tutorials/{COLAB.name}": f"tutorials/{KAGGLE.name}",
     "You need a Google account": "You need a Kaggle account",
     "**How.** …": """**How.** Make the three settings below, then choose *Run All*. Everything else has a default, so you don't have to type anything, and you can leave it alone. If the session ends too early, choose *Run All* again: training resumes where it left off. Each step below has a few sentences, a panel and, under it, the same in plain Python.""",
-    "On a T4, training takes about 4 minutes": "On two T4s, training takes about 2 minutes",
+    "On a T4, training should take about 4 minutes": "On two T4s, training should take about 2 minutes",
+    "nowhere but to this machine and your Drive": "nowhere but to this machine",
     "**Without a GPU or a network** the notebook": "**Without a GPU** the notebook",
     "## Install": """## Before you start
 
@@ -45,7 +46,7 @@ For the first two, Kaggle asks you once to verify your phone number.
     "You can look at samples on the way, save, or stop and continue later.":
         "You can look at samples on the way, save, or stop and continue later. *Processes* is the number of GPUs: each trains on its share of every step, and the model becomes what a single GPU would train, but for rounding and the chance in dropout.",
     "**When the session ends too early.** …": """**When the session ends too early.** Kaggle ends a session after 20 minutes in which you change and run nothing, and after 12 hours in any case. With *Persistence* at *Files only*, `/kaggle/working` comes back with the next one: open this notebook again, choose the same accelerator and *Run All*. It finds the newest checkpoint, the panel says at which step it resumes, and you get the same model as if nothing had happened. You lose about five minutes of training at most.""",
-    "What you typed into a panel, …": """What you typed into a panel, or uploaded, ended with the session. So that *Run All* finds it next time, write it into the cells: `FinetunePanel(text, num_train_epochs=4, num_processes=2)`, or `DataPanel(train_file="/kaggle/input/my-text/my.txt")`. [What is saved, where, and when](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/what_is_saved.md) has the details; what it says of a Drive is about Colab.
+    "What you typed into a panel, …": """What you typed into a panel, or uploaded, is lost with the session. So that *Run All* finds it next time, write it into the cells: `FinetunePanel(text, num_train_epochs=4, num_processes=2)`, or `DataPanel(train_file="/kaggle/input/my-text/my.txt")`. [What is saved, where, and when](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/what_is_saved.md) has the details; what it says of a Drive is about Colab.
 
 **With the browser closed.** *Save Version → Save & Run All* runs the whole notebook in a session of its own, which lasts up to 12 hours and needs nobody to look at it. Afterwards the model is in that version's *Output*. A training that takes longer would be lost with its session, so give it `max_minutes=660` in the cell above: it stops in time with a checkpoint. To resume, choose *Add Input* and, under your work, that version's output; copy its path, and run `!cp -r PATH/gpt2-tuned .` before step 3 of the next version.""",
     "**If you choose Run all again**": "**If you choose Run All again**",

@@ -31,7 +31,7 @@ def rate_chart(curve) -> str:
 class RatePanel(Stoppable):
     "Looks for a learning rate for a FinetuneConfig, shared with the panel `before`; `result` is a RateCurve."
     title = "Find a learning rate"
-    lead = "Some steps of the training with rising rates. Nothing of them is kept but the curve."
+    lead = "Tries a few steps at rising learning rates; only the curve stays."
     doing = "Looking for a learning rate …"
     draws = True
 

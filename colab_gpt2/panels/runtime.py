@@ -44,7 +44,7 @@ class CheckConfig(Record):
 # %% ../../nbs/panels/75_runtime.ipynb #8e148116
 class RuntimePanel(Panel):
     "The machine: `config` is a CheckConfig, `result` a Runtime."
-    title, lead = "1. The machine", "Your processor, memory and disk."
+    title, lead = "1. The machine", "This machine's GPU, memory and disk."
 
     def __init__(self, **values):
         super().__init__(Values(CheckConfig(**values)))
