@@ -165,7 +165,7 @@ def folder_named(text) -> str:
 
 # %% ../nbs/04_config.ipynb #67af1e0a
 def unnumbered(folder, name) -> str:
-    "`folder` without a number after `name` that was chosen here: another machine may choose another."
+    "`folder` without a number after `name`: another machine may choose another."
     found = re.fullmatch(rf"((?:.*[/\\])?{re.escape(name)})-\d+", folder)
     return found[1] if found else folder
 

@@ -265,7 +265,7 @@ def sha256_of(path, report=None, chunk=1 << 20):
 
 # %% ../nbs/00_core.ipynb #db4431d1
 def checksums(folder, names, report=None) -> dict:
-    "Name to SHA-256 of the files `names` in `folder`; several are read at once, since hashing is what takes the time."
+    "Name to SHA-256 of the files `names` in `folder`, several of which are read at once."
     sums = {}
     with ThreadPoolExecutor() as pool:
         for name, sha256 in zip(names, pool.map(lambda name: sha256_of(Path(folder, name)), names)):
@@ -275,8 +275,8 @@ def checksums(folder, names, report=None) -> dict:
 
 # %% ../nbs/00_core.ipynb #87818c54
 def copy_synced(source, target, report=None, place=None) -> str:
-    """Copy a file, have the system write it to the disk and forget it, read it back and compare; -> the SHA-256.
-    OSError if something else arrived in `place` (the folder of `target`). `report` hears of both."""
+    """Copy a file, have it written to the disk and forgotten, read it back and compare; -> the SHA-256. OSError if
+    something else arrived in `place` (the folder of `target`)."""
     source, target, digest = Path(source), Path(target), hashlib.sha256()
     def reading_back(_, done, total): report(f"Reading {source.name} back", done, total)
     with open(source, "rb") as s, open(target, "wb") as t:
@@ -301,15 +301,6 @@ def _check_drive(place):
     top = drive_top(place, anywhere="COLAB_RELEASE_TAG" in os.environ)
     if top and not top.exists(): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(top))
 
-# %% ../nbs/00_core.ipynb #b681c612
-def _carry(stage, temporary, place):
-    "Copy all that is in the folder `stage` to `temporary`, in `place` on a Drive."
-    check_space(place, sum(path.stat().st_size for path in stage.rglob("*")), f"Writing to {place}")
-    for root, _, files in os.walk(stage):
-        to = temporary/Path(root).relative_to(stage)
-        to.mkdir(exist_ok=True)
-        for name in files: copy_synced(Path(root, name), to/name, place=place)
-
 # %% ../nbs/00_core.ipynb #a393b176
 @contextlib.contextmanager
 def atomic(path, folder=False, aside=None):
@@ -327,7 +318,11 @@ def atomic(path, folder=False, aside=None):
         yield stage/path.name
         if drive_top(place):
             _check_drive(place)
-            _carry(stage, temporary := around.enter_context(scratch(place, path.name)), place)
+            temporary = around.enter_context(scratch(place, path.name))
+            check_space(place, sum(file.stat().st_size for file in stage.rglob("*")), f"Writing to {place}")
+            for root, _, files in os.walk(stage):
+                (to := temporary/Path(root).relative_to(stage)).mkdir(exist_ok=True)
+                for name in files: copy_synced(Path(root, name), to/name, place=place)
         _settle(temporary)
         target = temporary/path.name
         if aside: path.rename(aside)

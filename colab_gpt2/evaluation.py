@@ -139,8 +139,7 @@ def nats_by(model, ids, labels, head) -> float:
 
 # %% ../nbs/60_evaluation.ipynb #cfeefbb6
 def score(model, ids, labels, head=None) -> float:
-    """The nats of `labels`, the last of `ids` (batch, length), on the model's device; none for -100. By the model's
-    Head, if it has one."""
+    "The nats of `labels`, the last of `ids` (batch, length), on the model's device; none for -100."
     if head: return inside(model)(nats_by, model, ids, labels, head)
     keep = {"logits_to_keep": labels.shape[1]} if keeps_logits(model) else {}
     logits = model(input_ids=ids[:, :-1], use_cache=False, **keep).logits[:, -labels.shape[1]:]

@@ -111,9 +111,9 @@ def choosing_blocks(config, corpus, held_out, *given) -> Blocks | None:
 
 # %% ../nbs/62_preparing.ipynb #c8c5462d
 def check_room(config, plan, tokenizer=None):
-    """OSError without room for what a run adds: the checkpoints kept and, before the oldest goes, another, or the
-    model. A checkpoint has weights and AdamW's two moments, in fp32, and the best weights, which also lie beside them;
-    one of adapters is small. The tokenizer is in each. What goes to a Drive is on this disk first."""
+    """OSError without room for what a run adds: the checkpoints kept and another, or the model. A checkpoint has
+    weights and AdamW's two moments, in fp32, the best weights, which also lie beside them, and the tokenizer; one of
+    adapters is small. What goes to a Drive is on this disk first."""
     every = config.save_steps or math.ceil(plan.steps / 3)
     full, best = plan.recipe.method != "lora", config.load_best_model_at_end and config.eval_steps != -1
     made = math.ceil(plan.steps / every) if every > 0 else 1
@@ -174,6 +174,8 @@ def fit_shape(shape, config, tokenizer):
     elif config.from_scratch: text.vocab_size = enough
     if config.from_scratch and text.vocab_size != had:
         warnings.warn(f"The new model has {text.vocab_size} embeddings, as its tokenizer has entries, not {had}.")
+    for place in (shape, text) * bool(config.from_scratch and config.tokenizer):  # other tokens had its ids
+        place.bos_token_id = place.eos_token_id = place.pad_token_id = None
     set_ids(shape, tokenizer)
     return shape
 

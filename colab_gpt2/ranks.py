@@ -180,8 +180,10 @@ def leave(alone=False):
     """The last that a process does: it waits until the first has gone, but not long where it is `alone` with an error:
     the first may wait for its part of a pass. Then it ends here, and a launcher ends others."""
     if RANKS.group is None or first(): return
+    from torch import distributed
     def wait():
         with contextlib.suppress(RuntimeError): gathered(LEFT)
+        distributed.destroy_process_group()  # or its threads may abort this process at its end
     if not alone: return wait()
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()

@@ -4,7 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pytest, torch
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, TrainerCallback, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, TrainerCallback
+from transformers import TrainingArguments
 from transformers import default_data_collator
 
 import colab_gpt2
@@ -415,3 +417,14 @@ def test_the_time_of_packing_grows_as_conversations_do():
         assert pack([600, 400] * n, 1024) == [[2 * i, 2 * i + 1] for i in range(n)]
         return time.process_time() - began
     assert min(seconds(80_000) for _ in range(3)) < 8 * min(seconds(20_000) for _ in range(3))
+
+
+def test_an_answer_is_learnt_where_the_space_before_it_is_no_token():
+    words = ["[UNK]", "[SEP]", "Yes", "Tide", "Assistant", "User", ":", "?"]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    dropping = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]")
+    give_template(dropping)
+    asked = [dict(role="user", content="Tide?"), dict(role="assistant", content="Yes")]
+    ids, mask = encode_chat(dropping, dict(messages=asked * 2))
+    assert [words[i] for i, learnt in zip(ids, mask) if learnt] == ["Yes", "[SEP]"] * 2

@@ -40,6 +40,11 @@ def test_mount_that_fails(colab, capsys, fault, kind, line):
     assert mount_drive(colab.mountpoint) == colab.mountpoint/"MyDrive" and capsys.readouterr().out == ""
 
 
+def test_a_folder_is_packed_before_it_is_saved(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file .* to save; `archive` packs a model"):
+        save_to_drive(tmp_path, drive=tmp_path)
+
+
 def test_the_drive_is_asked_for_before_the_work(colab, monkeypatch):
     "Refused, which stops nothing; then allowed."
     mount_here(monkeypatch, colab)

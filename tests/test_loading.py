@@ -1,5 +1,5 @@
 "Models from complete and incomplete folders, with new weights, and with the wrong tokenizer."
-import json, math, shutil, warnings
+import json, math, os, shutil, warnings
 from dataclasses import replace
 
 import pytest, torch
@@ -569,6 +569,21 @@ def test_new_weights_follow_a_chosen_tokenizer_in_a_run_and_in_its_plan(quick):
     model = load_model(result.output_dir)
     assert model.config.vocab_size == 279 and model.config.eos_token_id == 0
     assert planned.parameters == result.parameters == model.num_parameters()
+
+
+def test_ids_of_another_tokenizer_mean_nothing_to_new_weights(quick):
+    "The 0 that ends a text of tiny's is [PAD] here."
+    bert_tokenizer().save_pretrained(quick.tokenizer)
+    model = starting_model(replace(quick, from_scratch=True), load_tokenizer(quick.tokenizer))
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 3, 0)
+
+
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    (tmp_path/"model.safetensors").unlink()
+    os.mkfifo(tmp_path/"model.safetensors")
+    with pytest.raises(FileNotFoundError, match="model.safetensors.index.json is missing"): load_model(tmp_path)
 
 
 def test_a_plan_refuses_what_its_run_would(quick):

@@ -355,6 +355,17 @@ def test_none_goes_on_before_all_are_there(tmp_path):
     assert pair(joins_slowly, tmp_path/"there") == [True, True]
 
 
+def leaves():
+    ranks.join(60, cpu=True)
+    ranks.leave()
+    return torch.distributed.is_initialized()
+
+
+def test_who_leaves_takes_torchs_threads_along():
+    "With them, Python's end sometimes was an abort."
+    assert pair(leaves) == [True, False]
+
+
 def test_a_port_in_use(text, tmp_path):
     with socket.socket() as other:
         other.bind(("", 0))

@@ -183,6 +183,8 @@ def test_a_table_without_names_of_columns_is_noted(read):
 @pytest.mark.parametrize("rows, chats", [
     ([{"messages": [{"role": "user", "content": "Tide?"}]}], True),
     ([{"prompt": "Tide?", "completion": "It ebbs."}], True),
+    ([{"messages": None, "kind": "open question"}, {"messages": [{"role": "user", "content": "Tide?"}]}], True),
+    ([{"prompt": "Tide?"}, {"prompt": "Tide?", "completion": "It ebbs."}], True),
     ([{"text": "It ebbs."}], False), (["It ebbs."], False), ([{"prompt": "Tide?"}], False)])
 def test_conversations_are_recognised_and_given_as_they_are(tmp_path, rows, chats):
     (tmp_path/"a.jsonl").write_bytes(lines(rows))

@@ -136,12 +136,8 @@ class BestWeights:
 
     def restore(self, model):
         "Into `model`, tensor by tensor; of several processes the first reads them."
-        by_first(lambda: self.read_into(model))
+        by_first(lambda: self.wait() or put_weights(self.path, model))
         spread(trained(model).values())
-
-    def read_into(self, model):
-        self.wait()
-        put_weights(self.path, model)
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0021
 STOPPED = "Stopped at step {step}: the held-out perplexity has not fallen since step {best} ({value:.1f}). {kept}"

@@ -113,8 +113,8 @@ TAKEN = ("{output_dir} {folder} was taken over by another run, as this one had n
 
 @contextlib.contextmanager
 def only_run(output_dir, report=silent):
-    """No other run uses `output_dir` meanwhile: BlockingIOError, before anything is touched, if one does. The lock goes
-    at the end, and so does a folder made for it, if it is empty."""
+    """No other run uses `output_dir` meanwhile: BlockingIOError if one does. The lock goes at the end, and so does a
+    folder made for it, if it is empty."""
     folder, ended = Path(output_dir), threading.Event()
     path = folder/LOCK
 

@@ -116,7 +116,7 @@ OFFLINE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "C
 
 # %% ../../nbs/model/20_loading.ipynb #303a8a1f
 def damage(place, why, cache_dir=None) -> str:
-    "What to say of `place`, of which a file cannot be read: in a folder or the Hub's cache, which."
+    "What to say of `place`, of which a file cannot be read, and which."
     with contextlib.suppress(ConnectionError, ValueError): place = folder_of(place, cache_dir)
     for path in filter(Path.is_file, sorted(Path(place).glob("*.*"))):
         try:
@@ -185,7 +185,7 @@ def ready(name, cache_dir, *needs):
         except ConnectionError as e:
             try: place = from_cache(place, cache_dir, *needs)
             except ConnectionError: raise e from None  # what the Hub answered says more
-    if isinstance(place, Path): files = [p.name for p in place.iterdir()]
+    if isinstance(place, Path): files = [p.name for p in place.iterdir() if p.is_file()]
     check_files(place, files, *needs)
     if WEIGHTS in needs and WEIGHTS[0] not in files:
         index = WEIGHTS[1]

@@ -45,7 +45,7 @@ def linear_layers(model) -> list:
 
 # %% ../../nbs/model/23_lora.ipynb #23a5000c
 def quantize(model, precision):
-    "Keep the linear layers of `model`, but not its output layer, in 4 bits, in place; they compute in `precision`."
+    "Keep the `linear_layers` of `model` in 4 bits, in place; they compute in `precision`."
     from bitsandbytes.nn import Linear4bit, Params4bit
     for parent, name in linear_layers(model):
         layer = getattr(parent, name)  # each is freed before the next

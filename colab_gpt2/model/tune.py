@@ -146,8 +146,7 @@ def compiled(blocks):
 # %% ../../nbs/model/22_tune.ipynb #3765af22
 @contextlib.contextmanager
 def gradient_checkpointing(model, **options):
-    """Inside, `model` keeps only each block's input, and computes the rest again in the backward pass; `options`: of
-    torch.utils.checkpoint."""
+    "Inside, `model` keeps each block's input alone, and computes the rest again; `options`: of torch.utils.checkpoint."
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False, **options})
     try: yield

@@ -113,7 +113,7 @@ def missing_packages(config: FinetuneConfig, runtime: Runtime):
 
 # %% ../../nbs/planning/32_plan.ipynb #a04ca132
 def check_packages(config: FinetuneConfig, runtime: Runtime):
-    "ImportError for packages that `config` asks for and the machine lacks: before anything slow."
+    "ImportError for packages that `config` asks for and the machine lacks."
     missing = missing_packages(config, runtime)
     if missing: raise ImportError(Sentence(" ".join(sentence.template for sentence in missing)))
 

@@ -201,7 +201,7 @@ def save_to_drive(
 ) -> Copy:
     "Copy an archive to Drive and read it back. The `note` says what that does not prove, and what was there."
     source = home(getattr(archive, "path", archive))
-    if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save.")
+    if not source.is_file(): raise FileNotFoundError(f"There is no file {source} to save; `archive` packs a model.")
     check_folder(folder)
     if not isinstance(archive, Archive): check_whole(source)
     drive = mount_drive() if drive is None else drive_folder(drive, make=True)

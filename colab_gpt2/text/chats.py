@@ -124,14 +124,14 @@ def encode_chat(
 ) -> tuple:  # (ids, mask), two lists
     "The tokens of a conversation, and 1 for each that the loss counts: an answer and its end. ValueError says why not."
     prompt, completion = parts_of(row)
+    if prompt is None and tokenizer.is_fast and MARKED.search(tokenizer.get_chat_template()):
+        marked = render(tokenizer, completion, row, return_assistant_tokens_mask=True)
+        if any(marked["assistant_masks"]): return marked["input_ids"], marked["assistant_masks"]  # BERT drops its space
     if isinstance(prompt, str):
         end, opening = tokenizer.eos_token or tokenizer.sep_token or "", opening_ids(tokenizer)
         texts = prompt, prompt + completion.removesuffix(end) + end
         before, ids = (opening + tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts)
         spans = [(common(before, ids), len(ids))]
-    elif prompt is None and tokenizer.is_fast and MARKED.search(tokenizer.get_chat_template()):
-        encoded = render(tokenizer, completion, row, return_assistant_tokens_mask=True)
-        return encoded["input_ids"], encoded["assistant_masks"]
     else:
         answers = [(n, n + 1) for n, m in enumerate(completion) if m["role"] == "assistant"]
         if prompt is not None: answers = [(len(prompt), None)]

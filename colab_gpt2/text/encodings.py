@@ -50,8 +50,8 @@ def called(path) -> str:
 
 # %% ../../nbs/text/10_encodings.ipynb #10e0000f
 class Faults:
-    """Of what is read from `called`: `add` is told each bad line. It raises, or with `on_bad_lines="skip"` counts them
-    in the Counter `skipped`; `tell` warns at the end."""
+    """Of what is read from `called`: `add` raises for a bad line, or with `on_bad_lines="skip"` counts it in `skipped`;
+    `tell` warns at the end."""
     def __init__(self, called, on_bad_lines="error", skipped=None):
         self.called, self.skip = called, on_bad_lines == "skip"
         self.skipped, self.count, self.first = Counter() if skipped is None else skipped, 0, ""

@@ -95,8 +95,7 @@ def stream_hub(repository, config, splits, field, on_bad_lines, rules, stage, re
     rows = open_hub(repository, config, report, revision)[splits["train"]]
     if field is None and is_chat(first_of(rows, repository)[0]):
         raise same_kind(OSError(errno.ENOSPC, ""), Sentence(NO_ROOM, repository=repository))
-    known = rows.info.splits or {}
-    size = known[splits["train"]].num_bytes if splits["train"] in known else 0
+    size = getattr((rows.info.splits or {}).get(splits["train"]), "num_bytes", 0)
     stream = Stream(repository, revision, config, split=splits["train"], field=field, on_bad_lines=on_bad_lines,
                     by_hash=alone, rules=rules, held={}, bytes=size)
     files = {split: stage/f"{split}.txt" for split in SPLITS[1:] if alone or split in splits}
