@@ -183,7 +183,7 @@ def leave(alone=False):
     from torch import distributed
     def wait():
         with contextlib.suppress(RuntimeError): gathered(LEFT)
-        distributed.destroy_process_group()  # or its threads may abort this process at its end
+        distributed.destroy_process_group(RANKS.group)  # its threads may abort Python's end
     if not alone: return wait()
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
