@@ -148,9 +148,7 @@ def read_rows(paths, on_bad_lines="error", report=silent, skipped=None, named=ca
 def holds_chats(paths, on_bad_lines="error") -> bool:
     "Whether `paths` are tables of conversations, by their first rows. ValueError if only some are."
     def chats(path): return any(is_chat(row.values) for row in itertools.islice(rows_in(path, on_bad_lines), 9))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is read again
-        kinds = {is_table(path) and chats(path): called(path) for path in paths}
+    kinds = {is_table(path) and chats(path): called(path) for path in paths}
     if len(kinds) == 1: return True in kinds
     told = "{chats} holds conversations, and {other} none: give files of one kind, or a column by {dataset_text_field}."
     raise ValueError(Sentence(told, chats=kinds[True], other=kinds[False]))
