@@ -47,7 +47,7 @@ class DataFields(Record):
         None, "split of that data set to evaluate on (default: test, validation, or a part of {dataset_train_split})",
         label="Test split")
     on_bad_lines: str = value(
-        "error", "a broken row of a table, or a line that is not UTF-8; error: it stops the run; skip: it is left out",
+        "error", "a broken row of a table, or a line that is not UTF-8: stop the run, or leave it out and count it",
         choices=("error", "skip"), label="Bad lines")
     output_dir: str | None = value(
         None, "where the model and its checkpoints go (default: gpt2-tuned, or the name of your own text; with a "
@@ -109,7 +109,7 @@ class MethodFields(StepFields):
         None, "comma-separated names of the layers that get LoRA's adapters (default: all linear ones)",
         label="LoRA layers")
     load_in_4bit: bool = value(
-        False, "LoRA learns beside base weights in 4 bits (QLoRA; needs bitsandbytes); the saved model has all",
+        False, "LoRA learns beside base weights in 4 bits (QLoRA; needs bitsandbytes); the saved model is fp32",
         label="4-bit base")
     optim: str | None = value(
         None, "the optimizer (default: fused AdamW; the 8-bit one where memory is short and bitsandbytes installed)",

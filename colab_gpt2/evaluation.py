@@ -196,8 +196,8 @@ def check_loss(nats, model, blocks, precision):
     why = "its weights are ruined, as by too high a {learning_rate}; choose another {model}."
     if precision == "fp16": why = "a number is too large for fp16; set {precision=fp32}."
     if lost := lost_weight(model): why = "its weights are damaged ({lost} is NaN or infinite); choose another {model}."
-    told = "The model's loss on the {text} text is {nats}: " + why
-    raise NotFinite(Sentence(told, text=blocks.split or "unnamed", nats=nats, lost=lost))
+    raise NotFinite(Sentence("The model's loss on the {text} text is {nats}: " + why, text=blocks.split or "unnamed",
+                             nats=nats, lost=lost))
 
 # %% ../nbs/60_evaluation.ipynb #c9a36837
 def as_many(model, make, *given):

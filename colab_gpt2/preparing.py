@@ -174,7 +174,7 @@ def fit_shape(shape, config, tokenizer):
     elif config.from_scratch: text.vocab_size = enough
     if config.from_scratch and text.vocab_size != had:
         warnings.warn(f"The new model has {text.vocab_size} embeddings, as its tokenizer has entries, not {had}.")
-    for place in (shape, text) * bool(config.from_scratch and config.tokenizer):  # other tokens had its ids
+    for place in (shape, text) if config.from_scratch and config.tokenizer else ():  # of another tokenizer
         place.bos_token_id = place.eos_token_id = place.pad_token_id = None
     set_ids(shape, tokenizer)
     return shape

@@ -136,7 +136,9 @@ def compare(
     run_a,  # an output folder, an archive, or a FinetuneResult
     run_b,  # another
     *,
-    prompt=None, seed=None, max_new_tokens=None,  # with any, both models write anew; the rest is the first run's
+    prompt=None,  # with a prompt, a seed or a length, both models write anew; the rest is the first run's
+    seed=None,
+    max_new_tokens=None,
     progress=True,
 ) -> Comparison:
     """Two runs side by side: settings that differ, losses, comparable perplexities, samples of the same prompt and

@@ -3,11 +3,12 @@ import hashlib, io, json, os, shutil, subprocess, sys, tempfile, warnings, zipfi
 from types import SimpleNamespace
 
 import huggingface_hub, pytest
+from datasets import Dataset
 from transformers import GPT2Config
 
 from colab_gpt2.model.loading import TINY, new_model
 from colab_gpt2.text.corpus import WIKITEXT
-from colab_gpt2.text.hub import hub_trouble
+from colab_gpt2.text.hub import hub_trouble, write_split
 from helpers.colab_stub import stub
 from helpers.servers import Hub
 
@@ -471,3 +472,10 @@ def test_a_data_set_that_the_disk_has_no_room_for_is_tokenised_from_the_hub(hub,
                 "blocks = store.tokenize_file(corpus.train, load_tokenizer('tiny'), 64, progress=False)\n"
                 "result['blocks'] = len(blocks)", endpoint=CLOSED)
     assert again["blocks"] == told["blocks"]  # without a network
+
+
+def test_conversations_are_known_by_more_than_the_first_row(tmp_path):
+    said = [dict(role="user", content="Tide?"), dict(role="assistant", content="It ebbs.")]
+    rows = Dataset.from_list([dict(messages=None, kind="open"), dict(messages=said, kind="closed")])
+    written = write_split(rows, "some/chats", tmp_path/"train.txt")
+    assert [json.loads(line)["messages"] for line in written.read_text().splitlines()] == [None, said]

@@ -49,7 +49,7 @@ def wing_of(module): return module.split(".")[0] if "." in module else ""
 # Only better, never worse: whoever reaches a better figure writes it here. Counted by helpers/figures.py.
 AT_MOST = dict(library_over_120=2, library_over_160=0, checks_over_120=3, checks_over_160=0,
                cell_median=8, cell_p90=20, cell_max=35,
-               library_bytes=907257, shape_and_recipe=2, positional=5, read_back=0, statements=363)
+               library_bytes=907243, shape_and_recipe=2, positional=5, read_back=0, statements=363)
 AT_LEAST = dict(demonstrated=0.98, documented=0.99, commented=0.78, cells_with_output=246)
 
 

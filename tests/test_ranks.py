@@ -355,6 +355,17 @@ def test_none_goes_on_before_all_are_there(tmp_path):
     assert pair(joins_slowly, tmp_path/"there") == [True, True]
 
 
+def meets_nobody():
+    def refused(**options): raise torch.distributed.DistNetworkError("Connection reset by peer")
+    torch.distributed.new_group = refused
+    ranks.join(60, cpu=True)
+
+
+def test_a_meeting_that_breaks_off_is_told_as_one_that_never_was():
+    for kind, said in pair(meets_nobody):
+        assert kind == "TimeoutError" and said.startswith("Not all of the 2 processes met")
+
+
 def leaves():
     ranks.join(60, cpu=True)
     ranks.leave()

@@ -136,7 +136,7 @@ class BestWeights:
 
     def restore(self, model):
         "Into `model`, tensor by tensor; of several processes the first reads them."
-        by_first(lambda: self.wait() or put_weights(self.path, model))
+        by_first(lambda: (self.wait(), put_weights(self.path, model)))
         spread(trained(model).values())
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0021

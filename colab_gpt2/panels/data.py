@@ -170,9 +170,9 @@ def keep_upload(name, content, folder=UPLOADS) -> str:
 # %% ../../nbs/panels/76_data.ipynb #bbde1abf
 OWN = "a text of my own"
 TEXTS = {"WikiText-2, raw (11 MB of Wikipedia)": "wikitext-2-raw-v1",
-         "WikiText-2, rare words replaced by <unk>": "wikitext-2-v1",
+         "WikiText-2, <unk> for rare words": "wikitext-2-v1",
          "WikiText-103, raw (541 MB of Wikipedia)": "wikitext-103-raw-v1",
-         "WikiText-103, rare words replaced by <unk>": "wikitext-103-v1",
+         "WikiText-103, <unk> for rare words": "wikitext-103-v1",
          "Python's documentation (0.1 MB, no network)": "python-docs"}
 FILES = "train_file", "eval_file"
 READING = "dataset_text_field", "on_bad_lines"

@@ -127,7 +127,6 @@ def pick_compile(asked: bool | None, runtime, seconds: float | None) -> tuple:
     if asked is not None: return asked, gain, start, f"torch.compile is {'on' if asked else 'off'}, as asked for."
     if not (seconds and gain): return False, gain, start, "torch.compile is off: what it would save here is not known."
     if gain < 0: return False, gain, start, "torch.compile is off: on a CPU GPT-2 trains no faster with it."
-    saved = seconds * (1 - 1/(1 + gain))
-    on = saved >= 2*start
+    on = (saved := seconds * (1 - 1/(1 + gain))) >= 2*start
     costs = f"torch.compile would take about {start:.0f} s and save about {human_time(saved)}"
     return on, gain, start, f"{costs}: it is {'on' if on else 'off'}."

@@ -6,7 +6,7 @@
 __all__ = ['Corpus', 'load_corpus']
 
 # %% ../../nbs/text/11_corpus.ipynb #0d91dce1
-import errno, hashlib, itertools, json, logging, os, platform, re, warnings
+import errno, hashlib, json, logging, os, platform, re, warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..reporting import reporting, silent
 from ..runtime import cache_folder
 from .downloads import download, sole_owner, split_of, unzip
 from .encodings import called
+from .fields import first_rows
 from .formats import READERS, is_table, suffix_of
 from .hub import TITLE, from_hub, hub_name, is_wikitext, open_hub, pick_splits, write_lines, write_split
 from .reading import (SPLITS, TEXTS, check_text, find_texts, holds_chats, in_order, is_plain, join,
@@ -281,7 +282,7 @@ def load_path(path, root, report=silent, reading=(None, "error")):
                      for split, paths in found.items()}
             return {split: write_lines((d.text for d in texts[split]), stage/f"{split}.txt") for split in texts}
         first, *_ = sum(found.values(), [])
-        start = (row.values for row in itertools.islice(read_rows([first], reading[1]), 100)) if is_table(first) else ()
+        start = first_rows(read_rows([first], reading[1])) if is_table(first) else ()
         if is_wikitext(start, reading[0]): return made(name_of(path), found, place, root, lines, ("lines", *reading))
         return own_corpus(found, path, place, root, reading, report=report)
     return load_text(path, root, reading, report)

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/10_fields.ipynb #10f00003
-import re
+import itertools, re
 from typing import NamedTuple
 
 from ..core import nearest
@@ -25,6 +25,11 @@ class Document(NamedTuple):
     text: str  # its line ends are \n
     source: str  # "rows.csv, line 17"
     more: bool = False  # the next Document continues it: a long text comes in pieces
+
+# %% ../../nbs/text/10_fields.ipynb #610cb67c
+def first_rows(rows) -> list:
+    "The values of the first 100 Rows."
+    return [row.values for row in itertools.islice(rows, 100)]
 
 # %% ../../nbs/text/10_fields.ipynb #10f00009
 def as_chat(values) -> dict:

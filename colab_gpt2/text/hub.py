@@ -16,7 +16,7 @@ from ..reporting import Bars, counter, silent
 from ..runtime import check_mounted
 from .downloads import USER_AGENT, split_of
 from .encodings import Faults
-from .fields import Row, documents, is_chat, pick_field
+from .fields import Row, documents, first_rows, is_chat, pick_field
 from .formats import READERS, suffix_of, write_documents
 
 # %% ../../nbs/text/10_hub.ipynb #b0309112
@@ -145,9 +145,8 @@ def hub_rows(rows, called, report=silent):
 # %% ../../nbs/text/10_hub.ipynb #10c0001f
 def first_of(rows, called) -> list:
     "The values of the first rows; ValueError without any."
-    found = [row.values for row in itertools.islice(hub_rows(rows, called), 100)]
-    if not found: raise ValueError(f"{called} has no rows.")
-    return found
+    if found := first_rows(hub_rows(rows, called)): return found
+    raise ValueError(f"{called} has no rows.")
 
 # %% ../../nbs/text/10_hub.ipynb #10c00031
 def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent, skipped=None, blank=False):
@@ -161,7 +160,7 @@ def hub_documents(rows, called, field=None, on_bad_lines="error", report=silent,
 def write_split(rows, called, path, field=None, on_bad_lines="error", report=silent, skipped=None):
     "Write a split to `path`, with the suffix that it needs; options: those of `hub_documents`."
     first, options = first_of(rows, called), (field, on_bad_lines, report, skipped)
-    if field is None and is_chat(first[0]):
+    if field is None and any(map(is_chat, first)):
         with open(path := path.with_suffix(".rows.jsonl"), "w") as f:
             for row in hub_rows(rows, called, report): f.write(json.dumps(row.values, default=str) + "\n")
         return path

@@ -14,7 +14,7 @@ from ..core import check_space, home, several
 from ..errors import Sentence, about
 from ..reporting import silent
 from .encodings import DOS_END, PACKED, Source, broken_off, called
-from .fields import Row, as_chat, documents, is_chat, pick_field
+from .fields import Row, as_chat, documents, first_rows, is_chat, pick_field
 from .formats import READERS, is_table, rows_of, suffix_of, text_documents, write_documents
 
 # %% ../../nbs/text/10_reading.ipynb #610cb670
@@ -127,8 +127,7 @@ def read_documents(paths, field=None, on_bad_lines="error", report=silent, skipp
     blank rows."""
     skipped, found = Counter() if skipped is None else skipped, False
     for path in paths:
-        column = is_table(path) and pick_field([row.values for row in itertools.islice(
-            rows_in(path, on_bad_lines), 100)], field, called(path))
+        column = is_table(path) and pick_field(first_rows(rows_in(path, on_bad_lines)), field, called(path))
         with Source(path, on_bad_lines, report, skipped) as source:
             if not is_table(path): read = text_documents(source)
             else: read = documents(READERS[suffix_of(path)](source), column, source.faults, blank)
@@ -147,8 +146,8 @@ def read_rows(paths, on_bad_lines="error", report=silent, skipped=None, named=ca
 
 def holds_chats(paths, on_bad_lines="error") -> bool:
     "Whether `paths` are tables of conversations, by their first rows. ValueError if only some are."
-    def chats(path): return any(is_chat(row.values) for row in itertools.islice(rows_in(path, on_bad_lines), 9))
-    kinds = {is_table(path) and chats(path): called(path) for path in paths}
+    def chats(path): return is_table(path) and any(map(is_chat, first_rows(rows_in(path, on_bad_lines))))
+    kinds = {chats(path): called(path) for path in paths}
     if len(kinds) == 1: return True in kinds
     told = "{chats} holds conversations, and {other} none: give files of one kind, or a column by {dataset_text_field}."
     raise ValueError(Sentence(told, chats=kinds[True], other=kinds[False]))

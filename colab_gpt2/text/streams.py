@@ -93,11 +93,11 @@ def stream_hub(repository, config, splits, field, on_bad_lines, rules, stage, re
     from huggingface_hub import HfApi
     alone, revision = len(splits) == 1, HfApi().dataset_info(repository).sha
     rows = open_hub(repository, config, report, revision)[splits["train"]]
-    if field is None and is_chat(first_of(rows, repository)[0]):
+    if field is None and any(map(is_chat, first_of(rows, repository))):
         raise same_kind(OSError(errno.ENOSPC, ""), Sentence(NO_ROOM, repository=repository))
-    size = getattr((rows.info.splits or {}).get(splits["train"]), "num_bytes", 0)
+    known = (rows.info.splits or {}).get(splits["train"])
     stream = Stream(repository, revision, config, split=splits["train"], field=field, on_bad_lines=on_bad_lines,
-                    by_hash=alone, rules=rules, held={}, bytes=size)
+                    by_hash=alone, rules=rules, held={}, bytes=known.num_bytes if known else 0)
     files = {split: stage/f"{split}.txt" for split in SPLITS[1:] if alone or split in splits}
     if alone: hold_out(stream.texts(report), files, by_hash=True)
     for split in () if alone else files:

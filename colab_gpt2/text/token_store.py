@@ -120,7 +120,7 @@ def open_text(path, start):
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0002
 SHARE, LEAST = 1 << 23, 1 << 20  # bytes of text for one process at a time, at most and at least
-TURNS = 16  # shares of a process; it begins when all are cut
+TURNS = 16  # shares of a process
 
 def share_text(path, start, encode, n):
     "The shares of `n` processes, of the text from the byte `start` on: (start, end, ids before the end) each, or none."
