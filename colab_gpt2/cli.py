@@ -153,8 +153,7 @@ def config_options(defaults, names=None) -> list:
         if f.name == "trainer_args":
             kind, default, flags = list[str] | None, None, [name_of(f.name)]
             help = "NAME=VALUE for transformers.TrainingArguments; may be repeated"
-        typed = option(kind, help, *flags, show_default=default not in (None, False))
-        made.append(keyword(f.name, default, typed))
+        made.append(keyword(f.name, default, option(kind, help, *flags, show_default=default not in (None, False))))
     return made
 
 # %% ../nbs/65_cli.ipynb #0ae447fc
@@ -223,6 +222,7 @@ def command(example, *sources):
 
 # %% ../nbs/65_cli.ipynb #ab609030
 DriveFolder = option(str | None, "a folder to use instead of the Drive (default: Colab's Drive)")
+Seed = option(int | None, "the same seed gives the same text")
 OF_TEXT = " ".join((*TEXT, "cache_dir"))
 
 # %% ../nbs/65_cli.ipynb #c4841e7e
@@ -290,7 +290,7 @@ def generate(
     config,
     sampling,
     prompt: option(str | None, "the text to continue, as typed (default: that of the model's own run)") = None,
-    seed: option(int | None, "the same seed gives the same text") = None,
+    seed: Seed = None,
     samples: option(int, "how many") = 1,
     stop: option(list[str] | None, r"end before this text, \n for a new line; may be repeated") = None,
     include_prompt: option(bool, "print the prompt before the text") = True,
@@ -361,7 +361,7 @@ def compare(
     run_a: Run,
     run_b: Run,
     prompt: option(str | None, "both models continue this now (default: the samples of the runs are shown)") = None,
-    seed: option(int | None, "the same seed gives the same text") = None,
+    seed: Seed = None,
     max_new_tokens: option(int | None, "length in tokens") = None,
 ):
     "Show two runs side by side."

@@ -149,9 +149,9 @@ class EvaluationFields(MethodFields):
         "with WikiText, a title)", lines=3)
     max_new_tokens: int = value(250, "length of a sample in tokens", label="New tokens", minimum=1, maximum=10**7)
     temperature: float = value(1.0, "of the samples: below 1 safer, above 1 bolder", above=0)
-    top_k: int = value(50, "of the samples: keep the k most likely tokens; 0 keeps all", label="Top k", minimum=0)
+    top_k: int = value(50, "of the samples: keep the k most likely tokens; 0 keeps all", minimum=0)
     top_p: float = value(
-        1.0, "of the samples: keep the smallest set of tokens with this probability", label="Top p", above=0, maximum=1)
+        1.0, "of the samples: keep the smallest set of tokens with this probability", above=0, maximum=1)
     repetition_penalty: float = value(1.0, "of the samples: above 1, tokens of the text become less likely", above=0)
 
 # %% ../nbs/04_config.ipynb #04b00031
@@ -166,8 +166,7 @@ def folder_named(text) -> str:
 # %% ../nbs/04_config.ipynb #67af1e0a
 def unnumbered(folder, name) -> str:
     "`folder` without a number after `name`: another machine may choose another."
-    found = re.fullmatch(rf"((?:.*[/\\])?{re.escape(name)})-\d+", folder)
-    return found[1] if found else folder
+    return re.sub(rf"\A((?:.*[/\\])?{re.escape(name)})-\d+\Z", r"\1", folder)
 
 # %% ../nbs/04_config.ipynb #3ddc969c
 @dataclass(frozen=True)

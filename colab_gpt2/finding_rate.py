@@ -114,8 +114,7 @@ def try_steps(config, steps, report, ramp=None) -> tuple:
         plan = plan_training(config, ready.model.config, ready.train, ready.runtime)
         times = steps * min(plan.blocks_per_step, len(ready.train)) / len(ready.train)
         if ramp and times > 1.5: warnings.warn(f"The text is short: the steps read it {times:.0f} times.", stacklevel=3)
-        own = [ramp] if ramp else []
-        trainer = make_trainer(config, ready.model, ready.tokenizer, ready.train, plan, own, report)
+        trainer = make_trainer(config, ready.model, ready.tokenizer, ready.train, plan, [ramp] if ramp else [], report)
         if ramp: trainer.bar.what = "Trying learning rates"
         trainer.remove_callback(StopOnDivergence)  # the loss may be lost in the end, and nothing is kept
         return trainer, train_model(trainer, plan), ready.runtime

@@ -214,8 +214,7 @@ def launch(config, callbacks=(), progress=True):
     "`finetune` in `config.num_processes` processes: -> the FinetuneResult."
     if find_device()[0] == "cuda": check_gpus([n % torch.cuda.device_count() for n in range(config.num_processes)])
     stop = StopOnInterrupt(config.folder)
-    limits = [each for each in callbacks if isinstance(each, TimeLimit)]
     with stop.listening(), reporting(progress) as shown:
-        started = Started(config, limits)
+        started = Started(config, [each for each in callbacks if isinstance(each, TimeLimit)])
         try: return follow(started, Heard([stop, *callbacks], stop, shown), config)
         finally: started.close()

@@ -69,8 +69,8 @@ def chosen(plan, config) -> dict:
     "What a plan decides of what `asked` leaves open."
     recipe = plan.recipe
     rank = {name: getattr(config, name) for name in OF_LORA} if recipe.method == "lora" else {}
-    rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
-    return dict(block_size=recipe.block_size, method=recipe.method, optim=recipe.optimizer, learning_rate=rate, **rank)
+    return dict(block_size=recipe.block_size, method=recipe.method, optim=recipe.optimizer,
+                learning_rate=plan.peak_rate(config), **rank)
 
 # %% ../nbs/62_resuming.ipynb #62aa0041
 def known_by(run, config, plan) -> dict:
@@ -172,15 +172,14 @@ def strangers(folder) -> list:
     return sorted({path.name for path in {*folder.iterdir()} - {*leftovers(folder, living=True)}} - ours)
 
 # %% ../nbs/62_resuming.ipynb #62aa0028
-TAKEN = ("{output_dir} {path} is not empty, and holds no run to resume ({names}); set {overwrite_output_dir=True} to "
-         "overwrite it, or choose another folder.")
-NEVER = ("{output_dir} {path} is not empty; set {resume=auto} to resume its run, {overwrite_output_dir=True} to "
-         "overwrite it, or choose another folder.")
+OVERWRITE = "{overwrite_output_dir=True} to overwrite it, or choose another folder."
+TAKEN = "{output_dir} {path} is not empty, and holds no run to resume ({names}); set " + OVERWRITE
+NEVER = "{output_dir} {path} is not empty; set {resume=auto} to resume its run, " + OVERWRITE
 OTHER = "{output_dir} {path} holds {what} of another run: {differences}. "
 ONWARD = ("To continue it with these settings, set {resume=%s}; to begin again, {overwrite_output_dir=True}; or choose "
           "another folder.")
 OTHER_TEXT = "To train its model on this text, set {model} to {place} and {output_dir} to a new folder."
-RESTORE = "Restore that, set {overwrite_output_dir=True} to overwrite it, or choose another folder."
+RESTORE = "Restore that, set " + OVERWRITE
 NOTHING = ("{resume} {path} has no complete checkpoint to continue from. To train a finished model further, set "
            "{model} to its folder, and {output_dir} to a new one.")
 ELSEWHERE = ("{folder} has step {step} of a run that is not finished and has other settings: {differences}. To resume "

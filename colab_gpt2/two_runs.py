@@ -6,7 +6,7 @@
 __all__ = ['Comparison', 'compare']
 
 # %% ../nbs/64_two_runs.ipynb #64c00003
-import contextlib, json, tempfile
+import contextlib, tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +51,7 @@ NO_RUN = "{place} holds no finished run; give a run's output folder, its archive
 
 def told_by(run) -> Told:
     "What a folder, an archive or a result tells. FileNotFoundError if there is no run."
-    told = json.loads(json.dumps(run.to_dict())) if isinstance(run, Record) else run_in(home(run))
+    told = run.to_dict() if isinstance(run, Record) else run_in(home(run))
     if "config" not in told: raise FileNotFoundError(Sentence(NO_RUN, place=run))
     def known(kind, facts):
         try: return kind.from_dict(facts)
@@ -104,8 +104,7 @@ def samples_of(a, b, options, report) -> tuple:
         def made(each):
             folder = home(each.place)
             if folder.is_file():
-                fresh = around.enter_context(tempfile.TemporaryDirectory())
-                folder = extract_archive(folder, fresh, progress=report)
+                folder = extract_archive(folder, around.enter_context(tempfile.TemporaryDirectory()), progress=report)
             return generate(str(folder), **options, progress=report)[0]
         return (made(a), made(b)), ""
 

@@ -164,9 +164,9 @@ def runs(
     return sorted(named, key=lambda run: run.when, reverse=True)
 
 # %% ../nbs/64_your_runs.ipynb #64e00031
-def unfinished(folder=".", drive=None) -> list:
+def unfinished(folder=".") -> list:
     "The runs that were stopped and can be continued, by `finetune(run.config)`, the newest first."
-    found = [run for run in merged(runs_in(folder), on_drive(drive, packed=False)) if not run.finished and run.config]
+    found = [run for run in merged(runs_in(folder), on_drive(packed=False)) if not run.finished and run.config]
     return sorted(found, key=lambda run: run.when, reverse=True)
 
 # %% ../nbs/64_your_runs.ipynb #095b8740

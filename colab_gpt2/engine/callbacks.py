@@ -64,11 +64,10 @@ class Bar(TrainerCallback):
         if speed: shown.append(f"{speed:,.0f} tokens/s")
         return ", ".join(filter(None, [*shown, self.status()]))
 
-# %% ../../nbs/engine/40_callbacks.ipynb #ab7e4bcd
+# %% ../../nbs/engine/40_callbacks.ipynb #37ea46b5
 STAGES = LOADING, BEFORE, PROBING, TRAINING, SAVING, AFTER = (  # of a run, in order
     "loading", "evaluating before", "probing", "training", "saving", "evaluating after")
 
-# %% ../../nbs/engine/40_callbacks.ipynb #37ea46b5
 class Listener(TrainerCallback):
     "A callback that `finetune` also tells what happens before and after the training."
     def on_stage(self, stage, **facts):

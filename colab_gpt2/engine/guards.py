@@ -206,8 +206,7 @@ class StopOnDivergence(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.seen = state.global_step
-        guess = math.log(rows_of(model))
-        if self.batches: self.bound = shared(2 * max(guess, loss_now(model, self.batches)))
+        if self.batches: self.bound = shared(2 * max(math.log(rows_of(model)), loss_now(model, self.batches)))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save: self.check(args, state, model)  # without a log entry: when it saves changes nothing
@@ -216,8 +215,7 @@ class StopOnDivergence(TrainerCallback):
         loss, scaler = (logs or {}).get("loss", 0), getattr(optimizer, "scaler", None)
         if not math.isfinite(loss): self.lost(args, state, "The loss became {loss} by step {step}", loss=loss)
         if scaler and scaler.get_scale() < 1:
-            told = "By step {step} all gradients are infinite in fp16"
-            self.lost(args, state, told, "{precision=fp32}, or with ")
+            self.lost(args, state, "By step {step} all gradients are infinite in fp16", "{precision=fp32}, or with ")
         if loss > self.bound: self.check(args, state, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):

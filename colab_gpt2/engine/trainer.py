@@ -21,7 +21,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from ..config import ADAPTERS, LENGTHENED, OPTIMIZERS, FinetuneConfig, decay_begins, pick_learning_rate
+from ..config import ADAPTERS, LENGTHENED, OPTIMIZERS, FinetuneConfig, decay_begins
 from .callbacks import Bar, Meter
 from .checkpoints import find_checkpoints, full_disk_told, loadable, new_checkpoint, read_manifest
 from .checkpoints import remove_checkpoint, write_manifest
@@ -308,17 +308,16 @@ def check_parts(arguments):
     torch.utils.data.DataLoader([0], num_workers=arguments.dataloader_num_workers,
                                 prefetch_factor=arguments.dataloader_prefetch_factor)
 
-# %% ../../nbs/engine/42_trainer.ipynb #f5830440
+# %% ../../nbs/engine/42_trainer.ipynb #02b7ab9b
 SAME = ("output_dir", "num_train_epochs", "max_steps", "weight_decay", "warmup_steps", "lr_scheduler_type",
         "max_grad_norm", "seed", "logging_steps")
 DIVIDED = dict(fsdp=True, fsdp_config=dict(version=2, auto_wrap_policy="NO_WRAP"))  # by `shard`
 
-# %% ../../nbs/engine/42_trainer.ipynb #02b7ab9b
 def training_arguments(config, plan) -> TrainingArguments:
     "ValueError if TrainingArguments refuses `config.trainer_args`."
     recipe = plan.recipe
     decided = dict(
-        learning_rate=pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens), optim=recipe.optimizer,
+        learning_rate=plan.peak_rate(config), optim=recipe.optimizer,
         per_device_train_batch_size=plan.blocks_per_step,  # MicroBatchTrainer divides it
         bf16=recipe.precision == "bf16", fp16=recipe.precision == "fp16", use_cpu=recipe.device == "cpu",
         save_strategy="steps" if (config.save_steps or -1) > 0 else "no", save_steps=max(config.save_steps or 1, 1),
@@ -363,7 +362,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     if config.save_steps is None: own.append(SaveByTime(config.save_minutes))
     bar = Bar(meter, min(plan.blocks_per_step, len(blocks)) * blocks.block_size, report)
     some = range(0, len(blocks), math.ceil(len(blocks) / 4))  # four at most
-    usual = pick_learning_rate(replace(config, learning_rate=None), plan.parameters, recipe.method, plan.tokens)
+    usual = plan.peak_rate(replace(config, learning_rate=None))
     guard = StopOnDivergence(usual, [default_data_collator([blocks[i]]) for i in some])
     if config.resume not in ("auto", "never"): guard.again = "another {output_dir}"  # what it continues from stays
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU: no DataParallel

@@ -14,6 +14,7 @@ from typing import get_args
 from ..cli import name_of as option_of
 from ..config import FinetuneConfig
 from ..core import nearest, printable
+from ..engine.checkpoints import find_checkpoints
 from ..errors import Sentence, check_choice, check_number, shortened
 
 # %% ../../nbs/legacy/90_flags.ipynb #7f5f4d99
@@ -89,7 +90,6 @@ def type_of(value, given):
 # %% ../../nbs/legacy/90_flags.ipynb #83eb9228
 def newest_checkpoint(folder) -> Path:
     "The newest complete checkpoint in `folder`, or `folder` if it is one."
-    from colab_gpt2.engine.checkpoints import find_checkpoints
     folder = Path(folder)
     if complete := find_checkpoints(folder): return complete[-1]
     if folder in find_checkpoints(folder.parent): return folder

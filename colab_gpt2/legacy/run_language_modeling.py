@@ -13,12 +13,15 @@ from pathlib import Path
 from ..cli import quiet_libraries, tell_error
 from ..config import FinetuneConfig, pick_block_size
 from ..core import atomic, home, printable
+from ..engine.checkpoints import find_checkpoints
 from ..errors import Sentence, fields_of, shortened
 from .flags import FLAGS, name_of, parse, resumed_by
 from ..ranks import first
+from ..resuming import asked, check_free, check_output_dir
 from ..signals import catching, say
 from ..tasks import evaluate
 from ..text.formats import END
+from ..text.reading import find_texts, holds_chats, is_plain, join
 
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #ef648aec
 @dataclass(frozen=True)
@@ -85,7 +88,6 @@ def opening(path, folder, size=1 << 16) -> Path:
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #955b3a8c
 def with_texts(job, folder) -> FinetuneConfig:
     "The job's config with a text to train on and one to evaluate on."
-    from colab_gpt2.text.reading import find_texts, holds_chats, is_plain, join
     config = job.config
     if not job.train or config.eval_file: return config
     say("no --eval_data_file: perplexity of the training text's start says nothing about new text")
@@ -120,9 +122,7 @@ def watcher():
 # %% ../../nbs/legacy/91_run_language_modeling.ipynb #5bd82156
 def work(job) -> dict:
     "Train and evaluate as `job` says; returns what `eval_results_lm.txt` holds, empty without --do_eval."
-    from colab_gpt2.engine.checkpoints import find_checkpoints
     from colab_gpt2.model.loading import load_config, model_context
-    from colab_gpt2.resuming import asked, check_free, check_output_dir
     from colab_gpt2.training import finetune
     check_output_dir(job.config.output_dir)
     if job.train: check_free(job.config, asked(job.config))

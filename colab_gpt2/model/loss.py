@@ -11,12 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import check_choice, check_number
 
-# %% ../../nbs/model/21_loss.ipynb #83b8e22a
+# %% ../../nbs/model/21_loss.ipynb #ece66863
 CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a block is a single chunk, and nothing is added up
 EXACT_LOGITS = 2**20  # at a time in fp32 on a CPU: 4 MB, which stay in its cache
 EXACT_ROWS = 256  # the same on a GPU, which wants much work a launch: for GPT-2 0.05 GB
 
-# %% ../../nbs/model/21_loss.ipynb #ece66863
 def chunk_rows(vocabulary) -> int:
     "Rows of logits at a time; fewer where the vocabulary has more than 65,536."
     return min(CHUNK_SIZE, max(1, CHUNK_SIZE * 65_536 // vocabulary))

@@ -42,8 +42,7 @@ def head_multiple(hidden) -> int:
 # %% ../../nbs/model/22_tune.ipynb #22a5000c
 def run_layers(gpt2, input_ids):
     "The last hidden states of full blocks, by a GPT2Model whose attention needs no mask."
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    hidden = gpt2.drop(gpt2.wte(input_ids) + gpt2.wpe(positions))
+    hidden = gpt2.drop(gpt2.wte(input_ids) + gpt2.wpe(torch.arange(input_ids.shape[1], device=input_ids.device)))
     for layer in gpt2.h: hidden = layer(hidden)
     return gpt2.ln_f(hidden)
 
@@ -99,8 +98,7 @@ def tune_model(
     "Make a model fast to train; twice is as good as once."
     model.loss_type = "ForCausalLM"  # unset, transformers warns and guesses the same
     if head := output_head(model):
-        forward = training_forward(type(model).forward, head.scale, head.softcap)
-        model.forward = types.MethodType(forward, model)
+        model.forward = types.MethodType(training_forward(type(model).forward, head.scale, head.softcap), model)
     changed = [CHUNKED if head else OWN_LOSS]
     if use_fused_gelu(model): changed.append("GELU is one fused operation.")
     if keep_less(model): changed.append("Norms and gated layers keep less for the backward pass.")

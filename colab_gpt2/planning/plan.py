@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from ..config import OPTIMIZERS, FinetuneConfig, count_steps, effective_batch, pick_block_size, settled
-from ..config import short_told
+from ..config import pick_learning_rate, short_told
 from ..core import Record, human_bytes, human_time, several
 from ..errors import Sentence, check_number
 from ..model.loading import load_config
@@ -275,6 +275,8 @@ class Plan(Record):
 
     @property
     def blocks_per_step(self) -> int: return self.recipe.batch
+
+    def peak_rate(self, config): return pick_learning_rate(config, self.parameters, self.recipe.method, self.tokens)
 
     def to_dict(self) -> dict:
         "Flat, with those fields of the recipe that a plan decides; `device` is the device's name."

@@ -42,10 +42,9 @@ DEVICES = {
     "CPU": _device("Colab CPU", 12.7, half=0.07, fp32=0.07, bandwidth=20, share=0.4),
 }
 
-# %% ../../nbs/planning/31_speed.ipynb #aa3ab6ad
+# %% ../../nbs/planning/31_speed.ipynb #e39c8c92
 CORE = _device("a CPU core", 0, half=0.39, fp32=0.075, bandwidth=10, share=0.8)
 
-# %% ../../nbs/planning/31_speed.ipynb #e39c8c92
 def device_of(runtime) -> Device | None:
     "The `Device` of a Runtime, of two of one name the one nearer in memory; None if no figure is known."
     words = set(re.split(r"[^\w]", runtime.device_name))
@@ -60,8 +59,7 @@ def flops_per_token(shape: Shape, block_size: int) -> int:
     """Floating-point operations of one training token, forward and backward: 6·N + 12·L·C·T, N without the position
     embeddings (PaLM, arXiv 2204.02311, appendix B)."""
     positions = shape.context * shape.width if shape.gpt2 else 0
-    attention = 12*shape.layers*shape.width*block_size if shape.heads else 0
-    return 6*(shape.parameters - positions) + attention
+    return 6*(shape.parameters - positions) + (12*shape.layers*shape.width*block_size if shape.heads else 0)
 
 # %% ../../nbs/planning/31_speed.ipynb #0482e645
 def work(recipe: Recipe) -> float:

@@ -241,9 +241,8 @@ def unpack(path, folder, report, called):
     "Check the archive `path`, `called` so in messages, and unpack it, with the permissions of `open`."
     with explained(f"Unpacking {called} into {folder}"), reading_archive(path, called) as tar:
         members = plain_members(tar, called, folder, (1 << 30) + 100 * os.path.getsize(path))  # weights hardly shrink
-        total = sum(m.size for m in members.values())
         with atomic(folder, folder=True) as temporary:
-            add = counter(report, f"Unpacking {called.name}", total)
+            add = counter(report, f"Unpacking {called.name}", sum(m.size for m in members.values()))
             for name, member in members.items():
                 target = temporary/name
                 (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)

@@ -65,8 +65,7 @@ def transfer(source, destination, report) -> tuple:
     if sha256 := shared_sha256(source, destination): return sha256, "It was there already, the same byte for byte."
     note = ""
     if os.path.isfile(destination):
-        size = human_bytes(os.stat(destination).st_size)
-        note = f"It replaced a file of the same name with other content ({size})."
+        note = f"It replaced a file of the same name with other content ({human_bytes(os.stat(destination).st_size)})."
     os.makedirs(destination.parent, exist_ok=True)
     check_space(destination.parent, source.stat().st_size, f"Copying {source.name}")
     discard_leftovers(destination)

@@ -228,8 +228,7 @@ def open_mirror(config, fingerprint, plan, runtime, report=silent) -> Mirror:
         mirror.told = told
         return mirror
     with about("mirror"), explained(f"Making {top}"):
-        kind = HubTarget if isinstance(top, str) else FolderTarget
-        target = kind(top, run_name(config.mirrored, fingerprint))
+        target = (HubTarget if isinstance(top, str) else FolderTarget)(top, run_name(config.mirrored, fingerprint))
     mirror = Mirror(target, afresh=config.overwrite_output_dir)
     try: mirror.lost, failed = mirror.pulse.begin(report), None
     except BlockingIOError: raise

@@ -142,8 +142,7 @@ def records(source, **dialect):
 # %% ../../nbs/text/10_formats.ipynb #10a0000d
 def csv_rows(source):
     "Yield the Rows of a CSV, whose first line names the columns."
-    start = source.start.decode(source.encoding, errors="ignore")
-    found = records(source, **dialect_of(start))
+    found = records(source, **dialect_of(source.start.decode(source.encoding, errors="ignore")))
     header = [name.strip() for name in next(found, (0, ()))[1]]
     header = [f"{name}.{n}" if (n := header[:at].count(name)) else name for at, name in enumerate(header)]  # as pandas
     if long := next((name for name in header if len(name.split()) > 3), ""):
@@ -175,10 +174,9 @@ def json_lines(source):
             source.faults.add(place, f"broken or cut off JSON ({getattr(e, 'msg', 'too deep')})")
         else: yield from as_row(value, place, source)
 
-# %% ../../nbs/text/10_formats.ipynb #24344ef1
+# %% ../../nbs/text/10_formats.ipynb #10a00012
 BETWEEN = re.compile(r"[\s,]*")
 
-# %% ../../nbs/text/10_formats.ipynb #10a00012
 def json_list(source):
     "Yield the Rows of a list of records."
     decode, lines = json.JSONDecoder().raw_decode, source.lines(1 << 16)

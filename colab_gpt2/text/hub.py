@@ -64,7 +64,7 @@ def quietly(report):
         if noisy: datasets.enable_progress_bars()
 
 # %% ../../nbs/text/10_hub.ipynb #0f39d948
-def from_hub(repository, name, folder, report=silent):
+def from_hub(repository, name, folder, report):
     "The splits of a dataset on the Hub as files in `folder`: split -> path; ConnectionError if that fails."
     if trouble := hub_trouble(): raise ConnectionError(trouble)
     def texts(split): return (text for batch in rows[split].iter(1000) for text in batch["text"])

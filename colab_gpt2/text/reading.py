@@ -6,7 +6,7 @@
 __all__ = ['check_text']
 
 # %% ../../nbs/text/10_reading.ipynb #5c3e8f70
-import codecs, glob, itertools, os, re, warnings
+import codecs, glob, os, re, warnings
 from collections import Counter, deque
 from pathlib import Path
 

@@ -264,8 +264,7 @@ def split_chats(files, folder, on_bad_lines="error", report=silent, named=called
     known, skipped, kept, rule = Numbers(), Counter(), {}, "as they are"
     made = {split: folder/f"{split or 'all'}.jsonl" for split in files}
     def keep(split, known, skipped):
-        rows = read_rows(files[split], on_bad_lines, report, skipped, named)
-        kept[split] = keep_chats(rows, made[split], known)
+        kept[split] = keep_chats(read_rows(files[split], on_bad_lines, report, skipped, named), made[split], known)
         return kept[split][0]
     for split in sorted(files, key=[*reversed(SPLITS), ""].index):
         if keep(split, known, skipped): continue
