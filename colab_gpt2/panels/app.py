@@ -17,7 +17,7 @@ from .data import DataPanel
 from .drive import DriveConfig, DrivePanel
 from .finetune import FinetunePanel
 from .generate import ChatPanel, GenerateConfig, GeneratePanel, converses
-from .panel import Shown, button, row
+from .panel import Shown, button, row, show_if
 from .runtime import RuntimePanel
 
 # %% ../../nbs/panels/81_app.ipynb #a6897b81
@@ -60,7 +60,7 @@ class Steps(Shown):
         if len(self.tab.children) != len(panels): self.tab.children = [panel.box for panel in panels]
         for i, panel in enumerate(panels): self.tab.set_title(i, "✓ " * bool(panel.result) + TABS[i])
         self.onward.description = f"Next: {TABS[self.at + 1][2:]}" if self.at < 4 else ""
-        self.onward.layout.display = "" if self.at < 4 else "none"
+        show_if(self.at < 4, self.onward)
 
     @property
     def at(self) -> int: return self.tab.selected_index or 0

@@ -16,7 +16,7 @@ from ..config import FinetuneConfig, changed, expand_paths, value
 from ..core import Record
 from ..model.sampling import check_request
 from .fields import Form, Values, label_of
-from .panel import AfterTraining, button, describe_samples, folding, listening, row, wide
+from .panel import AfterTraining, button, describe_samples, folding, listening, row, show_if, wide
 from .plots import ACCENT, Line, line_chart
 from ..runtime import in_colab
 
@@ -128,9 +128,8 @@ class RunTable(AfterTraining):
         self.form, self.table, self.view = Form(self.values, ["prompt", "seed"]), widgets.HTML(), widgets.HTML()
         self.compare = button("Compare", self.start, primary=True, tooltip="Put both runs on one chart")
         self.again.on_click(lambda _: self.look_again())
-        more = folding("More", self.form.box)
         self.assemble(self.table, *(choice.widget for choice in self.choices), row(self.compare, self.halt, self.again),
-                      self.status, self.far, self.view, row(more), self.form.box)
+                      self.status, self.far, self.view, row(folding("More", self.form.box)), self.form.box)
 
     def take(self, panel):
         "The run that `panel` has finished."
@@ -176,7 +175,7 @@ class ComparePanel(RunTable):
         for choice in self.choices: choice.show(self.found)
         if self.showing not in (None, self.config):  # what is shown is of other runs
             self.showing, self.view.value, self.said, self.error = None, "", "", None
-        self.again.layout.display = "none" if self.running else ""
+        show_if(not self.running, self.again)
         self.compare.disabled = self.running or not self.config.run_b or bool(self.values.problems)
         if not self.running and self.said in ("", NO_OTHER): self.say("" if self.config.run_b else NO_OTHER, "ℹ")
 

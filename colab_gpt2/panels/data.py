@@ -13,13 +13,16 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from ..config import TEXT
+from ..config import TEXT, pick_block_size
 from ..core import LINK, Record, atomic, human_bytes
 from ..errors import Sentence, fields_of
 from .fields import Form
-from .panel import Stoppable, asset, button, folding, row, table, take_values, wide
+from .panel import Stoppable, asset, button, folding, row, show_if, table, take_values, wide
 from .snippets import differing
 from ..reporting import silent
+from ..storage.drive import free_name
+from ..text.encodings import encoding_of, named_encodings
+from ..text.reading import SPLITS, called, check_text
 
 # %% ../../nbs/panels/76_data.ipynb #23d7f692
 ENOUGH = ((1_000, "too little to learn from: add more text"), (8_000, "so little that it will be learned by heart"),
@@ -87,11 +90,9 @@ def describe_size(preview, name) -> str:
 # %% ../../nbs/panels/76_data.ipynb #ea3d38d6
 def look_into(config, report=silent) -> Preview:
     "Fetch the text of `config`, cut it into blocks, and look at its beginning."
-    from colab_gpt2.config import pick_block_size
     from colab_gpt2.model.loading import load_config, model_context
     from colab_gpt2.tasks import fetch_for, tokenizer_for_plan
     from colab_gpt2.text.chats import tokenize_corpus
-    from colab_gpt2.text.corpus import SPLITS
     corpus, tokenizer = fetch_for(config, report), tokenizer_for_plan(config, True)
     paths = {split: corpus.path(split) for split in SPLITS if split in corpus.bytes}
     plain = [path for path in paths.values() if path.suffix not in (".stream", ".jsonl")]
@@ -141,7 +142,6 @@ def drop_zone(upload, hint, look=""):
 # %% ../../nbs/panels/76_data.ipynb #49e71cce
 def in_utf8(content) -> tuple:
     "(`content`, ''), or what is in an older encoding as UTF-8, and the name of that."
-    from colab_gpt2.text.encodings import encoding_of, named_encodings
     if 0 in content or encoding_of(content[:1 << 16]) != "utf-8": return content, ""
     try: content.decode()
     except UnicodeDecodeError as e:
@@ -154,8 +154,6 @@ def in_utf8(content) -> tuple:
 # %% ../../nbs/panels/76_data.ipynb #781b1998
 def keep_upload(name, content, folder=UPLOADS) -> str:
     "The path of an uploaded text, kept in `folder`. ValueError if it is no text."
-    from colab_gpt2.storage.drive import free_name
-    from colab_gpt2.text.reading import called, check_text
     def same(there): return there.is_file() and there.read_bytes() == content
     path = free_name(Path(folder)/name, same)  # a run that learns from the first of that name can be resumed
     with atomic(path) as temporary:
@@ -304,7 +302,8 @@ class Looked(TextFiles):
         super().say(*told, **more)
 
     def allow(self, start):
-        self.fetch.disabled, self.fetch.layout.display = not start, "none" if self.running or self.shown else ""
+        self.fetch.disabled = not start
+        show_if(not (self.running or self.shown), self.fetch)
 
     def show(self, preview):
         self.shown, self.view.value = preview, describe_preview(preview) if preview else ""

@@ -18,7 +18,7 @@ from ..config import changed, check_value, expand_paths, value
 from ..core import Record, discard, home, human_bytes, human_time
 from ..errors import GONE, Sentence, explained
 from .fields import TOOLTIP, Form, Values
-from .panel import EARLIER, UNFINISHED, AfterTraining, button, folding, meter, row, table, wide
+from .panel import EARLIER, UNFINISHED, AfterTraining, button, folding, meter, row, show_if, table, wide
 from ..runtime import disk, in_colab, is_folder, my_drive
 from ..storage.archives import Archive, archive_model
 from ..storage.drive import Copy, check_folder, free_name, mount_drive, restore_from_drive, save_to_drive
@@ -217,7 +217,7 @@ class DriveView(DriveWidgets):
         colab, free = bool(in_colab()), not self.running
         seen = dict(download=colab and self.result is not None and free, restore=free and bool(self.chosen),
                     mount=colab and free and not self.looked, use=free and self.restored and self.before)
-        for name, shown in seen.items(): self.buttons[name].layout.display = "" if shown else "none"
+        for name, shown in seen.items(): show_if(shown, self.buttons[name])
 
     def forget(self):
         "What was said of another choice goes."

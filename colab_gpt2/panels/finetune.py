@@ -13,15 +13,16 @@ from pathlib import Path
 import ipywidgets as widgets
 
 import colab_gpt2
-from ..config import TEXT, pick_learning_rate
+from ..config import TEXT
 from ..core import human_bytes, human_time, several
+from ..engine.checkpoints import find_checkpoints
 from ..errors import Sentence, fields_of, worded
 from ..model.known import MODELS
 from .data import named
 from .fields import Form, labels_of
 from .models import ModelCards
 from .panel import Panel, button, describe_samples, fact, folded, folding, listening, meter, row
-from .panel import sentence, take_values
+from .panel import sentence, show_if, take_values
 from .pump import interrupts_reach
 from .rate import RatePanel
 from .snippets import differing
@@ -43,7 +44,7 @@ def describe_plan(plan, config) -> str:
     memory = f"{human_bytes(plan.peak_bytes)} of {human_bytes(plan.limit_bytes)}, {source}"
     blocks = f"{recipe.micro_batch} × {recipe.gradient_accumulation_steps} blocks of {recipe.block_size} tokens a step"
     weights = "LoRA" if recipe.method == "lora" else "all weights"
-    rate = pick_learning_rate(config, plan.parameters, recipe.method, plan.tokens)
+    rate = plan.peak_rate(config)
     reasons = "\n".join(worded(reason, labels_of(config)) for reason in plan.reasons)
     return "".join([f"<b class='cg-plan'>{'It fits' if plan.fits else '⚠ It may not fit'}</b>",
                     meter("Memory", plan.peak_bytes, plan.limit_bytes, memory),
@@ -175,7 +176,7 @@ class Offers(Settings):
     def offer_aside(self, taken):
         "Two ways out of a folder that is taken."
         self.aside.description = f"Train into {self.free_folder()}" if taken else ""
-        for made in (self.aside, self.replacing): made.layout.display = "" if taken else "none"
+        show_if(taken, self.aside, self.replacing)
 
     @property
     def folder(self) -> str:
@@ -230,12 +231,12 @@ class Controls(Offers):
         "Those named can be pressed; those of no use now are not there."
         for name, made in self.buttons.items():
             made.disabled, useful = not able.get(name, False), name != "sample" or self.config.num_processes == 1
-            made.layout.display = "" if useful and self.running == (name != "start") else "none"
+            show_if(useful and self.running == (name != "start"), made)
 
     def arrange(self):
         "Settings give way to a run; one line tells them while they are folded."
-        self.fold.layout.display = "none" if self.running or not self.live else ""
-        for part in (self.outlook, self.code, self.onward): part.layout.display = "none" if self.running else ""
+        show_if(self.live and not self.running, self.fold)
+        show_if(not self.running, self.outlook, self.code, self.onward)
         folded = self.live and not self.fold.value
         self.summary.value = describe_summary(self.live.config, self.planned) if folded else ""
         (self.box.add_class if self.running else self.box.remove_class)("cg-running")
@@ -300,7 +301,7 @@ class Trained(Steering):
     def allow(self, start, taken=False):
         super().allow(start, taken)
         if start and self.left == self.folder and self.verb.startswith("Show"):
-            self.buttons["start"].layout.display = "none"  # it is shown
+            show_if(False, self.buttons["start"])  # its result is shown
 
     def leave(self, saved):
         "The folder holds the model of the config `saved`, or none."
@@ -309,7 +310,6 @@ class Trained(Steering):
 
     def resume_next(self):
         "The next start resumes a run that was to overwrite, once it has left a checkpoint."
-        from colab_gpt2.engine.checkpoints import find_checkpoints
         if self.left == self.folder and find_checkpoints(self.left):
             self.values.set(overwrite_output_dir=False)
 

@@ -16,10 +16,11 @@ import ipywidgets as widgets
 from ..config import PROMPT, FinetuneConfig, changed, expand_paths, value
 from ..core import Record, home
 from ..errors import Sentence
+from ..model.known import MODELS
 from ..model.sampling import Sampling, check_request
 from .fields import Form, Values
 from .panel import EARLIER, UNFINISHED, AfterTraining, asset, bold, button, describe_samples, folding
-from .panel import row, sentence
+from .panel import row, sentence, show_if
 from .pump import pump
 from ..tasks import DEMO, prompt_of, run_in
 
@@ -203,7 +204,6 @@ def describe_choice(config, base=None) -> str:
 # %% ../../nbs/panels/79_generate.ipynb #79b0001b
 def models_here(folder=".") -> list:
     "The folders of runs in `folder`, the newest first, and the names of the known models."
-    from colab_gpt2.model.loading import MODELS
     found = {path.parents[deep]: path.stat().st_mtime for deep, name in enumerate(("finetune.json", "*/whole.json"))
              for path in Path(folder).glob(f"*/{name}")}
     return [*map(str, sorted(found, key=found.get, reverse=True)), *MODELS]
@@ -335,7 +335,7 @@ class WritingForm(Sources):
     def show_buttons(self, wrong):
         idle = not self.running
         shown = dict(start=idle, stop=not idle, repeat=idle and not wrong and bool(self.writer.texts))
-        for name, made in self.buttons.items(): made.layout.display = "" if shown.get(name, True) else "none"
+        for name, made in self.buttons.items(): show_if(shown.get(name, True), made)
         self.buttons["start"].disabled = wrong
 
 # %% ../../nbs/panels/79_generate.ipynb #79b00023

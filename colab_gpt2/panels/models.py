@@ -21,8 +21,7 @@ def describe_card(name, plan=None) -> str:
     if not plan: return "\n".join([*told, "no forecast yet"])
     time = f"about {human_time(plan.seconds)}" if plan.seconds else "unknown time"
     fits = "✓ fits with LoRA" if plan.recipe.method == "lora" else "✓ fits"
-    memory = f"{human_bytes(plan.peak_bytes)} memory"
-    return "\n".join([*told, time, memory, fits if plan.fits else "✗ does not fit"])
+    return "\n".join([*told, time, f"{human_bytes(plan.peak_bytes)} memory", fits if plan.fits else "✗ does not fit"])
 
 # %% ../../nbs/panels/77_models.ipynb #7d3efa00
 class ModelCards:

@@ -154,6 +154,11 @@ class Shown:
         self.kept, self.drawn = picture(self.title, body, self.mark), on_paper(charts) if charts else ""
         for bundle, handle in self.places: handle.update(bundle(), raw=True)
 
+# %% ../../nbs/panels/74_panel.ipynb #7fa03c02
+def show_if(wanted, *parts):
+    "Show widgets, or take them off the page."
+    for part in parts: part.layout.display = "" if wanted else "none"
+
 # %% ../../nbs/panels/74_panel.ipynb #7b7fcc78
 def button(text, action, primary=False, tooltip=""):
     "A button that calls `action()`; a `primary` one stands out."
@@ -178,7 +183,7 @@ def folding(text, box):
     "A button that shows or hides `box`, which is hidden at first."
     made = widgets.ToggleButton(description=text, layout=widgets.Layout(margin="8px 8px 8px 2px"))
     made.add_class("cg-fold")  # which draws an arrow that is no part of its name
-    def fold(_=None): box.layout.display = "" if made.value else "none"
+    def fold(_=None): show_if(made.value, box)
     made.observe(fold, "value")
     fold()
     return made
@@ -227,7 +232,7 @@ class Frame(Told):
     def __init__(self, values):
         super().__init__(values)
         self.again = button("Check again", lambda: self.refresh(), tooltip="Look for what was missing")
-        self.again.layout.display = "none"
+        show_if(False, self.again)
 
     def assemble(self, *parts):
         "Put widgets into the box, in the keyboard's order; the state last, unless `status` is among them."
@@ -269,7 +274,7 @@ class Frame(Told):
 
     def offer_again(self, missing):
         "Show *Check again* if something is `missing` that can come unnoticed."
-        self.again.layout.display = "" if missing else "none"
+        show_if(missing, self.again)
 
 # %% ../../nbs/panels/74_panel.ipynb #76ba53a6
 class Panel(Frame):
@@ -315,7 +320,7 @@ class Stoppable(Panel):
         super().__init__(values)
         self.running, self.stopping, self.told = False, False, 0.0  # `told`: when progress was last shown
         self.far, self.halt = widgets.HTML(), button("Stop", self.stop)
-        self.halt.layout.display = "none"
+        show_if(False, self.halt)
 
     def work(self, action, doing, done=None):
         "As any panel; the notebook's interrupt button stops it too."
@@ -330,7 +335,7 @@ class Stoppable(Panel):
 
     def refresh(self):
         super().refresh()
-        self.halt.layout.display = "" if self.running else "none"
+        show_if(self.running, self.halt)
 
     def stop(self): self.stopping = True
 
