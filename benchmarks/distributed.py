@@ -84,7 +84,7 @@ def rank_side(options, what):
     Path(RANK_DONE.format(os.environ.get("RANK", 0))).write_text(json.dumps(found))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from colab_gpt2 import ranks
-        ranks.leave()
+        ranks.leave(code=0)
 
 
 # A side: its processes

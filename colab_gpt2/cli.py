@@ -400,5 +400,5 @@ def main():
         sys.stdout.reconfigure(errors="backslashreplace")
     try: app(prog_name="colab-gpt2")
     finally:
-        leave()
+        leave(code=getattr(sys.exc_info()[1], "code", 1))
         for number in ENDING: signal.signal(number, signal.SIG_IGN)  # Python's end takes a second; its code stands

@@ -176,16 +176,15 @@ def join(seconds, cpu):
 # %% ../nbs/02_ranks.ipynb #3406aed7
 GRACE = 30  # seconds that others have to end
 
-def leave(alone=False):
+def leave(alone=False, code=None):
     """The last that a process does: it waits until the first has gone, but not long where it is `alone` with an error:
-    the first may wait for its part of a pass. Then it ends here, and a launcher ends others."""
-    if RANKS.group is None or first(): return
-    from torch import distributed
+    the first may wait for its part of a pass. Then, or with an exit `code`, it ends here: threads of torch may abort
+    Python's own end. A launcher ends others."""
+    if first(): return
     def wait():
         with contextlib.suppress(RuntimeError): gathered(LEFT)
-        distributed.destroy_process_group(RANKS.group)  # its threads may abort Python's end
-    if not alone: return wait()
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    waiting.join(GRACE)
-    if waiting.is_alive(): os._exit(1)
+    waiting.join(GRACE if alone else None)
+    if waiting.is_alive(): code = 1
+    if code is not None: os._exit(code)

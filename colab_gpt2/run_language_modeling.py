@@ -2,5 +2,8 @@
 import sys
 
 from colab_gpt2.legacy.run_language_modeling import main
+from colab_gpt2.ranks import leave
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    leave(code=(code := main()))
+    sys.exit(code)

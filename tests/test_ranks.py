@@ -366,16 +366,20 @@ def test_a_meeting_that_breaks_off_is_told_as_one_that_never_was():
         assert kind == "TimeoutError" and said.startswith("Not all of the 2 processes met")
 
 
-def leaves():
-    ranks.join(60, cpu=True)
-    ranks.leave()
-    return torch.distributed.get_backend(RANKS.group)
+ENDS = """import atexit, os, runpy, sys
+atexit.register(os.write, 1, b"Python ends")
+sys.argv[1:] = [{word!r}]
+runpy.run_module({module!r}, run_name="__main__")"""
 
-
-def test_who_leaves_takes_torchs_threads_along():
-    "With them, Python's end sometimes was an abort."
-    first, (kind, said) = pair(leaves)
-    assert first == "gloo" and kind == "ValueError" and "is not initialized" in said
+@pytest.mark.parametrize("module, word, code", [
+    ("colab_gpt2", "--help", 0), ("colab_gpt2", "--no-such-flag", 2),
+    ("colab_gpt2.run_language_modeling", "--output_dir=new", 2)])
+def test_only_the_first_ends_as_python_does(shell, module, word, code):
+    "A thread of torch that still gives up what it exchanged last would abort that, once in some twenty times."
+    ran = [shell(sys.executable, "-c", ENDS.format(word=word, module=module), RANK=rank, WORLD_SIZE="2")
+           for rank in ("0", "1")]
+    assert [each.returncode for each in ran] == [code, code]
+    assert ["Python ends" in each.stdout for each in ran] == [True, False]
 
 
 def test_a_port_in_use(text, tmp_path):
