@@ -267,6 +267,14 @@ def test_several_ends_are_kept_where_they_are_special_tokens(tmp_path):
     assert json.loads((tmp_path/"saved"/"generation_config.json").read_text())["eos_token_id"] == [8192, 0]
 
 
+def test_an_end_that_is_a_word_in_a_file_is_passed_over(tmp_path):
+    small_model(eos_token_id=0).save_pretrained(tmp_path)
+    load_tokenizer("tiny").save_pretrained(tmp_path)
+    path = tmp_path/"generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(eos_token_id="<|endoftext|>")))
+    assert generate(str(tmp_path), "a", max_new_tokens=1, seed=0, device="cpu")[0].tokens == 1
+
+
 def test_an_id_beyond_the_embedding_is_not_saved():
     model = small_model()  # of 8192 rows
     set_ids(model, tagged(pad_token="[PAD]"))  # 8192

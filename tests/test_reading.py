@@ -33,7 +33,7 @@ def lines(values): return "\n".join(json.dumps(row, ensure_ascii=False) for row 
 FORMATS = {
     "a.csv": table(TIDES), "semicolons.csv": table(TIDES, delimiter=";"), "tabs.csv": table(TIDES, delimiter="\t"),
     "bars.csv": table(TIDES, delimiter="|"), "a.TSV": table(TIDES, delimiter="\t"),
-    "unix.csv": table(TIDES, lineterminator="\n"),
+    "unix.csv": table(TIDES, lineterminator="\n"), "excel.csv": b"sep=;\r\n" + table(TIDES, delimiter=";"),
     "quoted.csv": table(TIDES, quoting=csv.QUOTE_ALL), "mac.csv": table(TIDES, lineterminator="\r"),
     "marked.csv": b"\xef\xbb\xbf" + table(TIDES), "windows.csv": table(TIDES).decode().encode("utf-16"),
     "a.jsonl": lines(records(TIDES)), "a.ndjson": lines(records(TIDES)) + b"\n\n", "alone.jsonl": lines(TIDES),

@@ -14,13 +14,13 @@ import torch
 from ..errors import Sentence
 from .loading import loading, rows_of
 from ..text.chats import answer_end
-from ..text.tokens import cut_pattern, end_mark
+from ..text.tokens import cut_patterns, end_mark
 
 # %% ../../nbs/model/26_fitting.ipynb #441a9f54
 def listed(model, name) -> list:
     "The ids, one, several or none, that the generation config of `model`, or a config, has under `name`."
     given = getattr(getattr(model, "generation_config", model), name, None)
-    return [i for i in (given if isinstance(given, (list, tuple)) else [given]) if i is not None]
+    return [i for i in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(i, int)]
 
 # %% ../../nbs/model/26_fitting.ipynb #862e6fd9
 def special_ids(model, name, tokenizer) -> list:
@@ -97,7 +97,7 @@ def save_tokenizer(tokenizer, folder):
     told = json.loads(file.read_bytes())
     for name in ("is_local", "local_files_only"): told.pop(name, None)
     if extra := told.pop("extra_special_tokens", None): told["additional_special_tokens"] = extra
-    gpt2s = (cut_pattern(tokenizer.backend_tokenizer) and tokenizer.bos_token == tokenizer.eos_token == end
+    gpt2s = (cut_patterns(tokenizer.backend_tokenizer) and tokenizer.bos_token == tokenizer.eos_token == end
              and tokenizer.unk_token in (None, end))
     if gpt2s: tokenizer.backend_tokenizer.model.save(str(folder))
     if told["tokenizer_class"].endswith("Backend"):

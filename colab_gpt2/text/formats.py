@@ -142,7 +142,10 @@ def records(source, **dialect):
 # %% ../../nbs/text/10_formats.ipynb #10a0000d
 def csv_rows(source):
     "Yield the Rows of a CSV, whose first line names the columns."
-    found = records(source, **dialect_of(source.start.decode(source.encoding, errors="ignore")))
+    start = source.start.decode(source.encoding, errors="ignore")
+    mark = start[4:5].strip("\r\n") if start.startswith("sep=") else ""  # as Excel is told
+    found = records(source, **(dict(delimiter=mark) if mark else dialect_of(start)))
+    if mark: next(found)
     header = [name.strip() for name in next(found, (0, ()))[1]]
     header = [f"{name}.{n}" if (n := header[:at].count(name)) else name for at, name in enumerate(header)]  # as pandas
     if long := next((name for name in header if len(name.split()) > 3), ""):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/12_tokens.ipynb #f3f1da51
-import copy, hashlib, itertools, json, re
+import copy, functools, hashlib, json, re
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def find_cut(encode, text, context=CONTEXT):
     for at in (text.rfind("\n", 2 * context, last) + 1, *range(last, last - 64, -1)):
         if at < 2 * context or text[at:at + context // 2].isspace(): continue  # a token may take all space before it
         before, both = encode([text[at - context:at], text[at - context:at + context]])
-        if before and both[:len(before)] == before: return at, before
+        if len(before) and np.array_equal(both[:len(before)], before): return at, before
     return None, None
 
 # %% ../../nbs/text/12_tokens.ipynb #ce1864e5
@@ -42,8 +42,8 @@ def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT, after=())
         at, before = (len(text), after) if ended else find_cut(encode, text, context)
         if COST * len(text) > memory()[1]: raise MemoryError(Sentence(TOO_LONG, n=len(text)))
         if at is None: continue
-        [ids], tail = encode([text[:at]]), [*before[len(before) // 2:]]  # the first half lacks what stood before
-        if ids[len(ids) - len(tail):] != tail: continue
+        [ids], tail = encode([text[:at]]), before[len(before) // 2:]  # the first half lacks what stood before
+        if not np.array_equal(ids[len(ids) - len(tail):], tail): continue
         if at > known: yield text[known:at], ids[skip:]
         text, known, skip = text[at - context:], context, len(before)
 
@@ -89,13 +89,14 @@ def notes_on(data, name, tokenizer, lost=False):
 # %% ../../nbs/text/12_tokens.ipynb #a598e47a
 def sample_of(path) -> bytes:
     "The beginning of a text, and what else of it `notes_on` looks for; to map the file would fill the memory."
-    wanted, start, last = {*(mark.encode() for mark in MARKS), b"\n", b"  "}, b"", b""
+    marks, missing, start, last = re.compile("|".join(map(re.escape, MARKS)).encode()), {b"\n", b"  "}, b"", b""
+    missing |= {mark.encode() for mark in MARKS}
     with open(path, "rb") as f:
         while more := f.read(1 << 20):
             piece = last + more
-            found = sorted(mark for mark in wanted if mark in piece)
-            start, last = b".".join([start or piece[:10_000], *found]), piece[-20:]
-            wanted -= {*found}
+            found = missing & {*marks.findall(piece), *(each for each in (b"\n", b"  ") if each in piece)}
+            start, last = b".".join([start or piece[:10_000], *sorted(found)]), piece[-20:]
+            missing -= found
     return start
 
 # %% ../../nbs/text/12_tokens.ipynb #ee511239
@@ -114,16 +115,34 @@ def private_copy(tokenizer):
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
     return backend
 
+# %% ../../nbs/text/12_tokens.ipynb #12000007
+def state_of(tokenizer, backend, vocabulary) -> str:
+    "All that decides about ids: the `backend`, or in Python the settings, wherever files lie."
+    if backend: return backend.to_str() + str(bool(getattr(tokenizer, "split_special_tokens", False)))
+    given = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_path"))}
+    return json.dumps([type(tokenizer).__name__, sorted(vocabulary.items()), given], sort_keys=True)
+
 # %% ../../nbs/text/12_tokens.ipynb #47fef69b
-def cut_pattern(backend) -> "re.Pattern | None":
-    """The empty match wherever a `tokenizers.Tokenizer` that splits as GPT-2's does surely splits inside a text: before
+def cut_patterns(backend) -> list:
+    """For the line ends and the spaces before which a `tokenizers.Tokenizer` that splits as GPT-2's does surely splits:
     the last of a run of white space, unless an added token may follow. None for any other."""
     split, added = backend.pre_tokenizer, backend.get_added_tokens_decoder().values()
-    if type(split).__name__ != "ByteLevel" or split.add_prefix_space or not split.use_regex: return None
-    if backend.normalizer is not None or getattr(backend.model, "dropout", None): return None
-    if any(t.lstrip or t.rstrip or t.single_word or re.search(r"\s", t.content) for t in added): return None
+    if type(split).__name__ != "ByteLevel" or split.add_prefix_space or not split.use_regex: return []
+    if backend.normalizer is not None or getattr(backend.model, "dropout", None): return []
+    if any(t.lstrip or t.rstrip or t.single_word or re.search(r"\s", t.content) for t in added): return []
     stops = re.escape("".join(sorted({t.content[0] for t in added})))
-    return re.compile(rf"(?=[ \t\n\r\u3000][^\s{stops}])(?!\A)")
+    return [re.compile(rf"{space}(?=[^\s{stops}])") for space in "\n "]
+
+# %% ../../nbs/text/12_tokens.ipynb #12000001
+def segments(text, line, space) -> list:
+    "The parts of `text`: after a space without it, after a line end with it; the first has a space put before it."
+    found = []
+    for part in line.split(text):
+        words = space.split(part)
+        words[0] = "\n" + words[0]
+        found += words
+    found[0] = " " + found[0][1:]
+    return found
 
 # %% ../../nbs/text/12_tokens.ipynb #7fcdcb1e
 class Encoder:
@@ -132,35 +151,35 @@ class Encoder:
     `opening` and `ends` are for `opened`, `vocabulary_size` is the largest id + 1, `dtype` holds an id, `fingerprint`
     is the SHA-256 of all that decides about ids."""
     def __init__(self, tokenizer, memory=1 << 20):  # characters of segments to remember
-        self.tokenizer, self.backend, self.cut, vocabulary = tokenizer, None, None, tokenizer.get_vocab()
-        self.end, self.opening = end_mark(tokenizer), opening_ids(tokenizer)
+        self.tokenizer, self.memory, self.known, self.size = tokenizer, memory, {}, 0
+        self.end, self.opening, vocabulary = end_mark(tokenizer), opening_ids(tokenizer), tokenizer.get_vocab()
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, vocabulary.get(self.end)} - {None, *self.opening}
         self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
-        if getattr(tokenizer, "backend_tokenizer", None):
-            self.backend = private_copy(tokenizer)
-            self.cut = cut_pattern(self.backend)
-            state = self.backend.to_str() + str(self.backend.encode_special_tokens)
-        else:  # in Python; where its files lie decides nothing
-            given = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_path"))}
-            state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items()), given], sort_keys=True)
-        if self.opening: state += str([self.opening, self.ends])
-        if self.end not in ("", END): state += self.end
-        self.fingerprint = hashlib.sha256(state.encode()).hexdigest()
+        self.fast = fast = getattr(tokenizer, "backend_tokenizer", None)
+        if fast and (fast.padding or fast.truncation): fast = self.backend
+        self.cuts = cut_patterns(fast) if fast else []
+        state = state_of(tokenizer, fast, vocabulary) + str([self.opening, self.ends]) * bool(self.opening)
+        self.fingerprint = hashlib.sha256((state + self.end * (self.end != END)).encode()).hexdigest()
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.dtype = np.dtype("uint16" if self.vocabulary_size <= 1 << 16 else "uint32")
-        self.memory, self.known, self.size = memory, {}, 0
+
+    @functools.cached_property
+    def backend(self): return private_copy(self.tokenizer)
 
     def encode(self, texts):
-        "A list of ids for each of `texts`."
+        "An array of ids for each of `texts`."
         if self.end not in ("", END): texts = [text.replace(END, self.end) for text in texts]
-        if not self.backend: return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        if not self.cut: return self.slowly(texts)
-        texts = [self.cut.split(t) for t in texts]
+        if not self.cuts: return self.slowly(texts)
+        texts = [segments(text, *self.cuts) for text in texts]
         new = list(set().union(*texts).difference(self.known))
-        self.known.update(zip(new, self.slowly(new)))
-        found = [list(itertools.chain.from_iterable(map(self.known.__getitem__, segments))) for segments in texts]
+        whole = [each if each[0] == "\n" else each[1:] if each[0] == " " else " " + each for each in new]
+        self.known.update(zip(new, (ids.tobytes() for ids in self.slowly(whole))))
+        found = [np.frombuffer(b"".join(map(self.known.__getitem__, text)), self.dtype) for text in texts]
         self.size += sum(map(len, new))
         if self.size > self.memory: self.known, self.size = {}, 0
         return found
 
-    def slowly(self, texts): return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def slowly(self, texts):
+        if self.fast: found = (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        else: found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(ids, self.dtype) for ids in found]
