@@ -32,7 +32,7 @@ def divide(values) -> tuple:
     return shares
 
 # %% ../../nbs/panels/81_app.ipynb #fc4a695f
-TABS = "1 Machine", "2 Text", "3 Train", "4 Try", "5 Save", "Runs", "Chat"
+TABS = "1. Machine", "2. Text", "3. Fine-tune", "4. Generate", "5. Save", "6. Runs", "Chat"
 
 class Steps(Shown):
     "A tab for each panel, and a button to the next; `chat` needs a model that has learnt conversations."
@@ -59,7 +59,7 @@ class Steps(Shown):
         panels = self.panels if converses(self.generate.config.model) else self.panels[:-1]
         if len(self.tab.children) != len(panels): self.tab.children = [panel.box for panel in panels]
         for i, panel in enumerate(panels): self.tab.set_title(i, "✓ " * bool(panel.result) + TABS[i])
-        self.onward.description = f"Next: {TABS[self.at + 1][2:]}" if self.at < 4 else ""
+        self.onward.description = f"Next: {TABS[self.at + 1][3:]}" if self.at < 4 else ""
         show_if(self.at < 4, self.onward)
 
     @property

@@ -97,15 +97,15 @@ def test_app(begun):
     begun.page.locator(".lm-TabBar-tab, .p-TabBar-tab").first.wait_for()
     assert "No GPU" in machine.inner_text()
     begun.picture("app")
-    tab("3 Train")
+    tab("3. Fine-tune")
     press(training, "More settings")
     fill(training, "Block size", "128")
     training.get_by_text("blocks of 128 tokens a step").wait_for(state="attached")  # folded
-    tab("2 Text")
+    tab("2. Text")
     press(text, "Load text")
     wait_said(text, "python-docs: ")
     assert "blocks of 128" in text.text_content()  # folded
-    tab("3 Train")
+    tab("3. Fine-tune")
     begun.picture("app-training")
 
 
