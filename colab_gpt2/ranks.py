@@ -14,12 +14,13 @@ from .errors import Sentence
 # %% ../nbs/02_ranks.ipynb #0afd0f5a
 def expected() -> int:
     "How many processes the environment says there are."
-    return int(os.environ.get("WORLD_SIZE", 1))
+    said = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdecimal() else 1
 
 # %% ../nbs/02_ranks.ipynb #ddca731b
 def first() -> bool:
     "Is this the process that writes and speaks?"
-    return expected() == 1 or os.environ.get("RANK") == "0"
+    return expected() == 1 or os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/02_ranks.ipynb #14c79da7
 class RANKS:
@@ -145,6 +146,7 @@ def others_silent():
         yield
 
 # %% ../nbs/02_ranks.ipynb #13be3712
+PLACE = "RANK is {rank} and WORLD_SIZE {all}: give each of so many processes its own RANK from 0 on, or set neither."
 IN_USE = "MASTER_PORT {port} is in use on this machine: set MASTER_PORT to another one, and start all processes again."
 ALONE = ("Not all of the {all} processes met at {place} within {seconds:g} s, as WORLD_SIZE says: start as many, each "
          "with its own RANK and this MASTER_ADDR and MASTER_PORT.")
@@ -160,6 +162,8 @@ def check_port(host, port):
 # %% ../nbs/02_ranks.ipynb #83effeef
 def join(seconds, cpu):
     "Meet the other processes within so many `seconds`; on GPUs, unless `cpu`, each has its own then."
+    if not (rank := os.environ.get("RANK") or "0").isdecimal() or int(rank) >= expected():  # for which torch would wait
+        raise OSError(Sentence(PLACE, rank=rank, all=expected()))
     if expected() == 1 or RANKS.group: return
     from accelerate import PartialState
     from torch import distributed

@@ -28,7 +28,8 @@ def asked(config) -> dict:
     dropout = config.keep_attention_dropout or not config.tune
     def planned(name): return "planned" if getattr(config, name) is None else getattr(config, name)
     return dict(
-        block_size=config.block_size, effective_batch_size=effective_batch(config), seed=config.seed,
+        model=str(config.model), seed=config.seed,
+        block_size=config.block_size, effective_batch_size=effective_batch(config),
         method=None if config.method == "auto" else config.method, **adapters, optim=config.optim,
         num_train_epochs=epochs, max_steps=config.max_steps, lr_scheduler_type=config.lr_scheduler_type,
         learning_rate=config.learning_rate and float(config.learning_rate), warmup_steps=float(config.warmup_steps),
@@ -189,6 +190,7 @@ OTHER_SOURCE = "{resume} {path} is of a run that cannot continue with these sett
 # %% ../nbs/62_resuming.ipynb #62aa0029
 def refuse(other, now, output_dir):
     "FileExistsError: `output_dir` holds `other`, which differs from the run that is to begin `now`."
+    if other.run.get("model") != now["model"]: now = {"weights": "not read yet", **now}
     fixed = differences(other.run, now, FIXED)
     what = f"step {other.step}" if other.files is None else "the model"
     onward = ONWARD % str(output_dir).translate({ord("{"): "?", ord("}"): "?"})  # a value in a template has no braces

@@ -199,7 +199,7 @@ BAD = [
     (dict(messages=[dict(role="system", content="Be brief."), *ASKED]), "System role not supported", REFUSING),
     (dict(messages=ASKED), "division by zero", "{{ 1 / 0 }}"),
     (dict(messages=ASKED), "Encountered unknown tag", "{% nonsense %}"),
-    (dict(messages=ASKED), "no answer", "{{ 'Hello' }}")]
+    (dict(messages=ASKED), "no answer that the chat template writes", "{{ 'Hello' }}")]
 
 
 @pytest.mark.parametrize("row, said, template", BAD)

@@ -110,6 +110,14 @@ def test_the_rates_of_a_schedule_are_transformers_own(tmp_path, name):
     assert all(a == b for a, b in found) and len({a for a, _ in found}) >= (1 if name == "constant" else 3)
 
 
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name.endswith("min_lr")])
+def test_a_schedule_to_a_least_rate_ends_at_a_tenth_where_none_is_set(tmp_path, name):
+    trainer = ours(tmp_path, new_model(GPT2, seed=0), lr_scheduler_type=name)
+    trainer.create_optimizer_and_scheduler(12)
+    for _ in range(12): trainer.optimizer.step(), trainer.lr_scheduler.step()
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-4, rel=0.2)
+
+
 @pytest.mark.parametrize("name", ["greedy", "reduce_lr_on_plateau", "warmup_stable"])
 def test_a_schedule_that_waits_for_an_evaluation_is_refused(name):
     with pytest.raises(ValueError, match=f"lr_scheduler_type is '{name}'"): FinetuneConfig(lr_scheduler_type=name)

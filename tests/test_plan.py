@@ -682,4 +682,7 @@ def test_the_known_count_is_what_the_tokenizer_gives(shared):
         assert len(text.encode()) / tokens == pytest.approx(BYTES_A_TOKEN[name], rel=0.015)
         assert by_line is None or tokens == by_line + 2*blank
     estimate = estimate_text(FinetuneConfig(dataset="wikitext-103-raw-v1"), 1024)
+    for name in (dict(dataset="a/poems"), dict(train_file="hf://datasets/a/poems")):
+        with pytest.raises(ValueError, match="How long (dataset|train_file) .*poems is, is not known until it has"):
+            estimate_text(FinetuneConfig(**name), 1024)
     assert estimate.tokens == pytest.approx(117_920_140, rel=0.02)  # run_clm's way of counting

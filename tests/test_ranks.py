@@ -366,6 +366,19 @@ def test_a_meeting_that_breaks_off_is_told_as_one_that_never_was():
         assert kind == "TimeoutError" and said.startswith("Not all of the 2 processes met")
 
 
+@pytest.mark.parametrize("rank, all", [("2", "2"), ("one", "2"), ("3", "")])
+def test_a_rank_that_cannot_be_is_one_line(shell, text, rank, all):
+    ran = shell("colab-gpt2", "finetune", "--model", text/"toy", "--train-file", text/"train.txt", "--max-steps", 1,
+                RANK=rank, WORLD_SIZE=all)
+    said = f"RANK is {rank} and WORLD_SIZE {all or 1}: give each of so many processes its own RANK"
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and said in ran.stderr
+
+
+@pytest.mark.parametrize("all", ["2", "0", "two", ""])
+def test_without_a_rank_a_process_speaks(shell, all):
+    assert "memory" in shell("colab-gpt2", "check", WORLD_SIZE=all).stdout
+
+
 ENDS = """import atexit, os, runpy, sys
 atexit.register(os.write, 1, b"Python ends")
 sys.argv[1:] = [{word!r}]

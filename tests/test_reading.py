@@ -223,6 +223,8 @@ BAD = {  # name -> (content, what is said, what is left with on_bad_lines="skip"
     "cut.jsonl": ('{"text": "It ebbs."}\n\n{"text": "It fl', "line 3: broken or cut off JSON", 1),
     "middle.jsonl": ('{"text": "It ebbs."}\n{"text": "It fl\n{"text": "Twice."}\n', "line 2: broken or cut off", 2),
     "deep.jsonl": ('{"text": "It ebbs."}\n' + "[" * 99_999, "line 2: broken or cut off JSON", 1),
+    "digits.jsonl": ('{"text": "It ebbs."}\n{"text": "It flows.", "id": ' + "9" * 5_000 + "}\n",
+                     "line 2: broken or cut off JSON (too deep, or a number is too long)", 1),
     "other.jsonl": ('{"text": "It ebbs."}\n{"body": "It flows."}\n', "line 2: there is no 'text'", 1),
     "number.jsonl": ('{"text": "It ebbs."}\n{"text": 7}\n', "line 2: 'text' is no text but int", 1),
     "nested.jsonl": ('{"text": "It ebbs."}\n{"text": {"a": "b"}}\n', "line 2: 'text' is no text but dict", 1),

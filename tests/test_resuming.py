@@ -186,6 +186,14 @@ def test_another_run_is_refused_with_all_that_differs(run, plain, changes, said,
     assert heard.stages == ([] if at_once else ["loading"])
 
 
+def test_another_model_is_named_before_it_is_read(run, plain, text, tmp_path):
+    "An advice to go on with the run in the folder would fail."
+    _, folder = plain()
+    shutil.copytree(text/"toy", tmp_path/"other")
+    with pytest.raises(FileExistsError, match="model was .*toy, now it is .*other; max_steps was .* Restore that"):
+        run(folder, model=str(tmp_path/"other"), max_steps=9)
+
+
 class Hears(Listener):
     def __init__(self): self.stages, self.facts = [], {}
     def on_stage(self, stage, **facts):

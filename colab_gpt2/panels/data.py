@@ -196,15 +196,27 @@ def wrong_files(values) -> dict:
     refused = {name: values.problems[name] for name in FILES if name in values.typed}
     return needed | missing_files(values) | refused
 
-# %% ../../nbs/panels/76_data.ipynb #87bd5a40
-class TextChoice(Stoppable):
-    "The choice of a known text, or of one's own."
+# %% ../../nbs/panels/76_data.ipynb #9b5622e4
+class TextFields(Stoppable):
+    "The choice of a known text, or the fields of own files; a subclass has `receive(name, value)` and `allow(start)`."
     def __init__(self, before=None, **values):
         super().__init__(take_values(before, values))
         self.mine, self.busy = {}, False  # the own files that were chosen last; whether the list is being changed
         self.choice = widgets.Dropdown(options=self.offered(), value=self.chosen(), description="or use",
                                        style=dict(description_width="48px"), layout=wide(420)["layout"])
         self.choice.observe(lambda change: self.choose(change["new"]), "value")
+        self.own = Form(self.values, FILES + READING)
+        texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
+        self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
+        kinds = ("Text, a Word document or a table (.txt, .md, .docx, .csv, .jsonl, .parquet), up to 10 MB. For a "
+                 "larger file see More.")
+        larger = ("Put a larger file next to the notebook (in Colab's Files panel) and type its name: a file, a "
+                  "folder, a pattern such as poems/*.txt, or hf://datasets/USER/NAME.")
+        own, other = map(drop_zone, self.uploads, (kinds, larger), ("cg-primary", ""))
+        self.files = widgets.VBox([other, self.own.box])
+        self.more = folding("More", self.files)
+        for name in FILES: self.own.rows[name].widget.placeholder = "path"
+        self.top, self.beneath = (own, row(self.choice)), (row(self.more), self.files)
 
     def chosen(self):
         return OWN if self.config.train_file or "train_file" in self.values.typed else self.config.dataset
@@ -220,24 +232,6 @@ class TextChoice(Stoppable):
         if self.busy: return
         if name == OWN: self.values.set(**self.mine)
         else: self.values.set(dataset=name, **dict.fromkeys(FILES))
-
-# %% ../../nbs/panels/76_data.ipynb #9b5622e4
-class TextFields(TextChoice):
-    "The choice with the fields of own files; a subclass has `receive(name, value)` and `allow(start)`."
-    def __init__(self, before=None, **values):
-        super().__init__(before, **values)
-        self.own = Form(self.values, FILES + READING)
-        texts = zip(FILES, ("Upload a text", "Upload a held-out text"))
-        self.uploads = [upload_button(text, functools.partial(self.receive, name)) for name, text in texts]
-        kinds = ("Text, a Word document or a table (.txt, .md, .docx, .csv, .jsonl, .parquet), up to 10 MB. For a "
-                 "larger file see More.")
-        larger = ("Put a larger file next to the notebook (in Colab's Files panel) and type its name: a file, a "
-                  "folder, a pattern such as poems/*.txt, or hf://datasets/USER/NAME.")
-        own, other = map(drop_zone, self.uploads, (kinds, larger), ("cg-primary", ""))
-        self.files = widgets.VBox([other, self.own.box])
-        self.more = folding("More", self.files)
-        for name in FILES: self.own.rows[name].widget.placeholder = "path"
-        self.top, self.beneath = (own, row(self.choice)), (row(self.more), self.files)
 
     def refresh(self):
         super().refresh()

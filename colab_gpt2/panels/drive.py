@@ -143,9 +143,10 @@ def describe_saved(saved, room="") -> str:
     told = "".join(f"<p class='cg-line'>{escape(line)}</p>" for line in lines)
     return f"{told}<details><summary>Details</summary>{table(rows)}{room}</details>"
 
-# %% ../../nbs/panels/80_drive.ipynb #e6e93486
-class DriveSource(AfterTraining):
-    "The model to save, that of the FinetunePanel `before`, and the archive to restore."
+# %% ../../nbs/panels/80_drive.ipynb #cc88f6c5
+class DriveWidgets(AfterTraining):
+    "The model to save, that of the FinetunePanel `before`, the archives on the Drive, and the buttons."
+    nothing = [("none found", "")]  # in place of archives
     comments = {"restore": "# to load it again later\n"}
 
     def __init__(self, before=None, **values):
@@ -153,22 +154,6 @@ class DriveSource(AfterTraining):
         if before: values = {"model": (before.saved or before.config).folder, **values}
         super().__init__(before, Values(changed(DriveConfig(), **values)))
         if before: super().take(before)
-
-    def take(self, panel):
-        super().take(panel)
-        if panel.saved: self.values.set(model=panel.saved.output_dir)
-
-    def use(self, folder): "What was restored is saved already."
-
-    def calls(self): return self.config.calls(self.chosen)
-
-# %% ../../nbs/panels/80_drive.ipynb #cc88f6c5
-class DriveWidgets(DriveSource):
-    "The fields of a DriveConfig, the archives on the Drive, and the buttons."
-    nothing = [("none found", "")]  # in place of archives
-
-    def __init__(self, before=None, **values):
-        super().__init__(before, **values)
         self.form = Form(self.values, ["model", "archive", "overwrite", "drive", "folder"])
         self.target = Form(self.values, ["restore_to"])
         self.kept_there = widgets.Dropdown(options=self.nothing, description="Saved model", **wide(440))
@@ -182,6 +167,14 @@ class DriveWidgets(DriveSource):
         self.loading.observe(lambda _: self.list_kept(), "value")
         self.assemble(row(save, self.halt, download, self.again), self.status, self.far, self.link.widget, self.view,
                       row(self.more, self.loading), self.form.box, load)
+
+    def take(self, panel):
+        super().take(panel)
+        if panel.saved: self.values.set(model=panel.saved.output_dir)
+
+    def use(self, folder): "What was restored is saved already."
+
+    def calls(self): return self.config.calls(self.chosen)
 
     def make_buttons(self):
         self.buttons = dict(

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/panels/73_fields.ipynb #f4bf76e7
-import contextlib, functools, html, types
+import contextlib, functools, html
+from typing import get_args
 from dataclasses import fields, replace
 
 import ipywidgets as widgets
@@ -124,7 +125,7 @@ class Values(Changing):
 # %% ../../nbs/panels/73_fields.ipynb #bfdaa5ad
 def kinds(f) -> tuple:
     "The types that the field `f` may have, None's among them."
-    return f.type.__args__ if isinstance(f.type, types.UnionType) else (f.type,)
+    return get_args(f.type) or (f.type,)
 
 # %% ../../nbs/panels/73_fields.ipynb #38e0dee9
 def read_typed(f, typed):

@@ -70,8 +70,7 @@ class Forecaster:
         now, then = (BYTES_A_TOKEN["tiny" if (c.tokenizer or c.model) == "tiny" else "gpt2"] for c in both)
         tokens = int(self.size.tokens * then / now)
         longest = pick_block_size(config, model_context(shape), tokens)
-        text = TextSize(tokens, min(longest, max(tokens, 2)), "an estimate")
-        return plan_run(shape, text, self.runtime, config)
+        return plan_run(shape, TextSize(tokens, min(longest, max(tokens, 2)), "an estimate"), self.runtime, config)
 
     def foresee(self, config) -> tuple:
         "A button's words for the run that was planned last, and what it would do: see `resuming`."
@@ -79,8 +78,7 @@ class Forecaster:
         now = {**asked(config), "block_size": self.size.block_size, "text": getattr(self.size, "sha256", None)}
         return foresee(config, now)
 
-    def keep(self, config, plan):
-        self.measured = self.key(config), plan
+    def keep(self, config, plan): self.measured = self.key(config), plan
 
     def key(self, config):
         elsewhere = dict(resume="auto", output_dir=None, overwrite_output_dir=False, prompt=None)

@@ -131,8 +131,7 @@ class Writer:
         how["settings"] = {name: given for name, given in options.items() if name not in how}
         streams = [stream(model, tokenizer=tokenizer, **options) for model, tokenizer in pairs]
         for texts, ended in in_turn(streams):
-            before = texts[0] if len(texts) == 2 else None
-            yield Sides(before=before, after=texts[-1], whole=ended, **how)
+            yield Sides(before=texts[0] if len(texts) == 2 else None, after=texts[-1], whole=ended, **how)
 
     def remember(self, sides): self.texts = [sides, *self.texts][:REMEMBERED]
 

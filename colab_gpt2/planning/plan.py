@@ -77,11 +77,13 @@ def estimate_text(config: FinetuneConfig, context: int, size: int | None = None)
     "The training text, of `size` bytes or as published, in tokens of tiny's tokenizer or GPT-2's."
     def sized(tokens, source): return TextSize(tokens, pick_block_size(config, context, tokens), source)
     tokenizer = "tiny" if (config.tokenizer or config.model) == "tiny" else "gpt2"
-    if size is None and tokenizer == "gpt2" and config.dataset in KNOWN_TOKENS:
-        return sized(KNOWN_TOKENS[config.dataset], "the known count of GPT-2's tokenizer; nothing was downloaded")
-    if not (size := size or TRAIN_BYTES.get(config.dataset)):
-        raise ValueError(Sentence("How long {dataset} {name} is, is not known until it has been loaded once.",
-                                  name=config.dataset))
+    field = "train_file" if config.train_file else "dataset"  # which may be one of the Hub
+    name = getattr(config, field)
+    if size is None and tokenizer == "gpt2" and name in KNOWN_TOKENS:
+        return sized(KNOWN_TOKENS[name], "the known count of GPT-2's tokenizer; nothing was downloaded")
+    if not (size := size or TRAIN_BYTES.get(name)):
+        raise ValueError(Sentence(f"How long {{{field}}} {{name}} is, is not known until it has been loaded once.",
+                                  name=name))
     each = BYTES_A_TOKEN[tokenizer]
     return sized(int(size / each), f"an estimate from {human_bytes(size)} at {each} bytes a token")
 

@@ -174,7 +174,8 @@ def json_lines(source):
             if source.line == 1 and line.strip() == "{":
                 raise ValueError(f"{source.faults.called} is one JSON object over several lines. A list of records "
                                  "([{…}, {…}]) or a record in each line is read.") from e
-            source.faults.add(place, f"broken or cut off JSON ({getattr(e, 'msg', 'too deep')})")
+            why = getattr(e, "msg", "too deep, or a number is too long")
+            source.faults.add(place, f"broken or cut off JSON ({why})")
         else: yield from as_row(value, place, source)
 
 # %% ../../nbs/text/10_formats.ipynb #10a00012

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/text/12_tokens.ipynb #f3f1da51
-import copy, functools, hashlib, json, re
+import copy, hashlib, json, re
 
 import numpy as np
 
@@ -115,13 +115,6 @@ def private_copy(tokenizer):
     backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
     return backend
 
-# %% ../../nbs/text/12_tokens.ipynb #12000007
-def state_of(tokenizer, backend, vocabulary) -> str:
-    "All that decides about ids: the `backend`, or in Python the settings, wherever files lie."
-    if backend: return backend.to_str() + str(bool(getattr(tokenizer, "split_special_tokens", False)))
-    given = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_path"))}
-    return json.dumps([type(tokenizer).__name__, sorted(vocabulary.items()), given], sort_keys=True)
-
 # %% ../../nbs/text/12_tokens.ipynb #47fef69b
 def cut_patterns(backend) -> list:
     """For the line ends and the spaces before which a `tokenizers.Tokenizer` that splits as GPT-2's does surely splits:
@@ -155,16 +148,16 @@ class Encoder:
         self.end, self.opening, vocabulary = end_mark(tokenizer), opening_ids(tokenizer), tokenizer.get_vocab()
         ends = {tokenizer.eos_token_id, tokenizer.sep_token_id, vocabulary.get(self.end)} - {None, *self.opening}
         self.ends = [-1, *sorted(ends)]  # -1 stands before the first id
-        self.fast = fast = getattr(tokenizer, "backend_tokenizer", None)
-        if fast and (fast.padding or fast.truncation): fast = self.backend
-        self.cuts = cut_patterns(fast) if fast else []
-        state = state_of(tokenizer, fast, vocabulary) + str([self.opening, self.ends]) * bool(self.opening)
+        self.backend = getattr(tokenizer, "backend_tokenizer", None) and private_copy(tokenizer)
+        self.cuts = cut_patterns(self.backend) if self.backend else []
+        if self.backend: state = self.backend.to_str() + str(self.backend.encode_special_tokens)
+        else:  # in Python; where its files lie decides nothing
+            given = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_path"))}
+            state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items()), given], sort_keys=True)
+        state += str([self.opening, self.ends]) * bool(self.opening)
         self.fingerprint = hashlib.sha256((state + self.end * (self.end != END)).encode()).hexdigest()
         self.vocabulary_size = max(vocabulary.values()) + 1
         self.dtype = np.dtype("uint16" if self.vocabulary_size <= 1 << 16 else "uint32")
-
-    @functools.cached_property
-    def backend(self): return private_copy(self.tokenizer)
 
     def encode(self, texts):
         "An array of ids for each of `texts`."
@@ -180,6 +173,6 @@ class Encoder:
         return found
 
     def slowly(self, texts):
-        if self.fast: found = (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        if self.backend: found = (e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False))
         else: found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.array(ids, self.dtype) for ids in found]
