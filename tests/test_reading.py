@@ -34,6 +34,7 @@ FORMATS = {
     "a.csv": table(TIDES), "semicolons.csv": table(TIDES, delimiter=";"), "tabs.csv": table(TIDES, delimiter="\t"),
     "bars.csv": table(TIDES, delimiter="|"), "a.TSV": table(TIDES, delimiter="\t"),
     "unix.csv": table(TIDES, lineterminator="\n"), "excel.csv": b"sep=;\r\n" + table(TIDES, delimiter=";"),
+    "excel with a mark.csv": b"\xef\xbb\xbfsep=\t\r\n" + table(TIDES, delimiter="\t"),
     "quoted.csv": table(TIDES, quoting=csv.QUOTE_ALL), "mac.csv": table(TIDES, lineterminator="\r"),
     "marked.csv": b"\xef\xbb\xbf" + table(TIDES), "windows.csv": table(TIDES).decode().encode("utf-16"),
     "a.jsonl": lines(records(TIDES)), "a.ndjson": lines(records(TIDES)) + b"\n\n", "alone.jsonl": lines(TIDES),

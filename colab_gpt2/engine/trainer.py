@@ -326,7 +326,7 @@ def training_arguments(config, plan) -> TrainingArguments:
         ddp_broadcast_buffers=False, disable_tqdm=True, report_to="none", **(DIVIDED if recipe.shards > 1 else {}))
     try:
         same = {name: value for name in SAME if (value := getattr(config, name)) is not None}
-        if config.lr_scheduler_type.endswith("min_lr"): same["lr_scheduler_kwargs"] = dict(min_lr_rate=0.1)
+        if config.lr_scheduler_type.endswith("min_lr"): same["lr_scheduler_kwargs"] = dict(min_lr_rate=0.1)  # nanoGPT's
         if plan.steps == 1: same["warmup_steps"] = 0  # or the rate of its one step would be 0
         arguments = TrainingArguments(**{**same, **decided, **config.trainer_args})
         check_parts(arguments)

@@ -234,7 +234,7 @@ def half_of(value, given):
 # %% ../../nbs/legacy/90_flags.ipynb #7d20c1a1
 def rank_of(value, given):
     "`--local_rank`, which torch's launchers give each process."
-    if value in (-1, int(os.environ.get("LOCAL_RANK", -1))): return {}, "nothing: LOCAL_RANK says the same"
+    if value in (-1, int(os.environ.get("LOCAL_RANK") or -1)): return {}, "nothing: LOCAL_RANK says the same"
     raise ValueError("type torchrun --nproc-per-node 2 -m colab_gpt2.run_language_modeling, then the other flags.")
 
 # %% ../../nbs/legacy/90_flags.ipynb #5a5ba5c0

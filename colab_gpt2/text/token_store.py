@@ -200,7 +200,7 @@ def tokenised(path, encoder, shares, n):
 def processes() -> int:
     "How many tokenise a text together."
     if not hasattr(os, "sched_getaffinity") or multiprocessing.current_process().daemon: return 1  # no Linux, no fork
-    waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    waiting = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return min(core_count() * waiting, len(os.sched_getaffinity(0)), 8)
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e000c

@@ -118,7 +118,7 @@ def private_copy(tokenizer):
 # %% ../../nbs/text/12_tokens.ipynb #47fef69b
 def cut_patterns(backend) -> list:
     """For the line ends and the spaces before which a `tokenizers.Tokenizer` that splits as GPT-2's does surely splits:
-    the last of a run of white space, unless an added token may follow. None for any other."""
+    the last of a run of white space, unless an added token may follow. [] for any other."""
     split, added = backend.pre_tokenizer, backend.get_added_tokens_decoder().values()
     if type(split).__name__ != "ByteLevel" or split.add_prefix_space or not split.use_regex: return []
     if backend.normalizer is not None or getattr(backend.model, "dropout", None): return []
