@@ -37,11 +37,11 @@ def is_folder(path) -> bool:
     return False
 
 # %% ../nbs/03_runtime.ipynb #64dda586
-SPELLINGS = DRIVES[:2]
+SPELLINGS, MOUNT = DRIVES[:2], Path("/content/drive")
 
-def my_drive(mountpoint):
-    "The user's Drive below `mountpoint`, in either spelling, or None."
-    return next(filter(is_folder, (Path(mountpoint, name) for name in SPELLINGS)), None)
+def my_drive(mountpoint=None):
+    "The user's Drive below `mountpoint`, or Colab's, in either spelling, or None."
+    return next(filter(is_folder, (Path(mountpoint or MOUNT, name) for name in SPELLINGS)), None)
 
 # %% ../nbs/03_runtime.ipynb #0c5f0499
 def drive_path(path) -> Path:
@@ -56,7 +56,7 @@ def check_mounted(path, field="") -> Path:
     "`drive_path(path)`; FileNotFoundError about `field` for a Drive that is not mounted. Nothing is made."
     path, colab = drive_path(path), in_colab()
     top = drive_top(path, anywhere=colab)
-    if colab and not top and path.absolute().is_relative_to("/content/drive"): top = Path("/content/drive/MyDrive")
+    if colab and not top and path.absolute().is_relative_to(MOUNT): top = MOUNT/"MyDrive"
     if not top or my_drive(top.parent): return path
     other = f", or choose another {{{field}}}" if field else ""
     told = f"Drive is not mounted: there is no folder {{path}}. Run mount_drive() in a cell first{other}."

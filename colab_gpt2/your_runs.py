@@ -125,7 +125,7 @@ def mirrored(folder) -> KnownRun | None:
 def on_drive(drive=None, packed=True) -> list:
     "The runs on the `drive`, or on a mounted Colab's: its mirror's, and those `packed` in archives."
     try:
-        if not (place := drive_folder(drive) if drive else in_colab() and my_drive("/content/drive")): return []
+        if not (place := drive_folder(drive) if drive else in_colab() and my_drive()): return []
         top = place/"colab-gpt2"
         with explained(f"Looking at {top}"):
             copies = known_in(mirrored, filter(Path.is_dir, top.glob("runs/*")))

@@ -18,11 +18,6 @@ from helpers.colab_stub import colab, environment, stub, watch_deletions
 def my_drive(colab): return mount_drive(colab.mountpoint)
 
 
-def mount_here(monkeypatch, colab):
-    "Have `mount_drive()` mount where tests may write: /content/drive is not ours to make."
-    monkeypatch.setattr("colab_gpt2.storage.drive.mount_drive", lambda: mount_drive(colab.mountpoint))
-
-
 # ---- mounting
 
 @pytest.mark.parametrize("fault, kind, line", [
@@ -45,9 +40,8 @@ def test_a_folder_is_packed_before_it_is_saved(tmp_path):
         save_to_drive(tmp_path, drive=tmp_path)
 
 
-def test_the_drive_is_asked_for_before_the_work(colab, monkeypatch):
+def test_the_drive_is_asked_for_before_the_work(colab):
     "Refused, which stops nothing; then allowed."
-    mount_here(monkeypatch, colab)
     with colab.faults(authorization_denied=True): said = ask_for_drive()
     assert said.startswith("Drive was not authorised") and len(said) > len("Drive was not authorised")
     assert ask_for_drive() == f"The Drive is mounted at {colab.mountpoint/'MyDrive'}."
@@ -116,8 +110,7 @@ def test_a_drive_that_cannot_exist_is_no_failure(stub, archive, monkeypatch, kag
     assert saved["path"] is None and saved["why"] and not saved["failed"]
 
 
-def test_a_drive_that_was_refused_is_a_failure(colab, archive, monkeypatch):
-    mount_here(monkeypatch, colab)
+def test_a_drive_that_was_refused_is_a_failure(colab, archive):
     with colab.faults(authorization_denied=True):
         assert save_or_say_why(archive.path, "colab-gpt2", None, progress=False)["failed"]
 
@@ -324,7 +317,6 @@ def test_an_archive_that_was_cut_off_is_not_saved(archive, tmp_path):
 
 
 def test_save_and_restore_on_colab(colab, archive, model, tmp_path, monkeypatch):
-    mount_here(monkeypatch, colab)
     saved = save_to_drive(archive, progress=False)
     assert saved.path == colab.mountpoint/"MyDrive"/"colab-gpt2"/"gpt2-tuned.tar.gz" and saved.sha256 == archive.sha256
     assert saved.note.startswith("Read back, but from this machine: Drive uploads in the background")
@@ -382,7 +374,8 @@ def test_flush_that_fails(colab, archive, my_drive):
 
 @pytest.mark.parametrize("place, line", [
     ("content/drive/MyDrive", "Drive is not mounted: there is no folder {}. Run mount_drive() in a cell first."),
-    ("content/drive", "There is no folder {}. Run mount_drive() in a cell first")])
+    ("content/drive", "Drive is not mounted: there is no folder {}/MyDrive. Run mount_drive() in a cell first."),
+    ("content/usb", "There is no folder {}. Run mount_drive() in a cell first")])
 def test_drive_not_mounted_is_not_made_on_the_local_disk(colab, archive, tmp_path, place, line):
     (tmp_path/"content").mkdir(exist_ok=True)
     for action in (lambda: save_to_drive(archive, drive=tmp_path/place),

@@ -96,8 +96,8 @@ def on_drive(step=3, **faults):
     "A Drive is mounted that has these faults from this step on."
     sys.path.insert(0, str(SOURCE))
     from google.colab import _stub, drive
-    from colab_gpt2.storage import mirror
-    mirror.MOUNT = Path("content/drive").absolute()
+    from colab_gpt2 import runtime
+    runtime.MOUNT = Path("content/drive").absolute()
     os.makedirs("content")
     with _stub.pretend(drive="backing"):
         drive.mount("content/drive")
@@ -357,8 +357,9 @@ def train_with_a_mirror(number) -> dict:
     sys.path.insert(0, str(SOURCE))
     from google.colab import _stub, drive
     from transformers.trainer_callback import CallbackHandler
+    from colab_gpt2 import runtime
     from colab_gpt2.storage import mirror
-    mirror.MOUNT = Path("content/drive").absolute()
+    runtime.MOUNT = Path("content/drive").absolute()
     sleep, now, on_step_end = time.sleep, time.monotonic, CallbackHandler.on_step_end
     patience = 60
     if "bytes_per_second" in fault.switches:  # ten minutes take two seconds

@@ -61,8 +61,7 @@ def checkpoint(output):
 
 
 @pytest.fixture
-def my_drive(colab, monkeypatch):
-    monkeypatch.setattr(room, "MOUNT", colab.mountpoint)
+def my_drive(colab):
     return mount_drive(colab.mountpoint)
 
 
@@ -154,8 +153,7 @@ def test_a_drive_that_is_unmounted_when_a_copy_is_complete_is_named(colab, my_dr
     assert mirror.status() == "Drive: checkpoint-100 failed (not mounted)" and os.listdir(colab.mountpoint) == []
 
 
-def test_a_drive_that_was_never_mounted_is_said_before_the_run(colab, output, checkpoint, monkeypatch):
-    monkeypatch.setattr(room, "MOUNT", colab.mountpoint)
+def test_a_drive_that_was_never_mounted_is_said_before_the_run(colab, output, checkpoint):
     mirror = opened(output)
     assert mirror.told.startswith("No Drive is mounted, so checkpoints are on this machine only")
     copy(mirror, checkpoint(100))

@@ -19,7 +19,7 @@ from colab_gpt2.resuming import where_to_resume
 from colab_gpt2.resuming import check_output_dir
 from colab_gpt2.training import read_finished
 from helpers.archives import make_model
-from helpers.colab_stub import stub
+from helpers.colab_stub import colab, stub
 
 TIDE = "The tide came in and went out again.\n\n" * 40
 OLD = dict(do_train=True, model_name_or_path="tiny", train_data_file="~/t.txt", output_dir="~/old")
@@ -170,22 +170,22 @@ def test_the_drive_can_be_mounted_after_a_door_refused_it(stub, tmp_path):
     place = tmp_path/"content/drive/MyDrive/x"
     with pytest.raises(FileNotFoundError, match="Drive is not mounted"): check_output_dir(place)
     with stub.pretend():
-        for path in ("MyDrive/x", "gdrive/MyDrive/x", "/content/drive/x"):  # there a Drive may be mounted anywhere
+        for path in ("MyDrive/x", "gdrive/MyDrive/x", place.parent.parent/"x"):  # there one is anywhere
             with pytest.raises(FileNotFoundError, match="Drive is not mounted"): check_mounted(path)
         found = mount_drive(tmp_path/"content/drive")
         assert check_output_dir(tmp_path/"content/drive/My Drive/x") == found/"x"
 
 
-def test_no_mirror_and_no_log_makes_colabs_mountpoint(stub):
+def test_no_mirror_and_no_log_makes_colabs_mountpoint(colab):
     "Nor a Drive, whose mount may come back."
-    with stub.pretend():
-        for field, door in dict(
-                mirror=lambda path: mirror_folder(FinetuneConfig(mirror=path, output_dir="o"), "kernel"),
-                trainer_args=lambda path: check_trainer_args(dict(logging_dir=path))).items():
-            with pytest.raises(FileNotFoundError, match="Drive is not mounted") as e: door("/content/drive/backup")
-            assert fields_of(e.value) == (field,)
-        gone = "/content/drive/MyDrive/backup"
-        assert mirror_folder(FinetuneConfig(mirror=gone, output_dir="o"), "kernel") == (Path(gone), "")
+    for field, door in dict(
+            mirror=lambda path: mirror_folder(FinetuneConfig(mirror=path, output_dir="o"), "kernel"),
+            trainer_args=lambda path: check_trainer_args(dict(logging_dir=path))).items():
+        with pytest.raises(FileNotFoundError, match="Drive is not mounted") as e: door(colab.mountpoint/"backup")
+        assert fields_of(e.value) == (field,)
+    gone = colab.mountpoint/"MyDrive"/"backup"
+    assert mirror_folder(FinetuneConfig(mirror=gone, output_dir="o"), "kernel") == (gone, "")
+    assert not gone.exists()
 
 
 def test_a_drive_that_was_unmounted_meanwhile_is_not_made(stub, tmp_path):

@@ -92,7 +92,7 @@ def archives_on(drive, folder) -> list:
 # %% ../../nbs/panels/80_drive.ipynb #9a10c004
 def drive_there(drive) -> Path | None:
     "The Drive, or the folder that stands for it, if it is there: nobody is asked, nothing is made."
-    if in_colab(): return my_drive(drive or "/content/drive") or (drive and is_folder(drive) and Path(drive) or None)
+    if in_colab(): return my_drive(drive) or (drive and is_folder(drive) and Path(drive) or None)
     return my_drive(drive) or Path(drive) if drive and is_folder(drive) else None
 
 # %% ../../nbs/panels/80_drive.ipynb #9a10c006

@@ -10,6 +10,7 @@ import contextlib, dataclasses, glob, itertools, os, re, socket, sys, tempfile, 
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import runtime
 from ..core import Record, check_space, copy_synced, discard, home, human_bytes, human_time, nearest, replace
 from ..core import retried, sha256_of
 from ..errors import GONE, REMOUNT, Sentence, check_number, explained, may_pass, same_kind
@@ -137,7 +138,7 @@ def mount_drive(
         raise FileNotFoundError(Sentence("Google Drive can be mounted on Colab only, and this is another machine. "
                                          "Name a folder to save in: {drive}."))
     if not in_colab(): return drive_folder(mountpoint, make=True)
-    mountpoint = Path(mountpoint or "/content/drive")
+    mountpoint = Path(mountpoint or runtime.MOUNT)
     if mountpoint.name in SPELLINGS: mountpoint = mountpoint.parent
     if not force_remount and (found := my_drive(mountpoint)): return found
     if threading.current_thread() is not threading.main_thread():

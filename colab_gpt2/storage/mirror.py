@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from .. import runtime
 from ..core import drive_top, home, plain, retried
 from ..engine.checkpoints import list_files
 from ..errors import Sentence, about, errno_of, explained, may_pass, shortened
@@ -170,7 +171,6 @@ class Mirror(Copying, TrainerCallback):
         return f"Your last session saved this {spoken(gap) if gap >= 60 else 'less than a minute'} before it ended."
 
 # %% ../../nbs/storage/53_mirror.ipynb #97c0e0d1
-MOUNT = Path("/content/drive")
 NOT_MOUNTED = ("No Drive is mounted, so checkpoints are on this machine only, and lost with its session. To have them "
                "copied, stop, run `from colab_gpt2 import mount_drive; mount_drive()` in a cell, and start again.")
 
@@ -189,8 +189,8 @@ def mirror_folder(config, colab) -> tuple:
         with contextlib.suppress(OSError): return drive_path(config.mirror), ""
         return home(config.mirror), ""  # a mount that has gone may come back
     if config.mirror == "off" or not colab: return None, ""
-    try: drive = my_drive(MOUNT)
-    except OSError: drive = MOUNT/"MyDrive"  # its mount has gone, and may come back
+    try: drive = my_drive()
+    except OSError: drive = runtime.MOUNT/"MyDrive"  # its mount has gone, and may come back
     if not drive: return None, NOT_MOUNTED
     if output_dir.is_relative_to(os.path.realpath(drive)): return None, ""
     return drive/"colab-gpt2"/"runs", ""

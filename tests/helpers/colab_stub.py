@@ -31,11 +31,13 @@ def watch_deletions(monkeypatch):
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    "google.colab._stub, freshly imported, not on Colab; the folder `tmp_path/drive-backing` is behind the Drive."
+    """google.colab._stub, freshly imported, not on Colab. The folder `tmp_path/drive-backing` is behind the Drive,
+    whose usual place is in `tmp_path/content`: what was left in this machine's own /content is not looked at."""
     for name in ("COLAB_RELEASE_TAG", "TBE_EPHEM_CREDS_ADDR", "TBE_RUNTIME_ADDR", "COLAB_STUB_FAULTS",
                  "COLAB_STUB_SECRETS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLAB_STUB_DRIVE", str(tmp_path/"drive-backing"))
+    monkeypatch.setattr("colab_gpt2.runtime.MOUNT", tmp_path/"content"/"drive")
     monkeypatch.syspath_prepend(str(SOURCE))
     from google.colab import _stub, drive
     yield _stub
