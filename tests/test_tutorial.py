@@ -172,7 +172,7 @@ def test_the_folded_python_runs(notebook, offline, monkeypatch, tmp_path):
         code = [fold.replace(told, small) for fold in code]
     for fold in code: exec(compile(fold, "the folded Python", "exec"), {})
     assert (tmp_path/"by-hand"/"model.safetensors").exists()
-    assert (tmp_path/"drive"/"colab-gpt2"/"by-hand.tar.gz").exists()
+    assert (tmp_path/"drive"/"colab-gpt2"/"gpt2-by-hand.tar.gz").exists()
 
 
 # Kaggle's

@@ -11,7 +11,7 @@ DROPPED = "## Connect Google Drive", "ask_for_drive"  # what their cells have in
 METADATA = dict(accelerator="nvidiaTeslaT4", dataSources=[], isGpuEnabled=True, isInternetEnabled=True, language="python", sourceType="notebook")
 
 CHANGES = {
-    "> Runtime → Run all …": "> Run All on the two T4s that Kaggle lends for nothing, and about ten minutes later you'll have your own language model.",
+    "> Runtime → Run all …": "> Run All on the two T4s that Kaggle lends for free, and about ten minutes later you'll have your own language model.",
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/":
         "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/",
     f"tutorials/{COLAB.name}": f"tutorials/{KAGGLE.name}",
@@ -36,7 +36,7 @@ For the first two, Kaggle asks you once to verify your phone number.
     "Colab already has": "Kaggle already has",
     "*Runtime → Change runtime type* lists what Colab offers. The free one is the **T4**, and it is enough.":
         "*Settings → Accelerator* lists what Kaggle offers. Choose **GPU T4 x2**.",
-    "| in the menu …": """| in the menu | memory | which GPT-2 it trains on WikiText-2, and how long two epochs take (forecast) |
+    "| in the menu …": """| in the menu | memory | which GPT-2 it trains on WikiText-2, the text of step 2, and how long reading that twice takes (forecast) |
 |:--|:--|:--|
 | GPU T4 x2 | 15 GB each | gpt2 2 min, gpt2-medium 6 min, gpt2-large 13 min; gpt2-xl by LoRA, 17 min |
 | GPU P100 | 16 GB | none: today's PyTorch has no code for it any more |

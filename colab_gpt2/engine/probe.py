@@ -14,7 +14,7 @@ import torch
 
 from ..core import human_bytes
 from ..model.loading import own_part
-from ..model.tune import casting_once, compiled, repeated_blocks
+from ..model.tune import casting_once, compiled, repeated_blocks, return_freed_memory
 from ..planning.plan import Plan, smaller_micro_batch
 from .sharding import sharded
 from ..ranks import RANKS, agreed, gathered, lost_told
@@ -60,12 +60,12 @@ def moment_bytes(model, optimizer) -> int:
 def probe(trainer, plan) -> Plan:
     "The plan with measured memory and time. Raises what torch raises when memory runs out."
     model, device = trainer.model, trainer.args.device
-    blocks = min(plan.blocks_per_step, len(trainer.train_dataset))  # a text may have fewer than a step takes
-    blocks = math.ceil(blocks / RANKS.all)
+    blocks = math.ceil(min(plan.blocks_per_step, len(trainer.train_dataset)) / RANKS.all)  # a text may have fewer
     part = min(plan.recipe.micro_batch, blocks)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(part)])
     batch, seconds = {name: value.to(device) for name, value in batch.items()}, []
     model.train()
+    return_freed_memory()  # for the moments
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             for _ in range(3):

@@ -88,7 +88,7 @@ def notes_on(data, name, tokenizer, lost=False):
 
 # %% ../../nbs/text/12_tokens.ipynb #a598e47a
 def sample_of(path) -> bytes:
-    "The beginning of a text, and what else of it `notes_on` looks for; to map the file would fill the memory."
+    "The beginning of a text, and what else of it `notes_on` looks for; a map would fill the memory."
     marks, missing, start, last = re.compile("|".join(map(re.escape, MARKS)).encode()), {b"\n", b"  "}, b"", b""
     missing |= {mark.encode() for mark in MARKS}
     with open(path, "rb") as f:
