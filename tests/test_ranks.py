@@ -374,10 +374,20 @@ def test_a_rank_that_cannot_be(text, tmp_path, rank, all):
     assert kind == "OSError" and said.startswith(f"RANK is {rank} and WORLD_SIZE {all or 1}: give each of so many")
 
 
+def test_a_rank_that_is_no_number_is_one_line(shell, text):
+    ran = shell("colab-gpt2", "finetune", "--model", text/"toy", "--train-file", text/"train.txt", "--max-steps", 1,
+                RANK="one", WORLD_SIZE="2")
+    said = "RANK is one and WORLD_SIZE 2: give each of so many processes its own RANK"
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and said in ran.stderr
+
+
 @pytest.mark.parametrize("all", ["2", "0", "two", ""])
 def test_without_a_rank_a_process_speaks(monkeypatch, all):
     monkeypatch.setenv("WORLD_SIZE", all)
     assert ranks.first() and ranks.expected() == (2 if all == "2" else 1)
+
+def test_without_a_rank_the_command_line_speaks(shell):
+    assert "memory" in shell("colab-gpt2", "check", WORLD_SIZE="2").stdout
 
 
 ENDS = """import atexit, os, runpy, sys
@@ -386,7 +396,8 @@ sys.argv[1:] = [{word!r}]
 runpy.run_module({module!r}, run_name="__main__")"""
 
 @pytest.mark.parametrize("module, word, code", [
-    ("colab_gpt2", "--help", 0), ("colab_gpt2.run_language_modeling", "--output_dir=new", 2)])
+    ("colab_gpt2", "--help", 0), ("colab_gpt2", "--no-such-flag", 2),
+    ("colab_gpt2.run_language_modeling", "--output_dir=new", 2)])
 def test_only_the_first_ends_as_python_does(shell, module, word, code):
     "A thread of torch that still gives up what it exchanged last would abort that, once in some twenty times."
     ran = [shell(sys.executable, "-c", ENDS.format(word=word, module=module), RANK=rank, WORLD_SIZE="2")

@@ -65,7 +65,7 @@ def probe(trainer, plan) -> Plan:
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(part)])
     batch, seconds = {name: value.to(device) for name, value in batch.items()}, []
     model.train()
-    return_freed_memory()  # for the moments
+    return_freed_memory()  # the moments take it
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             for _ in range(3):
