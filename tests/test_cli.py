@@ -67,6 +67,7 @@ def test_a_folder_at_home_is_there(cli, tmp_path, monkeypatch):
 
 # The steps
 
+@pytest.mark.same
 def test_steps_one_by_one(cli, own):
     "Each step as a subcommand of its own, on what the one before left."
     def ask(*words):
@@ -249,6 +250,7 @@ def test_an_error_in_the_middle_of_a_text_has_a_line_of_its_own(cli, monkeypatch
     assert (ran.stdout, ran.stderr, ran.returncode) == ("The tide\n", "colab-gpt2: the model broke\n", 1)
 
 
+@pytest.mark.same
 def test_a_run_tells_of_a_risen_perplexity_and_begins_its_samples_with_the_text(cli, own):
     ran = cli("finetune", *QUICK, *own, "--max-steps", "3", "--learning-rate", "0.3")
     assert ran.returncode == 0, ran.stderr

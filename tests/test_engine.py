@@ -235,6 +235,7 @@ def test_no_checkpoint_is_made_of_lost_weights(text, tmp_path):
     assert not list((tmp_path/"lost").glob("checkpoint-*"))  # though logging_steps is 10
 
 
+@pytest.mark.same
 def test_lost_weights_replace_no_good_model(text, tmp_path):
     "Nothing is logged between the first step and the last, and no checkpoint is made."
     run(text, tmp_path/"out", max_steps=2, save_steps=-1)
@@ -245,6 +246,7 @@ def test_lost_weights_replace_no_good_model(text, tmp_path):
     assert (tmp_path/"out"/"model.safetensors").read_bytes() == good
 
 
+@pytest.mark.same
 def test_speed_is_of_the_tokens_that_there_are(text, tmp_path, monkeypatch):
     "A batch that no text fills counts for what it is. Every step takes a second here."
     monkeypatch.setattr(Meter, "tokens_per_second", lambda self, tokens_per_step, newest=None: tokens_per_step)
@@ -451,6 +453,7 @@ def test_a_run_that_its_disk_cannot_hold_to_the_end_is_refused(text, tmp_path, m
     assert with_room(3.6).steps == 8
 
 
+@pytest.mark.same
 def test_what_goes_to_a_drives_trash_is_empty(text, tmp_path, monkeypatch):
     "Replaced checkpoints, and the weights of a former run."
     sizes, folder = watch_deletions(monkeypatch), tmp_path/"MyDrive"/"run"
@@ -480,6 +483,7 @@ def test_lora_is_quiet(text, tmp_path):
     assert [str(w.message) for w in said if w.category is FutureWarning or "peft" in w.filename] == []
 
 
+@pytest.mark.same
 def test_a_corrupted_checkpoint_is_skipped(text, tmp_path):
     "A bit that a copy has changed: the file is as long as it was."
     plain = run(text, tmp_path/"plain", save_steps=2)

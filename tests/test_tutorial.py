@@ -136,6 +136,7 @@ tasks.DEMO = replace(tasks.DEMO, max_steps=30)
 """
 
 
+@pytest.mark.same
 def test_run_all(notebook, offline, tmp_path):
     """The kernel starts with a shorter demo than a reader's: 30 steps show what a hundred would. Run all again, in a
     new kernel, finds the run finished, shows the same curve, and packs the same archive."""

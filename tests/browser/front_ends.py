@@ -1,5 +1,5 @@
 "The three front ends that the tests open in a browser, and a server for each, in a folder of its own."
-import contextlib, json, os, secrets, shutil, signal, socket, subprocess, time, urllib.request
+import contextlib, json, os, secrets, signal, socket, subprocess, time, urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ FRONT_ENDS = (FrontEnd("notebook-6", ".venv-colab", "notebook", "notebooks"),  #
 class Server:
     front_end: FrontEnd
     folder: Path  # of the notebooks
+    mount: Path  # where its kernels mount their Drive
     runtime: Path  # where kernels leave their connection files
     address: str
     token: str
@@ -79,18 +80,22 @@ def write_kernel(folder, python):
     (place/"kernel.json").write_text(json.dumps(spec))
 
 
-BRIEF = """
+BEGIN = """
 from dataclasses import replace
-from colab_gpt2 import tasks
+from pathlib import Path
+from colab_gpt2 import runtime, tasks
+runtime.MOUNT = Path({!r})
 tasks.DEMO = replace(tasks.DEMO, max_steps=24)
 """
 
 
-def write_brief(folder):
-    "Kernels start with a shorter demo than a reader's: 24 steps show what a hundred would."
+def write_beginning(folder, mount):
+    """Kernels begin with a Drive of their own instead of /content/drive, which is the whole machine's, and a shorter
+    demo than a reader's: 24 steps show what a hundred would."""
     startup = folder/"ipython"/"profile_default"/"startup"
     startup.mkdir(parents=True)
-    (startup/"brief.py").write_text(BRIEF)
+    mount.parent.mkdir()
+    (startup/"begin.py").write_text(BEGIN.format(str(mount)))
 
 
 def write_settings(folder, front_end):
@@ -125,20 +130,6 @@ def end(process, seconds=30):
 
 
 @contextlib.contextmanager
-def content(folder=Path("/content")):
-    "Colab's folder, made if need be, with no Drive mounted below it before or afterwards."
-    folder.mkdir(exist_ok=True)
-    mountpoint = folder/"drive"
-    if mountpoint.exists() and all(map(Path.is_symlink, mountpoint.iterdir())):
-        shutil.rmtree(mountpoint)  # the stub's, left by tests that were killed
-    if mountpoint.exists():
-        raise RuntimeError(f"{mountpoint} exists. A Drive is mounted there and removed afterwards: move it away.")
-    try: yield
-    finally:
-        if mountpoint.exists(): shutil.rmtree(mountpoint)  # links to the folder behind the Drive
-
-
-@contextlib.contextmanager
 def serving(front_end, folder):
     "A running Server for the notebooks in `folder`/notebooks."
     if not front_end.python.exists():
@@ -146,13 +137,14 @@ def serving(front_end, folder):
     (folder/"notebooks").mkdir(parents=True, exist_ok=True)
     write_kernel(folder/"kernels", front_end.python)
     write_settings(folder, front_end)
-    write_brief(folder)
+    mount = folder/"content"/"drive"
+    write_beginning(folder, mount)
     env, port = environment(folder, front_end), free_port()
     words = [front_end.python, "-m", "jupyter", front_end.command, "--no-browser", "--allow-root", "--ip=127.0.0.1",
              f"--port={port}"]
     address, token = f"http://127.0.0.1:{port}", env["JUPYTER_TOKEN"]
-    server = Server(front_end, folder/"notebooks", folder/"runtime", address, token, folder/"server.log")
-    with content(), open(server.log, "w") as log:
+    server = Server(front_end, folder/"notebooks", mount, folder/"runtime", address, token, folder/"server.log")
+    with open(server.log, "w") as log:
         process = subprocess.Popen(words, cwd=server.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_until_up(process, server)

@@ -23,7 +23,7 @@ def lose_machine(notebook, kernel):
     "End the process `kernel` without a word, and take away what was on its disk; the Drive has what it has."
     os.kill(kernel, signal.SIGKILL)
     for folder in (notebook.server.folder/"gpt2-tuned", notebook.server.folder.parent/"cache"): shutil.rmtree(folder)
-    shutil.rmtree("/content/drive")  # it is not mounted on the next machine
+    shutil.rmtree(notebook.server.mount)  # it is not mounted on the next machine
     (drive_of(notebook)/"mounted-at").unlink()
     notebook.after_a_crash()
 
@@ -84,7 +84,7 @@ def test_run_all(ran, record_property):
     "To the end, with a model on the Drive; no error, nothing on stderr, no complaint, a picture that stays."
     saved = ran.saved()
     outputs = [output for cell in saved.cells for output in cell.get("outputs", ())]
-    mounted = "Mounted at /content/drive\n"  # so says Colab
+    mounted = f"Mounted at {ran.server.mount}\n"  # so says Colab
     assert [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr" and o.text != mounted] == []
     assert "No GPU" in ran.panel(MACHINE).inner_text() and "Done in" in said(ran.panel(TRAINING))
     assert "There is no GPU here, so this starts with the small embedded model" in ran.panel(TRAINING).text_content()
@@ -175,6 +175,7 @@ def by_hand(manual):
     return float(subprocess.run(words, cwd=manual.parent, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.timeout(300, func_only=True)  # the other training, by hand, is a fixture
 def test_own_text_in_five_clicks(ran, manual, by_hand, record_property):
     """From a finished Run all to a model of a text of one's own, saved: upload, train, save, and nothing typed. It is
     nearly as good as one whose settings were sought by hand."""
