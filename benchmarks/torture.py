@@ -338,7 +338,7 @@ def rows_of(trials, interval=60 * MINUTES) -> list:
         counted = {side: [dict(n=sum(t.outcome == "equal" for t in mine))], "trials": [dict(n=len(mine))]}
         goal = target("equal after kill -9", "trials") if side == OURS else None
         rows.append(compare(f"equal after kill -9 {kind}, {side}", counted, "n", "trials", side, target=goal))
-    for where, peer in (("", "save interval"), (ON_NEW, "save interval and a copy")):
+    for where, peer in (("", "save interval and a step"), (ON_NEW, "save interval, a step and a copy")):
         lost = [one for t in trials if t.side == OURS and (t.kind == MACHINE) == bool(where) for one in t.lost]
         if not lost: continue
         def may_cost(one): return interval + one["longest"] + bool(where) * one["copy"]

@@ -1,5 +1,6 @@
 "Archives: the same bytes, nothing that leads elsewhere, every fault, and what is left on disk."
 import gzip, io, os, re, shutil, subprocess, sys, tarfile, tracemalloc, types
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,13 @@ def peak_of(action):
 
 
 # ---- archives
+
+def test_what_the_tutorial_types_unpacks_an_archive(archive, model, shell):
+    page = (Path(__file__).parents[1]/"nbs"/"tutorials"/"colab_gpt2.ipynb").read_text(encoding="utf-8")
+    for command in re.search(r"\(`(mkdir [^`]+)`, then `(tar [^`]+)`\)", page).groups():
+        assert shell(*command.split(), cwd=archive.path.parent).returncode == 0
+    assert tree(archive.path.parent/"gpt2-tuned") == tree(model)
+
 
 def test_same_bytes_from_another_place_time_umask_and_user(archive, model, tmp_path):
     other = shutil.copytree(model, tmp_path/"elsewhere"/"named otherwise", copy_function=shutil.copyfile)

@@ -16,9 +16,9 @@ CHANGES = {
         "[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/",
     f"tutorials/{COLAB.name}": f"tutorials/{KAGGLE.name}",
     "You need a Google account": "You need a Kaggle account",
-    "**How.** …": """**How.** Make the three settings below, then choose *Run All*. Everything else has a default, so you don't have to type anything, and you can leave it alone. If the session ends too early, choose *Run All* again: training resumes where it left off. Each step below has a few sentences, a panel and, under it, the same in plain Python.""",
+    "**How.** …": """**How.** Make the three settings below, then choose *Run All*. Everything else has a default, so you don't have to type anything, and you can leave it alone. If the session ends too early, choose *Run All* again: training resumes where it left off. (If you have uploaded a text, see *When the session ends too early* in step 3 first.) Each step below has a few sentences, a panel and, under it, the same in plain Python, to be copied into a new cell.""",
     "On a T4, training should take about 4 minutes": "On two T4s, training should take about 2 minutes",
-    "nowhere but to this machine and your Drive": "nowhere but to this machine",
+    "stays on this machine and is gone when the session ends; the model, its checkpoints and its samples go to your Drive.": "stays on this machine.",
     "**Without a GPU or a network** the notebook": "**Without a GPU** the notebook",
     "## Install": """## Before you start
 
@@ -44,7 +44,9 @@ For the first two, Kaggle asks you once to verify your phone number.
     "from colab_gpt2 import FinetunePanel\n\ntraining = FinetunePanel(text)":
         "from colab_gpt2 import FinetunePanel, check_runtime\n\ntraining = FinetunePanel(text, num_processes=check_runtime().gpus or 1)",
     "You can look at samples on the way, save, or stop and continue later.":
-        "You can look at samples on the way, save, or stop and continue later. *Processes* is the number of GPUs: each trains on its share of every step, and the model becomes what a single GPU would train, but for rounding and the chance in dropout.",
+        "You can save, or stop and continue later; with one GPU you can look at samples on the way, too. *Processes* is the number of GPUs: each trains on its share of every step, and the model becomes what a single GPU would train, but for rounding and the chance in dropout.",
+    "*Run all* starts that by itself": "*Run All* starts that by itself",
+    '`FinetunePanel(text, model="restored", output_dir="further")`': '`FinetunePanel(text, model="gpt2-tuned", output_dir="further", num_processes=2)`',
     "**When the session ends too early.** …": """**When the session ends too early.** Kaggle ends a session after 20 minutes in which you change and run nothing, and after 12 hours in any case. With *Persistence* at *Files only*, `/kaggle/working` comes back with the next one: open this notebook again, choose the same accelerator and *Run All*. It finds the newest checkpoint, the panel says at which step it resumes, and you get the same model as if nothing had happened. You lose about five minutes of training at most.""",
     "What you typed into a panel, …": """What you typed into a panel, or uploaded, is lost with the session. So that *Run All* finds it next time, write it into the cells: `FinetunePanel(text, num_train_epochs=4, num_processes=2)`, or `DataPanel(train_file="/kaggle/input/my-text/my.txt")`. [What is saved, where, and when](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/what_is_saved.md) has the details; what it says of a Drive is about Colab.
 
@@ -62,9 +64,9 @@ For the first two, Kaggle asks you once to verify your phone number.
     "# my.txt, my.csv, my.jsonl, or a path on the Drive": "# /kaggle/input/my-text/my.txt, or a .csv, a .jsonl, a folder",
     "from colab_gpt2.tasks import suggest\n\n": "from colab_gpt2 import check_runtime\nfrom colab_gpt2.tasks import suggest\n\ngpus = check_runtime().gpus or 1\n",
     'output_dir="my-model")': 'output_dir="my-model", num_processes=gpus)',
-    "in a new session, run the two cells at the top, then `from colab_gpt2 import DrivePanel` and `DrivePanel()`: open *Load a saved model*, choose one and press *Restore*. Or in Python: `from colab_gpt2 import restore_from_drive`, then":
+    "in a new session, run the two cells at the top, then `from colab_gpt2 import DrivePanel` and `DrivePanel()`: open *Load a saved model*, choose one and press *Restore*; then `from colab_gpt2 import GeneratePanel` and `GeneratePanel(model=\"restored\")` generate with it. Or in Python: `from colab_gpt2 import restore_from_drive`, then":
         "in a new notebook, add this one's output as an input, run the cell at the top, then `from colab_gpt2 import restore_from_drive` and",
-    'restore_from_drive("gpt2-tuned.tar.gz", "gpt2-tuned")`.': 'restore_from_drive("PATH/gpt2-tuned.tar.gz", "gpt2-tuned")`, with the path of that input.',
+    'restore_from_drive("gpt2-tuned.tar.gz", "gpt2-tuned")`.': 'restore_from_drive("PATH/gpt2-tuned.tar.gz", "gpt2-tuned")`, with the path of that input; then `from colab_gpt2 import GeneratePanel` and `GeneratePanel(model="gpt2-tuned")` generate with it.',
     "- For several GPUs: …": "- For more than two GPUs: [When one GPU is not enough](https://github.com/colab-gpt2/colab-gpt2/blob/main/nbs/tutorials/when_one_gpu_is_not_enough.md).",
     "`colab-gpt2 run --model gpt2 --dataset wikitext-2-raw-v1`": "`colab-gpt2 run --model gpt2 --dataset wikitext-2-raw-v1 --num-processes 2`",
 }
