@@ -47,13 +47,15 @@ def own_gpu():
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 # %% ../nbs/63_beginning.ipynb #f6b285d6
+READ = "The processes have read different files: process {rank} has other %s than process 0."
 UNLIKE = "The processes have different settings: {%s} is {first!r} in process 0 and {other!r} in process {rank}."
 
-def check_alike(config):
-    "ValueError, in all processes, if one has other settings than the first."
-    for rank, other in enumerate(known := gathered(config.to_dict())):
+def check_alike(settings, told=UNLIKE):
+    "ValueError, in all processes, if one has other `settings`, or files, than the first."
+    for rank, other in enumerate(known := gathered(settings)):
         for name in (name for name in other if other[name] != known[0][name]):
-            with agreed(): raise ValueError(Sentence(UNLIKE % name, first=known[0][name], other=other[name], rank=rank))
+            said = Sentence(told % name, first=known[0][name], other=other[name], rank=rank)
+            with agreed(): raise ValueError(said)
 
 # %% ../nbs/63_beginning.ipynb #b29ffc64
 MET = "{num_processes} is {given}, and WORLD_SIZE says {met}: leave one of them out."
@@ -63,7 +65,7 @@ def meet(config) -> FinetuneConfig:
     given, met, seconds = config.num_processes, expected(), config.trainer_args.get("ddp_timeout")
     if met == 1: os.environ.pop("LOCAL_RANK", None)
     join(seconds if type(seconds) is int else TrainingArguments.ddp_timeout, find_device()[0] == "cpu")
-    check_alike(config)
+    check_alike(config.to_dict())
     used = gathered(own_gpu())
     with agreed():
         if met > 1 and given not in (1, met): raise ValueError(Sentence(MET, given=given, met=met))

@@ -225,7 +225,7 @@ def _settle(folder):
 def leftovers(folder, living=False) -> list[Path]:
     "What `atomic` left in `folder` when its process was killed; with `living` also what may still be written."
     import psutil
-    def alive(number, path):  # one that began a minute later has the number by chance; Drive has its own clock
+    def alive(number, path):  # a minute later it has the number by chance; Drive has its own clock
         try: return psutil.Process(number).create_time() < path.stat().st_mtime + 60
         except psutil.NoSuchProcess: return False
         except (psutil.Error, FileNotFoundError): return True  # another's, or another process has tidied up just now

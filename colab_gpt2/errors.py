@@ -121,7 +121,7 @@ FULL = "the disk, or Drive's quota, is full. Free some space (on Drive, empty th
 DENIED = "you have no permission there. Choose another folder."
 NO_FOLDER = "a file stands where a folder is needed. Choose another path."
 REMOUNT = "Mount Drive again with mount_drive(force_remount=True) in a cell"
-ADVICE = {  # errno -> what it means; Drive's mount fails with 5 under load, with 107 after a lost connection
+ADVICE = {  # errno -> meaning; Drive's mount fails with 5 under load, 107 after a lost connection
     errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EACCES: DENIED, errno.EPERM: DENIED,
     errno.EEXIST: NO_FOLDER, errno.ENOTDIR: NO_FOLDER,
     errno.ENOENT: "a file or folder is missing, or cannot be made there. Choose another folder.",
@@ -159,7 +159,7 @@ def explained(action):
         raise same_kind(e, f"{action} failed: {ADVICE[number]}") from e
 
 # %% ../nbs/01_errors.ipynb #49d1ba8a
-GONE = errno.ENOTCONN  # the errno of the errors that a new mount (force_remount=True) may mend
+GONE = errno.ENOTCONN  # errnos that a new mount (force_remount=True) may mend
 
 def may_pass(error) -> bool:
     "Is it an input/output error or a mount that has gone?"

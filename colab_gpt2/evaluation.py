@@ -54,7 +54,7 @@ class Perplexity(Record):
     bytes: int
     nats: float  # of all these tokens together
     precision: str = "fp32"  # of the computation
-    chose: bool = False  # this text has chosen the weights: of a text that has not, the figure would be a little higher
+    chose: bool = False  # this text chose the weights: of another it would be higher
 
     @property
     def count(self) -> int: return getattr(self, f"{self.unit}s")
@@ -224,14 +224,14 @@ def perplexity(
     model,  # a causal language model of transformers
     blocks: Blocks,  # also what is left over after the last full block is scored
     *,
-    stride: int = None,  # tokens between windows: smaller is slower and more exact; default context // 2
-    context: int = None,  # tokens that the model sees at a time; default the block size, or the model's own
+    stride: int = None,  # tokens between windows: fewer is slower, exacter; default context // 2
+    context: int = None,  # tokens seen at a time; default the block size, or the model's own
     batch_size: int = None,  # windows at a time; default `logits_batch`
     most: int = None,  # windows, evenly over the text, for an estimate of its nats; default all
     device=None,  # moves the model there
     precision: str = "fp32",  # "bf16" or "fp16": autocast, for a GPU
     together=False,  # each process scores its share of the windows; all must call this
-    progress=True,  # a bar on stderr; or a function of (what, done, total), in tokens
+    progress=True,  # as `reporting` takes it, in tokens
 ) -> Perplexity:  # per token; `.per("word")` and `.per("byte")` cost nothing
     """exp of the mean nats a token, each scored once, after `context - stride` tokens or more if there are as many:
     https://huggingface.co/docs/transformers/perplexity. RuntimeError if a loss is not finite."""

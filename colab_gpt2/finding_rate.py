@@ -26,7 +26,7 @@ from .training import train_model
 
 # %% ../nbs/64_finding_rate.ipynb #64f00006
 LOWEST, HIGHEST = 1e-7, 1e-1  # rates: AdamW learns nothing below, and no language model above
-LOST = 4  # times the least smoothed loss, as in fastai: no model comes back from there
+LOST = 4  # times the least smoothed loss, as in fastai: none comes back from there
 
 def smooth(losses, beta=0.9) -> list:
     "The exponential mean of `losses` at each step, bias-corrected."

@@ -241,17 +241,17 @@ def collect_all(request, report) -> list[Sample]:
 # %% ../nbs/61_generation.ipynb #c49f8276
 @takes_sampling
 def generate(
-    model="gpt2",  # a loaded model, a name or folder for `load_model`, or a stopped run's folder
-    prompt=" = Toronto Raptors = \n",  # counts exactly as typed; only the last `context - 1` of its tokens are used
+    model="gpt2",  # loaded, a name or folder for `load_model`, or a stopped run's folder
+    prompt=" = Toronto Raptors = \n",  # counts as typed; only its last `context - 1` tokens are used
     *,
     tokenizer=None,  # needed with a loaded model
     chat=False,  # answer `prompt`, a question or a list of messages, by the tokenizer's chat template
-    max_new_tokens=250, samples=1,  # tokens, maybe more than the context; texts, as many at a time as fit into memory
-    seed=None,  # the same texts on the same device, the first whatever `samples` is; None: a new one
+    max_new_tokens=250, samples=1,  # tokens, maybe over the context; texts, as many at a time as fit
+    seed=None,  # the same texts on one device, the first for any `samples`; None: a new one
     stop=(),  # strings that end a text
     device=None,  # where to generate; a loaded model moves there and stays
     cache_dir=None,  # Hugging Face's cache, if not its usual place
-    progress=True,  # a bar on stderr if it takes longer than three seconds, or a function of (what, done, total)
+    progress=True,  # after three seconds, as `reporting` takes it
     **sampling,  # fields of `Sampling`
 ) -> list[Sample]:
     "Texts that continue `prompt`; torch's own random state stays. ValueError for a setting out of range."

@@ -48,7 +48,7 @@ def lost_told():
         raise Lost("Another process of this run has ended, and this one with it.") from e
 
 # %% ../nbs/02_ranks.ipynb #308be9cc
-LEFT = ...  # what a process says that takes part no more; it is the same object when it is read
+LEFT = ...  # of a process that takes part no more; the same object when it is read
 
 def gathered(value) -> list:
     "Every process's `value`, in their order."
@@ -175,15 +175,15 @@ def join(seconds, cpu):
     except distributed.DistError as e:
         raise TimeoutError(Sentence(ALONE, all=expected(), place=f"{host}:{port}", seconds=seconds)) from e
     RANKS.own, RANKS.all = distributed.get_rank(), distributed.get_world_size()
-    gathered(None)  # the first goes on, and may end, when all are there: by it they find each other
+    gathered(None)  # the first goes on when all are there: by it they find each other
 
 # %% ../nbs/02_ranks.ipynb #3406aed7
 GRACE = 30  # seconds that others have to end
 
 def leave(alone=False, code=None):
-    """The last that a process does: it waits until the first has gone, but not long where it is `alone` with an error:
-    the first may wait for its part of a pass. Then, or with an exit `code`, it ends here: threads of torch may abort
-    Python's own end. A launcher ends others."""
+    """The last that a process does: it waits until the first has gone, not long if `alone` with an error, whose part
+    of a pass the first may wait for. Then, or with an exit `code`, it ends here: threads of torch may abort Python's
+    own end."""
     if first(): return
     def wait():
         with contextlib.suppress(RuntimeError): gathered(LEFT)

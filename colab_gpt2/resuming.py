@@ -216,10 +216,11 @@ def source_of(config, now) -> Found:
         own = each.run["trainer_args"].get("lr_scheduler_kwargs")
         return schedules == {LENGTHENED} and each.step > decay_begins(own, each.steps)
     if not (found := newest_intact(sorted((each for each in there if each.files is None), key=fallen))):
-        raise FileNotFoundError(Sentence(NOTHING, path=path))
+        raise FileNotFoundError(Sentence(NOTHING, path=check_mounted(path)))
     if not differences(found.run, now, FIXED): return found
-    told = OTHER_SOURCE + RESTORE.partition(",")[0] + "."
-    raise ValueError(Sentence(told, path=path, differences=differences_told(found.run, now, FIXED)))
+    wrong = differences(found.run, now, FIXED)
+    told = OTHER_SOURCE + (OTHER_TEXT if "text" in wrong else RESTORE.partition(",")[0] + ".")
+    raise ValueError(Sentence(told, path=path, place=found.path, differences=differences_told(found.run, now, FIXED)))
 
 # %% ../nbs/62_resuming.ipynb #62aa0033
 def check_free(config, now):

@@ -77,7 +77,7 @@ def size_for_plan(config, context, download, progress=True):
 def plan(
     config: FinetuneConfig | None = None,
     *,
-    gpu=None,  # of a Colab machine: T4, L4, A100-40, A100-80, G4, H100 or CPU; default: this machine
+    gpu=None,  # T4, L4, A100-40, A100-80, G4, H100 or CPU, as Colab's; default: this machine
     progress=True,
     **changes,  # to `config`
 ) -> Record:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_callback import TrainerState
 
-from .beginning import check_run, check_shares, first_plan, follow
+from .beginning import READ, check_alike, check_run, check_shares, first_plan, follow
 from .config import FinetuneConfig, changed
 from .core import Record, home, human_time
 from .engine.callbacks import AFTER, BEFORE, LOADING, PROBING, SAVING, TRAINING, tell
@@ -35,7 +35,8 @@ from .model.lora import adapters_of, free_weights, merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
 from .planning.plan import Plan, plan_run
 from .preparing import prepare, release_memory, starting_model
-from .ranks import Lost, by_first, expected, first, first_alone, lost_told, others_silent, reduced, shared
+from .ranks import RANKS, Lost, by_first, expected, first, first_alone, lost_told, others_silent, reduced
+from .ranks import shared
 from .reporting import reporting
 from .resuming import ELSEWHERE, asked, check_free, checksum_of, chosen, differences, differences_told
 from .resuming import folder_for, found_in, identify, known_by, newest_intact, read_result, refuse
@@ -262,6 +263,11 @@ def run_of(config, prepared) -> dict:
     "What identifies the run."
     return identify(config, prepared.train, checksum_of(prepared.model, config), prepared.choosing)
 
+def check_read(prepared):
+    "ValueError for different files, or a process with nothing to do."
+    if RANKS.group: check_alike(run_of(prepared.config, prepared), READ)
+    check_shares(prepared.config, prepared.train)
+
 def claim(config, opened, report):
     "The output folder is this run's until `opened`, an ExitStack, is closed; what is in its way is refused."
     opened.enter_context(only_run(config.output_dir, report))
@@ -326,6 +332,7 @@ def repeat(config, prepared, folder, report, callbacks) -> FinetuneResult:
     return result
 
 # %% ../nbs/63_training.ipynb #ffe78b38
+BEYOND = "{resume} is at step {step}, and this run ends at {steps}: give an earlier checkpoint, or more {max_steps}."
 RESUMING = "Resuming at step {step} of {steps}.{since}"
 
 def train(config, prepared, found, run, mirror, callbacks, shown, started) -> FinetuneResult:
@@ -333,6 +340,7 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     report, place = all_told(shown, callbacks), config.output_dir
     plan = by_first(lambda: first_plan(config, prepared, found, run))
     training_arguments(config, plan)  # what it refuses is said before anything slow
+    if found and found.step > plan.steps: raise ValueError(Sentence(BEYOND, step=found.step, steps=plan.steps))
     since = mirror.before_end(found.saved) if found else ""
     told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=since and " " + since)
     for sentence in filter(None, (told, mirror.told)): warnings.warn(sentence, stacklevel=3)
@@ -375,9 +383,9 @@ def finetune(
         if config.output_dir: by_first(lambda: claim(config, opened, report))
         tell(callbacks, "on_stage", LOADING, stop=stop)
         with first_alone(): prepared = prepare(config, report)
+        check_read(prepared)
         if not config.output_dir: prepared = placed(prepared, opened, report)
         config, stop.output_dir = prepared.config, prepared.config.output_dir
-        check_shares(config, prepared.train)
         found, mirror, run = look_first(config, prepared, report, opened)
         try:
             with lost_told():

@@ -16,6 +16,7 @@ from .evaluation import UNITS, Perplexity, ReportCard, shown
 from .generation import Sample, generate
 from .reporting import reporting
 from .resuming import differences
+from .runtime import check_mounted
 from .storage.archives import extract_archive
 from .tasks import run_in
 
@@ -51,7 +52,7 @@ NO_RUN = "{place} holds no finished run; give a run's output folder, its archive
 
 def told_by(run) -> Told:
     "What a folder, an archive or a result tells. FileNotFoundError if there is no run."
-    told = run.to_dict() if isinstance(run, Record) else run_in(home(run))
+    told = run.to_dict() if isinstance(run, Record) else run_in(check_mounted(run))
     if "config" not in told: raise FileNotFoundError(Sentence(NO_RUN, place=run))
     def known(kind, facts):
         try: return kind.from_dict(facts)
@@ -114,7 +115,7 @@ class Comparison(Record):
     "Two runs side by side."
     runs: tuple[Told, Told]
     settings: dict  # name -> the two values, of those that differ
-    card: ReportCard | None  # of the second run's model, the first one's `before`; what is comparable
+    card: ReportCard | None  # of the second's model, the first's `before`; what is comparable
     samples: tuple  # of the same prompt and seed, or none
     notes: tuple  # what is not comparable, and why
 
@@ -135,7 +136,7 @@ def compare(
     run_a,  # an output folder, an archive, or a FinetuneResult
     run_b,  # another
     *,
-    prompt=None,  # with a prompt, a seed or a length, both models write anew; the rest is the first run's
+    prompt=None,  # with a prompt, a seed or a length both write anew; the rest is the first's
     seed=None,
     max_new_tokens=None,
     progress=True,

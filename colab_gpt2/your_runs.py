@@ -154,7 +154,7 @@ def runs_in(folder) -> list:
 # %% ../nbs/64_your_runs.ipynb #64e00023
 def runs(
     folder=".",  # whose folders are looked into
-    drive=None,  # the folder that stands for the Drive; default: Colab's, if it is mounted
+    drive=None,  # what stands for the Drive; default: Colab's, if mounted
 ) -> list:
     "The runs in the folders of `folder` and on the Drive, the newest first: `KnownRun`s."
     found = merged(runs_in(folder), on_drive(drive))

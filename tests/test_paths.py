@@ -15,9 +15,10 @@ from colab_gpt2.panels.drive import DriveConfig
 from colab_gpt2.runtime import cache_folder, check_mounted
 from colab_gpt2.storage.mirror import mirror_folder
 from colab_gpt2.tasks import archive_name, run
-from colab_gpt2.resuming import where_to_resume
+from colab_gpt2.resuming import source_of, where_to_resume
 from colab_gpt2.resuming import check_output_dir
 from colab_gpt2.training import read_finished
+from colab_gpt2.two_runs import told_by
 from helpers.archives import make_model
 from helpers.colab_stub import colab, stub
 
@@ -163,6 +164,17 @@ def test_no_door_makes_the_folder_of_a_drive_that_is_not_mounted(unmounted, tmp_
                          hub="cache_dir", hub_of_the_environment="cache_dir", datasets="dataset").get(name)
             assert fields_of(e.value) == ((field,) if field else ()), name
     assert not (tmp_path/"o").exists()
+
+
+def test_what_is_read_from_a_drive_that_is_not_mounted_is_missed_there(unmounted):
+    doors = dict(
+        text=lambda path: load_corpus(train_file=f"{path}/t.txt"), model=locate, archive=archive_model, run=told_by,
+        pattern=lambda path: load_corpus(train_file=f"{path}/*.txt"), dataset=lambda path: load_corpus(f"{path}/t.txt"),
+        unpack=lambda path: extract_archive(f"{path}.tar.gz", "n"),
+        resume=lambda path: source_of(FinetuneConfig(resume=path), {}))
+    for name, door in doors.items():
+        with pytest.raises(FileNotFoundError, match="Drive is not mounted: there is no folder") as e: door(unmounted)
+        assert "mount_drive() in a cell" in str(e.value), name
 
 
 def test_the_drive_can_be_mounted_after_a_door_refused_it(stub, tmp_path):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaConfig, Tra
 from colab_gpt2 import FinetuneConfig, beginning, launching, ranks, training
 from colab_gpt2.cli import one_line, tell_error
 from colab_gpt2.engine import probe
-from colab_gpt2.engine.callbacks import BEFORE, LOADING, PROBING, TRAINING, Listener
+from colab_gpt2.engine.callbacks import AFTER, BEFORE, LOADING, PROBING, TRAINING, Listener
 from colab_gpt2.engine.checkpoints import check_intact, find_checkpoints, read_manifest
 from colab_gpt2.engine.guards import Diverged
 from colab_gpt2.legacy.run_language_modeling import main
@@ -94,6 +94,13 @@ class Signal(TrainerCallback):
         if state.global_step == self.step and os.environ.get("RANK", "0") == self.rank: signal.raise_signal(self.number)
 
 
+class SignalAt(Listener):
+    "A signal for the second process at a stage."
+    def __init__(self, stage): self.stage = stage
+    def on_stage(self, stage, **facts):
+        if stage == self.stage and RANKS.own == 1: signal.raise_signal(signal.SIGTERM)
+
+
 class Short(TrainerCallback):
     "Memory that runs out in one of the processes."
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -122,6 +129,8 @@ def several_runs(text, folder):
     buffered = run("buffered", model=str(text/"llama"), callbacks=[Short()], eval_steps=-1, max_steps=4)
     return dict(plain=run("plain"), kept=[*asked], short=run("short", callbacks=[Short()], eval_steps=-1, max_steps=6),
                 stopped=run("stopped", callbacks=[Signal(7, 1)]), begun=run("begun"), again=run("plain"),
+                early=run("early", callbacks=[SignalAt(BEFORE)], max_steps=4, eval_steps=-1),
+                late=run("late", callbacks=[SignalAt(AFTER)], max_steps=4, eval_steps=-1),
                 few=run("few", effective_batch_size=1), lora=run("lora", method="lora", max_steps=6, eval_steps=-1),
                 mirrored=run("mirrored", mirror=str(folder/"mirror"), save_steps=5, max_steps=12),
                 spoiled=spoil("spoiled", 7), unsaved=spoil("unsaved", 10), buffered=buffered,
@@ -297,6 +306,28 @@ def test_an_error_of_one_process_alone_ends_all(text, tmp_path):
     assert lines[0] == ["colab-gpt2: Another process of this run has ended, and this one with it."]
     [line] = lines[1]
     assert line.startswith("colab-gpt2, process 1: ") and "The disk of this machine is gone" in line
+
+
+def test_a_signal_for_one_process_outside_the_training_leaves_none_waiting(runs):
+    "Before it all stop at their first step; after it all end as they would."
+    for early, late in ((each["early"], each["late"]) for each in runs):
+        assert early[0] == 143 and early[1].startswith("Stopped at step 1 of 4; saved in "), early
+        assert late.steps == 4 and late.perplexity_after
+
+
+def with_its_own_text(text, folder):
+    "Another text in each process, of the same name."
+    place = folder/os.environ["RANK"]
+    place.mkdir()
+    (place/"mine.txt").write_text((text/"train.txt").read_text() + place.name)
+    os.chdir(place)
+    return told(lambda: finetune(**settings(text, folder/"out", train_file="mine.txt")))
+
+
+def test_different_texts_are_refused_by_all(text, tmp_path):
+    first, second = pair(with_its_own_text, text, tmp_path)
+    assert first == second and first[0] == "ValueError", first
+    assert first[1] == "The processes have read different files: process 1 has other text than process 0."
 
 
 def test_different_settings_are_refused_by_all(text, tmp_path):

@@ -242,6 +242,11 @@ def test_an_older_checkpoint_is_continued_and_the_newer_ones_of_the_former_run_g
     assert int(run(tmp_path/"out", **older).resumed_from.rpartition("-")[2]) >= 5
 
 
+def test_a_run_does_not_end_before_what_it_continues_from(run, plain, tmp_path):
+    with pytest.raises(ValueError, match=r"resume is at step \d+, and this run ends at 1: give an earlier checkpoint"):
+        run(tmp_path/"out", resume=str(plain()[1]), max_steps=1)
+
+
 @pytest.mark.parametrize("changes", [dict(seed=7), dict(effective_batch_size=4), dict(method="lora")], ids=str)
 def test_what_a_checkpoint_fixes_cannot_change(run, plain, tmp_path, changes):
     _, folder = plain()

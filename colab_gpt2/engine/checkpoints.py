@@ -57,7 +57,7 @@ def save_model(model, tokenizer, output_dir, ours=None, adapters=None) -> dict:
     from colab_gpt2.model.fitting import published, save_tokenizer, set_ids
     from colab_gpt2.model.loading import quiet
     check_finite(model)
-    set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, which may be beyond its embedding
+    set_ids(model, tokenizer)  # the Trainer has given it the tokenizer's, maybe beyond its embedding
     with atomic(output_dir, folder=True) as folder:
         with quiet(), full_disk_told(folder, model): model.save_pretrained(folder, state_dict=published(model))
         save_tokenizer(tokenizer, folder)

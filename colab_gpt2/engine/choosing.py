@@ -23,11 +23,11 @@ from ..errors import Sentence, may_pass
 from ..ranks import RANKS, by_first, first, shared, spread
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0006
-SHARE = 0.08  # of the work, that measuring may take: 8.3% of it took 10.2% of the seconds of a training
+SHARE = 0.08  # of the work, that measuring may take: 8.3% took 10.2% of a training's seconds
 PASSES = dict(full=3, lora=2)  # forward passes that training a token costs
 OFTEN, MOST = 20, 100  # measurements: one in 5% of a run, or two in an epoch
-LEAST = 2048  # tokens: paired differences of two models' losses, about 0.3 each, then have an error of 0.7%
-SMALL_TEXT = 1_000_000  # tokens: a longer text is seldom read so often that it is learnt by heart
+LEAST = 2048  # tokens: two models' losses differ by some 0.3 each, their mean then has an error of 0.7%
+SMALL_TEXT = 1_000_000  # tokens: longer texts are seldom learnt by heart
 PATIENCE = 5  # measurements without a fall, and two epochs
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0007

@@ -41,7 +41,8 @@ class SaveByTime(TrainerCallback):
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0009
 class Asked(Listener):
-    "A run in `output_dir` that may be asked to stop, knows how far it is, and says what that means."
+    """A run in `output_dir` that may be asked to stop, knows how far it is, and says what that means. Outside
+    steps only the first process does what is asked: it would wait for another's share."""
     def __init__(self, output_dir=""):
         self.output_dir, self.stage, self.resumed_from = output_dir, LOADING, None
         self.asked, self.ended, self.code, self.why = False, False, 128 + signal.SIGINT, ""
@@ -64,26 +65,25 @@ class Asked(Listener):
     def on_stage(self, stage, resumed_from=None, **facts):
         self.resumed_from = resumed_from or self.resumed_from
         if stage != TRAINING: self.stage = stage
-        if self.asked and not self.ended and stage != SAVING: raise self.interrupted()
+        if self.asked and not (self.ended or RANKS.own) and stage != SAVING: raise self.interrupted()
         self.stage = stage
 
     def on_progress(self, what, done, total):
-        if self.asked and not self.ended and self.stage not in (TRAINING, SAVING): raise self.interrupted()
+        if self.asked and not (self.ended or RANKS.own or self.stage in (TRAINING, SAVING)): raise self.interrupted()
 
 # %% ../../nbs/engine/41_guards.ipynb #41aa0021
 class StopOnInterrupt(Asked):
     "SIGINT, SIGTERM and SIGHUP end a run after the current step, or when the model is saved; again: at once."
-    when, aloud = -math.inf, True  # of the last signal; whether it is answered on stderr
-    signals = 0  # so far; after two nothing is waited for
+    when, aloud, signals = -math.inf, True, 0  # of the last; is it answered on stderr; so far
 
     def handle(self, number, frame):
         if number == getattr(signal, "SIGHUP", None): leave_dead_terminal()
         if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes on what the terminal has sent to both
         again, self.when, self.signals = self.asked, time.monotonic(), self.signals + 1
         self.ask(128 + number)
-        if again or self.stage not in (TRAINING, SAVING): raise self.interrupted()
+        if again or not (RANKS.own or self.stage in (TRAINING, SAVING)): raise self.interrupted()
         what = "after this step and saving" if self.stage == TRAINING else "when the model is saved"
-        if self.aloud: say(f"\nStopping {what}; once more to stop at once, without saving.")
+        if self.aloud and not RANKS.own: say(f"\nStopping {what}; once more to stop at once, without saving.")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked: control.should_training_stop = control.should_save = True
@@ -200,7 +200,7 @@ class StopOnDivergence(TrainerCallback):
     """`Diverged` when the loss or a weight is NaN or infinite, the loss has exploded, or fp16's gradients are infinite
     at any scale. The loss is looked at when it is logged, the weights before each checkpoint and at the end: at each
     step it would wait for the device. `usual`: a rate at which such models train; `batches`: of the text."""
-    again, factor = "{overwrite_output_dir=True}", 1.  # how to start again; of the learning rate that was asked for
+    again, factor = "{overwrite_output_dir=True}", 1.  # how to start again; of the rate that was asked for
 
     def __init__(self, usual, batches=()): self.usual, self.batches, self.bound, self.seen = usual, batches, math.inf, 0
 

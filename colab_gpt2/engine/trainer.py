@@ -60,7 +60,7 @@ class MicroBatchTrainer(Trainer):
         while True:
             try: return self.divided_step(model, inputs)
             except Exception as e:
-                again = out_of_memory(e) and not (RANKS.group and self.syncs)  # which the others wait for
+                again = out_of_memory(e) and not (RANKS.group and self.syncs)  # the others wait for it
                 less = again and smaller_micro_batch(self.model, self.recipe.divided(self.micro_batch))
                 if not less: raise
             self.lower_micro_batch(model, less)
@@ -88,7 +88,7 @@ class MicroBatchTrainer(Trainer):
     def lower_micro_batch(self, model, blocks):
         was, self.micro_batch = self.micro_batch, blocks
         model.zero_grad(set_to_none=True)
-        gc.collect()  # the traceback holds the failed step's tensors
+        gc.collect()  # the traceback holds its tensors
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         warnings.warn(f"Not enough memory for a micro-batch of {was}; the step is repeated with {blocks}.", None, 2)
 
@@ -239,7 +239,7 @@ class BlockTrainer(SettingsOfNow):
     def save_and_tidy(self, model, trial):
         retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
         if not self.checkpoints_to_keep: return
-        def own(path):  # what another run has left goes first, and what is beyond this step: that was skipped
+        def own(path):  # another run's go first, and those beyond this step: they were skipped
             told, step, keeps = read_manifest(path), self.state.global_step, self.checkpoints_to_keep > 1
             return told["run"] == self.identity and told["step"] <= step, keeps and told["step"] == self.falls
         for path in sorted(find_checkpoints(self.args.output_dir), key=own)[:-self.checkpoints_to_keep]:
@@ -366,7 +366,7 @@ def make_trainer(config, model, tokenizer, blocks, plan, callbacks=(), report=si
     usual = plan.peak_rate(replace(config, learning_rate=None))
     guard = StopOnDivergence(usual, [default_data_collator([blocks[i]]) for i in some])
     if config.resume not in ("auto", "never"): guard.again = "another {output_dir}"  # what it continues from stays
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU: no DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a GPU a process: no DataParallel
     if inner.config.model_type == "gpt2": arguments.ddp_find_unused_parameters = False  # it has none
     trainer = BlockTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer,
                            data_collator=default_data_collator,  # blocks are full: nothing to pad

@@ -143,7 +143,7 @@ class GraphReader(GPT2Reader):
         self.ids, self.at = ids.clone(), torch.full((1,), self.length, device=ids.device)
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)
-        with torch.cuda.stream(side):  # libraries make themselves ready, which cannot be captured
+        with torch.cuda.stream(side):  # libraries get ready, which cannot be captured
             for _ in range(3): self.step(self.ids, self.at)  # what it writes is written again
         main.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()  # https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
@@ -164,7 +164,7 @@ def open_reader(model, samples, length, max_new_tokens):
 class Noise:
     "Exponential variables for the texts `rows` of a request, as many as there are scores."
     def __init__(self, seed, rows, device):
-        seeds = ((seed + 0x9E3779B97F4A7C15 * row) % 2**64 for row in rows)  # far from those of the next seed
+        seeds = ((seed + 0x9E3779B97F4A7C15 * row) % 2**64 for row in rows)  # far from the next seed's
         self.generators, self.ready = [torch.Generator(device).manual_seed(s) for s in seeds], iter(())
 
     def __call__(self, scores):

@@ -43,7 +43,7 @@ def set_ids(model, tokenizer):
     for place in (config, config.get_text_config(), getattr(model, "generation_config", None)):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if not hasattr(place, name): continue
-            ids = [i for i in special_ids(place, name, tokenizer) if i < rows] or [None]
+            ids = [i for i in special_ids(place, name, tokenizer) if 0 <= i < rows] or [None]
             setattr(place, name, ids if name == "eos_token_id" and len(ids) > 1 else ids[0])
 
 # %% ../../nbs/model/26_fitting.ipynb #483588c3
@@ -55,7 +55,7 @@ def check_match(model, tokenizer):
         raise ValueError(Sentence(
             "{tokenizer} has {entries} entries and {model} has {rows}: they do not belong together. "
             "Load both by the same name, or train a new model with {from_scratch=True}.", entries=entries, rows=rows))
-    for token in (i for i in listed(model, "eos_token_id") if i < entries and i not in ends):
+    for token in (i for i in listed(model, "eos_token_id") if 0 <= i < entries and i not in ends):
         told = "{model} ends a text with token {token}, which is {text!r} to its tokenizer; that is ignored."
         warnings.warn(Sentence(told, token=token, text=tokenizer.decode([token])), stacklevel=3)
 

@@ -55,7 +55,7 @@ def hidden_states(
     return handed[0]
 
 # %% ../../nbs/model/22_heads.ipynb #a21h0013
-NEAR, FAR = 2. ** -10, 2. ** 20  # powers of two: a product with a scale is exact
+NEAR, FAR = 2. ** -10, 2. ** 20  # powers of two: scaled exactly
 
 @contextlib.contextmanager
 def undisturbed(model):
@@ -108,6 +108,6 @@ def output_head(
 ) -> Head | None:  # None: its output is not linear, or its loss is another
     "The output layer of a model, if one product, a bias, a scale and a cap are all that it is."
     try: form = output_form(model)
-    except Exception: return None  # it wants more of its output layer than numbers; its own faults show in training
+    except Exception: return None  # it wants more of its output layer; its own faults show in training
     layer = model.get_output_embeddings()
     return form and Head(layer.weight, layer.bias, *form)

@@ -43,6 +43,7 @@ def locate(name, field="model"):
         raise ValueError(f"{text} is an archive. Restore it first: {how} {shlex.quote(text)}, then give its folder.")
     if folder.exists():
         raise NotADirectoryError(f"{text} is a file; a model is a folder with config.json and model.safetensors in it.")
+    check_mounted(text, field)
     of_a_run = re.match(r"checkpoint-|.*-tuned$", folder.name) or "/" in text and (folder.parent/"config.json").exists()
     if of_a_run or isinstance(name, Path) or text.startswith((".", "~", "/")) or "/" in text and not ID.fullmatch(text):
         there = sorted((p.parent.name for p in folder.parent.glob("*/config.json")), key=lambda name: (len(name), name))
@@ -100,7 +101,7 @@ def quiet():
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     downloads = not hub.are_progress_bars_disabled()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # the environment forbids it
+        warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars")  # forbidden here
         logging.set_verbosity_error()
         logging.disable_progress_bar()  # and the Hub's
         if downloads: hub.enable_progress_bars()
@@ -359,7 +360,7 @@ def load_model(
 # %% ../../nbs/model/20_loading.ipynb #d6f35d9e
 def model_context(model) -> int:
     "How many tokens a model, or that of a config, sees at once; 2048 if nothing sets a limit."
-    config = getattr(model, "config", model).get_text_config()  # a model with pictures has it one level down
+    config = getattr(model, "config", model).get_text_config()  # with pictures it is one level down
     names = "n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "max_target_positions"
     length = next((length for name in names if (length := getattr(config, name, None))), 2048)
     starts_late = any(kind in config.model_type for kind in ("roberta", "camembert", "data2vec", "xmod"))

@@ -67,7 +67,7 @@ def add_adapters(model, rank, precision="fp32", seed=0, target_modules=None, loa
         raise ImportError(Sentence("{method=lora} needs peft: pip install peft, or set {method=full}.")) from e
     layers, turned = targets_of(model, target_modules), any(isinstance(m, Conv1D) for m in model.modules())
     if load_in_4bit: quantize(model, precision)
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank,  # as in peft's own examples
+    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank,  # as in peft's examples
                                target_modules=layers, fan_in_fan_out=turned, task_type="CAUSAL_LM", **options)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), quiet_peft():
         torch.manual_seed(seed)

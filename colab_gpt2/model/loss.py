@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import check_choice, check_number
 
 # %% ../../nbs/model/21_loss.ipynb #ece66863
-CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a block is a single chunk, and nothing is added up
+CHUNK_SIZE = 1024  # rows: for GPT-2 0.1 GB in half precision; a block is one chunk, nothing is added up
 EXACT_LOGITS = 2**20  # at a time in fp32 on a CPU: 4 MB, which stay in its cache
 EXACT_ROWS = 256  # the same on a GPU, which wants much work a launch: for GPT-2 0.05 GB
 
@@ -113,7 +113,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, from_above):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         if d_hidden is not None: d_hidden = scaled(d_hidden, from_above).to(ctx.dtypes[0])
-        def summed(g):  # the slice is scaled, not the other way round: autograd adds to no view in place
+        def summed(g):  # the slice is scaled: autograd adds to no view in place
             return None if g is None else scaled(g[:ctx.rows], from_above / ctx.factor).to(ctx.dtypes[1])
         return d_hidden, summed(d_weight), summed(d_bias), *[None] * 8
 

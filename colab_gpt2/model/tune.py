@@ -114,7 +114,7 @@ def repeated_blocks(model):
 # %% ../../nbs/model/22_tune.ipynb #1ba8eb50
 class WhileTraining:
     "The call of a module: compiled while it trains, else its own."
-    paused = False  # for all threads: with gradient checkpointing a GPU's backward pass calls blocks in one of its own
+    paused = False  # for all threads: a GPU's backward pass calls checkpointed blocks in its own
 
     def __init__(self, block, fast): self.block, self.fast = block, fast
 

@@ -108,7 +108,7 @@ class Planned(Panel):
     def __init__(self, before=None, **values):
         super().__init__(take_values(before, values))
         self.running, self.forecaster, self.planned = False, None, None  # `planned`: the Plan
-        self.verb, self.refused = "Train", ""  # what the main button says; why a run with good values cannot be started
+        self.verb, self.refused = "Train", ""  # the main button's words; why a run with good values cannot start
         self.form, self.more = Form(self.values, MAIN, SUGGESTED), Groups(self.values, GROUPS, SUGGESTED)
         self.cards = ModelCards(self.values, lambda config: self.forecaster.glance(config))
         self.form.rows["model"].widget.description = "or another"  # than those of the cards

@@ -10,7 +10,7 @@ import html, math, re
 from dataclasses import dataclass, replace
 
 # %% ../../nbs/panels/70_plots.ipynb #ea967600
-ACCENT = "#3b82f6"  # the one colour of the panels: a blue with a contrast of 3.7 on white and 5.1 on #111
+ACCENT = "#3b82f6"  # the panels' colour: a contrast of 3.7 on white and 5.1 on #111
 
 @dataclass(frozen=True)
 class Line:

@@ -39,7 +39,7 @@ class Shape(Record):
     parameters: int  # tied weights count once
     attention_dropout: float  # probabilities; 0 where the config has none
     residual_dropout: float  # the embeddings' is taken to be the same
-    inner: int  # width of the MLP: a GPT-2's own; of another 4·C, which its constants stand for, or Mamba's states
+    inner: int  # width of the MLP: a GPT-2's own; else 4·C, as its constants mean, or Mamba's states
     model_type: str
     _config: object = field(default=None, compare=False, repr=False)
 
@@ -52,7 +52,7 @@ def shape_of(model) -> Shape:
     if isinstance(model, Shape): return model
     config = getattr(model, "config", model)
     check_causal(config)
-    text = config.get_text_config()  # a model of text and pictures keeps these numbers one level down
+    text = config.get_text_config()  # one of text and pictures has them one level down
     def number(*names, default=0): return next((n for name in names if (n := getattr(text, name, None))), default)
     needed = ("num_hidden_layers", "hidden_size", "vocab_size")  # n_layer is mapped to these
     if missing := [name for name in needed if not hasattr(text, name)]:
@@ -77,13 +77,13 @@ class Recipe(Record):
     device: str = "cuda"  # or "cpu", "mps": attention with dropout and dropout's masks differ
     method: str = "full"  # or "lora"
     optimizer: str = OPTIMIZERS[0]  # or "adamw_bnb_8bit"
-    gradient_checkpointing: bool = False  # compute a layer's activations again in the backward pass
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass
     lora_rank: int = 16
     use_dora: bool = False
-    target_modules: str | None = None  # names of layers; None: all linear ones
+    target_modules: str | None = None  # layers; None: all linear ones
     load_in_4bit: bool = False  # the base weights
     tune: bool = True  # the fast engine; False: transformers' model as it is
-    shards: int = 1  # processes among which FSDP divides weights, gradients and moments
+    shards: int = 1  # processes among which FSDP divides the model
     keep_attention_dropout: bool = False  # as the config has it; the stock model always does
 
     half = property(lambda self: self.precision != "fp32")
@@ -115,16 +115,16 @@ class COSTS:
     inner_stock = 5  # three more in the formula
     norm_lora_cuda = 4  # traced, a token and channel: CUDA's autocast copies inputs of LoRA's norms to fp32
     mask_cuda = 1  # derived, a dropout: CUDA keeps booleans, a CPU numbers as wide as what it drops
-    matrix = 12  # measured, an entry of a head's T×T matrix, which attention with dropout keeps on a CPU
-    loss_exact = 8  # counted, a logit that is taken from half precision to fp32: a copy and its logarithm
+    matrix = 12  # measured, an entry of a head's T×T, which attention with dropout keeps on a CPU
+    loss_exact = 8  # counted, a logit taken from half precision to fp32: a copy and its logarithm
     loss_exact_here = 4  # the same where no copy is made: of fp16 on a GPU, and in fp32
     again = {"full": 17, "lora": 19}  # traced, a token and channel: what a layer computed again needs on the way
     loss_stock = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss
     moments_8bit = 2  # a parameter: AdamW's two moments by bitsandbytes
     heap_cpu = 0.15  # measured, a share of the tensors' bytes: what the C library keeps of freed memory
     heap_lora = 0.73
-    whole = 2  # derived, a number that FSDP makes whole: it is gathered into one buffer, and copied out of it
-    weight_4bit = 0.5 + 1/64 + 4/64/256  # of QLoRA: a number, its share of a scale in 8 bits and of that one's own
+    whole = 2  # derived, a number that FSDP makes whole: in one buffer, and copied out of it
+    weight_4bit = 0.5 + 1/64 + 4/64/256  # of QLoRA: a number, its share of a scale in 8 bits and of that's
     context = 500_000_000  # in all, before any tensor: measured on a CPU (0.46 GB), assumed for CUDA
 
 # %% ../../nbs/planning/30_memory.ipynb #30a00001

@@ -19,6 +19,7 @@ from ..model.lora import targets_of
 from ..model.tune import loss_told
 from .memory import COSTS, Recipe, Shape, TracedMemory, forecast_memory, shape_of, step_memory
 from .speed import DEVICES, MOVED, device_of, forecast_step, pick_compile, update_seconds
+from ..ranks import RANKS
 from ..runtime import Precision, Runtime, pick_precision
 
 # %% ../../nbs/planning/32_plan.ipynb #725d4608
@@ -34,8 +35,8 @@ def named_runtime(
     return Runtime(
         colab="kernel", device=kind, device_name=device.name, device_memory=memory,
         compute_capability=device.compute_capability, precision=pick_precision(kind, device.compute_capability, ()),
-        cores=2, ram=ram, ram_free=ram - 1_400_000_000,  # a fresh machine has 1 to 1.4 GB of its RAM in use
-        disk=0, disk_free=0, versions={"peft": "0.20.0"}, advice="")  # in Colab's image of August 2026
+        cores=2, ram=ram, ram_free=ram - 1_400_000_000,  # a fresh machine uses 1 to 1.4 GB
+        disk=0, disk_free=0, versions={"peft": "0.20.0"}, advice="")  # Colab's image of August 2026
 
 # %% ../../nbs/planning/32_plan.ipynb #ca213319
 def pick_run_precision(config: FinetuneConfig, runtime: Runtime) -> Runtime:
@@ -54,7 +55,7 @@ def pick_run_precision(config: FinetuneConfig, runtime: Runtime) -> Runtime:
 KNOWN_TOKENS = {"wikitext-2-raw-v1": 2_391_884 + 2*12_951}
 TRAIN_BYTES = {"wikitext-2-raw-v1": 10_940_747, "wikitext-2-v1": 10_797_148,  # as published; the last two rounded
                "wikitext-103-raw-v1": 540_600_000, "wikitext-103-v1": 539_200_000}
-BYTES_A_TOKEN = {"gpt2": 4.54, "tiny": 3.99}  # measured on WikiText-2's validation and test splits together
+BYTES_A_TOKEN = {"gpt2": 4.54, "tiny": 3.99}  # on WikiText-2's validation and test splits
 
 # %% ../../nbs/planning/32_plan.ipynb #100144d2
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def micro_batches(config: FinetuneConfig):
     "The micro-batches that `config` allows, largest first: what it fixes, or the effective batch's divisors."
     batch, micro = effective_batch(config), config.per_device_train_batch_size
     if micro or config.gradient_accumulation_steps: return [micro or batch // config.gradient_accumulation_steps]
-    # each divisor up to the root has its partner above it, so that a batch of a billion takes no time
+    # divisors up to the root have partners above it: a batch of a billion takes no time
     small = [n for n in range(1, math.isqrt(batch) + 1) if batch % n == 0]
     return sorted({*small, *(batch // n for n in small)}, reverse=True)
 
@@ -128,7 +129,7 @@ def divisions(config, method, optimizer) -> list:
 # %% ../../nbs/planning/32_plan.ipynb #f79e6ed5
 ASKED = "lora_rank", "use_dora", "target_modules", "load_in_4bit", "tune", "keep_attention_dropout"  # no plan chooses
 
-PATIENCE = 2.5  # seconds that a micro-batch may take on a CPU, by the forecast: three are probed, Stop waits for one
+PATIENCE = 2.5  # seconds a micro-batch may take on a CPU: three are probed, Stop waits for one
 
 def possible_ways(planner):
     "The best first; each is a list of Recipes, largest micro-batch first."
@@ -165,7 +166,7 @@ class Planner(Record):
         return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free // self.config.num_processes))
 
     @property
-    def in_use(self):  # bytes of a GPU, such as those of a model that a notebook keeps; the probe counts them too
+    def in_use(self):  # bytes of a GPU, as of a model that a notebook keeps; the probe counts them too
         free = self.runtime.device_free
         return 0 if free is None else max(0, self.runtime.device_memory - free - COSTS.context)
 
@@ -263,8 +264,8 @@ class Plan(Record):
     fits: bool
     recipe: Recipe  # how: method, precision, micro-batch and the rest
     peak_bytes: int
-    limit_bytes: int  # what may be used: 90% of the GPU's memory, or of the RAM that is free
-    seconds: float | None  # of training and compiling alone; None where the device's speed is unknown
+    limit_bytes: int  # what may be used: 90% of the GPU's memory, or of free RAM
+    seconds: float | None  # of training and compiling; None if the device's speed is unknown
     step_seconds: float | None
     steps: int
     torch_compile: bool
@@ -273,7 +274,7 @@ class Plan(Record):
     device: str
     reasons: tuple  # sentences; the first says whether it fits, and if not, what to change
     source: str = "forecast"  # or "probe"
-    update_seconds: float = 0.  # of a step, for clipping and AdamW: a forecast, which a probed step leaves out
+    update_seconds: float = 0.  # of a step, for clipping and AdamW: forecast, not probed
 
     @property
     def blocks_per_step(self) -> int: return self.recipe.batch
@@ -301,7 +302,8 @@ class Plan(Record):
 # %% ../../nbs/planning/32_plan.ipynb #f1617aa5
 def time_of(planner) -> tuple:
     "Seconds of a step and of all, None where they are unknown; whether to compile, and a reason."
-    size = math.ceil(planner.blocks / planner.config.num_processes) * planner.text.block_size
+    shared = planner.runtime.device == "cpu" and not RANKS.group  # they share its cores
+    size = math.ceil(planner.blocks / (1 if shared else planner.config.num_processes)) * planner.text.block_size
     step = forecast_step(planner.shape, planner.chosen, device_of(planner.runtime), size)
     seconds = step and planner.steps * step
     compiled, gain, start, reason = pick_compile(planner.config.torch_compile, planner.runtime, seconds)
@@ -387,7 +389,7 @@ def plan_run(
     check_number("tokens", blocks.tokens, minimum=1, integer=True)
     check_number("block_size", size, minimum=2, maximum=shape.context, integer=True,
                  hint=f"The model's context is {shape.context} tokens.")
-    if config.method != "full":  # a rank above the width adds memory, and nothing that the width could not learn
+    if config.method != "full":  # a rank above the width adds memory alone
         check_number("lora_rank", config.lora_rank, maximum=max(shape.width, FinetuneConfig.lora_rank),
                      hint="That is the model's width.")
     if config.target_modules and hasattr(model, "named_modules"): targets_of(model, config.target_modules)
@@ -412,6 +414,8 @@ def smaller_micro_batch(model, recipe: Recipe) -> int | None:
 def out_of_memory_told(recipe: Recipe | None = None) -> Sentence:
     "What could still be changed where a run by `recipe`, or without one an evaluation, needs too much."
     ways, why = ["a smaller {block_size}"], ", and a smaller micro-batch would not help" if recipe else ""
+    if recipe and RANKS.group and recipe.micro_batch > 1:
+        ways, why = ["a smaller {per_device_train_batch_size}", *ways], ""
     if recipe and not recipe.gradient_checkpointing: ways.append("{gradient_checkpointing=True}")
     if recipe and not recipe.lora: ways.append("{method=lora}")
     return Sentence(f"Out of memory{why}; set {', '.join(ways)}, or choose a smaller {{model}}.")

@@ -79,7 +79,7 @@ class MOVED:
     layer = 6.5  # counted, times what a layer keeps
     lora = 1.5  # counted, times that: the adapters' inputs and outputs
     logit = {"fp16": 12, "bf16": 20, "fp32": 20}  # counted: bf16 is copied to fp32 first
-    update = 40  # a trained parameter: AdamW reads four numbers and writes three, clipping reads two and writes one
+    update = 40  # a trained parameter: AdamW reads four numbers, writes three; clipping two and one
     unscale = 8  # more in fp16
     share = 0.85  # of the bandwidth, that such operations reach
 

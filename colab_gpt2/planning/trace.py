@@ -34,7 +34,7 @@ FREE = re.compile(r"(^|[.:_])(\w*attention\w*|t|view|transpose|permute|expand|un
                   r"detach|split\w*|unbind|as_strided|reshape_alias|empty\w*|new_empty\w*|unsafe_view|gather|"
                   r"scatter\w*|index\w*)[.]")
 FILLS = re.compile(r"aten[.](zero|fill|new_zeros|ones|full|embedding[.])")  # what is given is not read
-logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # what it reports is told in a sentence here
+logging.getLogger("torch._subclasses.fake_tensor").disabled = True  # it is told in a sentence here
 MOST_OPERATIONS = 60_000  # of one trace: about ten seconds
 
 # %% ../../nbs/planning/29_trace.ipynb #34066440
@@ -104,7 +104,7 @@ class Operations(Live):
 
     def enter(self, place):
         "Operations, and later their gradients, are of `place` from now on."
-        if torch._C._current_autograd_node(): return  # a layer that is computed again
+        if torch._C._current_autograd_node(): return  # a layer computed again
         self.starts.append(torch.autograd._get_sequence_nr())
         self.places.append(place)
 
@@ -309,7 +309,7 @@ def trace_step(
     same = dict(gradient_accumulation_steps=min(recipe.gradient_accumulation_steps, 2), optimizer=OPTIMIZERS[0],
                 device="cuda" if recipe.on_cuda else "cpu", lora_rank=recipe.lora_rank if recipe.lora else 1)
     rows, size = chunk_rows(config.get_text_config().vocab_size), recipe.micro_batch
-    one_chunk = rows // recipe.block_size  # a micro-batch of so many blocks
+    one_chunk = rows // recipe.block_size  # of so many blocks
     low = size if size == 1 else 2 if size <= one_chunk else max(2, one_chunk + 1)  # one alone may have no dimension
     high = one_chunk if low < size <= one_chunk else 2*low
     found = counted(known, replace(recipe, micro_batch=low, **same))

@@ -127,7 +127,7 @@ def drive_folder(folder, make=False) -> Path:
 
 # %% ../../nbs/storage/51_drive.ipynb #343fc23b
 def mount_drive(
-    mountpoint=None,  # on Colab: where (default /content/drive); elsewhere: the folder to use instead
+    mountpoint=None,  # on Colab: where (/content/drive); elsewhere: the folder to use
     *,
     force_remount=False,  # mount it again if it is mounted?
     readonly=False,
@@ -195,7 +195,7 @@ def save_to_drive(
     folder="colab-gpt2",  # on the Drive
     *,
     drive=None,  # the folder to save below; default: `mount_drive()`
-    overwrite=False,  # replace another file of that name? Else the copy is numbered: gpt2-tuned-2.tar.gz
+    overwrite=False,  # another file of that name; else the copy is numbered: gpt2-tuned-2.tar.gz
     flush=False,  # wait for the upload, and unmount?
     progress=True,  # as `reporting` takes it
 ) -> Copy:

@@ -93,7 +93,7 @@ class Stored:
     def __init__(self, target=None, kind=FULL, kept=1, afresh=False):
         self.target, self.kind, self.kept, self.afresh = target, kind, kept, afresh
         self.skipped, self.damaged, self.mine, self.seen = set(), set(), set(), set()  # names of entries
-        self.there = {}  # name to the time since which the target has it, by time.monotonic; replaced, never changed
+        self.there = {}  # name -> since when the target has it, time.monotonic; replaced, never changed
 
     def entries(self) -> tuple:
         "(complete entries, newest first; names of the others, and what is wrong with them)"

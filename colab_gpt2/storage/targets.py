@@ -77,8 +77,8 @@ def copy_entry(entry, source, place, report):
 # %% ../../nbs/storage/52_targets.ipynb #3734f1bc
 class Folder:
     "The folder `run` in `top`. OSError where the disk or the Drive fails, or is another one."
-    beats, still = 30, 60  # seconds between two heartbeats; and without progress, until a copy is given up
-    uploads = 180  # seconds after which a Drive, or another program, may be expected to have uploaded a copy
+    beats, still = 30, 60  # seconds between heartbeats; without progress until a copy is given up
+    uploads = 180  # seconds after which a Drive may be expected to have uploaded a copy
     mark = None  # a file that was written: on another disk it is missing
 
     def __init__(self, top, run):
@@ -120,7 +120,7 @@ class Folder:
 # %% ../../nbs/storage/52_targets.ipynb #cec3c406
 class FolderTarget(Folder):
     "Holds entries in its folder."
-    def write(self, name, text):  # in place: a small file that is replaced often would fill the Drive's trash
+    def write(self, name, text):  # in place: replaced often, it would fill the Drive's trash
         (self.made()/name).write_text(text, encoding="utf-8")
         self.mark = self.folder/name
 
@@ -162,7 +162,7 @@ class FolderTarget(Folder):
 # %% ../../nbs/storage/52_targets.ipynb #496eae00
 class Repository:
     "The folder `run` of the private repository `name`. OSError where the Hub, or the way to it, fails."
-    beats, still = 600, 3600  # seconds: a heartbeat is a commit; an upload does not tell of its progress
+    beats, still = 600, 3600  # seconds: a heartbeat is a commit; uploads tell no progress
     uploads, new = 0, False  # an entry is there when it has been uploaded
 
     def __init__(self, name, run):
@@ -259,7 +259,7 @@ def put_commit(target, entry, source, report):
     report(f"Copying {entry.name}", 0, entry.bytes)
     files = {f"{entry.name}/{name}": str(source/name) for name in sums}
     target.commit(entry.name, files | {f"{entry.name}/{MANIFEST}": sealed(entry.manifest).encode()})
-    def digest(info):  # small files are not in the Hub's store of large ones, and have git's only
+    def digest(info):  # small files have git's only
         if info.lfs: return info.lfs.sha256
         file = source/info.path.removeprefix(f"{where}/")
         return sha256_of(file) if info.blob_id == git_sha1(file) else ""

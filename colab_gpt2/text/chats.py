@@ -107,7 +107,7 @@ def render(tokenizer, messages, row, **options):
     options |= dict(tokenizer_kwargs=dict(verbose=False), tools=tools_of(row))
     try: return tokenizer.apply_chat_template(messages, **options, **(row.get("chat_template_kwargs") or {}))
     except Exception as e:  # of any kind: a template is a program
-        why = " ".join(str(e).split()) or type(e).__name__
+        why = " ".join(str(e).split()).rstrip(".") or type(e).__name__
         raise ValueError(Sentence("the chat template of {tokenizer} refuses it: {why}", why=why)) from e
 
 # %% ../../nbs/text/14_chats.ipynb #14c00014
@@ -119,8 +119,8 @@ def compared(messages, answers, rendered) -> tuple:
 
 # %% ../../nbs/text/14_chats.ipynb #14c00044
 def encode_chat(
-    tokenizer,  # of transformers; one without a chat template is to get one: see `give_template`
-    row: dict,  # `messages`, or `prompt` and `completion`, both messages or both texts; perhaps `tools`
+    tokenizer,  # of transformers, with a chat template: see `give_template`
+    row: dict,  # `messages`, or `prompt` and `completion`, messages or texts; perhaps `tools`
 ) -> tuple:  # (ids, mask), two lists
     "The tokens of a conversation, and 1 for each that the loss counts: an answer and its end. ValueError says why not."
     prompt, completion = parts_of(row)
@@ -302,9 +302,9 @@ def tokenize_chats(
     tokenizer,  # of transformers; without a chat template it gets `TEMPLATE`
     block_size: int,  # tokens a block, 2 or more
     *,
-    split="",  # the name that tables and perplexities have
+    split="",  # its name in tables and perplexities
     cache_dir=None,  # where the token files go, under `tokens`; see `cache_folder`
-    progress=True,  # a bar on stderr; False: nothing; or a function of (what, done, total)
+    progress=True,  # as `reporting` takes it
     on_bad_lines="error",  # or "skip": what cannot be learnt is left out, and counted
     sha256=None,  # of the file, where it is known
 ) -> Conversations:
@@ -325,7 +325,7 @@ def tokenize_chats(
                          vocabulary_size=encoder.vocabulary_size)
     why = "; ".join(made.left_out) or "it is empty"
     if not made.tokens: raise ValueError(f"{path.name} has no conversation that can be learnt: {why}.")
-    if not len(made.pieces): raise ValueError(Sentence(LATE, name=path.name, size=block_size))
+    if not len(made.pieces): raise ValueError(Sentence(LATE, name=path.stem, size=block_size))
     return made
 
 # %% ../../nbs/text/14_chats.ipynb #14c00061

@@ -379,7 +379,7 @@ def repository_of(name, files, published, config, names, field):
 
 # %% ../../nbs/text/11_corpus.ipynb #db92a963
 def load_corpus(
-    name="wikitext-2-raw-v1",  # one of WIKITEXT, "python-docs", USER/NAME on the Hub, a file, .zip, folder or pattern
+    name="wikitext-2-raw-v1",  # of WIKITEXT, "python-docs", USER/NAME on the Hub, a file, .zip, folder or pattern
     *,
     train_file=None,  # a text of yours to train on, instead of `name`: a file, a folder, a pattern, hf://datasets/…
     eval_file=None,  # and one to evaluate on: it becomes the validation split
@@ -390,7 +390,7 @@ def load_corpus(
     on_bad_lines="error",  # or "skip": leave out broken rows of a table
     hold_out=True,  # cut a single `train_file` in three; if not, all of it is for training
     cache_dir=None,  # where downloads are kept; see `cache_folder`
-    progress=True,  # bars on stderr; False: nothing; or a function of (what, done, total)
+    progress=True,  # as `reporting` takes it
     sources=WIKITEXT,  # name -> Published: other mirrors
     download=True,  # False: what is not in the cache is a ConnectionError
 ) -> Corpus:

@@ -22,7 +22,7 @@ from ..reporting import counted, counter, silent
 # %% ../../nbs/text/10_downloads.ipynb #07f16cfd
 USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses the default ones of Python's libraries
 TIMEOUT = (10, 60)  # seconds: to connect, and between two pieces
-LONGEST_WAIT = 60  # seconds: a server that asks for more is given up
+LONGEST_WAIT = 60  # seconds: who asks for more is given up
 
 # %% ../../nbs/text/10_downloads.ipynb #68f90808
 class TryAgain(ConnectionError):
@@ -91,7 +91,7 @@ def download(url, path, sha256, *, tries=4, wait=0.5, report=silent) -> Path:
             os.replace(part, path)
             return path
         part.unlink()
-        if not resumed: break  # else the part may have been another file's
+        if not resumed: break  # else it may be another file's
     raise ConnectionError(f"sent wrong bytes (SHA-256 {got[:12]}… instead of {sha256[:12]}…)")
 
 # %% ../../nbs/text/10_downloads.ipynb #2f4cf239
@@ -140,6 +140,6 @@ def unzip(path, folder, report=silent) -> dict:
                 files[split] = folder/PureWindowsPath(member.filename).name
                 with archive.open(member) as source, open(files[split], "wb") as file: shutil.copyfileobj(source, file)
     except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-        if getattr(e, "errno", 0): raise  # else it is damaged, packed in an unknown way, or with a password
+        if getattr(e, "errno", 0): raise  # else damaged, packed otherwise, or with a password
         raise ValueError(f"{path} cannot be unpacked: {e}.") from e
     return files

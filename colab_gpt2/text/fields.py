@@ -57,7 +57,8 @@ def kind_of(values) -> str:
     texts = [v for v in known if isinstance(v, str)]
     if any(map(WORDS.search, texts)): return "text"
     if texts: return "numbers" if all(re.fullmatch(r"(?=\D*\d)[-+.,\d\s%eE]*", v) for v in texts) else "words"
-    return "numbers" if isinstance(known[0], (int, float)) else "lists" if isinstance(known[0], list) else "no text"
+    kinds = dict(int="numbers", float="numbers", bool="numbers", list="lists", bytes="bytes")
+    return kinds.get(type(known[0]).__name__, "no text")
 
 # %% ../../nbs/text/10_fields.ipynb #10f00013
 def clearest(kinds) -> list:

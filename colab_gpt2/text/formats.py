@@ -39,7 +39,7 @@ def paragraphs(xml):
         if event == "start": above.append(element)
         elif above.pop() is element and above: above[-1].remove(element)  # or its parent would keep it
         kind = element.tag.rpartition("}")[2]
-        if kind == "Fallback": again += 1 if event == "start" else -1
+        if kind in ("Fallback", "moveFrom"): again += 1 if event == "start" else -1
         if again: continue
         if event == "end" and kind == "t": parts.append(element.text or "")
         if event == "end" and kind == "tab" and not element.attrib: parts.append("\t")  # with them: a tab stop
@@ -109,7 +109,7 @@ def dialect_of(start) -> dict:
     return max(dialects, key=fit)
 
 # %% ../../nbs/text/10_formats.ipynb #10a0000f1
-FIELD = 1 << 24  # characters of a value or a line: where a quote is never closed, a row ends here
+FIELD = 1 << 24  # characters of a value or a line: an open quote ends here
 csv.field_size_limit(max(FIELD, csv.field_size_limit()))
 
 def whole_lines(source):

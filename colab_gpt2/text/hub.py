@@ -41,7 +41,7 @@ def hub_trouble(endpoint=None) -> str:
     if constants.HF_HUB_OFFLINE: return "gave no answer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_token()  # asks Colab for its secret, once: without it all that is public can be had, so no word of that
+        get_token()  # asks Colab for its secret once: what is public can be had without, so no word of that
     try: answer = requests.head(endpoint or constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
     except requests.RequestException: return "gave no answer"
     busy = answer.status_code == 429 or answer.status_code >= 500
@@ -72,7 +72,7 @@ def from_hub(repository, name, folder, report):
         try:
             rows = datasets.load_dataset(repository, name)
             return {split: write_lines(texts(split), folder/f"{split}.txt") for split in rows}
-        except Exception as e:  # of any kind: datasets has many libraries under it
+        except Exception as e:  # datasets has many libraries
             if getattr(e, "errno", None) == errno.ENOSPC: raise
             raise ConnectionError("answered with " + said_of(e)) from e
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core import check_space, home, several
 from ..errors import Sentence, about
 from ..reporting import silent
+from ..runtime import check_mounted
 from .encodings import DOS_END, PACKED, Source, broken_off, called
 from .fields import Row, as_chat, documents, first_rows, is_chat, pick_field
 from .formats import READERS, is_table, rows_of, suffix_of, text_documents, write_documents
@@ -33,7 +34,8 @@ def check_file(path) -> Path:
     "`path`, if it is a file of a kind that is read and holds something; what it is in full is seen while it is read."
     path = home(path)
     if path.is_dir(): raise IsADirectoryError(f"{called(path)} is a folder; a text file is needed here.")
-    if not path.exists(): raise FileNotFoundError(f"{called(path)} does not exist. Give the path of a text file.")
+    if not path.exists():
+        raise FileNotFoundError(f"{called(check_mounted(path))} does not exist. Give the path of a text file.")
     if not path.is_file(): raise ValueError(f"{called(path)} is a pipe or a device. Write its text to a file first.")
     if (kind := suffix_of(path)) in OTHER:
         raise ValueError(f"{called(path)} is a .{kind} file, not plain text. {SAVE.get(kind, SAVE[''])}")
@@ -116,7 +118,7 @@ def find_texts(path) -> list:
     elif os.path.exists(path) or not glob.has_magic(str(path)): return [check_file(path)]
     else: found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
     texts = [check_file(p) for p in sorted(found, key=in_order) if not is_blank(p)]
-    if not texts: raise FileNotFoundError(f"No text matches {called(path)}." if not found else
+    if not texts: raise FileNotFoundError(f"No text matches {called(check_mounted(path))}." if not found else
                                           f"{called(path)} holds no text: all {len(found)} files are empty.")
     return texts
 

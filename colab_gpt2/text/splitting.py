@@ -214,7 +214,7 @@ def shared_out(numbers) -> tuple:
         return sides, f"each of {len(sides):,} conversations by its hash"
     first, second = max(1, int(0.8 * len(sides))), max(1, int(0.9 * len(sides)))
     for n, at in enumerate(sorted(range(len(sides)), key=numbers.__getitem__)): sides[at] = (n >= first) + (n >= second)
-    return sides, f"by their order: {len(sides):,} conversations give no fair shares"
+    return sides, f"by their order: {several(len(sides), 'conversation')} cannot give fair shares"
 
 # %% ../../nbs/text/10_splitting.ipynb #10c0f002
 LEARNT = "messages", "prompt", "completion", "tools", "chat_template_kwargs"  # not a row's number, or where it is from

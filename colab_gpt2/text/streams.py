@@ -48,7 +48,7 @@ class Stream(Record):
     split: str
     field: str | None
     on_bad_lines: str
-    by_hash: bool  # whether what is held out is of the same split
+    by_hash: bool  # is what is held out of the same split?
     rules: int  # by which documents were held out
     held: dict  # split -> SHA-256 of what is held out of it
     bytes: int  # about; 0 if that is not known

@@ -119,7 +119,7 @@ def open_text(path, start):
     return io.TextIOWrapper(file, encoding="utf-8", newline=""), before
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0002
-SHARE, LEAST = 1 << 23, 1 << 20  # bytes of text for one process at a time, at most and at least
+SHARE, LEAST = 1 << 23, 1 << 20  # bytes for a process at a time, at most and at least
 TURNS = 16  # shares of a process
 
 def share_text(path, start, encode, n):
@@ -165,7 +165,7 @@ def forking():
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0010
 def tokenise_shares(path, encoder, shares, pipe, readers):
     "In its own process: what `tokenise_share` gives of each of the `shares` into `pipe`, until nobody reads it."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, which ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.disable()  # or it would copy all that it looks at
     for reader in readers: reader.close()  # or writers would wait for ever
@@ -218,7 +218,7 @@ def append_ids(path, encoder, out, counts, n=1):
     with text: yield from write_ids(read_windows(text, encoder.encode, before), encoder, out, counts, *given)
 
 # %% ../../nbs/text/13_token_store.ipynb #d6c86f51
-EVERY = 1 << 26  # bytes of text between two entries in the journal: some seconds' work
+EVERY = 1 << 26  # bytes between entries in the journal: some seconds' work
 
 def write_part(path, file, encoder, report=silent):
     "Tokenise `path` into the part of `file`, from where the journal stopped; -> the counts."
@@ -270,13 +270,13 @@ def check_utf8(path) -> Path:
 
 # %% ../../nbs/text/13_token_store.ipynb #61547ef9
 def tokenize_file(
-    path,  # a UTF-8 text file; a byte order mark is dropped, line ends stay as they are
+    path,  # a UTF-8 text file; a byte order mark is dropped, line ends stay
     tokenizer,  # any tokenizer of transformers
     block_size: int,  # tokens a block, 2 or more
     *,
-    split="",  # the name that tables and perplexities have
+    split="",  # its name in tables and perplexities
     cache_dir=None,  # where the token files go, under `tokens`; see `cache_folder`
-    progress=True,  # a bar on stderr; False: nothing; or a function of (what, done, total)
+    progress=True,  # as `reporting` takes it
     minimum_blocks=0,  # 1 for a text to train on: see `check_trainable`
     sha256=None,  # of the text, where it is known
     notes=True,  # warnings of what the tokenizer cannot tell

@@ -15,7 +15,7 @@ from ..runtime import memory
 from .formats import END
 
 # %% ../../nbs/text/12_tokens.ipynb #f19b97a3
-CONTEXT = 1 << 10  # characters before and after a cut that are looked at
+CONTEXT = 1 << 10  # characters looked at before and after a cut
 
 def find_cut(encode, text, context=CONTEXT):
     """A place near the end of `text` where a token ends whatever follows, and the ids of the `context` characters
@@ -29,7 +29,7 @@ def find_cut(encode, text, context=CONTEXT):
 
 # %% ../../nbs/text/12_tokens.ipynb #ce1864e5
 TOO_LONG = "{tokenizer} finds no place to cut the text, and memory is too short for {n:,} characters in one piece."
-COST = 120  # bytes of memory for a character at most; tokenizers 0.23 took 100 to 120, with and without spaces
+COST = 120  # bytes of memory a character at most; tokenizers 0.23 took 100 to 120
 
 def read_windows(file, encode, text="", size=1 << 18, context=CONTEXT, after=()):
     """Yield (text, ids) piece by piece; the ids are those of one piece. `text`: the `context` characters before the
@@ -151,7 +151,7 @@ class Encoder:
         self.backend = getattr(tokenizer, "backend_tokenizer", None) and private_copy(tokenizer)
         self.cuts = cut_patterns(self.backend) if self.backend else []
         if self.backend: state = self.backend.to_str() + str(self.backend.encode_special_tokens)
-        else:  # in Python; where its files lie decides nothing
+        else:  # where its files lie decides nothing
             given = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_path"))}
             state = json.dumps([type(tokenizer).__name__, sorted(vocabulary.items()), given], sort_keys=True)
         state += str([self.opening, self.ends]) * bool(self.opening)
