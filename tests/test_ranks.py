@@ -347,6 +347,24 @@ def test_processes_that_have_met_already_train(text, tmp_path):
     assert pair(after_meeting, text, tmp_path/"out") == [20, 20]
 
 
+@pytest.mark.parametrize("launcher", [
+    "torchrun --nproc-per-node 2 -m colab_gpt2 finetune",
+    "accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu -m colab_gpt2 "
+    "finetune",
+    "colab-gpt2 finetune --num-processes 2"], ids=lambda words: words.split()[0])
+def test_the_launchers(shell, text, tmp_path, alone, launcher):
+    "The same model by each, and a report by the first process alone."
+    given = settings(text, tmp_path/"out")
+    del given["progress"]
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    ran = shell(*launcher.split(), *words, OMP_NUM_THREADS="1", MASTER_PORT=str(free_port()))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("\nsample after ") == 1
+    result = finetune(**settings(text, tmp_path/"out"))
+    assert result.repeated
+    same(result, alone)
+
+
 def of_2020(text, folder):
     words = f"--output_dir={folder/'out'} --do_train --do_eval --model_name_or_path={text/'toy'} --max_steps=2"
     files = f"--train_data_file={text/'train.txt'} --eval_data_file={text/'eval.txt'} --block_size=32"

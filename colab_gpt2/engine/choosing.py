@@ -23,7 +23,7 @@ from ..errors import Sentence, may_pass
 from ..ranks import RANKS, by_first, first, shared, spread
 
 # %% ../../nbs/engine/45_choosing.ipynb #45aa0006
-SHARE = 0.08  # of the work, that measuring may take: 8.3% took 10.2% of a training's seconds
+SHARE = 0.08  # of the work for measuring: 8.3% took 10.2% of a training's seconds
 PASSES = dict(full=3, lora=2)  # forward passes that training a token costs
 OFTEN, MOST = 20, 100  # measurements: one in 5% of a run, or two in an epoch
 LEAST = 2048  # tokens: two models' losses differ by some 0.3 each, their mean then has an error of 0.7%

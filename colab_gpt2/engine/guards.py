@@ -78,7 +78,7 @@ class StopOnInterrupt(Asked):
 
     def handle(self, number, frame):
         if number == getattr(signal, "SIGHUP", None): leave_dead_terminal()
-        if time.monotonic() - self.when < 0.5: return  # the same: `uv run` passes on what the terminal has sent to both
+        if time.monotonic() - self.when < 0.5: return  # `uv run` passes on what the terminal sent to both
         again, self.when, self.signals = self.asked, time.monotonic(), self.signals + 1
         self.ask(128 + number)
         if again or not (RANKS.own or self.stage in (TRAINING, SAVING)): raise self.interrupted()

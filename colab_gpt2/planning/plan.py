@@ -166,7 +166,7 @@ class Planner(Record):
         return int(0.9 * (self.runtime.device_memory or self.runtime.ram_free // self.config.num_processes))
 
     @property
-    def in_use(self):  # bytes of a GPU, as of a model that a notebook keeps; the probe counts them too
+    def in_use(self):  # bytes of a GPU, as of a notebook's model; the probe counts them too
         free = self.runtime.device_free
         return 0 if free is None else max(0, self.runtime.device_memory - free - COSTS.context)
 

@@ -20,7 +20,7 @@ from ..errors import about
 from ..reporting import counted, counter, silent
 
 # %% ../../nbs/text/10_downloads.ipynb #07f16cfd
-USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses the default ones of Python's libraries
+USER_AGENT = f"colab-gpt2/{__version__}"  # WikiText's author refuses those of Python's libraries
 TIMEOUT = (10, 60)  # seconds: to connect, and between two pieces
 LONGEST_WAIT = 60  # seconds: who asks for more is given up
 
@@ -59,7 +59,7 @@ def receive(url, part, report=silent) -> bool:
         if answer.status_code == 200: start = 0
         total = start + int(answer.headers.get("Content-Length") or 0)
         with about("cache_dir"): check_space(part, total - start, f"The rest of {url}")
-        answer.raw.enforce_content_length = False  # or what came last before a break is lost; the size is checked below
+        answer.raw.enforce_content_length = False  # or what came before a break is lost; the size is checked below
         add = counter(report, url.rsplit("/", 1)[-1], total or None, start)
         with open(part, "ab" if start else "wb") as f:
             for piece in answer.iter_content(1 << 16): add(f.write(piece))

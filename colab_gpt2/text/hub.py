@@ -41,7 +41,7 @@ def hub_trouble(endpoint=None) -> str:
     if constants.HF_HUB_OFFLINE: return "gave no answer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        get_token()  # asks Colab for its secret once: what is public can be had without, so no word of that
+        get_token()  # asks Colab for its secret once; what is public needs none
     try: answer = requests.head(endpoint or constants.ENDPOINT, headers={"User-Agent": USER_AGENT}, timeout=10)
     except requests.RequestException: return "gave no answer"
     busy = answer.status_code == 429 or answer.status_code >= 500

@@ -30,7 +30,7 @@ class Reading(Record):
     shares: dict  # split -> its share of the bytes
     rule: str = "as they are"  # how the documents came into the splits
     skipped: dict = field(default_factory=dict)  # why -> how many rows were left out
-    line_ends: dict = field(default_factory=dict)  # those of which system -> in how many files; all are Unix's now
+    line_ends: dict = field(default_factory=dict)  # of which system -> in how many files; all are Unix's now
     encodings: dict = field(default_factory=dict)  # name -> how many files; all is UTF-8 now
 
     def _rows(self):

@@ -123,7 +123,7 @@ SHARE, LEAST = 1 << 23, 1 << 20  # bytes for a process at a time, at most and at
 TURNS = 16  # shares of a process
 
 def share_text(path, start, encode, n):
-    "The shares of `n` processes, of the text from the byte `start` on: (start, end, ids before the end) each, or none."
+    "The shares of `n` processes of the text from byte `start` on: (start, end, ids before the end) each, or none."
     found, rest = [], max(0, path.stat().st_size - 3 - start)  # 3: a byte order mark
     count = n * min(TURNS, -(-rest // (n * SHARE)))
     if n == 1 or rest < n * LEAST: return found
@@ -144,7 +144,7 @@ def share_text(path, start, encode, n):
 def tokenise_share(path, encoder, start, end, after) -> tuple:
     "The counts and the ids of a share."
     file, before = open_text(path, start)
-    with file: text = io.StringIO(file.buffer.read(end - start).decode())
+    with file: text = io.TextIOWrapper(io.BytesIO(file.buffer.read(end - start)), "utf-8", newline="")
     pieces = read_windows(text, encoder.encode, before, after=after)
     given = (before[-1], encoder.encode([before])[0][-1]) if before else ()
     out, counts = io.BytesIO(), dict(tokens=0, words=0, bytes=0)
@@ -154,7 +154,7 @@ def tokenise_share(path, encoder, start, end, after) -> tuple:
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0006
 @contextlib.contextmanager
 def forking():
-    "tokenizers warns of a fork unless it is told that its threads are not needed."
+    "tokenizers warns of a fork unless told that its threads are not needed."
     given = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try: yield multiprocessing.get_context("fork")
@@ -164,7 +164,7 @@ def forking():
 
 # %% ../../nbs/text/13_token_store.ipynb #5a1e0010
 def tokenise_shares(path, encoder, shares, pipe, readers):
-    "In its own process: what `tokenise_share` gives of each of the `shares` into `pipe`, until nobody reads it."
+    "In its own process: `tokenise_share` of each of the `shares` into `pipe`, until nobody reads it."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first, which ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.disable()  # or it would copy all that it looks at
@@ -188,7 +188,7 @@ def tokenised(path, encoder, shares, n):
             counts, ids = reader.recv()
             if counts["bytes"] != end - start: return
             yield counts, ids
-    except (OSError, EOFError): return  # no process, or it has been killed
+    except (OSError, EOFError): return  # none, or it was killed
     finally:
         for reader in readers: reader.close()
         for process in started:
@@ -228,8 +228,7 @@ def write_part(path, file, encoder, report=silent):
         with (open(file.part, "ab") as out,
               contextlib.closing(append_ids(path, encoder, out, counts, processes())) as steps):
             out.truncate(counts["tokens"] * encoder.dtype.itemsize)
-            report(what, counts["bytes"], size or None)
-            for counts in steps:
+            for counts in itertools.chain([counts], steps):
                 if counts["bytes"] >= due:
                     file.note(file.journal, counts, out)
                     due = counts["bytes"] + EVERY

@@ -89,12 +89,13 @@ def notes_on(data, name, tokenizer, lost=False):
 # %% ../../nbs/text/12_tokens.ipynb #a598e47a
 def sample_of(path) -> bytes:
     "The beginning of a text, and what else of it `notes_on` looks for; a map would fill the memory."
-    marks, missing, start, last = re.compile("|".join(map(re.escape, MARKS)).encode()), {b"\n", b"  "}, b"", b""
-    missing |= {mark.encode() for mark in MARKS}
+    marks, start, last = [mark.encode() for mark in MARKS], b"", b""
+    named, missing = re.compile(b"|".join(map(re.escape, marks))), {b"\n", b"  ", *marks}
     with open(path, "rb") as f:
-        while more := f.read(1 << 20):
-            piece = last + more
-            found = missing & {*marks.findall(piece), *(each for each in (b"\n", b"  ") if each in piece)}
+        while more := f.read(1 << 16):  # so much stays in the cache
+            space = np.frombuffer(piece := last + more, np.uint8) == 32
+            white = [b"\n"] * (b"\n" in piece) + [b"  "] * bool((space[1:] & space[:-1]).any())
+            found = missing & {*named.findall(piece), *white}
             start, last = b".".join([start or piece[:10_000], *sorted(found)]), piece[-20:]
             missing -= found
     return start
