@@ -1,5 +1,6 @@
 "The closing table of all benchmarks: what the JSON files of a folder say, one table a machine."
 import argparse, json
+from dataclasses import replace
 from pathlib import Path
 
 from harness import COLUMNS, RESULTS, Row, Spread, console, printed_row, table_of
@@ -20,7 +21,11 @@ def read_results(folder=RESULTS) -> dict:
     return found
 
 
-def rows_of(results) -> list: return [row_from(row) for kept in results for row in kept["rows"]]
+def rows_of(results) -> list:
+    "Of all results; what was measured without bf16 says so."
+    def figure(kept, row): return row.figure + ", no bf16" * kept["question"].endswith("without bf16")
+    rows = [(kept, row_from(row)) for kept in results for row in kept["rows"]]
+    return [replace(row, figure=figure(kept, row)) for kept, row in rows]
 
 
 def sources(results) -> str:

@@ -103,7 +103,7 @@ def environment(rank, ranks, port) -> dict:
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     return {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": with_us, "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks)}
+            "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 # %% ../nbs/63_launching.ipynb #ce4d67b9
 class Started:

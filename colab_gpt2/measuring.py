@@ -71,6 +71,11 @@ def sampling_of(config) -> Sampling:
     "How a run's samples are drawn."
     return Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)})
 
+def options_of(config, prepared) -> dict:
+    "Those of `generate` for a run's samples."
+    return dict(seed=config.seed, max_new_tokens=config.max_new_tokens, **sampling_of(config).to_dict(),
+                chat=getattr(prepared.held_out, "templated", 0) > 0)
+
 # %% ../nbs/63_measuring.ipynb #68b339f9
 def evaluate_and_sample(config, prepared, model, precision, report, callbacks=(), chose=False) -> tuple:
     "(Perplexity of the held-out text, which may have chosen the weights, a Sample)."
@@ -78,9 +83,8 @@ def evaluate_and_sample(config, prepared, model, precision, report, callbacks=()
         how = dict(stride=config.eval_stride, precision=precision, together=True, progress=report)
         found = perplexity(model, prepared.held_out, **how)
         found = replace(found, chose=chose and prepared.choosing is prepared.held_out)
-        [sample] = by_first(lambda: generate(
-            model, config.prompt, tokenizer=prepared.tokenizer, seed=config.seed, max_new_tokens=config.max_new_tokens,
-            chat=getattr(prepared.held_out, "templated", 0) > 0, progress=report, **sampling_of(config).to_dict()))
+        options = dict(tokenizer=prepared.tokenizer, progress=report, **options_of(config, prepared))
+        [sample] = by_first(lambda: generate(model, config.prompt, **options))
     tell(callbacks, "on_measured", found, sample)
     return found, sample
 

@@ -29,7 +29,7 @@ from .evaluation import ALSO, Perplexity
 from .generation import Sample
 from .launching import launch
 from .measuring import ADAPTED_BY, evaluate_and_sample, evaluation_of, in_one_line, make_chooser, save_run
-from .measuring import write_result
+from .measuring import options_of, write_result
 from .model.loading import load_model, quiet
 from .model.lora import adapters_of, free_weights, merge_adapters
 from .model.tune import gradient_checkpointing, keep_freed_memory
@@ -81,7 +81,7 @@ class FinetuneResult(Record):
     best_step: int | None = None  # of the lowest perplexity; None if nothing was evaluated on the way
     evaluations: tuple[tuple[int, float], ...] = ()  # (step, perplexity) of the text that chose
     stopped: str = ""  # why the training ended before its last step
-    repeated: bool = False  # an earlier call finished this run; nothing was trained now
+    repeated: bool = False  # an earlier call finished this run
 
     @property
     def risen(self) -> str:
@@ -344,7 +344,8 @@ def train(config, prepared, found, run, mirror, callbacks, shown, started) -> Fi
     since = mirror.before_end(found.saved) if found else ""
     told = found and Sentence(RESUMING, step=found.step, steps=plan.steps, since=since and " " + since)
     for sentence in filter(None, (told, mirror.told)): warnings.warn(sentence, stacklevel=3)
-    tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told, folder=place)
+    tell(callbacks, "on_stage", BEFORE, plan=plan, resumed_from=found and found.path, resuming=told, folder=place,
+         options=options_of(config, prepared))
     before = evaluate_and_sample(config, prepared, prepared.model, plan.recipe.precision, report, callbacks)
     model, adapters, plan, facts = train_and_merge(config, prepared, plan, found, run, (*callbacks, mirror), shown)
     tell(callbacks, "on_stage", SAVING)

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, GPT2LMHeadModel, TrainerCallback
 
-from colab_gpt2.engine.callbacks import Meter
+from colab_gpt2.engine.callbacks import Listener, Meter
+from colab_gpt2.generation import stream
 from colab_gpt2.training import finetune
 from colab_gpt2.model.loss import linear_cross_entropy
 from colab_gpt2.model.loading import load_model, load_tokenizer, new_model
@@ -470,6 +471,20 @@ def one_process(text, folder):
 def test_a_single_process_of_torchrun_trains_without_ddp(text, tmp_path):
     started = dict(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     assert forked(one_process, text, tmp_path/"out", env=started).result is False
+
+
+class Writes(Listener):
+    "A sample at the beginning of the training, as a panel writes one on the way."
+    def on_stage(self, stage, options=None, **facts): self.options = options or getattr(self, "options", None)
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+        self.written = "".join(stream(model, "The", tokenizer=processing_class, **self.options))
+
+
+def test_a_sample_on_the_way_is_drawn_as_those_before_and_after(text, tmp_path):
+    drawn = dict(temperature=0.7, top_k=20, repetition_penalty=1.3, max_new_tokens=12)
+    result = run(text, tmp_path/"out", callbacks=[writes := Writes()], **drawn)
+    assert writes.written == result.samples["before"].text
+    assert {name: writes.options[name] for name in drawn} == drawn
 
 
 def test_lora_is_quiet(text, tmp_path):

@@ -348,10 +348,9 @@ def test_processes_that_have_met_already_train(text, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [
-    "torchrun --nproc-per-node 2 -m colab_gpt2 finetune",
-    "accelerate launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu -m colab_gpt2 "
-    "finetune",
-    "colab-gpt2 finetune --num-processes 2"], ids=lambda words: words.split()[0])
+    "torchrun --nproc-per-node 2 -m colab_gpt2 finetune", "colab-gpt2 finetune --num-processes 2",
+    "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "-m colab_gpt2 finetune"], ids=lambda words: words.split()[0])
 def test_the_launchers(shell, text, tmp_path, alone, launcher):
     "The same model by each, and a report by the first process alone."
     given = settings(text, tmp_path/"out")
@@ -360,6 +359,7 @@ def test_the_launchers(shell, text, tmp_path, alone, launcher):
     ran = shell(*launcher.split(), *words, OMP_NUM_THREADS="1", MASTER_PORT=str(free_port()))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("\nsample after ") == 1
+    assert read_manifest(find_checkpoints(tmp_path/"out")[-1])["how"]["processes"] == 2
     result = finetune(**settings(text, tmp_path/"out"))
     assert result.repeated
     same(result, alone)
@@ -490,8 +490,9 @@ def kill_second(control):
         if child.environ().get("RANK") == "1": child.kill()
 
 
-def test_a_run_is_started_watched_stopped_killed_and_resumed(text, tmp_path, alone):
+def test_a_run_is_started_watched_stopped_killed_and_resumed(text, tmp_path, alone, monkeypatch):
     "By num_processes, in processes of their own: what is asked here reaches them, what happens there is told here."
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # as in a single process of torchrun
     shared, shown = settings(text, tmp_path/"out", num_processes=2, save_steps=100), []
     def say(*told): shown.append(told)
     stopping, dying = Watcher(4, 8, ask_to_stop), Watcher(step=12, action=kill_second)

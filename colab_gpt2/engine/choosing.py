@@ -196,7 +196,7 @@ class Chooser(Course):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not self.schedule.due(state.global_step, state.max_steps): return
-        self.look(state, model)  # if that was broken off, it is made up for at this very step
+        self.look(state, model)  # what was broken off is made up for at this very step
         if self.over: control.should_log = True
         if self.over or self.trainer.stop.asked: control.should_training_stop = control.should_save = True
 

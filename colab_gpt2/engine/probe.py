@@ -38,7 +38,7 @@ class PeakMemory:
     def __init__(self, device):
         self.device = torch.device(device)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
-        else:  # Linux forgets the peak; elsewhere it is of the process's whole life
+        else:  # Linux forgets the peak; elsewhere it is the process's
             with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5")
 
     def bytes(self) -> int:

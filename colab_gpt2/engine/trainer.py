@@ -239,7 +239,7 @@ class BlockTrainer(SettingsOfNow):
     def save_and_tidy(self, model, trial):
         retried(lambda: self.save_once(model, trial), may_pass, attempts=6)  # a Drive under load, for half a minute
         if not self.checkpoints_to_keep: return
-        def own(path):  # another run's go first, and those beyond this step: they were skipped
+        def own(path):  # another run's go first, and those beyond this step
             told, step, keeps = read_manifest(path), self.state.global_step, self.checkpoints_to_keep > 1
             return told["run"] == self.identity and told["step"] <= step, keeps and told["step"] == self.falls
         for path in sorted(find_checkpoints(self.args.output_dir), key=own)[:-self.checkpoints_to_keep]:

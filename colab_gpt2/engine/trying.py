@@ -27,7 +27,7 @@ class Unfinished(Record):
     checkpoint: Path
     step: int  # of how many `steps`
     steps: int
-    best: bool  # these weights are the best so far, and not the checkpoint's last ones
+    best: bool  # the best weights so far, not the checkpoint's last
 
     def __str__(self): return f"step {self.step:,} of {self.steps:,}{', the best so far' * self.best}, not finished"
 

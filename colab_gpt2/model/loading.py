@@ -27,7 +27,7 @@ from ..text.hub import REFUSED, hub_trouble
 
 # %% ../../nbs/model/20_loading.ipynb #c0301672
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TINY = Path(colab_gpt2.__file__).parent/"assets"/"tiny"  # a GPT-2 with a vocabulary of its own: no network needed
+TINY = Path(colab_gpt2.__file__).parent/"assets"/"tiny"  # a GPT-2 with its own vocabulary: no network needed
 
 # %% ../../nbs/model/20_loading.ipynb #dd253990
 ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # of a model on the Hub

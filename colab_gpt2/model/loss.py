@@ -136,7 +136,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,  # rows at a time; None: 1024, fewer for a vocabulary over 65,536
     ignore_index: int = -100,  # the label of what does not count
     reduction: str = "mean",  # over the labels that count, or "sum"
-    label_smoothing: float = 0.,  # as F.cross_entropy has it: this share is spread over the vocabulary
+    label_smoothing: float = 0.,  # as F.cross_entropy has it
     multiple: int = 1,  # for the products the weight is padded to a multiple of so many rows
 ):
     """`F.cross_entropy(hidden @ weight.T, labels)` without the logits, after Liger Kernel (arXiv 2410.10989, 3.2).

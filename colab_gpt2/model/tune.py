@@ -91,9 +91,9 @@ def loss_told(model) -> str:
 
 # %% ../../nbs/model/22_tune.ipynb #d55743d9
 def tune_model(
-    model,  # a causal language model of transformers; it is changed in place
+    model,  # of transformers; changed in place
     *,
-    keep_attention_dropout: bool = False,  # keep the dropout inside attention that the model's config has
+    keep_attention_dropout: bool = False,  # keep the model's dropout inside attention
 ) -> tuple:  # of sentences: what was changed
     "Make a model fast to train; twice is as good as once."
     model.loss_type = "ForCausalLM"  # unset, transformers warns and guesses the same

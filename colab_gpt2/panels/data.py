@@ -155,7 +155,7 @@ def in_utf8(content) -> tuple:
 def keep_upload(name, content, folder=UPLOADS) -> str:
     "The path of an uploaded text, kept in `folder`. ValueError if it is no text."
     def same(there): return there.is_file() and there.read_bytes() == content
-    path = free_name(Path(folder)/name, same)  # a run that learns from the first of that name can be resumed
+    path = free_name(Path(folder)/name, same)  # a run on the first of that name can be resumed
     with atomic(path) as temporary:
         temporary.write_bytes(content)
         try: check_text(temporary)

@@ -61,7 +61,7 @@ class Course:
         self.started = 0.  # by time.perf_counter
         self.losses, self.measured = [], []  # (step, nats a token), (step, perplexity) before and after
         self.evaluations, self.best = {}, None  # step -> perplexity, on the way
-        self.samples, self.mirror = [], None  # (title, prompt, text); what copies checkpoints to the Drive
+        self.samples, self.mirror = [], None  # (title, prompt, text); what copies to the Drive
 
     def recall(self, result):
         "Show the FinetuneResult of a run that was finished before."
@@ -109,7 +109,7 @@ class Steered(Course):
         super().__init__()
         self.config, self.show, self.pump, self.every = config, show, pump, every  # seconds between pictures
         self.stopper, self.wishes, self.broken = None, set(), set()  # wishes: "save", "sample"
-        self.inside = []  # hooks of the model's layers
+        self.inside, self.options = [], {}  # hooks of the model's layers; of `generate`
         self.drawn = self.spent = 0.  # seconds: when by the clock, and in pump and pictures so far
 
     def stop(self):
@@ -163,13 +163,12 @@ def listen_inside(model, breathe, every=0.1) -> list:
 # %% ../../nbs/panels/77_live.ipynb #15054da8
 def write_sample(run, model, tokenizer):
     "Generate from the model, and show the text in the steered `run` as it comes."
-    title, config, text = f"At step {run.step:,}", run.config, ""
-    run.samples.append((title, config.prompt, text))
-    options = dict(max_new_tokens=config.max_new_tokens, seed=config.seed)
+    title, prompt, text = f"At step {run.step:,}", run.config.prompt, ""
+    run.samples.append((title, prompt, text))
     try:
-        for piece in stream(model, config.prompt, tokenizer=tokenizer, **options):
+        for piece in stream(model, prompt, tokenizer=tokenizer, **run.options):
             text += piece
-            run.samples[-1] = (title, config.prompt, text)
+            run.samples[-1] = (title, prompt, text)
             run.breathe()
             if run.stopping: break
     except Exception as e:
@@ -181,8 +180,9 @@ def write_sample(run, model, tokenizer):
 # %% ../../nbs/panels/77_live.ipynb #65c821a5
 class Live(Steered, Listener):
     "A steered run that hears of itself."
-    def on_stage(self, stage, plan=None, stop=None, mirror=None, folder=None, **facts):
+    def on_stage(self, stage, plan=None, stop=None, mirror=None, folder=None, options=None, **facts):
         if folder: self.config = replace(self.config, output_dir=folder)  # it may have a number
+        self.options = options or self.options
         self.stage, self.what, self.share, self.plan = stage, "", 0., plan or self.plan
         self.stopper, self.mirror = stop or self.stopper, mirror or self.mirror
         if stop: stop.aloud = False  # the progress says it

@@ -366,7 +366,7 @@ def take_values(before, given) -> Values:
     """The Values of a new panel: those of the panel or FinetuneConfig `before`, changed by `given`; without both model
     and text what `suggest` says."""
     if isinstance(before, Panel):
-        changed(before.values.config, **given)  # which refuses a name that doesn't exist in better words
+        changed(before.values.config, **given)  # which refuses an unknown name in better words
         if given: before.values.set(**given)
         return before.values
     if before is not None or {"model", "dataset", "train_file"} & given.keys(): return Values(changed(before, **given))

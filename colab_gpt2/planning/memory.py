@@ -118,7 +118,7 @@ class COSTS:
     matrix = 12  # measured, an entry of a head's T×T, which attention with dropout keeps on a CPU
     loss_exact = 8  # counted, a logit taken from half precision to fp32: a copy and its logarithm
     loss_exact_here = 4  # the same where no copy is made: of fp16 on a GPU, and in fp32
-    again = {"full": 17, "lora": 19}  # traced, a token and channel: what a layer computed again needs on the way
+    again = {"full": 17, "lora": 19}  # traced, a token and channel: a layer computed again
     loss_stock = 14  # counted, a logit: half precision and three fp32 copies around transformers' loss
     moments_8bit = 2  # a parameter: AdamW's two moments by bitsandbytes
     heap_cpu = 0.15  # measured, a share of the tensors' bytes: what the C library keeps of freed memory

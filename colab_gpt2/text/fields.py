@@ -24,7 +24,7 @@ class Document(NamedTuple):
     "A text that stands for itself; a story, an article, a book."
     text: str  # its line ends are \n
     source: str  # "rows.csv, line 17"
-    more: bool = False  # the next Document continues it: a long text comes in pieces
+    more: bool = False  # the next Document continues it
 
 # %% ../../nbs/text/10_fields.ipynb #610cb67c
 def first_rows(rows) -> list:
