@@ -57,6 +57,7 @@ def make_turns(first, length, open_mirror, checkpoint):
             turn, step = divmod(state.global_step - first, length + 1)
             if step == 0 and turn >= 0: self.end() if turn % 2 else self.begin(state, turn)
             if self.mirror and not self.mirror.in_use(): self.mirror.offer(checkpoint)
+            while self.mirror and not (self.mirror.target.moved or self.mirror.error): time.sleep(0.001)  # it begins
 
         def begin(self, state, turn):
             if state.global_step < state.max_steps: self.mirror = open_mirror()

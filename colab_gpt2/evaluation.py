@@ -54,7 +54,7 @@ class Perplexity(Record):
     bytes: int
     nats: float  # of all these tokens together
     precision: str = "fp32"  # of the computation
-    chose: bool = False  # this text chose the weights: of another it would be higher
+    chose: bool = False  # this text chose the weights
 
     @property
     def count(self) -> int: return getattr(self, f"{self.unit}s")
@@ -222,7 +222,7 @@ def nats_of(model, some, head, ranks, add, check) -> float:
 # %% ../nbs/60_evaluation.ipynb #f3f7ced4
 def perplexity(
     model,  # a causal language model of transformers
-    blocks: Blocks,  # also what is left over after the last full block is scored
+    blocks: Blocks,  # what is left over is scored, too
     *,
     stride: int = None,  # tokens between windows: fewer is slower, exacter; default context // 2
     context: int = None,  # tokens seen at a time; default the block size, or the model's own
@@ -293,7 +293,7 @@ def report_card(
     blocks: Blocks,  # the text
     *,
     strides=None,  # default: context (no overlap) and context // 2
-    context: int = None,  # default the block size, at most the model's context
+    context: int = None,  # default the block size or the model's context
     **options,  # of `perplexity`
 ) -> ReportCard:
     "`perplexity` at each of `strides`, per token, word and byte; per word only if white space parts words."

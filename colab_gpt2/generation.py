@@ -249,7 +249,7 @@ def generate(
     max_new_tokens=250, samples=1,  # tokens, maybe over the context; texts, as many at a time as fit
     seed=None,  # the same texts on one device, the first for any `samples`; None: a new one
     stop=(),  # strings that end a text
-    device=None,  # where to generate; a loaded model moves there and stays
+    device=None,  # where to generate; a loaded model moves there
     cache_dir=None,  # Hugging Face's cache, if not its usual place
     progress=True,  # after three seconds, as `reporting` takes it
     **sampling,  # fields of `Sampling`

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/63_launching.ipynb #2732014c
 import contextlib, copy, os, pickle, queue, signal, socket, subprocess, sys, threading, time, torch, warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,13 +82,13 @@ def work(finetune):
     os.dup2(2, 1)  # what libraries print
     def send(*told):
         with lock, contextlib.suppress(OSError): out.write(pickle.dumps(told)), out.flush()  # nobody may read any more
-    (config, limits), relay, own = pickle.load(given), Relay(send), False
+    (config, limits), relay, own, shown = pickle.load(given), Relay(send), False, partial(send, "shown")
     if first():
+        shown.bar = SimpleNamespace(set_postfix_str=lambda text, refresh: send("figures", text))
         threading.Thread(target=relay.listen, args=(given,), daemon=True).start()
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, category, *place: send("warned", sendable(message), category)
-    heard = dict(callbacks=[relay, *limits] * first(), progress=lambda *told: send("shown", *told))
-    try: told = "gave", finetune(config, **heard)
+    try: told = "gave", finetune(config, callbacks=[relay, *limits] * first(), progress=shown)
     except BaseException as e:
         own = not lost_peer(e) if first() else alone(e)
         told = "raised", sendable(e), own
@@ -162,6 +163,8 @@ class Heard:
 
     def hear(self, kind, *told):
         if kind == "shown": self.shown(*told)
+        elif kind == "figures":
+            if bar := getattr(self.shown, "bar", None): bar.set_postfix_str(*told, refresh=False)
         elif kind == "warned": warnings.warn(*told, stacklevel=4)
         elif kind == "event": return self.event(*told)
         elif kind == "stage": self.stage(*told)

@@ -1,5 +1,5 @@
 "Two processes that train one model: as one does, and what happens when one of them stops, dies or differs."
-import contextlib, faulthandler, io, math, os, pickle, queue, signal, socket, sys, time, warnings
+import contextlib, faulthandler, io, math, os, pickle, queue, re, signal, socket, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,6 +359,7 @@ def test_the_launchers(shell, text, tmp_path, alone, launcher):
     ran = shell(*launcher.split(), *words, OMP_NUM_THREADS="1", MASTER_PORT=str(free_port()))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("\nsample after ") == 1
+    assert re.search(r"Fine-tuning: .*loss \d\.\d+, .* tokens/s", ran.stderr)
     assert read_manifest(find_checkpoints(tmp_path/"out")[-1])["how"]["processes"] == 2
     result = finetune(**settings(text, tmp_path/"out"))
     assert result.repeated

@@ -139,7 +139,7 @@ def schedule_options(arguments, steps) -> dict:
 class DividedModel(SharedSteps):
     "Passes of a model of which FSDP gives each process a part."
     def create_accelerator_and_postprocess(self):
-        with patch.dict(os.environ):  # Accelerate leaves a note there, for all Trainers to come
+        with patch.dict(os.environ):  # Accelerate leaves a note there for all Trainers
             os.environ.pop("ACCELERATE_USE_FSDP", None)
             super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled or not self.args.fsdp: return

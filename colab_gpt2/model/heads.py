@@ -41,9 +41,9 @@ def answering(layer, forward):
 
 # %% ../../nbs/model/22_heads.ipynb #a21h0010
 def hidden_states(
-    model,  # a causal language model of transformers, tuned or not
+    model,  # of transformers, tuned or not
     input_ids=None,  # (blocks, tokens)
-    **kwargs,  # what else its forward takes: an attention mask, positions
+    **kwargs,  # of its forward: an attention mask, positions
 ) -> torch.Tensor:  # (blocks, tokens, width)
     "What the model hands to its output layer; nothing is as large as the vocabulary."
     handed = []

@@ -119,7 +119,7 @@ class RunChoice:
 # %% ../../nbs/panels/80_compare.ipynb #80c00024
 class RunTable(AfterTraining):
     "The runs that are `found`, and two of them chosen; the first is that of the FinetunePanel `before`."
-    found, showing = None, None  # KnownRuns; the config of the comparison that is shown
+    found, showing = None, None  # KnownRuns; the config of what is shown
 
     def __init__(self, before=None, **values):
         if before: values = {"run_a": (before.saved or before.config).folder, **values}

@@ -44,7 +44,7 @@ def words_in(path, most=20) -> int:
 class Preview(Record):
     "A text, fetched and cut into blocks, and how it begins."
     corpus: Record  # a Corpus
-    blocks: dict  # split -> Blocks; empty if the tokenizer cannot be fetched now
+    blocks: dict  # split -> Blocks; empty without the tokenizer
     articles: int  # in the training text; 0 for a text without titles
     titles: tuple  # of the first of them
     excerpt: str  # the first characters of the training text

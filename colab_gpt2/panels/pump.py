@@ -19,7 +19,7 @@ OURS = ("comm_open", "comm_msg", "comm_close", "comm_info_request", "kernel_info
 
 def is_ours(session, frames) -> bool:
     "Whether the message `frames` (zmq.Frames) is one of `OURS`."
-    if len(frames) == 1: return False  # ipykernel 7's note to itself that it need abort no more cells
+    if len(frames) == 1: return False  # ipykernel 7's note that it need abort no more cells
     try:
         _, (_, header, *_) = session.feed_identities(frames, copy=False)
         return session.unpack(header.bytes)["msg_type"] in OURS

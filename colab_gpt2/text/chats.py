@@ -236,7 +236,7 @@ def code(tokenizer, row) -> np.ndarray:
     "A conversation as the file has it; ValueError if nothing counts."
     ids, mask = encode_chat(tokenizer, row)
     codes = 4 * np.array(ids, np.uint32) + np.array(mask, np.uint32)
-    codes[:1] = codes[:1] & ~np.uint32(1) | 2  # nothing stands before the first token that could predict it
+    codes[:1] = codes[:1] & ~np.uint32(1) | 2  # nothing predicts the first token
     if not (codes & 1).any(): raise ValueError("it has no answer that the chat template writes")
     return codes
 

@@ -384,7 +384,7 @@ def load_corpus(
     train_file=None,  # a text of yours to train on, instead of `name`: a file, a folder, a pattern, hf://datasets/…
     eval_file=None,  # and one to evaluate on: it becomes the validation split
     dataset_config=None,  # of a data set on the Hub: its configuration,
-    dataset_text_field=None,  # the column of a table that holds the text; None: it is found
+    dataset_text_field=None,  # the column with the text; None: it is found
     dataset_train_split="train",  # of a data set on the Hub: the split to train on,
     dataset_test_split=None,  # and the one to evaluate on; None: test or validation
     on_bad_lines="error",  # or "skip": leave out broken rows of a table
