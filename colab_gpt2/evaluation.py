@@ -224,7 +224,7 @@ def perplexity(
     model,  # a causal language model of transformers
     blocks: Blocks,  # what is left over is scored, too
     *,
-    stride: int = None,  # tokens between windows: fewer is slower, exacter; default context // 2
+    stride: int = None,  # tokens between windows: fewer is slower, more exact; default context // 2
     context: int = None,  # tokens seen at a time; default the block size, or the model's own
     batch_size: int = None,  # windows at a time; default `logits_batch`
     most: int = None,  # windows, evenly over the text, for an estimate of its nats; default all
@@ -293,7 +293,7 @@ def report_card(
     blocks: Blocks,  # the text
     *,
     strides=None,  # default: context (no overlap) and context // 2
-    context: int = None,  # default the block size or the model's context
+    context: int = None,  # default the block size, at most the model's context
     **options,  # of `perplexity`
 ) -> ReportCard:
     "`perplexity` at each of `strides`, per token, word and byte; per word only if white space parts words."

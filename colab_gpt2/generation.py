@@ -171,7 +171,7 @@ class Sample(Record):
     prompt: str  # as it was given
     text: str  # what was generated after it, without a stop string or special tokens
     tokens: int  # new tokens, without the end-of-text token
-    seed: int  # gives the same text again, on such a device
+    seed: int  # gives the same text again on the same kind of device
     stopped: str  # "length", "stop" (a stop string) or "end" (the end-of-text token)
 
     def __str__(self): return self.prompt + self.text

@@ -74,7 +74,7 @@ def cache_folder(cache_dir=None) -> Path:
 class Precision(Record):
     "In which numbers the products of training are computed; the weights themselves stay in fp32."
     dtype: str  # "bf16", "fp16" or "fp32"
-    scaler: bool  # must the loss be scaled (torch.amp.GradScaler)?
+    scaler: bool  # scale the loss? (torch.amp.GradScaler)
     reason: str  # in words
 
     def __str__(self): return f"{self.dtype}{' with a gradient scaler' if self.scaler else ''}: {self.reason}"

@@ -43,7 +43,7 @@ class ModelReader:
         ids = ids.expand(self.samples, -1)  # not every cache can be repeated
         self.text = ids if self.text is None else torch.cat([self.text, ids], 1)
         try: out = self.forward(ids if self.cache else self.text)
-        except Exception as e:  # another cache, as of a model without attention
+        except Exception as e:  # another cache, as without attention
             if out_of_memory(e) or not self.cached: raise
             self.cached, self.cache = False, {}
             out = self.forward(self.text)
